@@ -1,0 +1,142 @@
+//! The one error of the control plane: what was being done, to what, why it failed and what the operator can do.
+//!
+//! Its text ends in `kubectl describe pod`: the runtime shows `msg; details` of the CNI error JSON. Each error carries the
+//! CNI code it is answered with; which codes exist is decided here and nowhere else.
+
+use std::fmt;
+
+use rscni_plugin::error::Error as CniError;
+
+/// The CNI error code of an [`Error`] (SPEC.md, "Error": 0-99 are the specification's, 100 and up the plugin's own).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Code {
+    /// 1: the configuration speaks a CNI version podshaper does not.
+    IncompatibleVersion,
+    /// 4: a `CNI_*` variable is missing or malformed.
+    Environment,
+    /// 5: reading stdin, writing stdout, or a file of the configuration failed.
+    Io,
+    /// 6: stdin is not the JSON the specification describes.
+    Decode,
+    /// 7: the network configuration, or a limit asked for in it or by the pod, is not valid.
+    Config,
+    /// 8: the pod's network namespace cannot be entered.
+    Netns,
+    /// 50: this node cannot limit pods at all (answer to STATUS).
+    Unavailable,
+    /// 100: the pod's cgroup was not found.
+    Cgroup,
+    /// 101: the kernel refused a part of the shaper.
+    Kernel,
+    /// 102: CHECK found the attachment other than it was asked for.
+    Mismatch,
+}
+
+/// A failed operation. `text` says verb, object and remedy; the cause is in `source` and never repeated in `text`.
+#[derive(Debug)]
+pub struct Error {
+    code: Code,
+    text: String,
+    source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+/// `Result` with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// An error without a deeper cause: podshaper itself decided that this cannot go on.
+    pub fn new(code: Code, text: impl Into<String>) -> Self {
+        Self { code, text: text.into(), source: None }
+    }
+
+    /// An error caused by another one, whose text is shown after a colon.
+    pub fn because(
+        code: Code,
+        text: impl Into<String>,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        Self { code, text: text.into(), source: Some(source.into()) }
+    }
+
+    /// The CNI code this error is answered with.
+    pub fn code(&self) -> Code {
+        self.code
+    }
+
+    /// The error as the CNI library writes it to stdout.
+    pub fn to_cni(&self) -> CniError {
+        let details = self.to_string();
+        match self.code {
+            Code::IncompatibleVersion => CniError::IncompatibleVersion(details),
+            Code::Environment => CniError::InvalidEnvValue(details),
+            Code::Io => CniError::IOFailure(details),
+            Code::Decode => CniError::FailedToDecode(details),
+            Code::Config => CniError::InvalidNetworkConfig(details),
+            Code::Netns => CniError::InvalidNetNS(details),
+            Code::Unavailable => CniError::PluginNotAvailable(details),
+            Code::Cgroup => CniError::Custom(100, "podshaper: no cgroup to limit".into(), details),
+            Code::Kernel => CniError::Custom(101, "podshaper: the kernel refused".into(), details),
+            Code::Mismatch => CniError::Custom(102, "podshaper: not as asked for".into(), details),
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    /// The whole chain on one line, outermost first.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)?;
+        let mut cause = self.source.as_deref().map(|source| source as &dyn std::error::Error);
+        while let Some(error) = cause {
+            write!(f, ": {error}")?;
+            cause = error.source();
+        }
+        Ok(())
+    }
+}
+
+// `source()` stays empty on purpose: Display prints the chain already, and a caller that walked it would say each cause twice.
+impl std::error::Error for Error {}
+
+impl From<CniError> for Error {
+    /// Errors of the CNI library (identifiers, versions) keep their code; their details become the text.
+    fn from(error: CniError) -> Self {
+        let code = match error {
+            CniError::IncompatibleVersion(_) => Code::IncompatibleVersion,
+            CniError::InvalidEnvValue(_) => Code::Environment,
+            CniError::IOFailure(_) => Code::Io,
+            CniError::FailedToDecode(_) => Code::Decode,
+            _ => Code::Config,
+        };
+        Self::new(code, error.details())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_text_is_followed_by_every_cause_once() {
+        let inner = std::io::Error::from_raw_os_error(libc::EPERM);
+        let error = Error::because(Code::Kernel, "attach to /sys/fs/cgroup/a (needs CAP_BPF)", inner);
+        assert_eq!(error.to_string(), "attach to /sys/fs/cgroup/a (needs CAP_BPF): Operation not permitted (os error 1)");
+    }
+
+    #[test]
+    fn codes_are_the_specifications_below_100_and_ours_above() {
+        for (code, number) in [
+            (Code::IncompatibleVersion, 1),
+            (Code::Environment, 4),
+            (Code::Io, 5),
+            (Code::Decode, 6),
+            (Code::Config, 7),
+            (Code::Netns, 8),
+            (Code::Unavailable, 50),
+            (Code::Cgroup, 100),
+            (Code::Kernel, 101),
+            (Code::Mismatch, 102),
+        ] {
+            assert_eq!(u32::from(&Error::new(code, "x").to_cni()), number, "{code:?}");
+        }
+    }
+}

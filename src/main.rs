@@ -1,0 +1,4 @@
+//! podshaper: placeholder while the modules are written.
+mod error;
+
+fn main() {}
