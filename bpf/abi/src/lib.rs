@@ -1,2 +1,259 @@
+//! What podshaper and its eBPF programs agree on: the structures in the maps and the arithmetic of the pod clock.
+//!
+//! Both sides compile these very lines, so `cargo test` checks on the host, against 128-bit integers, what runs in the
+//! kernel with 64-bit ones. Everything is `u64`/`u32` with no padding: a map's bytes are the structure's bytes. A change of a
+//! structure's layout is a change of [`LAYOUT`], which is part of every pin's path.
 #![cfg_attr(not(test), no_std)]
-//! Placeholder, replaced in the next commit.
+
+/// Version of the structures below and of the set of maps and programs that are pinned.
+pub const LAYOUT: u32 = 1;
+
+/// Index of the egress direction in the `LIMITS` and `METERS` maps: what the pod sends.
+pub const EGRESS: u32 = 0;
+/// Index of the ingress direction in the `LIMITS` and `METERS` maps: what the pod receives.
+pub const INGRESS: u32 = 1;
+/// Number of directions, that is of entries in those maps.
+pub const DIRECTIONS: u32 = 2;
+
+/// Interfaces are numbered from 2 in a network namespace that has `lo`, which is always 1 (net/core/dev.c,
+/// `dev_new_index`; drivers/net/loopback.c, `BUG_ON(dev->ifindex != LOOPBACK_IFINDEX)`).
+pub const LOOPBACK_IFINDEX: u32 = 1;
+
+/// Number of buckets of the backlog histogram.
+pub const BACKLOG_BUCKETS: usize = 32;
+/// The first bucket of the histogram counts backlogs below 2^10 ns (a microsecond); each further one reaches twice as far.
+pub const BACKLOG_FIRST_BUCKET_LOG2_NS: u32 = 10;
+
+/// Bytes of the `OWNER` map's single value: JSON text, padded with NUL bytes.
+pub const OWNER_SIZE: usize = 4096;
+
+/// Nanoseconds a second has, times bits a byte has: what turns bytes and bits/s into nanoseconds.
+const BIT_NANOS_PER_BYTE_SECOND: u64 = 8_000_000_000;
+
+/// Largest packet the arithmetic is exact for. A GSO packet is at most 512 KiB (`GSO_MAX_SIZE`, 8 * 65535 with BIG TCP), and
+/// the headers of its segments do not double it.
+pub const MAX_PACKET_BYTES: u64 = 1 << 20;
+
+/// One direction's limit, written by user space at ADD and whenever it is changed on a live pod.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limit {
+    /// The rate, in bits per second at layer 3. 0: this direction has no limit.
+    pub rate_bits_per_s: u64,
+    /// How far an idle clock may lag behind the time: the burst, as time at the rate.
+    pub burst_ns: u64,
+    /// Backlog beyond which a packet that no socket paces is dropped. Half of it is where ECN-capable ones are marked.
+    pub unpaced_bound_ns: u64,
+    /// Backlog beyond which every packet is dropped.
+    pub horizon_ns: u64,
+}
+
+/// The kernel's `struct bpf_spin_lock`. The verifier finds it in a map's value by this name in the BTF.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+#[allow(non_camel_case_types, reason = "the name by which the verifier knows it")]
+pub struct bpf_spin_lock {
+    val: u32,
+}
+
+/// One direction's clock and counters. All fields but the lock belong to whoever holds it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Meter {
+    lock: bpf_spin_lock,
+    reserved: u32,
+    /// The virtual link.
+    pub clock: Clock,
+    /// What it has seen.
+    pub counters: Counters,
+}
+
+/// The pod clock: the time at which a link of the limit's rate would have sent all that was sent so far.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Clock {
+    /// That time, in nanoseconds of `CLOCK_MONOTONIC`.
+    pub next_ns: u64,
+    /// What is missing from it to be exact, in units of 1 ns / rate: the remainder of the divisions so far.
+    pub next_rem: u64,
+}
+
+/// What one direction has seen since ADD.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Bytes at layer 3 that passed, each GSO segment with its own headers.
+    pub bytes: u64,
+    /// Packets that passed, each GSO segment counted.
+    pub packets: u64,
+    /// Packets dropped: beyond the horizon, or not paced and beyond the bound.
+    pub drops: u64,
+    /// Packets that passed with a congestion mark (CE) set here.
+    pub marks: u64,
+    /// Largest virtual backlog a packet found, in nanoseconds.
+    pub max_backlog_ns: u64,
+    /// Packets by the backlog they found: see [`backlog_bucket`].
+    pub backlog: [u64; BACKLOG_BUCKETS],
+}
+
+// The sizes are part of LAYOUT: a padding byte or a new field must not slip in unseen.
+const _: () = assert!(size_of::<Limit>() == 32);
+const _: () = assert!(size_of::<Clock>() == 16);
+const _: () = assert!(size_of::<Counters>() == 40 + 8 * BACKLOG_BUCKETS);
+const _: () = assert!(size_of::<Meter>() == 8 + size_of::<Clock>() + size_of::<Counters>());
+
+/// Time that some bytes take at a rate: whole nanoseconds and the remainder, in units of 1 ns / rate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TransmitTime {
+    /// Whole nanoseconds.
+    pub ns: u64,
+    /// Rest, below the rate in bits/s.
+    pub rem: u64,
+}
+
+/// How long a link of `rate_bits_per_s` (not 0) takes to send `bytes`, exactly.
+#[inline(always)]
+pub fn transmit_time(bytes: u64, rate_bits_per_s: u64) -> TransmitTime {
+    // 2^20 bytes * 8e9 < 2^53: no overflow, and one division gives both parts.
+    let bytes = if bytes > MAX_PACKET_BYTES { MAX_PACKET_BYTES } else { bytes };
+    let bit_nanos = bytes * BIT_NANOS_PER_BYTE_SECOND;
+    let ns = bit_nanos / rate_bits_per_s;
+    TransmitTime { ns, rem: bit_nanos - ns * rate_bits_per_s }
+}
+
+impl Clock {
+    /// The clock's time, an idle clock being at most `burst_ns` late. The lag is what lets a pacing timer that fired late be
+    /// caught up: without it every late timer is rate lost.
+    #[inline(always)]
+    pub fn caught_up_ns(next_ns: u64, now_ns: u64, burst_ns: u64) -> u64 {
+        let earliest_ns = now_ns.saturating_sub(burst_ns);
+        if next_ns < earliest_ns { earliest_ns } else { next_ns }
+    }
+
+    /// Virtual backlog: what is still to be sent at `now_ns` by a link whose clock shows `next_ns`.
+    #[inline(always)]
+    pub fn backlog_ns(next_ns: u64, now_ns: u64) -> u64 {
+        next_ns.saturating_sub(now_ns)
+    }
+
+    /// Moves the clock by a packet. `time` must be of the rate the limit has now.
+    #[inline(always)]
+    pub fn advance(&mut self, now_ns: u64, limit: &Limit, time: TransmitTime) {
+        let caught_up_ns = Self::caught_up_ns(self.next_ns, now_ns, limit.burst_ns);
+        // A clock that was moved forward starts on a whole nanosecond.
+        let rem = if caught_up_ns == self.next_ns { self.next_rem } else { 0 };
+        let rem = rem + time.rem;
+        let carry = rem >= limit.rate_bits_per_s;
+        self.next_ns = caught_up_ns + time.ns + carry as u64;
+        let rem = if carry { rem - limit.rate_bits_per_s } else { rem };
+        // After a change to a lower rate the remainder of the higher one may be larger than the rate: it is under 1 ns, dropped.
+        self.next_rem = if rem < limit.rate_bits_per_s { rem } else { 0 };
+    }
+}
+
+/// Histogram bucket of a backlog: 0 below 2^10 ns, then one for each doubling, the last one open.
+#[inline(always)]
+pub fn backlog_bucket(backlog_ns: u64) -> usize {
+    let log2 = u64::BITS - (backlog_ns >> BACKLOG_FIRST_BUCKET_LOG2_NS).leading_zeros();
+    // A mask and not `min`: it is the form in which the verifier knows the index to be inside the array.
+    let bucket = if log2 as usize >= BACKLOG_BUCKETS { BACKLOG_BUCKETS - 1 } else { log2 as usize };
+    bucket & (BACKLOG_BUCKETS - 1)
+}
+
+/// Upper end of a histogram bucket, in nanoseconds; `None` for the last, which is open.
+pub fn backlog_bucket_end_ns(bucket: usize) -> Option<u64> {
+    (bucket < BACKLOG_BUCKETS - 1).then(|| 1 << (BACKLOG_FIRST_BUCKET_LOG2_NS as usize + bucket))
+}
+
+// SAFETY: repr(C), integers only, no padding (the sizes are asserted above): any bytes are a value.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for Limit {}
+// SAFETY: as for Limit.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for Meter {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RATES_BITS_PER_S: [u64; 9] =
+        [1_000, 9_600, 1_000_000, 10_000_001, 999_999_937, 34_359_738_368, 100_000_000_000, 1 << 47, 1_000_000_000_000_000];
+
+    fn limit(rate_bits_per_s: u64) -> Limit {
+        Limit { rate_bits_per_s, burst_ns: 0, ..Limit::default() }
+    }
+
+    #[test]
+    fn the_clock_equals_128_bit_arithmetic_to_the_nanosecond_after_a_million_packets() {
+        for rate in RATES_BITS_PER_S {
+            let mut clock = Clock { next_ns: 1_000, next_rem: 0 };
+            let mut bits: u128 = 0;
+            for i in 0..1_000_000u64 {
+                let bytes = 40 + (i * 7919) % 65_536;
+                clock.advance(0, &limit(rate), transmit_time(bytes, rate));
+                bits += u128::from(bytes) * 8;
+            }
+            let exact_ns = 1_000 + bits * 1_000_000_000 / u128::from(rate);
+            assert_eq!(u128::from(clock.next_ns), exact_ns, "at {rate} bit/s");
+        }
+    }
+
+    #[test]
+    fn minimum_packets_at_100_gbit_are_exact() {
+        // 64 bytes are 5.12 ns: whole nanoseconds would run 2.4 % fast.
+        let mut clock = Clock::default();
+        for _ in 0..1_000_000 {
+            clock.advance(0, &limit(100_000_000_000), transmit_time(64, 100_000_000_000));
+        }
+        assert_eq!(clock.next_ns, 5_120_000);
+    }
+
+    #[test]
+    fn an_idle_clock_lags_by_the_burst_and_no_more() {
+        let limit = Limit { burst_ns: 5_000, ..limit(8_000_000_000) };
+        let mut clock = Clock { next_ns: 10, next_rem: 3 };
+        clock.advance(1_000_000, &limit, transmit_time(100, limit.rate_bits_per_s));
+        assert_eq!(clock, Clock { next_ns: 995_000 + 100, next_rem: 0 });
+        assert_eq!(Clock::backlog_ns(clock.next_ns, 1_000_000), 0);
+    }
+
+    #[test]
+    fn a_busy_clock_is_not_moved_by_the_time() {
+        let limit = limit(8_000_000_000);
+        let mut clock = Clock { next_ns: 2_000, next_rem: 0 };
+        clock.advance(1_500, &limit, transmit_time(100, limit.rate_bits_per_s));
+        assert_eq!(Clock::backlog_ns(clock.next_ns, 1_500), 600);
+    }
+
+    #[test]
+    fn a_lower_rate_finds_no_remainder_it_cannot_hold() {
+        let mut clock = Clock { next_ns: 2_000, next_rem: 999_999_999 };
+        clock.advance(0, &limit(1_000), TransmitTime { ns: 0, rem: 0 });
+        assert!(clock.next_rem < 1_000);
+    }
+
+    #[test]
+    fn burst_longer_than_uptime_does_not_wrap() {
+        assert_eq!(Clock::caught_up_ns(0, 10, u64::MAX), 0);
+    }
+
+    #[test]
+    fn oversized_packets_do_not_overflow() {
+        assert_eq!(transmit_time(u64::MAX, 1_000), transmit_time(MAX_PACKET_BYTES, 1_000));
+    }
+
+    #[test]
+    fn buckets_double_and_every_backlog_has_one() {
+        for (backlog_ns, bucket) in
+            [(0, 0), (1_023, 0), (1_024, 1), (2_047, 1), (2_048, 2), (1 << 20, 11), (1 << 40, 31), (u64::MAX, 31)]
+        {
+            assert_eq!(backlog_bucket(backlog_ns), bucket, "{backlog_ns} ns");
+        }
+        for bucket in 0..BACKLOG_BUCKETS - 1 {
+            let end_ns = backlog_bucket_end_ns(bucket).unwrap();
+            assert_eq!(backlog_bucket(end_ns - 1), bucket);
+            assert_eq!(backlog_bucket(end_ns), bucket + 1);
+        }
+        assert_eq!(backlog_bucket_end_ns(BACKLOG_BUCKETS - 1), None);
+    }
+}

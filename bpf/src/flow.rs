@@ -1,0 +1,39 @@
+//! What is remembered of each socket, and when a flow is *sparse*: so little of the pod's traffic that it is not made to wait.
+//!
+//! A request, a reply or a DNS query then leaves at once beside any number of bulk flows; that is where the latency of an idle
+//! pod comes from. The allowance is also about a flow's fair share, since a bulk flow waits for the whole backlog to drain
+//! between two segments: nobody gains by being sparse many times.
+
+/// A flow is given new credit when it has not asked for this much longer than the backlog takes to drain.
+const SPARSE_GAP_NS: u64 = 1_000_000;
+
+/// One socket's state, in socket storage.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Flow {
+    /// When the sparse credit was last filled up.
+    filled_ns: u64,
+    /// What is left of it, in bytes on the wire.
+    credit_bytes: u64,
+    /// The application's own SO_MAX_PACING_RATE in bytes/s. 0: it set none.
+    pub application_bytes_per_s: u64,
+    /// Whether the socket's last packet left by the attachment's interface (u64 and not bool: no padding).
+    pub is_ours: u64,
+}
+
+impl Flow {
+    /// Whether `wire_bytes` more may go before the backlog of `backlog_ns` (these bytes included) has drained. Takes them from
+    /// the credit, `full_bytes` a time, if so.
+    #[inline(always)]
+    pub fn is_sparse(&mut self, now_ns: u64, backlog_ns: u64, wire_bytes: u64, full_bytes: u64) -> bool {
+        if now_ns - self.filled_ns > backlog_ns + SPARSE_GAP_NS {
+            self.filled_ns = now_ns;
+            self.credit_bytes = full_bytes;
+        }
+        let sparse = wire_bytes <= self.credit_bytes;
+        if sparse {
+            self.credit_bytes -= wire_bytes;
+        }
+        sparse
+    }
+}

@@ -1,0 +1,189 @@
+//! podshaper's eBPF programs: hook, what each is called for, and what its return value means. How they work is in the modules:
+//! [`clock`] (the pod clock), [`pace`] (TCP out), [`flow`] (sparse flows), [`packet`] (bytes on the wire), [`maps`].
+//!
+//! Every attachment is a load of its own, with its own maps. All programs run in the context of whoever sends, on any CPU, many
+//! at once; what they share is in `METERS`, under its lock.
+#![no_std]
+#![no_main]
+
+mod clock;
+mod flow;
+mod maps;
+mod pace;
+mod packet;
+
+use aya_ebpf::{
+    Global,
+    bindings::{
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_HDR_OPT_LEN_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, bpf_sock,
+    },
+    helpers::bpf_skb_ecn_set_ce,
+    macros::{cgroup_skb, cgroup_sockopt, sock_ops},
+    programs::{SkBuffContext, SockOpsContext, SockoptContext},
+};
+use podshaper_abi::{EGRESS, LOOPBACK_IFINDEX, Limit, Meter};
+
+use crate::{flow::Flow, packet::Wire};
+
+/// The attachment's interface, in the pod's network namespace. 0: every interface but loopback.
+#[unsafe(no_mangle)]
+static IFINDEX: Global<u32> = Global::new(0);
+
+/// cgroup_skb/egress: the packet goes on.
+const PASS: i32 = 1;
+/// cgroup_skb/egress: the packet is dropped and the sender told as by a full qdisc (NET_XMIT_DROP), so that a UDP sendto() still
+/// succeeds. 0 would be an error, EPERM, in the application (include/linux/bpf-cgroup.h, "drop packet and cn").
+const DROP: i32 = 2;
+/// sock_ops and cgroup/setsockopt: go on.
+const CONTINUE: i32 = 1;
+
+/// Two full packets of the usual MTU: the sparse credit of a flow that is not TCP and so has no MSS.
+const SPARSE_BYTES: u64 = 2 * 1500;
+
+/// Called for every packet a socket of the pod sends, before the qdisc and before a GSO packet is cut. Counts it on the clock.
+#[cgroup_skb(egress)]
+pub fn count_egress(ctx: SkBuffContext) -> i32 {
+    let (Some(limit), Some(meter)) = (maps::limit(EGRESS), maps::meter(EGRESS)) else { return PASS };
+    let socket = packet::full_socket(&ctx);
+    if !is_ours(&ctx) {
+        leave(socket);
+        return PASS;
+    }
+    // SAFETY: `full_socket` returns what `bpf_sk_fullsock` gave, not NULL.
+    let mut flow = socket.and_then(|socket| unsafe { maps::flow_or_new(socket) });
+    if let Some(flow) = flow.as_deref_mut() {
+        flow.is_ours = 1;
+    }
+    let wire = Wire::of(&ctx);
+    let now_ns = clock::now_ns();
+    let (bound_ns, marked) = if is_paced(socket) {
+        (limit.horizon_ns, false)
+    } else {
+        unpaced(&ctx, &limit, meter, flow, now_ns, &wire)
+    };
+    if clock::admit(meter, &limit, now_ns, &wire, bound_ns, marked) { PASS } else { DROP }
+}
+
+/// Called with the events of every TCP socket of the pod, the socket locked.
+#[sock_ops]
+pub fn pace_tcp(ctx: SockOpsContext) -> u32 {
+    match ctx.op() {
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB | BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => pace::ask_for_segments(&ctx),
+        BPF_SOCK_OPS_HDR_OPT_LEN_CB => pace::pace_segment(&ctx),
+        _ => {}
+    }
+    CONTINUE as u32
+}
+
+/// Called for every setsockopt() in the pod, before the kernel does it: learns the application's own pacing rate, which
+/// [`pace`] would otherwise overwrite.
+#[cgroup_sockopt(setsockopt)]
+pub fn note_setsockopt(ctx: SockoptContext) -> i32 {
+    note_pacing_rate(&ctx);
+    keep_large_option(&ctx);
+    CONTINUE
+}
+
+/// Whether the packet leaves by the attachment's interface. Loopback never counts: the pod talks to itself.
+#[inline(always)]
+fn is_ours(ctx: &SkBuffContext) -> bool {
+    // SAFETY: cgroup_skb programs may read ifindex; at egress it is that of the interface the route chose.
+    let ifindex = unsafe { (*ctx.skb.skb).ifindex };
+    let wanted = IFINDEX.load();
+    ifindex != LOOPBACK_IFINDEX && (wanted == 0 || ifindex == wanted)
+}
+
+/// The socket now sends by another interface: it is not paced for this one any more.
+#[inline(always)]
+fn leave(socket: Option<*mut bpf_sock>) {
+    // SAFETY: as in `count_egress`.
+    if let Some(flow) = socket.and_then(|socket| unsafe { maps::flow(socket) }) {
+        flow.is_ours = 0;
+    }
+}
+
+/// Whether TCP's pacing holds the packet's sender. Also true for what TCP sends without a full socket (a SYN-ACK, an ACK in
+/// TIME-WAIT): small, and not repeated by anybody who could be told to wait.
+#[inline(always)]
+fn is_paced(socket: Option<*mut bpf_sock>) -> bool {
+    // SAFETY: cgroup_skb programs may read the protocol of a full socket.
+    socket.is_none_or(|socket| unsafe { (*socket).protocol } == u32::from(packet::IPPROTO_TCP))
+}
+
+/// Bound and congestion mark of a packet that no socket paces: sparse flows pass as TCP does, others while the backlog is
+/// short, ECN-capable ones being told from half of it on.
+#[inline(always)]
+fn unpaced(
+    ctx: &SkBuffContext,
+    limit: &Limit,
+    meter: *const Meter,
+    flow: Option<&mut Flow>,
+    now_ns: u64,
+    wire: &Wire,
+) -> (u64, bool) {
+    let backlog_ns = clock::backlog_with(meter, limit, now_ns, wire.bytes);
+    if flow.is_some_and(|flow| flow.is_sparse(now_ns, backlog_ns, wire.bytes, SPARSE_BYTES)) {
+        return (limit.horizon_ns, false);
+    }
+    let congested = backlog_ns > limit.unpaced_bound_ns / 2;
+    // SAFETY: cgroup_skb programs may call it. It returns 1 where the packet is ECN-capable and now marked.
+    let marked = congested && unsafe { bpf_skb_ecn_set_ce(ctx.skb.skb) } == 1;
+    (limit.unpaced_bound_ns, marked)
+}
+
+#[inline(always)]
+fn note_pacing_rate(ctx: &SockoptContext) {
+    const SOL_SOCKET: i32 = 1;
+    // SAFETY: all fields may be read in cgroup/setsockopt; the option's bytes between optval and optval_end, which the verifier
+    // sees compared; `sk` is the full socket of the call.
+    unsafe {
+        let option = &*ctx.sockopt;
+        if option.level != SOL_SOCKET || option.optname != pace::SO_MAX_PACING_RATE {
+            return;
+        }
+        let start = option.__bindgen_anon_2.optval as usize;
+        let end = option.__bindgen_anon_3.optval_end as usize;
+        // As sk_setsockopt() reads it: an unsigned long where there is room for one, else an unsigned int, all ones meaning none.
+        let rate = if start + 8 <= end && option.optlen >= 8 {
+            *(start as *const u64)
+        } else if start + 4 <= end {
+            match *(start as *const u32) {
+                u32::MAX => u64::MAX,
+                rate => u64::from(rate),
+            }
+        } else {
+            return;
+        };
+        let socket = option.__bindgen_anon_1.sk;
+        if socket.is_null() {
+            return;
+        }
+        if let Some(flow) = maps::flow_or_new(socket) {
+            flow.application_bytes_per_s = if rate == u64::MAX { 0 } else { rate };
+        }
+    }
+}
+
+/// A program sees the first page of an option only, and the kernel refuses longer ones (EFAULT: iptables inside the pod) unless
+/// told to take the application's own bytes: optlen 0 (kernel/bpf/cgroup.c, `__cgroup_bpf_run_filter_setsockopt`).
+#[inline(always)]
+fn keep_large_option(ctx: &SockoptContext) {
+    const PAGE_SIZE: i32 = 4096;
+    // SAFETY: optlen may be read and written in cgroup/setsockopt.
+    unsafe {
+        if (*ctx.sockopt).optlen > PAGE_SIZE {
+            (*ctx.sockopt).optlen = 0;
+        }
+    }
+}
+
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    // Not reachable: the verifier would refuse a program that could get here and loop.
+    loop {}
+}
+
+/// Read by the kernel: helpers such as bpf_ktime_get_ns are for GPL-compatible programs.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
