@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
+mod cgroup;
 mod error;
 mod netns;
 
