@@ -1,4 +1,9 @@
 //! podshaper: placeholder while the modules are written.
+#![allow(dead_code)]
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
+
+mod cgroup;
 mod error;
+mod netns;
 
 fn main() {}

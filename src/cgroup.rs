@@ -1,0 +1,402 @@
+//! The cgroup v2 directory of a pod: finds it, opens it, and on a hybrid host makes and removes it.
+//!
+//! The directory is not the sandbox's or a container's, which do not exist yet when the runtime calls ADD, but the pod's, which
+//! kubelet makes before and which holds them all. On a hybrid host kubelet makes it on the v1 hierarchies only; runc puts the
+//! containers into cgroup2 later, under the same relative path. So podshaper makes the pod's directory there first.
+
+mod mounts;
+mod names;
+mod search;
+
+use std::fs::{DirBuilder, remove_dir};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Component, Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open};
+use nix::sys::stat::Mode;
+
+use crate::error::{Code, Error, Result};
+pub use mounts::Hierarchies;
+use names::Shape;
+use search::{MAX_DEPTH, MAX_VISITED, Outcome};
+
+/// The mode of the directories podshaper makes. The sticky bit has no effect on a cgroup directory and nobody else sets it: it
+/// says, for as long as the directory lives and nowhere else, that it is ours to remove.
+const MADE_HERE: u32 = 0o1755;
+const STICKY: u32 = 0o1000;
+
+/// How often [`PodCgroup::open`] starts anew when a DEL of another pod removes the parents under its hands. Two pods that come
+/// and go together need one or two.
+const OPEN_ATTEMPTS: u32 = 64;
+
+/// What is known of the pod's cgroup.
+#[derive(Clone, Copy, Debug)]
+pub enum Wanted<'a> {
+    /// A path below the cgroup2 mount, leading slash optional, as runtimes and the configuration give it in `cgroupPath`; CRI-O
+    /// with the systemd driver gives the slice's name alone.
+    Path(&'a str),
+    /// The pod's UID, already found to be `[0-9A-Za-z-]{1,63}`. kubelet's UIDs for static pods have no dashes.
+    Uid(&'a str),
+}
+
+/// The cgroup v2 directory of a pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodCgroup {
+    /// Absolute, below the cgroup2 mount.
+    pub path: PathBuf,
+    /// Whether it did not exist when it was looked for (hybrid hosts only) and [`PodCgroup::open`] would make it.
+    pub missing: bool,
+    /// The cgroup2 mount: nothing is made at or above it.
+    mount: PathBuf,
+    /// Whether the pod has a v1 directory, so that the one in cgroup2 may be made, also if it is removed in the meantime.
+    may_make: bool,
+}
+
+/// Finds the pod's cgroup; changes nothing. By UID: whichever cgroup driver, class and prefix kubelet uses.
+///
+/// # Errors
+/// [`Code::Cgroup`] if it is nowhere, or if the path given is no path below the mount.
+pub fn find(hierarchies: &Hierarchies, wanted: Wanted<'_>) -> Result<PodCgroup> {
+    match wanted {
+        Wanted::Path(given) => by_path(hierarchies, given),
+        Wanted::Uid(uid) => by_uid(hierarchies, uid),
+    }
+}
+
+fn by_path(hierarchies: &Hierarchies, given: &str) -> Result<PodCgroup> {
+    let place = names::relative(given)?;
+    if hierarchies.roots().any(|root| search::is_dir(root, &place)) {
+        return Ok(PodCgroup::at(hierarchies, &place));
+    }
+    let text = format!(
+        "find the cgroup {given:?}: not {}; looked for {}; the path comes from the runtime's or the configuration's cgroupPath: \
+         correct it there, or leave it out to have the pod found by its UID",
+        where_searched(hierarchies),
+        hierarchies.unified.join(place).display(),
+    );
+    Err(Error::new(Code::Cgroup, text))
+}
+
+fn by_uid(hierarchies: &Hierarchies, uid: &str) -> Result<PodCgroup> {
+    let roots: Vec<&Path> = hierarchies.roots().collect();
+    let gave_up = match search::by_uid(&roots, uid) {
+        Outcome::Found(place) => return Ok(PodCgroup::at(hierarchies, &place)),
+        Outcome::Absent { gave_up } => gave_up,
+    };
+    let bound = if gave_up { format!(", and gave up after {MAX_VISITED} directories") } else { String::new() };
+    let text = format!(
+        "find the cgroup of pod {uid}: not {}; looked for kubepods[-burstable|-besteffort]-pod{}.slice, \
+         kubepods[/burstable|/besteffort]/pod{} down to a depth of {MAX_DEPTH}{bound}; kubelet makes it unless its cgroupsPerQOS \
+         is off; with a runtime that knows the path (containerd 1.7, CRI-O) add the capability cgroupPath to the plugin",
+        where_searched(hierarchies),
+        Shape::Systemd.spell(uid),
+        Shape::Cgroupfs.spell(uid),
+    );
+    Err(Error::new(Code::Cgroup, text))
+}
+
+fn where_searched(hierarchies: &Hierarchies) -> String {
+    let unified = hierarchies.unified.display();
+    match hierarchies.v1.len() {
+        0 => format!("below {unified}"),
+        count => format!("below {unified} nor on the cgroup v1 mounts ({count})"),
+    }
+}
+
+impl PodCgroup {
+    fn at(hierarchies: &Hierarchies, place: &Path) -> Self {
+        Self {
+            path: hierarchies.unified.join(place),
+            missing: !search::is_dir(&hierarchies.unified, place),
+            mount: hierarchies.unified.clone(),
+            may_make: hierarchies.v1.iter().any(|root| search::is_dir(root, place)),
+        }
+    }
+
+    /// Opens the directory, and makes it before if it is one that podshaper has to make. What was made is removed again by
+    /// [`remove_if_made`].
+    ///
+    /// # Errors
+    /// [`Code::Cgroup`] if it is gone, or cannot be made or opened.
+    pub fn open(&self) -> Result<OwnedFd> {
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        for _ in 0..OPEN_ATTEMPTS {
+            match open(&self.path, flags, Mode::empty()) {
+                Ok(fd) => return Ok(fd),
+                Err(Errno::ENOENT) if self.may_make => self.make()?,
+                Err(errno) => {
+                    let text = format!("open the pod's cgroup {} (it goes away with the pod)", self.path.display());
+                    return Err(Error::because(Code::Cgroup, text, errno));
+                }
+            }
+        }
+        let text = format!("make the pod's cgroup {}: removed again {OPEN_ATTEMPTS} times", self.path.display());
+        Err(Error::new(Code::Cgroup, text))
+    }
+
+    /// Makes the directories below the mount that are missing. Returns early, to be called again, if one of them is removed
+    /// while the next is made.
+    fn make(&self) -> Result<()> {
+        let mut missing: Vec<&Path> = self.path.ancestors().take_while(|dir| *dir != self.mount).collect();
+        missing.reverse();
+        for dir in missing {
+            let Err(error) = DirBuilder::new().mode(MADE_HERE).create(dir) else { continue };
+            match errno(&error) {
+                Errno::EEXIST => {}
+                // ENODEV: the parent is just being removed (Linux kernel/cgroup/cgroup.c, cgroup_mkdir()).
+                Errno::ENOENT | Errno::ENODEV => return Ok(()),
+                _ => return Err(Error::because(Code::Cgroup, format!("make the cgroup {}", dir.display()), error)),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Removes the pod's directory at `path` from cgroup2, and its parents up to the mount, as far as podshaper made them and
+/// nothing is left in them. For DEL and for undoing an ADD. Without v1 hierarchies, or with a path that is not below the mount
+/// (a record of another boot), there is nothing to remove.
+///
+/// An eBPF program attached to the directory does not keep it: only the owner of the pod's last attachment may call this.
+///
+/// # Errors
+/// [`Code::Cgroup`] if a directory that is empty cannot be removed.
+pub fn remove_if_made(hierarchies: &Hierarchies, path: &Path) -> Result<()> {
+    let is_plain = path.components().all(|part| part != Component::ParentDir);
+    if !hierarchies.are_hybrid() || !is_plain || !path.starts_with(&hierarchies.unified) {
+        return Ok(());
+    }
+    for dir in path.ancestors().take_while(|dir| *dir != hierarchies.unified) {
+        match dir.symlink_metadata() {
+            Ok(found) if found.is_dir() && found.mode() & STICKY != 0 => {}
+            Ok(_) => return Ok(()),
+            Err(_) => continue, // gone already, its parents perhaps not: two DELs can run at once
+        }
+        let Err(error) = remove_dir(dir) else { continue };
+        match errno(&error) {
+            Errno::ENOENT => {}
+            // cgroup2 says EBUSY while there are processes or cgroups in it, other filesystems ENOTEMPTY.
+            Errno::EBUSY | Errno::ENOTEMPTY => return Ok(()),
+            _ => return Err(Error::because(Code::Cgroup, format!("remove the cgroup {}", dir.display()), error)),
+        }
+    }
+    Ok(())
+}
+
+fn errno(error: &io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::UnknownErrno, Errno::from_raw)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::create_dir_all;
+
+    use tempfile::{TempDir, tempdir};
+
+    use super::*;
+
+    const PLACE: &str = "kubepods/burstable/podu-1";
+    const SLICE: &str = "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podu_1.slice";
+
+    /// `unified` and two v1 mounts, `memory` and `pids`, in a temporary directory that lives as long as the first value.
+    fn hybrid(dirs: &[&str]) -> (TempDir, Hierarchies) {
+        let root = tempdir().unwrap();
+        for dir in ["unified", "memory", "pids"].iter().chain(dirs) {
+            create_dir_all(root.path().join(dir)).unwrap();
+        }
+        let v1 = ["memory", "pids"].map(|name| root.path().join(name)).to_vec();
+        let hierarchies = Hierarchies { unified: root.path().join("unified"), v1 };
+        (root, hierarchies)
+    }
+
+    fn pure(dirs: &[&str]) -> (TempDir, Hierarchies) {
+        let root = tempdir().unwrap();
+        for dir in dirs {
+            create_dir_all(root.path().join(dir)).unwrap();
+        }
+        let hierarchies = Hierarchies { unified: root.path().into(), v1: Vec::new() };
+        (root, hierarchies)
+    }
+
+    fn tree(root: &Path) -> Vec<PathBuf> {
+        let below = std::fs::read_dir(root).unwrap().flat_map(|entry| tree(&entry.unwrap().path()));
+        std::iter::once(root.into()).chain(below).collect()
+    }
+
+    #[test]
+    fn a_pods_directory_is_found_in_cgroup2_or_made_there_after_its_v1_directory() {
+        let (by_uid, by_slice) = (Wanted::Uid("u-1"), Wanted::Path("kubepods-burstable-podu_1.slice"));
+        let by_path = Wanted::Path("/kubepods/burstable/podu-1");
+        for (dirs, wanted, place, missing) in [
+            ([format!("unified/{PLACE}"), format!("memory/{PLACE}")], by_uid, PLACE, false),
+            ([format!("unified/{PLACE}"), format!("memory/{PLACE}")], by_path, PLACE, false),
+            ([format!("unified/{PLACE}"), "memory/other".into()], by_path, PLACE, false),
+            (["unified/other".into(), format!("pids/{PLACE}")], by_uid, PLACE, true),
+            (["unified/other".into(), format!("pids/{PLACE}")], by_path, PLACE, true),
+            (["unified/other".into(), format!("pids/{SLICE}")], by_uid, SLICE, true),
+            (["unified/other".into(), format!("pids/{SLICE}")], by_slice, SLICE, true),
+            // The systemd shape is preferred wherever it is.
+            ([format!("unified/{PLACE}"), format!("memory/{SLICE}")], by_uid, SLICE, true),
+            (
+                ["unified/docker/7".into(), format!("memory/docker/7/{PLACE}")],
+                by_uid,
+                "docker/7/kubepods/burstable/podu-1",
+                true,
+            ),
+        ] {
+            let (_root, hierarchies) = hybrid(&dirs.each_ref().map(String::as_str));
+            let before = tree(&hierarchies.unified);
+            let found = find(&hierarchies, wanted).unwrap();
+            let expected = hierarchies.unified.join(place);
+            assert_eq!((&found.path, found.missing), (&expected, missing), "{dirs:?}");
+            assert_eq!(tree(&hierarchies.unified), before, "find changes nothing: {dirs:?}");
+            found.open().unwrap();
+            assert!(expected.is_dir());
+
+            remove_if_made(&hierarchies, &expected).unwrap();
+            assert_eq!(tree(&hierarchies.unified), before, "all that was made is removed and no more: {dirs:?}");
+        }
+    }
+
+    #[test]
+    fn on_a_pure_host_nothing_is_made_or_removed() {
+        let (_root, hierarchies) = pure(&[PLACE]);
+        for wanted in [Wanted::Uid("u-1"), Wanted::Path(PLACE)] {
+            let found = find(&hierarchies, wanted).unwrap();
+            assert!(!found.missing);
+            found.open().unwrap();
+            remove_if_made(&hierarchies, &found.path).unwrap();
+            assert!(found.path.is_dir());
+        }
+        let marked = hierarchies.unified.join("marked");
+        DirBuilder::new().mode(MADE_HERE).create(&marked).unwrap();
+        remove_if_made(&hierarchies, &marked).unwrap();
+        assert!(marked.is_dir());
+
+        let found = find(&hierarchies, Wanted::Uid("u-1")).unwrap();
+        remove_dir(&found.path).unwrap();
+        assert_eq!(
+            found.open().unwrap_err().to_string(),
+            format!(
+                "open the pod's cgroup {} (it goes away with the pod): ENOENT: No such file or directory",
+                found.path.display()
+            )
+        );
+    }
+
+    #[test]
+    fn a_cgroup_that_is_not_there_is_an_error_that_says_what_was_looked_for() {
+        let (_pure, pure) = pure(&["kubepods/podu-2"]);
+        let (_hybrid, hybrid) = hybrid(&["pids/kubepods/podu-2"]);
+        let names = "kubepods[-burstable|-besteffort]-podu_1.slice, kubepods[/burstable|/besteffort]/podu-1 down to a depth of 10";
+        let uid_remedy = "kubelet makes it unless its cgroupsPerQOS is off; with a runtime that knows the path (containerd 1.7, \
+                          CRI-O) add the capability cgroupPath to the plugin";
+        let path_remedy = "the path comes from the runtime's or the configuration's cgroupPath: correct it there, or leave it \
+                           out to have the pod found by its UID";
+        for (hierarchies, also) in [(&pure, ""), (&hybrid, " nor on the cgroup v1 mounts (2)")] {
+            let below = hierarchies.unified.display();
+            let error = find(hierarchies, Wanted::Uid("u-1")).unwrap_err();
+            assert_eq!(error.code(), Code::Cgroup);
+            assert_eq!(
+                error.to_string(),
+                format!("find the cgroup of pod u-1: not below {below}{also}; looked for {names}; {uid_remedy}")
+            );
+            let error = find(hierarchies, Wanted::Path("/kubepods/podu-1")).unwrap_err();
+            assert_eq!(error.code(), Code::Cgroup);
+            assert_eq!(
+                error.to_string(),
+                format!(
+                    "find the cgroup \"/kubepods/podu-1\": not below {below}{also}; looked for {below}/kubepods/podu-1; \
+                     {path_remedy}"
+                )
+            );
+        }
+    }
+
+    #[test]
+    fn removal_stops_at_what_is_in_use_or_someone_elses() {
+        let (_root, hierarchies) = hybrid(&["unified/system.slice", "pids/kubepods/podu-1", "pids/kubepods/podu-2"]);
+        let [one, two] = ["u-1", "u-2"].map(|uid| find(&hierarchies, Wanted::Uid(uid)).unwrap());
+        one.open().unwrap();
+        two.open().unwrap();
+        let remove = |path: &Path| remove_if_made(&hierarchies, path).unwrap();
+
+        create_dir_all(one.path.join("container")).unwrap();
+        remove(&one.path);
+        assert!(one.path.is_dir(), "it holds a container");
+        remove_dir(one.path.join("container")).unwrap();
+        remove(&one.path);
+        assert!(!one.path.exists() && two.path.is_dir(), "the other pod stays");
+        // Marked as ours, but not below the mount.
+        DirBuilder::new().mode(MADE_HERE).create(hierarchies.v1[0].join("marked")).unwrap();
+        for elsewhere in ["system.slice", "../memory/marked", ""] {
+            remove(&hierarchies.unified.join(elsewhere));
+        }
+        remove(&hierarchies.v1[0].join("marked"));
+        assert!(hierarchies.unified.join("system.slice").is_dir() && hierarchies.v1[0].join("marked").is_dir());
+
+        remove_dir(&two.path).unwrap();
+        remove(&two.path);
+        assert!(!two.path.parent().unwrap().exists(), "a parent left by an interrupted DEL goes too");
+        remove(&two.path);
+    }
+
+    /// Opens and removes two pods below `parent`, many times, at once; nothing is left.
+    fn come_and_go(hierarchies: &Hierarchies, parent: &str) {
+        let pods = ["pod1", "pod2"].map(|name| format!("{parent}/a/{name}"));
+        for pod in &pods {
+            create_dir_all(hierarchies.v1[0].join(pod)).unwrap();
+        }
+        std::thread::scope(|scope| {
+            for pod in &pods {
+                scope.spawn(move || {
+                    let pod = find(hierarchies, Wanted::Path(pod)).unwrap();
+                    for _ in 0..500 {
+                        pod.open().unwrap();
+                        assert!(pod.path.is_dir());
+                        remove_if_made(hierarchies, &pod.path).unwrap();
+                        assert!(!pod.path.exists());
+                    }
+                });
+            }
+        });
+        assert!(!hierarchies.unified.join(parent).exists());
+    }
+
+    #[test]
+    fn pods_that_come_and_go_at_once_do_not_take_each_others_parents() {
+        let (_root, hierarchies) = hybrid(&[]);
+        come_and_go(&hierarchies, "kubepods");
+    }
+
+    /// A name in the kernel's cgroup2; what a failed test leaves of the tree that [`come_and_go`] makes is removed.
+    struct Scratch<'a>(&'a Hierarchies, String);
+
+    impl Drop for Scratch<'_> {
+        fn drop(&mut self) {
+            for below in ["a/pod1", "a/pod2", "a", ""] {
+                let _ = remove_dir(self.0.unified.join(&self.1).join(below));
+            }
+        }
+    }
+
+    #[test]
+    #[ignore = "needs root and cgroup2"]
+    fn the_kernels_own_cgroup2_keeps_the_mark_and_bears_the_race() {
+        let (_root, mut hierarchies) = hybrid(&[]);
+        hierarchies.unified = Hierarchies::of_this_host().unwrap().unified;
+        let scratch = Scratch(&hierarchies, format!("podshaper-test-{}", std::process::id()));
+        create_dir_all(hierarchies.v1[0].join(&scratch.1).join("a/pod1")).unwrap();
+        let found = find(&hierarchies, Wanted::Path(&format!("{}/a/pod1", scratch.1))).unwrap();
+        assert!(found.missing);
+        found.open().unwrap();
+        remove_if_made(&hierarchies, found.path.parent().unwrap()).unwrap();
+        assert!(found.path.join("cgroup.procs").exists(), "a cgroup with children stays");
+        remove_if_made(&hierarchies, &found.path).unwrap();
+        assert!(!hierarchies.unified.join(&scratch.1).exists());
+
+        come_and_go(&hierarchies, &scratch.1);
+    }
+}
