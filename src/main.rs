@@ -1,4 +1,8 @@
 //! podshaper: placeholder while the modules are written.
+#![allow(dead_code)]
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
+
 mod error;
+mod units;
 
 fn main() {}
