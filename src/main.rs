@@ -1,9 +1,10 @@
 //! podshaper: placeholder while the modules are written.
-#![allow(dead_code)]
+#![allow(dead_code, unused_imports)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 mod error;
 mod pod;
+mod request;
 mod units;
 
 fn main() {}

@@ -162,6 +162,10 @@ pub enum UnitError {
     Suffix,
     /// Not digits followed by an `M`.
     NotMegabytes,
+    /// A JSON number with a sign, a fraction or an exponent, or too many digits.
+    NotWhole,
+    /// JSON, but no string.
+    NotText,
     /// A quantity beyond anything that is measured here.
     TooLarge,
     /// Below [`Rate::MIN`].
@@ -182,6 +186,8 @@ impl fmt::Display for UnitError {
             Self::NotANumber => "does not start with a number",
             Self::Suffix => "the number is followed by something else than k, M, G, T, P, Ki, Mi, Gi or an exponent",
             Self::NotMegabytes => "not digits followed by M",
+            Self::NotWhole => "neither a string nor a whole number",
+            Self::NotText => "not a string",
             Self::TooLarge => "too large",
             Self::RateTooSmall => "less than 1 kbit/s",
             Self::RateTooLarge => "more than 1 Pbit/s",
