@@ -5,6 +5,7 @@
 //! so limits are not looked at before [`Request::limits`] is called: a DEL must succeed whatever they hold. For the same
 //! reason a DEL or GC forgives what an ADD refuses ([`Request::forgiven`]), but for stdin that is no configuration at all.
 
+mod bandwidth;
 mod config;
 mod env;
 mod json;
@@ -254,7 +255,6 @@ fn below_cgroup_mount(text: &str) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use log::LevelFilter;
 
     /// A configuration with `keys` in it.
     pub(super) fn config(keys: &str) -> String {
@@ -262,7 +262,8 @@ mod tests {
         format!(r#"{{"cniVersion": "1.1.0", "name": "net", "type": "podshaper"{comma}{keys}}}"#)
     }
 
-    fn env(args: &str) -> Env {
+    /// The variables of a well-formed call with these `CNI_ARGS`.
+    pub(super) fn env(args: &str) -> Env {
         Env {
             command: None,
             container_id: Some("c1".into()),
@@ -280,24 +281,6 @@ mod tests {
 
     fn all() -> [Cmd; 5] {
         [Cmd::Add, Cmd::Check, Cmd::Del, Cmd::Gc, Cmd::Status]
-    }
-
-    #[test]
-    fn each_verb_names_the_variables_it_lacks() {
-        let empty = Env { netns: Some("".into()), ..Env::default() };
-        for (cmd, missing) in [
-            (Cmd::Add, "CNI_CONTAINERID,CNI_NETNS,CNI_IFNAME"),
-            (Cmd::Check, "CNI_CONTAINERID,CNI_NETNS,CNI_IFNAME"),
-            (Cmd::Del, "CNI_CONTAINERID,CNI_IFNAME"),
-            (Cmd::Gc, "CNI_PATH"),
-        ] {
-            let error = Request::parse(cmd, &empty, b"not looked at").unwrap_err();
-            assert_eq!(error.code(), Code::Environment);
-            assert_eq!(error.to_string(), format!("required env variables [{missing}] missing"));
-        }
-        assert!(Request::parse(Cmd::Status, &empty, config("").as_bytes()).is_ok());
-        let late = Env { netns: Some("".into()), ..env("") };
-        assert_eq!(Request::parse(Cmd::Del, &late, config("").as_bytes()).unwrap().netns, None);
     }
 
     #[test]
@@ -350,34 +333,6 @@ mod tests {
         }
         assert_eq!(declared_version(br#"{"cniVersion": "0.4.0"}"#), Some(SpecVersion::new(0, 4, 0)));
         assert_eq!(declared_version(b"{}"), None);
-    }
-
-    #[test]
-    fn a_del_of_what_no_add_can_have_made_is_told_apart_from_an_error() {
-        for (env, expected) in [
-            (
-                Env { container_id: Some("../c".into()), ..env("") },
-                "CNI_CONTAINERID: \"../c\" is not a container id (a letter or digit, then letters, digits, '_', '.' and '-', \
-                 128 at most)",
-            ),
-            (
-                Env { ifname: Some("..".into()), ..env("") },
-                "CNI_IFNAME: \"..\" is not an interface name (1 to 15 bytes, no space, '/', ':' or control character, not \
-                 '.' or '..')",
-            ),
-            (
-                env("K8S_POD_UID=../../x"),
-                "CNI_ARGS: K8S_POD_UID: \"../../x\" is not a pod UID (1 to 63 letters, digits and dashes, no dash first)",
-            ),
-        ] {
-            for cmd in [Cmd::Add, Cmd::Check] {
-                let error = Request::parse(cmd, &env, config("").as_bytes()).unwrap_err();
-                assert_eq!((error.code(), error.to_string().as_str()), (Code::Environment, expected));
-            }
-            let request = Request::parse(Cmd::Del, &env, config("").as_bytes()).unwrap();
-            let Subject::NeverAdded(error) = request.subject else { panic!("{:?}", request.subject) };
-            assert_eq!(error.to_string(), expected);
-        }
     }
 
     #[test]
@@ -452,54 +407,10 @@ mod tests {
     }
 
     #[test]
-    fn the_configuration_is_read_with_its_defaults() {
-        let plain = add("", &config(r#""foreign": {"keys": ["stay"]}, "logLevel": null"#)).unwrap().config;
-        assert_eq!(
-            (plain.log_file, plain.log_level, plain.rate_key.as_deref()),
-            (None, LevelFilter::Info, Some("rate"))
-        );
-        let keys = r#""logFile": "/var/log/p", "logLevel": "Debug", "rateKey": "", "kubeconfig": "/etc/k",
-                      "exemptSubnets": ["10.0.0.0/8", "fd00::/8"], "cgroupPath": "/machine.slice/libpod-{containerID}.scope""#;
-        let request = add("", &config(keys)).unwrap();
-        assert_eq!(request.config.log_file.as_deref(), Some(Path::new("/var/log/p")));
-        assert_eq!(request.config.kubeconfig.as_deref(), Some(Path::new("/etc/k")));
-        assert_eq!((request.config.log_level, request.config.rate_key.as_deref()), (LevelFilter::Debug, None));
-        assert_eq!(request.config.exempt_subnets, ["10.0.0.0/8", "fd00::/8"].map(|text| text.parse().unwrap()));
-        // The configured cgroup is for pods without a UID only.
-        assert_eq!(request.cgroup_hint(), Some(Path::new("/machine.slice/libpod-c1.scope")));
-        assert_eq!(add("K8S_POD_UID=u", &config(keys)).unwrap().cgroup_hint(), None);
-    }
-
-    #[test]
-    fn without_a_uid_the_container_is_the_key() {
-        for (args, key) in [("", "c1"), ("K8S_POD_UID=", "c1"), ("IgnoreUnknown=1;K8S_POD_UID=6c9b65a9", "6c9b65a9")] {
-            let request = add(args, &config("")).unwrap();
-            let Subject::Attachment(attachment) = &request.subject else { panic!("{:?}", request.subject) };
-            assert_eq!(attachment.key.as_str(), key, "{args}");
-            let owner = request.owner(attachment, Path::new("/sys/fs/cgroup/a"));
-            assert!(owner.is(&request.network, &attachment.container_id, &attachment.ifname));
-            assert_eq!((owner.uid.is_some(), owner.netns.as_deref()), (key != "c1", Some("/run/netns/n1")));
-        }
-    }
-
-    #[test]
     fn stdin_is_read_up_to_a_mebibyte() {
         assert_eq!(read_stdin(std::io::repeat(b' ').take(1 << 20)).unwrap().len(), 1 << 20);
         let error = read_stdin(std::io::repeat(b' ')).unwrap_err();
         assert_eq!(error.code(), Code::Decode);
         assert_eq!(error.to_string(), "the network configuration on stdin has more than 1 MiB (1048576 bytes)");
-    }
-
-    #[test]
-    fn variables_that_are_not_text_are_refused() {
-        use std::os::unix::ffi::OsStringExt;
-        let bytes = || Some(std::ffi::OsString::from_vec(b"a=\xff".to_vec()));
-        let error = Request::parse(Cmd::Add, &Env { args: bytes(), ..env("") }, b"{}").unwrap_err();
-        assert_eq!(
-            (error.code(), error.to_string().as_str()),
-            (Code::Environment, "CNI_ARGS: \"a=\\u{fffd}\" is not UTF-8")
-        );
-        let error = Request::parse(Cmd::Add, &Env { netns: bytes(), ..env("") }, b"{}").unwrap_err();
-        assert_eq!(error.code(), Code::Environment);
     }
 }

@@ -184,3 +184,56 @@ fn number<T>(
     let text = || format!("configuration key {key:?}: {shown} is not {what}");
     value.map_err(|cause| Error::because(Code::Config, text(), cause))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::request::tests::{add, config};
+    use std::path::Path;
+
+    #[test]
+    fn the_configuration_is_read_with_its_defaults() {
+        let plain = add("", &config(r#""foreign": {"keys": ["stay"]}, "logLevel": null"#)).unwrap().config;
+        assert_eq!(
+            (plain.log_file, plain.log_level, plain.rate_key.as_deref()),
+            (None, LevelFilter::Info, Some("rate"))
+        );
+        let keys = r#""logFile": "/var/log/p", "logLevel": "Debug", "rateKey": "", "kubeconfig": "/etc/k",
+                      "exemptSubnets": ["10.0.0.0/8", "fd00::/8"], "cgroupPath": "/machine.slice/libpod-{containerID}.scope""#;
+        let request = add("", &config(keys)).unwrap();
+        assert_eq!(request.config.log_file.as_deref(), Some(Path::new("/var/log/p")));
+        assert_eq!(request.config.kubeconfig.as_deref(), Some(Path::new("/etc/k")));
+        assert_eq!((request.config.log_level, request.config.rate_key.as_deref()), (LevelFilter::Debug, None));
+        assert_eq!(request.config.exempt_subnets, ["10.0.0.0/8", "fd00::/8"].map(|text| text.parse().unwrap()));
+        // The configured cgroup is for pods without a UID only.
+        assert_eq!(request.cgroup_hint(), Some(Path::new("/machine.slice/libpod-c1.scope")));
+        assert_eq!(add("K8S_POD_UID=u", &config(keys)).unwrap().cgroup_hint(), None);
+    }
+
+    #[test]
+    fn a_mistake_in_the_configured_rates_is_named_by_key() {
+        let rate = "is not a rate (\"10M\", or a number of bits per second, 1k to 1P)";
+        for (keys, expected) in [
+            (r#""egress": "10MB""#, format!("\"egress\": \"10MB\" {rate}: {}", UnitError::Suffix)),
+            (r#""egress": 0"#, format!("\"egress\": 0 {rate}: less than 1 kbit/s")),
+            (r#""ingressRate": 1e9"#, format!("\"ingress\": \"1e9\" {rate}: neither a string nor a whole number")),
+            (r#""max": {"egress": true}"#, format!("\"max.egress\": \"true\" {rate}: neither a string nor a whole number")),
+            (
+                r#""egress": "1M", "egressBurst": "0""#,
+                "\"egressBurst\": \"0\" is not a burst (\"400k\", or a number of bits, below 4 GiB): a burst of nothing"
+                    .to_owned(),
+            ),
+            (
+                r#""max": {"egres": "10M"}"#,
+                "\"max\" has no other keys than egress, ingress: unknown field `egres`, expected `egress` or `ingress` \
+                 at line 1 column 8"
+                    .to_owned(),
+            ),
+            (r#""max": []"#, "\"max\" has no other keys than egress, ingress: not an object".to_owned()),
+        ] {
+            let error = add("", &config(keys)).unwrap().limits().unwrap_err();
+            let expected = format!("configuration key {expected}");
+            assert_eq!((error.code(), error.to_string()), (Code::Config, expected), "{keys}");
+        }
+    }
+}

@@ -153,8 +153,11 @@ fn pairs(text: &str) -> (Vec<(String, String)>, Option<Error>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::request::Request;
+    use crate::request::tests::{add, config, env};
     use proptest::prelude::*;
     use std::collections::BTreeMap;
+    use std::path::Path;
 
     fn owned(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
         pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
@@ -186,6 +189,77 @@ mod tests {
         assert_eq!(error, r#"CNI_COMMAND: "add\n" is not ADD, DEL, CHECK, STATUS, GC or VERSION"#);
     }
 
+    #[test]
+    fn each_verb_names_the_variables_it_lacks() {
+        let empty = Env { netns: Some("".into()), ..Env::default() };
+        for (cmd, missing) in [
+            (Cmd::Add, "CNI_CONTAINERID,CNI_NETNS,CNI_IFNAME"),
+            (Cmd::Check, "CNI_CONTAINERID,CNI_NETNS,CNI_IFNAME"),
+            (Cmd::Del, "CNI_CONTAINERID,CNI_IFNAME"),
+            (Cmd::Gc, "CNI_PATH"),
+        ] {
+            let error = Request::parse(cmd, &empty, b"not looked at").unwrap_err();
+            assert_eq!(error.code(), Code::Environment);
+            assert_eq!(error.to_string(), format!("required env variables [{missing}] missing"));
+        }
+        assert!(Request::parse(Cmd::Status, &empty, config("").as_bytes()).is_ok());
+        let late = Env { netns: Some("".into()), ..env("") };
+        assert_eq!(Request::parse(Cmd::Del, &late, config("").as_bytes()).unwrap().netns, None);
+    }
+
+    #[test]
+    fn a_del_of_what_no_add_can_have_made_is_told_apart_from_an_error() {
+        for (env, expected) in [
+            (
+                Env { container_id: Some("../c".into()), ..env("") },
+                "CNI_CONTAINERID: \"../c\" is not a container id (a letter or digit, then letters, digits, '_', '.' and '-', \
+                 128 at most)",
+            ),
+            (
+                Env { ifname: Some("..".into()), ..env("") },
+                "CNI_IFNAME: \"..\" is not an interface name (1 to 15 bytes, no space, '/', ':' or control character, not \
+                 '.' or '..')",
+            ),
+            (
+                env("K8S_POD_UID=../../x"),
+                "CNI_ARGS: K8S_POD_UID: \"../../x\" is not a pod UID (1 to 63 letters, digits and dashes, no dash first)",
+            ),
+        ] {
+            for cmd in [Cmd::Add, Cmd::Check] {
+                let error = Request::parse(cmd, &env, config("").as_bytes()).unwrap_err();
+                assert_eq!((error.code(), error.to_string().as_str()), (Code::Environment, expected));
+            }
+            let request = Request::parse(Cmd::Del, &env, config("").as_bytes()).unwrap();
+            let Subject::NeverAdded(error) = request.subject else { panic!("{:?}", request.subject) };
+            assert_eq!(error.to_string(), expected);
+        }
+    }
+
+    #[test]
+    fn without_a_uid_the_container_is_the_key() {
+        for (args, key) in [("", "c1"), ("K8S_POD_UID=", "c1"), ("IgnoreUnknown=1;K8S_POD_UID=6c9b65a9", "6c9b65a9")] {
+            let request = add(args, &config("")).unwrap();
+            let Subject::Attachment(attachment) = &request.subject else { panic!("{:?}", request.subject) };
+            assert_eq!(attachment.key.as_str(), key, "{args}");
+            let owner = request.owner(attachment, Path::new("/sys/fs/cgroup/a"));
+            assert!(owner.is(&request.network, &attachment.container_id, &attachment.ifname));
+            assert_eq!((owner.uid.is_some(), owner.netns.as_deref()), (key != "c1", Some("/run/netns/n1")));
+        }
+    }
+
+    #[test]
+    fn variables_that_are_not_text_are_refused() {
+        use std::os::unix::ffi::OsStringExt;
+        let bytes = || Some(std::ffi::OsString::from_vec(b"a=\xff".to_vec()));
+        let error = Request::parse(Cmd::Add, &Env { args: bytes(), ..env("") }, b"{}").unwrap_err();
+        assert_eq!(
+            (error.code(), error.to_string().as_str()),
+            (Code::Environment, "CNI_ARGS: \"a=\\u{fffd}\" is not UTF-8")
+        );
+        let error = Request::parse(Cmd::Add, &Env { netns: bytes(), ..env("") }, b"{}").unwrap_err();
+        assert_eq!(error.code(), Code::Environment);
+    }
+
     proptest! {
         #[test]
         fn no_cni_args_make_the_parser_panic(text in "(?s)[a-c;=.]{0,20}|.{0,40}") {
@@ -194,7 +268,7 @@ mod tests {
         }
 
         #[test]
-        fn pairs_that_are_joined_are_found_again(map: BTreeMap<String, String>) {
+        fn pairs_that_are_joined_are_found_again(map in prop::collection::btree_map(".{0,8}", ".{0,8}", 0..6)) {
             let map: BTreeMap<_, _> = map
                 .into_iter()
                 .map(|(key, value)| (key.replace([';', '='], "_"), value.replace(';', "_")))

@@ -15,12 +15,9 @@ use std::fmt;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::{Request, env, json};
+use super::{Request, bandwidth, env, json};
 use crate::error::{Code, Error, Result, quoted};
 use crate::units::{Burst, Rate, UnitError};
-
-/// Burst in bits that means "not set": what kubelet (2^31-1) and containerd (2^32-1) put there, and nothing.
-const UNSET_BURSTS: [u64; 3] = [0, i32::MAX as u64, u32::MAX as u64];
 
 /// The limits of one attachment; None is unlimited.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -113,30 +110,16 @@ pub(super) struct Sources {
     pub(super) cni_args: Vec<(String, String)>,
 }
 
-/// `runtimeConfig.bandwidth`. containerd spells the keys as Go does, CRI-O as the CNI conventions do.
-#[derive(Default, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Bandwidth {
-    #[serde(alias = "EgressRate")]
-    egress_rate: Option<Box<RawValue>>,
-    #[serde(alias = "EgressBurst")]
-    egress_burst: Option<Box<RawValue>>,
-    #[serde(alias = "IngressRate")]
-    ingress_rate: Option<Box<RawValue>>,
-    #[serde(alias = "IngressBurst")]
-    ingress_burst: Option<Box<RawValue>>,
-}
-
 #[derive(Default, Deserialize)]
 struct Args {
     cni: Option<Box<RawValue>>,
 }
 
 /// What a source asks for.
-struct Asked {
-    rate: Rate,
-    burst: Option<Burst>,
-    source: Source,
+pub(super) struct Asked {
+    pub(super) rate: Rate,
+    pub(super) burst: Option<Burst>,
+    pub(super) source: Source,
 }
 
 impl Request {
@@ -179,7 +162,7 @@ impl Request {
     /// Sources 1 to 4, which the call brings along.
     fn called_for(&self, direction: Direction) -> Result<Option<Asked>> {
         let Sources { bandwidth, annotations, args, cni_args } = &self.sources;
-        if let Some(asked) = bandwidth.as_deref().map_or(Ok(None), |raw| runtime_bandwidth(raw, direction))? {
+        if let Some(asked) = bandwidth.as_deref().map_or(Ok(None), |raw| bandwidth::asked(raw, direction))? {
             return Ok(Some(asked));
         }
         let annotations = members("runtimeConfig[\"io.kubernetes.cri.pod-annotations\"]", annotations.as_deref())?;
@@ -237,40 +220,12 @@ impl Request {
 const QUANTITY: &str = "write bits per second, 1k to 1P, such as \"10M\"";
 const MEGABYTES: &str = "write whole megabytes per second, such as \"1M\"";
 
-/// Source 1.
-fn runtime_bandwidth(raw: &RawValue, direction: Direction) -> Result<Option<Asked>> {
-    let Bandwidth { egress_rate, egress_burst, ingress_rate, ingress_burst } = decode("runtimeConfig.bandwidth", raw)?;
-    let (rate, burst, keys) = match direction {
-        Direction::Egress => (egress_rate, egress_burst, ["egressRate", "egressBurst"]),
-        Direction::Ingress => (ingress_rate, ingress_burst, ["ingressRate", "ingressBurst"]),
-    };
-    let number = |key: &str, raw: Option<Box<RawValue>>| match raw {
-        None => Ok(0),
-        Some(raw) => raw.get().parse::<u64>().map_err(|_| {
-            let shown = quoted(raw.get());
-            Error::new(Code::Config, format!("runtimeConfig.bandwidth {key}: {shown} is not a whole number of bits"))
-        }),
-    };
-    let wrong = |key: &str, bits: u64, cause| {
-        Error::because(Code::Config, format!("runtimeConfig.bandwidth {key}: cannot be {bits}"), cause)
-    };
-    let bits_per_s = number(keys[0], rate)?;
-    if bits_per_s == 0 {
-        return Ok(None);
-    }
-    let rate = Rate::bits_per_s(bits_per_s).map_err(|cause| wrong(keys[0], bits_per_s, cause))?;
-    let bits = number(keys[1], burst)?;
-    let burst = if UNSET_BURSTS.contains(&bits) { None } else { Some(Burst::bits(bits)) };
-    let burst = burst.transpose().map_err(|cause| wrong(keys[1], bits, cause))?;
-    Ok(Some(Asked { rate, burst, source: Source::RuntimeConfig }))
-}
-
 /// The members of an object, undecoded: one that is not ours may be anything.
 fn members(name: &str, raw: Option<&RawValue>) -> Result<BTreeMap<String, Box<RawValue>>> {
     raw.map_or(Ok(BTreeMap::new()), |raw| decode(name, raw))
 }
 
-fn decode<T: for<'de> Deserialize<'de>>(name: &str, raw: &RawValue) -> Result<T> {
+pub(super) fn decode<T: for<'de> Deserialize<'de>>(name: &str, raw: &RawValue) -> Result<T> {
     json::object(raw.get()).map_err(|cause| Error::because(Code::Config, format!("decode {name}"), cause))
 }
 
@@ -287,12 +242,12 @@ fn text(members: &BTreeMap<String, Box<RawValue>>, key: &str) -> Result<Option<S
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::request::tests::{add, config};
 
     /// Egress and ingress as "rate burst source", or the error.
-    fn outcome(request: &Request, found: Found) -> Result<[String; 2], String> {
+    pub(in crate::request) fn outcome(request: &Request, found: Found) -> Result<[String; 2], String> {
         let print = |limit: Limit| {
             let capped = if limit.asked == limit.rate { String::new() } else { format!(" not {}", limit.asked) };
             format!("{} {} {}{capped}", limit.rate, limit.burst.as_bytes(), limit.source)
@@ -358,52 +313,6 @@ mod tests {
     }
 
     #[test]
-    fn bandwidth_is_what_either_runtime_spells() {
-        for (bandwidth, expected) in [
-            (r#"{"EgressRate": 1000}"#, Ok(["1k 15000 runtimeConfig.bandwidth", ""])),
-            (r#"{"ingressRate": 24000000, "ingressBurst": 8}"#, Ok(["", "24M 1 runtimeConfig.bandwidth"])),
-            (r#"{"egressRate": 1000, "egressBurst": 2147483647}"#, Ok(["1k 15000 runtimeConfig.bandwidth", ""])),
-            (r#"{"egressRate": 1000, "egressBurst": 4294967295}"#, Ok(["1k 15000 runtimeConfig.bandwidth", ""])),
-            (r#"{"egressRate": 1000, "egressBurst": null}"#, Ok(["1k 15000 runtimeConfig.bandwidth", ""])),
-            (r#"{"egressRate": 0, "egressBurst": 80, "else": [1]}"#, Ok(["", ""])),
-            ("null", Ok(["", ""])),
-            ("{}", Ok(["", ""])),
-            (
-                r#"{"egressRate": 1000, "EgressRate": 2000}"#,
-                Err("decode runtimeConfig.bandwidth: duplicate field `egressRate` at line 1 column 33"),
-            ),
-            ("[1000]", Err("decode runtimeConfig.bandwidth: not an object")),
-            (r#"{"egressRate": 999}"#, Err("egressRate: cannot be 999: less than 1 kbit/s")),
-            (r#"{"egressRate": 1000000000000001}"#, Err("egressRate: cannot be 1000000000000001: more than 1 Pbit/s")),
-            (
-                r#"{"egressRate": 1000, "egressBurst": 34359738361}"#,
-                Err("egressBurst: cannot be 34359738361: a burst of 4 GiB or more"),
-            ),
-            (r#"{"egressRate": -1}"#, Err(r#"egressRate: "-1" is not a whole number of bits"#)),
-            (r#"{"egressRate": -0}"#, Err(r#"egressRate: "-0" is not a whole number of bits"#)),
-            (r#"{"egressRate": 1e6}"#, Err(r#"egressRate: "1e6" is not a whole number of bits"#)),
-            (r#"{"egressRate": 1e400}"#, Err(r#"egressRate: "1e400" is not a whole number of bits"#)),
-            (
-                r#"{"egressRate": 18446744073709551616}"#,
-                Err(r#"egressRate: "18446744073709551616" is not a whole number of bits"#),
-            ),
-            (r#"{"egressRate": "10M"}"#, Err(r#"egressRate: "\"10M\"" is not a whole number of bits"#)),
-            (
-                r#"{"ingressRate": 1000, "ingressBurst": 1.5}"#,
-                Err(r#"ingressBurst: "1.5" is not a whole number of bits"#),
-            ),
-        ] {
-            let request = add("", &config(&format!(r#""runtimeConfig": {{"bandwidth": {bandwidth}}}"#))).unwrap();
-            let prefixed = |text: &str| match text.starts_with("decode") {
-                true => text.to_owned(),
-                false => format!("runtimeConfig.bandwidth {text}"),
-            };
-            let expected = expected.map(|limits| limits.map(String::from)).map_err(prefixed);
-            assert_eq!(outcome(&request, vec![]), expected, "{bandwidth}");
-        }
-    }
-
-    #[test]
     fn a_wrong_annotation_is_named_with_its_remedy() {
         let long = format!(r#"{{"rate": "{}"}}"#, "9".repeat(100));
         let shown = format!("\"{}\"..", "9".repeat(64));
@@ -453,33 +362,6 @@ mod tests {
         ] {
             let request = add(call, &config(&format!("{max}{keys}"))).unwrap();
             assert_eq!(outcome(&request, vec![]), Ok([egress, ingress].map(String::from)), "{call} {keys}");
-        }
-    }
-
-    #[test]
-    fn a_mistake_in_the_configured_rates_is_named_by_key() {
-        let rate = "is not a rate (\"10M\", or a number of bits per second, 1k to 1P)";
-        for (keys, expected) in [
-            (r#""egress": "10MB""#, format!("\"egress\": \"10MB\" {rate}: {}", UnitError::Suffix)),
-            (r#""egress": 0"#, format!("\"egress\": 0 {rate}: less than 1 kbit/s")),
-            (r#""ingressRate": 1e9"#, format!("\"ingress\": \"1e9\" {rate}: neither a string nor a whole number")),
-            (r#""max": {"egress": true}"#, format!("\"max.egress\": \"true\" {rate}: neither a string nor a whole number")),
-            (
-                r#""egress": "1M", "egressBurst": "0""#,
-                "\"egressBurst\": \"0\" is not a burst (\"400k\", or a number of bits, below 4 GiB): a burst of nothing"
-                    .to_owned(),
-            ),
-            (
-                r#""max": {"egres": "10M"}"#,
-                "\"max\" has no other keys than egress, ingress: unknown field `egres`, expected `egress` or `ingress` \
-                 at line 1 column 8"
-                    .to_owned(),
-            ),
-            (r#""max": []"#, "\"max\" has no other keys than egress, ingress: not an object".to_owned()),
-        ] {
-            let error = add("", &config(keys)).unwrap().limits().unwrap_err();
-            let expected = format!("configuration key {expected}");
-            assert_eq!((error.code(), error.to_string()), (Code::Config, expected), "{keys}");
         }
     }
 
