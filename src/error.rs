@@ -111,15 +111,42 @@ impl From<CniError> for Error {
     }
 }
 
+/// Foreign text (a tenant's annotation, a runtime's argument) as it may stand in an error and on a terminal: quoted, in
+/// printable ASCII, and its first 64 characters only.
+pub fn quoted(foreign: &str) -> String {
+    const SHOWN: usize = 64;
+    let shown: String = foreign.chars().take(SHOWN).flat_map(char::escape_default).collect();
+    let more = if foreign.chars().nth(SHOWN).is_some() { ".." } else { "" };
+    format!("\"{shown}\"{more}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
+    fn foreign_text_is_quoted_short_and_printable() {
+        let long = "a".repeat(65);
+        for (foreign, shown) in [
+            ("10M", "\"10M\""),
+            ("", "\"\""),
+            ("a\"b\n\u{1b}[2J", r#""a\"b\n\u{1b}[2J""#),
+            ("\u{202e}\u{e9}", r#""\u{202e}\u{e9}""#),
+            (&long[..64], &format!("\"{}\"", &long[..64])),
+            (&long, &format!("\"{}\"..", &long[..64])),
+        ] {
+            assert_eq!(quoted(foreign), shown);
+        }
+    }
+
+    #[test]
     fn the_text_is_followed_by_every_cause_once() {
         let inner = std::io::Error::from_raw_os_error(libc::EPERM);
         let error = Error::because(Code::Kernel, "attach to /sys/fs/cgroup/a (needs CAP_BPF)", inner);
-        assert_eq!(error.to_string(), "attach to /sys/fs/cgroup/a (needs CAP_BPF): Operation not permitted (os error 1)");
+        assert_eq!(
+            error.to_string(),
+            "attach to /sys/fs/cgroup/a (needs CAP_BPF): Operation not permitted (os error 1)"
+        );
     }
 
     #[test]

@@ -1,0 +1,110 @@
+//! `runtimeConfig.bandwidth`: the limit as the runtime passes it, the capability `bandwidth` of the CNI conventions.
+//!
+//! Numbers, in bits. A rate of 0 is no rate, and three different numbers are no burst. Neither exists beyond this file.
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use super::limits::{Asked, Direction, Source, decode};
+use crate::error::{Code, Error, Result, quoted};
+use crate::units::{Burst, Rate};
+
+/// Burst in bits that means "not set": what kubelet (2^31-1) and containerd (2^32-1) put there, and nothing.
+const UNSET_BURSTS: [u64; 3] = [0, i32::MAX as u64, u32::MAX as u64];
+
+/// containerd spells the keys as Go does, CRI-O as the CNI conventions do.
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Bandwidth {
+    #[serde(alias = "EgressRate")]
+    egress_rate: Option<Box<RawValue>>,
+    #[serde(alias = "EgressBurst")]
+    egress_burst: Option<Box<RawValue>>,
+    #[serde(alias = "IngressRate")]
+    ingress_rate: Option<Box<RawValue>>,
+    #[serde(alias = "IngressBurst")]
+    ingress_burst: Option<Box<RawValue>>,
+}
+
+/// The rate and burst of one direction.
+///
+/// # Errors
+/// [`Code::Config`], naming key, value and reason.
+pub(super) fn asked(raw: &RawValue, direction: Direction) -> Result<Option<Asked>> {
+    let Bandwidth { egress_rate, egress_burst, ingress_rate, ingress_burst } = decode("runtimeConfig.bandwidth", raw)?;
+    let (rate, burst, keys) = match direction {
+        Direction::Egress => (egress_rate, egress_burst, ["egressRate", "egressBurst"]),
+        Direction::Ingress => (ingress_rate, ingress_burst, ["ingressRate", "ingressBurst"]),
+    };
+    let number = |key: &str, raw: Option<Box<RawValue>>| match raw {
+        None => Ok(0),
+        Some(raw) => raw.get().parse::<u64>().map_err(|_| {
+            let shown = quoted(raw.get());
+            Error::new(Code::Config, format!("runtimeConfig.bandwidth {key}: {shown} is not a whole number of bits"))
+        }),
+    };
+    let wrong = |key: &str, bits: u64, cause| {
+        Error::because(Code::Config, format!("runtimeConfig.bandwidth {key}: cannot be {bits}"), cause)
+    };
+    let bits_per_s = number(keys[0], rate)?;
+    if bits_per_s == 0 {
+        return Ok(None);
+    }
+    let rate = Rate::bits_per_s(bits_per_s).map_err(|cause| wrong(keys[0], bits_per_s, cause))?;
+    let bits = number(keys[1], burst)?;
+    let burst = if UNSET_BURSTS.contains(&bits) { None } else { Some(Burst::bits(bits)) };
+    let burst = burst.transpose().map_err(|cause| wrong(keys[1], bits, cause))?;
+    Ok(Some(Asked { rate, burst, source: Source::RuntimeConfig }))
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::request::limits::tests::outcome;
+    use crate::request::tests::{add, config};
+
+    #[test]
+    fn bandwidth_is_what_either_runtime_spells() {
+        for (bandwidth, expected) in [
+            (r#"{"EgressRate": 1000}"#, Ok(["1k 15000 runtimeConfig.bandwidth", ""])),
+            (r#"{"ingressRate": 24000000, "ingressBurst": 8}"#, Ok(["", "24M 1 runtimeConfig.bandwidth"])),
+            (r#"{"egressRate": 1000, "egressBurst": 2147483647}"#, Ok(["1k 15000 runtimeConfig.bandwidth", ""])),
+            (r#"{"egressRate": 1000, "egressBurst": 4294967295}"#, Ok(["1k 15000 runtimeConfig.bandwidth", ""])),
+            (r#"{"egressRate": 1000, "egressBurst": null}"#, Ok(["1k 15000 runtimeConfig.bandwidth", ""])),
+            (r#"{"egressRate": 0, "egressBurst": 80, "else": [1]}"#, Ok(["", ""])),
+            ("null", Ok(["", ""])),
+            ("{}", Ok(["", ""])),
+            (
+                r#"{"egressRate": 1000, "EgressRate": 2000}"#,
+                Err("decode runtimeConfig.bandwidth: duplicate field `egressRate` at line 1 column 33"),
+            ),
+            ("[1000]", Err("decode runtimeConfig.bandwidth: not an object")),
+            (r#"{"egressRate": 999}"#, Err("egressRate: cannot be 999: less than 1 kbit/s")),
+            (r#"{"egressRate": 1000000000000001}"#, Err("egressRate: cannot be 1000000000000001: more than 1 Pbit/s")),
+            (
+                r#"{"egressRate": 1000, "egressBurst": 34359738361}"#,
+                Err("egressBurst: cannot be 34359738361: a burst of 4 GiB or more"),
+            ),
+            (r#"{"egressRate": -1}"#, Err(r#"egressRate: "-1" is not a whole number of bits"#)),
+            (r#"{"egressRate": -0}"#, Err(r#"egressRate: "-0" is not a whole number of bits"#)),
+            (r#"{"egressRate": 1e6}"#, Err(r#"egressRate: "1e6" is not a whole number of bits"#)),
+            (r#"{"egressRate": 1e400}"#, Err(r#"egressRate: "1e400" is not a whole number of bits"#)),
+            (
+                r#"{"egressRate": 18446744073709551616}"#,
+                Err(r#"egressRate: "18446744073709551616" is not a whole number of bits"#),
+            ),
+            (r#"{"egressRate": "10M"}"#, Err(r#"egressRate: "\"10M\"" is not a whole number of bits"#)),
+            (
+                r#"{"ingressRate": 1000, "ingressBurst": 1.5}"#,
+                Err(r#"ingressBurst: "1.5" is not a whole number of bits"#),
+            ),
+        ] {
+            let request = add("", &config(&format!(r#""runtimeConfig": {{"bandwidth": {bandwidth}}}"#))).unwrap();
+            let prefixed = |text: &str| match text.starts_with("decode") {
+                true => text.to_owned(),
+                false => format!("runtimeConfig.bandwidth {text}"),
+            };
+            let expected = expected.map(|limits| limits.map(String::from)).map_err(prefixed);
+            assert_eq!(outcome(&request, vec![]), expected, "{bandwidth}");
+        }
+    }
+}

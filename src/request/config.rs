@@ -1,0 +1,239 @@
+//! The plugin's own keys in the network configuration: the administrator's side of a request.
+//!
+//! | key | value | default |
+//! | --- | --- | --- |
+//! | `egress`, `ingress` | rate of pods that ask for none: quantity, or number of bits/s | unlimited |
+//! | `egressBurst`, `ingressBurst` | their bursts: quantity or number, bits | 5 ms, 10 packets at least |
+//! | `max` | `{"egress", "ingress"}`: no pod gets more, whatever it asks for | none |
+//! | `rateKey` | annotation that holds whole megabytes/s; `""` for none | `rate` |
+//! | `exemptSubnets` | list of subnets that are not counted | none |
+//! | `cgroupPath` | below the cgroup2 mount, for runtimes that pass no UID; `{containerID}` is replaced | none |
+//! | `kubeconfig` | where to ask for annotations and labels | not asked |
+//! | `logFile`, `logLevel` | absolute path; off, error, warn, info, debug, trace | stderr, info |
+//!
+//! Other keys are other people's and are left alone, except in `max`, where a misspelled key would lift the cap in silence.
+//! Rates are decoded when a limit is asked for, everything else at once.
+
+use std::path::PathBuf;
+
+use ipnetwork::IpNetwork;
+use log::LevelFilter;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use super::limits::Direction;
+use super::{MAX_PATH_BYTES, NO_CGROUP_PATH, Tolerance, below_cgroup_mount, json};
+use crate::error::{Code, Error, Result, quoted};
+use crate::units::{Burst, Rate, UnitError};
+
+/// What an administrator can write instead of a rate that was refused.
+const RATE: &str = "a rate (\"10M\", or a number of bits per second, 1k to 1P)";
+/// The same for a burst.
+const BURST: &str = "a burst (\"400k\", or a number of bits, below 4 GiB)";
+/// Longest annotation or label key: a prefix, a slash, a name.
+const MAX_KEY_BYTES: usize = 253 + 1 + 63;
+
+/// The plugin's own configuration.
+#[derive(Debug)]
+pub struct Config {
+    /// `logFile`; None is stderr.
+    pub log_file: Option<PathBuf>,
+    /// `logLevel`.
+    pub log_level: LevelFilter,
+    /// `rateKey`; None when switched off.
+    pub rate_key: Option<String>,
+    /// `cgroupPath`, with this call's container id in it; see [`super::Request::cgroup_hint`].
+    pub cgroup_path: Option<PathBuf>,
+    /// `kubeconfig`; None to ask no API server.
+    pub kubeconfig: Option<PathBuf>,
+    /// `exemptSubnets`.
+    pub exempt_subnets: Vec<IpNetwork>,
+    rates: Rates,
+}
+
+/// The keys as they stand in stdin; null is like absent.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Keys {
+    log_file: Option<Box<RawValue>>,
+    log_level: Option<Box<RawValue>>,
+    rate_key: Option<Box<RawValue>>,
+    cgroup_path: Option<Box<RawValue>>,
+    kubeconfig: Option<Box<RawValue>>,
+    exempt_subnets: Option<Box<RawValue>>,
+    // The aliases are the bandwidth plugin's keys, which mean the same; a conflist may be carried over from it.
+    #[serde(alias = "egressRate")]
+    egress: Option<Box<RawValue>>,
+    #[serde(alias = "ingressRate")]
+    ingress: Option<Box<RawValue>>,
+    egress_burst: Option<Box<RawValue>>,
+    ingress_burst: Option<Box<RawValue>>,
+    max: Option<Box<RawValue>>,
+}
+
+#[derive(Debug)]
+struct Rates {
+    egress: Option<Box<RawValue>>,
+    ingress: Option<Box<RawValue>>,
+    egress_burst: Option<Box<RawValue>>,
+    ingress_burst: Option<Box<RawValue>>,
+    max: Option<Box<RawValue>>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Max {
+    egress: Option<Box<RawValue>>,
+    ingress: Option<Box<RawValue>>,
+}
+
+impl Config {
+    /// Decodes every key but the rates.
+    pub(super) fn read(keys: Keys, container_id: Option<&str>, tolerance: &mut Tolerance) -> Result<Self> {
+        let Keys { log_file, log_level, rate_key, cgroup_path, kubeconfig, exempt_subnets, .. } = keys;
+        let Keys { egress, ingress, egress_burst, ingress_burst, max, .. } = keys;
+
+        let level = |text: &str| text.parse::<LevelFilter>().ok();
+        let annotation = |text: &str| (text.len() <= MAX_KEY_BYTES).then(|| text.to_owned());
+        let cgroup = |text: &str| match container_id {
+            Some(id) => below_cgroup_mount(&text.replace("{containerID}", id)),
+            None => below_cgroup_mount(text),
+        };
+        let rate_key =
+            read("rateKey", rate_key, "is not an annotation's key (a string, 317 bytes at most)", annotation);
+        let levels = "is not a log level (off, error, warn, info, debug, trace)";
+        Ok(Self {
+            log_file: tolerance.weigh(read("logFile", log_file, NO_FILE, file))?,
+            log_level: tolerance.weigh(read("logLevel", log_level, levels, level))?.unwrap_or(LevelFilter::Info),
+            rate_key: Some(tolerance.weigh(rate_key)?.unwrap_or_else(|| "rate".to_owned()))
+                .filter(|key| !key.is_empty()),
+            cgroup_path: tolerance.weigh(read("cgroupPath", cgroup_path, NO_CGROUP_PATH, cgroup))?,
+            kubeconfig: tolerance.weigh(read("kubeconfig", kubeconfig, NO_FILE, file))?,
+            exempt_subnets: tolerance.weigh(exempt_subnets.map_or(Ok(Vec::new()), |raw| subnets(&raw)))?,
+            rates: Rates { egress, ingress, egress_burst, ingress_burst, max },
+        })
+    }
+
+    /// The rate and burst of pods that ask for none.
+    pub(super) fn default(&self, direction: Direction) -> Result<Option<(Rate, Option<Burst>)>> {
+        let Rates { egress, ingress, egress_burst, ingress_burst, .. } = &self.rates;
+        let (rate, burst, keys) = match direction {
+            Direction::Egress => (egress, egress_burst, ["egress", "egressBurst"]),
+            Direction::Ingress => (ingress, ingress_burst, ["ingress", "ingressBurst"]),
+        };
+        let Some(rate) = rate else { return Ok(None) };
+        let rate = number(keys[0], rate, RATE, Rate::bits_per_s, Rate::from_quantity)?;
+        let burst = burst.as_ref().map(|raw| number(keys[1], raw, BURST, Burst::bits, Burst::from_quantity));
+        Ok(Some((rate, burst.transpose()?)))
+    }
+
+    /// The most that a pod gets. Both directions are checked at once, so that a mistake in `max` is not found by the one
+    /// pod it should have stopped.
+    pub(super) fn max(&self, direction: Direction) -> Result<Option<Rate>> {
+        let wrong = |cause| {
+            Error::because(Code::Config, "configuration key \"max\" has no other keys than egress, ingress", cause)
+        };
+        let max = self.rates.max.as_ref().map(|raw| json::object(raw.get())).transpose().map_err(wrong)?;
+        let Max { egress, ingress } = max.unwrap_or_default();
+        let rate = |key, raw: Option<Box<RawValue>>| {
+            raw.map(|raw| number(key, &raw, RATE, Rate::bits_per_s, Rate::from_quantity)).transpose()
+        };
+        let (egress, ingress) = (rate("max.egress", egress)?, rate("max.ingress", ingress)?);
+        Ok(match direction {
+            Direction::Egress => egress,
+            Direction::Ingress => ingress,
+        })
+    }
+}
+
+const NO_FILE: &str = "is not an absolute path (4096 bytes at most)";
+
+fn file(text: &str) -> Option<PathBuf> {
+    (text.starts_with('/') && text.len() <= MAX_PATH_BYTES && !text.contains('\0')).then(|| PathBuf::from(text))
+}
+
+/// A key whose value is a string that `take` understands.
+fn read<T>(key: &str, raw: Option<Box<RawValue>>, wrong: &str, take: impl Fn(&str) -> Option<T>) -> Result<Option<T>> {
+    let Some(raw) = raw else { return Ok(None) };
+    let taken = json::string(&raw).and_then(|text| take(&text).ok_or_else(|| quoted(&text)));
+    taken.map(Some).map_err(|shown| Error::new(Code::Config, format!("configuration key {key:?}: {shown} {wrong}")))
+}
+
+fn subnets(raw: &RawValue) -> Result<Vec<IpNetwork>> {
+    let wrong = |shown: String| {
+        let remedy = "is not a subnet; write a list such as [\"10.0.0.0/8\", \"fd00::/8\"]";
+        Error::new(Code::Config, format!("configuration key \"exemptSubnets\": {shown} {remedy}"))
+    };
+    let texts: Vec<String> = serde_json::from_str(raw.get()).map_err(|_| wrong(quoted(raw.get())))?;
+    texts.iter().map(|text| text.parse().map_err(|_| wrong(quoted(text)))).collect()
+}
+
+/// A number of bits, or a quantity in a string.
+fn number<T>(
+    key: &str,
+    raw: &RawValue,
+    what: &str,
+    from_bits: fn(u64) -> Result<T, UnitError>,
+    from_quantity: fn(&str) -> Result<T, UnitError>,
+) -> Result<T> {
+    let (shown, value) = match (json::string(raw), raw.get().parse()) {
+        (Ok(text), _) => (quoted(&text), from_quantity(&text)),
+        (Err(_), Ok(bits)) => (raw.get().to_owned(), from_bits(bits)),
+        (Err(shown), Err(_)) => (shown, Err(UnitError::NotWhole)),
+    };
+    let text = || format!("configuration key {key:?}: {shown} is not {what}");
+    value.map_err(|cause| Error::because(Code::Config, text(), cause))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::request::tests::{add, config};
+    use std::path::Path;
+
+    #[test]
+    fn the_configuration_is_read_with_its_defaults() {
+        let plain = add("", &config(r#""foreign": {"keys": ["stay"]}, "logLevel": null"#)).unwrap().config;
+        assert_eq!(
+            (plain.log_file, plain.log_level, plain.rate_key.as_deref()),
+            (None, LevelFilter::Info, Some("rate"))
+        );
+        let keys = r#""logFile": "/var/log/p", "logLevel": "Debug", "rateKey": "", "kubeconfig": "/etc/k",
+                      "exemptSubnets": ["10.0.0.0/8", "fd00::/8"], "cgroupPath": "/machine.slice/libpod-{containerID}.scope""#;
+        let request = add("", &config(keys)).unwrap();
+        assert_eq!(request.config.log_file.as_deref(), Some(Path::new("/var/log/p")));
+        assert_eq!(request.config.kubeconfig.as_deref(), Some(Path::new("/etc/k")));
+        assert_eq!((request.config.log_level, request.config.rate_key.as_deref()), (LevelFilter::Debug, None));
+        assert_eq!(request.config.exempt_subnets, ["10.0.0.0/8", "fd00::/8"].map(|text| text.parse().unwrap()));
+        // The configured cgroup is for pods without a UID only.
+        assert_eq!(request.cgroup_hint(), Some(Path::new("/machine.slice/libpod-c1.scope")));
+        assert_eq!(add("K8S_POD_UID=u", &config(keys)).unwrap().cgroup_hint(), None);
+    }
+
+    #[test]
+    fn a_mistake_in_the_configured_rates_is_named_by_key() {
+        let rate = "is not a rate (\"10M\", or a number of bits per second, 1k to 1P)";
+        for (keys, expected) in [
+            (r#""egress": "10MB""#, format!("\"egress\": \"10MB\" {rate}: {}", UnitError::Suffix)),
+            (r#""egress": 0"#, format!("\"egress\": 0 {rate}: less than 1 kbit/s")),
+            (r#""ingressRate": 1e9"#, format!("\"ingress\": \"1e9\" {rate}: neither a string nor a whole number")),
+            (r#""max": {"egress": true}"#, format!("\"max.egress\": \"true\" {rate}: neither a string nor a whole number")),
+            (
+                r#""egress": "1M", "egressBurst": "0""#,
+                "\"egressBurst\": \"0\" is not a burst (\"400k\", or a number of bits, below 4 GiB): a burst of nothing"
+                    .to_owned(),
+            ),
+            (
+                r#""max": {"egres": "10M"}"#,
+                "\"max\" has no other keys than egress, ingress: unknown field `egres`, expected `egress` or `ingress` \
+                 at line 1 column 8"
+                    .to_owned(),
+            ),
+            (r#""max": []"#, "\"max\" has no other keys than egress, ingress: not an object".to_owned()),
+        ] {
+            let error = add("", &config(keys)).unwrap().limits().unwrap_err();
+            let expected = format!("configuration key {expected}");
+            assert_eq!((error.code(), error.to_string()), (Code::Config, expected), "{keys}");
+        }
+    }
+}
