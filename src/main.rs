@@ -1,12 +1,26 @@
-//! podshaper: placeholder while the modules are written.
-#![allow(dead_code, unused_imports)]
+//! podshaper: a chained CNI plugin that limits the bandwidth of pods by pacing their senders. A runtime's call goes to [`cni`],
+//! a person's to [`cli`].
+//!
+//! The data flow one way: [`request`] -> [`cgroup`] -> [`shaper`] (loaded, attached, and pinned by [`pins`]) -> reply.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 mod cgroup;
+mod cli;
+mod cni;
 mod error;
+mod logging;
 mod netns;
+mod pins;
 mod pod;
+mod probe;
 mod request;
+mod shaper;
+mod sys;
 mod units;
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let env = request::Env::from_process();
+    if env.command.is_some() { cni::run(&env) } else { cli::run() }
+}

@@ -25,7 +25,7 @@ use crate::error::{Code, Error, Result, quoted};
 use crate::pod::{NetworkName, Owner, PodKey};
 pub use config::Config;
 pub use env::Env;
-pub use limits::{Found, Limit, Limits, Source};
+pub use limits::{Limit, Limits};
 
 /// Most that is read from stdin. An API server holds a pod's annotations under 256 KiB; the rest is the configuration.
 const MAX_STDIN_BYTES: u64 = 1 << 20;

@@ -56,11 +56,8 @@ pub fn count_egress(ctx: SkBuffContext) -> i32 {
     }
     let wire = Wire::of(&ctx);
     let now_ns = clock::now_ns();
-    let (bound_ns, marked) = if is_paced(socket) {
-        (limit.horizon_ns, false)
-    } else {
-        unpaced(&ctx, &limit, meter, flow, now_ns, &wire)
-    };
+    let (bound_ns, marked) =
+        if is_paced(socket) { (limit.horizon_ns, false) } else { unpaced(&ctx, &limit, meter, flow, now_ns, &wire) };
     if clock::admit(meter, &limit, now_ns, &wire, bound_ns, marked) { PASS } else { DROP }
 }
 

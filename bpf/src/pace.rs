@@ -98,7 +98,13 @@ fn set_max_pacing_rate(ctx: &SockOpsContext, bytes_per_s: u64) {
     // SAFETY: sock_ops programs may set this option on the locked socket of their context; the value is on the stack. It cannot
     // fail for a value of four bytes.
     unsafe {
-        bpf_setsockopt(ctx.ops.cast(), SOL_SOCKET, SO_MAX_PACING_RATE, (&raw mut value).cast(), size_of::<u32>() as i32);
+        bpf_setsockopt(
+            ctx.ops.cast(),
+            SOL_SOCKET,
+            SO_MAX_PACING_RATE,
+            (&raw mut value).cast(),
+            size_of::<u32>() as i32,
+        );
     }
 }
 

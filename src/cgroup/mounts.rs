@@ -38,6 +38,7 @@ impl Hierarchies {
     ///
     /// # Errors
     /// [`Code::Cgroup`] if no cgroup2 is mounted.
+    #[cfg(test)]
     pub fn from_mountinfo(mountinfo: &str) -> Result<Self> {
         Self::from_mounts(mountinfo.lines().filter_map(Mount::parse).collect())
     }

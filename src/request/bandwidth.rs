@@ -104,7 +104,7 @@ mod tests {
                 false => format!("runtimeConfig.bandwidth {text}"),
             };
             let expected = expected.map(|limits| limits.map(String::from)).map_err(prefixed);
-            assert_eq!(outcome(&request, vec![]), expected, "{bandwidth}");
+            assert_eq!(outcome(&request), expected, "{bandwidth}");
         }
     }
 }

@@ -3,11 +3,10 @@
 //! 1. `runtimeConfig.bandwidth`, what kubelet made of the two standard annotations
 //! 2. the pod's annotations, where the runtime passes them
 //! 3. `args.cni`, 4. `CNI_ARGS`: the same keys
-//! 5. the pod's annotations and labels as the API server knows them, if the caller asks it ([`Request::limits_with`])
-//! 6. `egress` and `ingress` of the configuration
+//! 5. `egress` and `ingress` of the configuration
 //!
 //! A source below the first one that is set is not looked at: a tenant cannot break a pod by writing nonsense into a key
-//! that does not count. The keys of 2 to 5 are [`Direction::key`], in bits per second, and the ancestor's `rate`.
+//! that does not count. The keys of 2 to 4 are [`Direction::key`], in bits per second, and the ancestor's `rate`.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -59,10 +58,6 @@ pub enum Source {
     Args,
     /// `CNI_ARGS`
     CniArgs,
-    /// An annotation, read from the API server.
-    ApiAnnotation,
-    /// A label, read from the API server.
-    ApiLabel,
     /// The plugin's configuration.
     Config,
 }
@@ -74,15 +69,10 @@ impl fmt::Display for Source {
             Self::Annotation => "pod annotation",
             Self::Args => "args.cni",
             Self::CniArgs => "CNI_ARGS",
-            Self::ApiAnnotation => "pod annotation in the API server",
-            Self::ApiLabel => "pod label in the API server",
             Self::Config => "configuration",
         })
     }
 }
-
-/// Keys and values found elsewhere than in the call, most important first.
-pub type Found = Vec<(Source, BTreeMap<String, String>)>;
 
 /// A direction, seen from the pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,23 +118,8 @@ impl Request {
     /// # Errors
     /// [`Code::Config`], naming source, key, value, reason and remedy.
     pub fn limits(&self) -> Result<Limits> {
-        self.limits_with(|| Ok(Found::new()))
-    }
-
-    /// [`Request::limits`], with `find` called once if the call itself leaves a direction open. What it finds goes before
-    /// the configuration's defaults.
-    ///
-    /// # Errors
-    /// Those of [`Request::limits`], and of `find`.
-    pub fn limits_with(&self, find: impl FnOnce() -> Result<Found>) -> Result<Limits> {
-        let (egress, ingress) = (self.called_for(Direction::Egress)?, self.called_for(Direction::Ingress)?);
-        let found = if egress.is_some() && ingress.is_some() { Found::new() } else { find()? };
-        let complete = |direction, asked: Option<Asked>| -> Result<Option<Limit>> {
-            let asked = match asked {
-                None => self.found(direction, &found)?,
-                asked => asked,
-            };
-            let asked = match asked {
+        let complete = |direction| -> Result<Option<Limit>> {
+            let asked = match self.called_for(direction)? {
                 None => {
                     self.config.default(direction)?.map(|(rate, burst)| Asked { rate, burst, source: Source::Config })
                 }
@@ -156,7 +131,7 @@ impl Request {
                 Limit { rate, burst: burst.unwrap_or_else(|| Burst::default_for(rate)), asked, source }
             }))
         };
-        Ok(Limits { egress: complete(Direction::Egress, egress)?, ingress: complete(Direction::Ingress, ingress)? })
+        Ok(Limits { egress: complete(Direction::Egress)?, ingress: complete(Direction::Ingress)? })
     }
 
     /// Sources 1 to 4, which the call brings along.
@@ -179,18 +154,7 @@ impl Request {
         self.keys(direction, Source::CniArgs, |key| Ok(env::value(cni_args, key).map(str::to_owned)))
     }
 
-    /// Source 5.
-    fn found(&self, direction: Direction, found: &Found) -> Result<Option<Asked>> {
-        for (source, map) in found {
-            let asked = self.keys(direction, *source, |key| Ok(map.get(key).cloned()))?;
-            if asked.is_some() {
-                return Ok(asked);
-            }
-        }
-        Ok(None)
-    }
-
-    /// The keys that sources 2 to 5 have in common. `value` errs with what stands there instead of a string.
+    /// The keys that sources 2 to 4 have in common. `value` errs with what stands there instead of a string.
     fn keys(
         &self,
         direction: Direction,
@@ -247,12 +211,12 @@ pub(super) mod tests {
     use crate::request::tests::{add, config};
 
     /// Egress and ingress as "rate burst source", or the error.
-    pub(in crate::request) fn outcome(request: &Request, found: Found) -> Result<[String; 2], String> {
+    pub(in crate::request) fn outcome(request: &Request) -> Result<[String; 2], String> {
         let print = |limit: Limit| {
             let capped = if limit.asked == limit.rate { String::new() } else { format!(" not {}", limit.asked) };
             format!("{} {} {}{capped}", limit.rate, limit.burst.as_bytes(), limit.source)
         };
-        let limits = request.limits_with(|| Ok(found)).map_err(|error| error.to_string())?;
+        let limits = request.limits().map_err(|error| error.to_string())?;
         Ok([limits.egress, limits.ingress].map(|limit| limit.map(print).unwrap_or_default()))
     }
 
@@ -264,10 +228,6 @@ pub(super) mod tests {
     fn the_first_source_that_is_set_counts_and_no_other_is_looked_at() {
         // From last to first, each in front of all before; the wrong values are those that must not be looked at.
         let defaults = r#""egress": "7M", "ingress": 7000000, "egressBurst": "160k", "ingressBurst": 240000"#;
-        let found = || {
-            let map = |rate: &str| BTreeMap::from([("rate".to_owned(), rate.to_owned())]);
-            vec![(Source::ApiAnnotation, map("6M")), (Source::ApiLabel, map("nonsense"))]
-        };
         let by_key = |value: &str| format!(r#"{{"kubernetes.io/egress-bandwidth": {value}, "rate": "nonsense"}}"#);
         let args = |value: &str| format!(r#""args": {{"cni": {}}}"#, by_key(value));
         let runtime = |bandwidth: &str, annotations: &str| {
@@ -277,39 +237,27 @@ pub(super) mod tests {
             r#""bandwidth": {"EgressRate": 2000000, "EgressBurst": 80000, "IngressRate": 2000000, "IngressBurst": 0},"#;
         let cni_args = "rate=5M;kubernetes.io/ingress-bandwidth=5M";
         let null = runtime("", "null");
-        for (call, keys, found, egress, ingress) in [
-            ("", vec![null.as_str()], vec![], "", ""),
-            ("", vec![defaults], vec![], "7M 20000 configuration", "7M 30000 configuration"),
-            ("", vec![defaults], found(), "48M 30000 pod annotation in the API server", "7M 30000 configuration"),
-            (cni_args, vec![r#""egress": true"#], found(), "40M 25000 CNI_ARGS", "5M 15000 CNI_ARGS"),
-            (cni_args, vec![&args(r#""4M""#)], vec![], "4M 15000 args.cni", "5M 15000 CNI_ARGS"),
+        for (call, keys, egress, ingress) in [
+            ("", vec![null.as_str()], "", ""),
+            ("", vec![defaults], "7M 20000 configuration", "7M 30000 configuration"),
+            (cni_args, vec![r#""egress": true"#], "40M 25000 CNI_ARGS", "5M 15000 CNI_ARGS"),
+            (cni_args, vec![&args(r#""4M""#)], "4M 15000 args.cni", "5M 15000 CNI_ARGS"),
             (
                 cni_args,
                 vec![&args("true"), &runtime("", &by_key(r#""3M""#))],
-                vec![],
                 "3M 15000 pod annotation",
                 "5M 15000 CNI_ARGS",
             ),
             (
                 "rate=x",
                 vec![&args("true"), &runtime(bandwidth, r#""not even an object""#)],
-                vec![],
                 "2M 10000 runtimeConfig.bandwidth",
                 "2M 15000 runtimeConfig.bandwidth",
             ),
         ] {
             let request = add(call, &config(&keys.join(", "))).unwrap();
-            assert_eq!(outcome(&request, found), Ok([egress, ingress].map(String::from)), "{call} {keys:?}");
+            assert_eq!(outcome(&request), Ok([egress, ingress].map(String::from)), "{call} {keys:?}");
         }
-    }
-
-    #[test]
-    fn the_api_server_is_asked_only_if_a_direction_is_open() {
-        let both = r#""runtimeConfig": {"bandwidth": {"egressRate": 1000, "ingressRate": 1000}}"#;
-        let never = || -> Result<Found> { panic!("asked") };
-        assert!(add("", &config(both)).unwrap().limits_with(never).is_ok());
-        let fails = || Err(Error::new(Code::Io, "no API server"));
-        assert!(add("", &config(r#""egress": "1M""#)).unwrap().limits_with(fails).is_err());
     }
 
     #[test]
@@ -361,7 +309,7 @@ pub(super) mod tests {
             ("kubernetes.io/egress-bandwidth=1P", "", "1G 625000 CNI_ARGS not 1P", ""),
         ] {
             let request = add(call, &config(&format!("{max}{keys}"))).unwrap();
-            assert_eq!(outcome(&request, vec![]), Ok([egress, ingress].map(String::from)), "{call} {keys}");
+            assert_eq!(outcome(&request), Ok([egress, ingress].map(String::from)), "{call} {keys}");
         }
     }
 
@@ -373,7 +321,7 @@ pub(super) mod tests {
             (r#""rateKey": """#, "rate=x", ""),
         ] {
             let request = add(call, &config(rate_key)).unwrap();
-            assert_eq!(outcome(&request, vec![]), Ok([egress, ""].map(String::from)), "{rate_key} {call}");
+            assert_eq!(outcome(&request), Ok([egress, ""].map(String::from)), "{rate_key} {call}");
         }
     }
 }

@@ -176,8 +176,17 @@ unsafe impl aya::Pod for Meter {}
 mod tests {
     use super::*;
 
-    const RATES_BITS_PER_S: [u64; 9] =
-        [1_000, 9_600, 1_000_000, 10_000_001, 999_999_937, 34_359_738_368, 100_000_000_000, 1 << 47, 1_000_000_000_000_000];
+    const RATES_BITS_PER_S: [u64; 9] = [
+        1_000,
+        9_600,
+        1_000_000,
+        10_000_001,
+        999_999_937,
+        34_359_738_368,
+        100_000_000_000,
+        1 << 47,
+        1_000_000_000_000_000,
+    ];
 
     fn limit(rate_bits_per_s: u64) -> Limit {
         Limit { rate_bits_per_s, burst_ns: 0, ..Limit::default() }

@@ -1,0 +1,300 @@
+//! The verbs: what a runtime asks is resolved first (which changes nothing), then acted on, then answered.
+//!
+//! The CNI library's types speak the protocol, but its `Plugin::run` does not run the plugin: it reads stdin without bound and
+//! writes the result anew, which loses what it does not know, and a chained plugin owes the next one `prevResult` as it came.
+
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use rscni_plugin::{
+    types::{Cmd, ErrorResult},
+    version::PluginInfo,
+};
+
+use crate::{
+    cgroup::{self, Hierarchies, PodCgroup, Wanted},
+    error::{Code, Error, Result},
+    logging, netns,
+    pins::{BPFFS, LockedPins, Pins, Place},
+    pod::PodKey,
+    probe,
+    request::{Attachment, Config, Env, Limit, Limits, Request, Subject, declared_version, read_stdin},
+    shaper::{self, Pinned},
+};
+
+/// Reads a runtime's call, does it and answers on stdout.
+pub fn run(env: &Env) -> ExitCode {
+    let mut stdin = Vec::new();
+    let answered = answer(env, &mut stdin).and_then(|answer| write_stdout(&answer));
+    let Err(error) = answered else { return ExitCode::SUCCESS };
+    log::error!("{error}");
+    let version = declared_version(&stdin).unwrap_or_default();
+    let result = ErrorResult::new(version, &error.to_cni());
+    // A runtime that has closed stdout sees the exit status.
+    let _ = serde_json::to_vec(&result).map_err(io::Error::from).and_then(|json| io::stdout().write_all(&json));
+    ExitCode::FAILURE
+}
+
+fn answer(env: &Env, stdin: &mut Vec<u8>) -> Result<Vec<u8>> {
+    let Some(cmd) = env.command()? else {
+        return Err(Error::new(Code::Environment, "CNI_COMMAND is empty"));
+    };
+    if cmd == Cmd::Version {
+        return version();
+    }
+    *stdin = read_stdin(io::stdin().lock())?;
+    let request = Request::parse(cmd, env, stdin)?;
+    logging::start(&request.config);
+    let verb = <&str>::from(request.cmd);
+    log::debug!("{verb} of network {}, CNI {}: {:?}", request.network, request.version, request.subject);
+    for error in &request.forgiven {
+        log::warn!("{verb} goes on without: {error}");
+    }
+    match (cmd, &request.subject) {
+        (Cmd::Add, Subject::Attachment(attachment)) => add(&request, attachment),
+        (Cmd::Check, Subject::Attachment(attachment)) => check(&request, attachment).map(|()| Vec::new()),
+        (Cmd::Del, Subject::Attachment(attachment)) => del(&request, attachment).map(|()| Vec::new()),
+        (Cmd::Status, _) => probe::node(Path::new(BPFFS)).map(|()| Vec::new()),
+        (Cmd::Gc, _) => gc(&request).map(|()| Vec::new()),
+        // Only a DEL is parsed into this: ADD and CHECK refuse such names.
+        (_, Subject::NeverAdded(why)) => {
+            log::info!("nothing to remove: {why}");
+            Ok(Vec::new())
+        }
+        (_, Subject::Node) | (Cmd::Version, _) => {
+            Err(Error::new(Code::Environment, "the call names no container and interface"))
+        }
+    }
+}
+
+fn version() -> Result<Vec<u8>> {
+    let text = "write the supported versions";
+    serde_json::to_vec(&PluginInfo::default()).map_err(|cause| Error::because(Code::Io, text, cause))
+}
+
+/// Everything an ADD needs to know before it changes anything.
+struct Plan {
+    limits: Limits,
+    cgroup: PodCgroup,
+    netns: PathBuf,
+    ifindex: u32,
+}
+
+fn add(request: &Request, attachment: &Attachment) -> Result<Vec<u8>> {
+    let reply = request.prev_result.as_ref().ok_or_else(|| {
+        Error::new(
+            Code::Config,
+            "there is no prevResult: podshaper is a chained plugin, put it behind the one that makes the interface, \
+             in the \"plugins\" list of a .conflist",
+        )
+    })?;
+    refuse_unsupported(&request.config)?;
+    let limits = request.limits()?;
+    if limits.is_empty() {
+        forget_unlimited(attachment)?;
+    } else {
+        limit(request, attachment, resolve(request, attachment, limits)?)?;
+    }
+    Ok(reply.get().as_bytes().to_vec())
+}
+
+/// Keys that promise what this version does not do yet.
+fn refuse_unsupported(config: &Config) -> Result<()> {
+    let unsupported = |key| {
+        let text =
+            format!("configuration key {key:?} is not supported by podshaper {}: remove it", env!("CARGO_PKG_VERSION"));
+        Err(Error::new(Code::Config, text))
+    };
+    match config {
+        Config { kubeconfig: Some(_), .. } => unsupported("kubeconfig"),
+        Config { exempt_subnets, .. } if !exempt_subnets.is_empty() => unsupported("exemptSubnets"),
+        _ => Ok(()),
+    }
+}
+
+fn resolve(request: &Request, attachment: &Attachment, limits: Limits) -> Result<Plan> {
+    let netns = request.netns.clone().ok_or_else(|| Error::new(Code::Environment, "CNI_NETNS is missing"))?;
+    let cgroup = find_cgroup(request, attachment, &Hierarchies::of_this_host()?)?;
+    let ifindex = netns::in_netns(&netns, || netns::interface(&attachment.ifname, &netns))?.index;
+    Ok(Plan { limits, cgroup, netns, ifindex })
+}
+
+fn find_cgroup(request: &Request, attachment: &Attachment, hierarchies: &Hierarchies) -> Result<PodCgroup> {
+    match (request.cgroup_hint(), &attachment.key) {
+        (Some(path), _) => cgroup::find(hierarchies, Wanted::Path(&path.to_string_lossy())),
+        (None, PodKey::Uid(uid)) => cgroup::find(hierarchies, Wanted::Uid(uid.as_str())),
+        (None, PodKey::Container(id)) => Err(Error::new(
+            Code::Cgroup,
+            format!(
+                "find the cgroup of container {id}: the runtime passes neither K8S_POD_UID nor cgroupPath; give the plugin's \
+                 configuration a \"cgroupPath\", with {{containerID}} in it if need be"
+            ),
+        )),
+    }
+}
+
+fn limit(request: &Request, attachment: &Attachment, plan: Plan) -> Result<()> {
+    let Plan { limits, cgroup, netns, ifindex } = plan;
+    // Paces badly without, but holds the rate: not worth a pod.
+    if let Err(error) = netns::in_netns(&netns, netns::disable_tso_rtt) {
+        log::warn!("packets may leave in bursts of 64 KiB: {error}");
+    }
+    let loaded = shaper::load(ifindex, &limits, &request.owner(attachment, &cgroup.path))?;
+    let place = place(attachment);
+    let pins = Pins::ensure(Path::new(BPFFS))?.lock()?;
+    let attached = cgroup.open().and_then(|directory| loaded.attach(directory.as_fd()));
+    let committed = attached.and_then(|attached| {
+        let staged = pins.stage(&place)?;
+        attached.pin(staged.directory())?;
+        staged.commit()
+    });
+    if committed.is_err() && !pins.has_pod(&place.pod) {
+        remove_cgroup_if_made(&cgroup.path);
+    }
+    committed?;
+    log_limits(request, &place, &limits, &cgroup.path);
+    Ok(())
+}
+
+fn log_limits(request: &Request, place: &Place, limits: &Limits, cgroup: &Path) {
+    let pod = [&request.pod_namespace, &request.pod_name].map(|name| name.as_deref().unwrap_or("?")).join("/");
+    let Place { pod: key, interface } = place;
+    for (direction, limit) in [("egress", &limits.egress), ("ingress", &limits.ingress)] {
+        let Some(Limit { rate, burst, asked, source }) = limit else { continue };
+        let capped = if asked > rate { format!(", capped by max: {asked} were asked for") } else { String::new() };
+        let (burst, cgroup) = (burst.as_bytes(), cgroup.display());
+        log::info!(
+            "{pod} ({key}) {interface}: {direction} {rate}bit/s, burst {burst} bytes, from {source}{capped}; {cgroup}"
+        );
+    }
+    if limits.ingress.is_some() {
+        log::warn!("{pod} ({key}) {interface}: ingress is NOT limited: this version limits egress only");
+    }
+}
+
+/// A pod without limits may have had some in its last sandbox, on the same cgroup.
+fn forget_unlimited(attachment: &Attachment) -> Result<()> {
+    let place = place(attachment);
+    match Pins::existing(Path::new(BPFFS)).filter(|pins| pins.find(&place).is_some()) {
+        Some(pins) => pins.lock()?.remove(&place),
+        None => Ok(()),
+    }
+}
+
+fn check(request: &Request, attachment: &Attachment) -> Result<()> {
+    let limits = request.limits()?;
+    if limits.is_empty() {
+        return Ok(());
+    }
+    let place = place(attachment);
+    let missing = || {
+        let text = format!("{} of pod {} has no shaper, but a limit was asked for", place.interface, place.pod);
+        Error::new(Code::Mismatch, text)
+    };
+    let directory = Pins::existing(Path::new(BPFFS)).and_then(|pins| pins.find(&place)).ok_or_else(missing)?;
+    let pinned = Pinned::at(&directory);
+    let owner = pinned.owner()?;
+    if !owner.is(&request.network, &attachment.container_id, &attachment.ifname) {
+        let text = format!(
+            "{} of pod {} is shaped for container {} of network {}, not for this one",
+            place.interface, place.pod, owner.container_id, owner.network
+        );
+        return Err(Error::new(Code::Mismatch, text));
+    }
+    pinned.check(Path::new(&owner.cgroup), &limits)
+}
+
+fn del(request: &Request, attachment: &Attachment) -> Result<()> {
+    let Some(pins) = Pins::existing(Path::new(BPFFS)) else { return Ok(()) };
+    let pins = pins.lock()?;
+    let place = place(attachment);
+    if let Some(directory) = pins.find(&place) {
+        let owner = Pinned::at(&directory).owner()?;
+        if !owner.is(&request.network, &attachment.container_id, &attachment.ifname) {
+            log::info!("{} is another sandbox's by now: {} {}", directory.display(), owner.network, owner.container_id);
+            return Ok(());
+        }
+        pins.remove(&place)?;
+        log::info!("removed {}", directory.display());
+    }
+    remove_cgroup_after(request, attachment, &pins);
+    Ok(())
+}
+
+/// On a hybrid host the pod's cgroup2 directory is podshaper's, to be removed with its last attachment. It cannot be while the
+/// pod's last container is in it; then one of the DELs that follow does it.
+fn remove_cgroup_after(request: &Request, attachment: &Attachment, pins: &LockedPins) {
+    let Ok(hierarchies) = Hierarchies::of_this_host() else { return };
+    if !hierarchies.are_hybrid() || pins.has_pod(attachment.key.as_str()) {
+        return;
+    }
+    if let Ok(cgroup) = find_cgroup(request, attachment, &hierarchies) {
+        remove_cgroup_if_made(&cgroup.path);
+    }
+}
+
+fn remove_cgroup_if_made(path: &Path) {
+    let removed = Hierarchies::of_this_host().and_then(|hierarchies| cgroup::remove_if_made(&hierarchies, path));
+    if let Err(error) = removed {
+        log::warn!("{error}");
+    }
+}
+
+/// Removes this network's attachments that the runtime does not name any more, as many as can be.
+fn gc(request: &Request) -> Result<()> {
+    // Without the list nothing is known to be stale.
+    let Some(valid) = &request.valid_attachments else { return Ok(()) };
+    let Some(pins) = Pins::existing(Path::new(BPFFS)) else { return Ok(()) };
+    let pins = pins.lock()?;
+    let mut failed = Vec::new();
+    for (place, directory) in pins.list() {
+        let owner = match Pinned::at(&directory).owner() {
+            Ok(owner) => owner,
+            Err(error) => {
+                failed.push(error.to_string());
+                continue;
+            }
+        };
+        let named = valid.iter().any(|kept| kept.container_id == owner.container_id && kept.ifname == owner.ifname);
+        if owner.network != request.network.as_str() || named {
+            continue;
+        }
+        match pins.remove(&place) {
+            Ok(()) => {
+                log::info!("removed {}, which no container uses any more", directory.display());
+                if !pins.has_pod(&place.pod) {
+                    remove_cgroup_if_made(Path::new(&owner.cgroup));
+                }
+            }
+            Err(error) => failed.push(error.to_string()),
+        }
+    }
+    if failed.is_empty() { Ok(()) } else { Err(Error::new(Code::Kernel, failed.join("; "))) }
+}
+
+fn place(attachment: &Attachment) -> Place {
+    Place { pod: attachment.key.as_str().to_owned(), interface: attachment.ifname.to_string() }
+}
+
+fn write_stdout(answer: &[u8]) -> Result<()> {
+    let mut stdout = io::stdout().lock();
+    stdout
+        .write_all(answer)
+        .and_then(|()| stdout.flush())
+        .map_err(|cause| Error::because(Code::Io, "write the result to stdout", cause))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn version_names_every_version_the_plugin_speaks() {
+        assert_eq!(
+            String::from_utf8(version().unwrap()).unwrap(),
+            r#"{"cniVersion":"1.1.0","supportedVersions":["0.3.0","0.3.1","0.4.0","1.0.0","1.1.0"]}"#
+        );
+    }
+}

@@ -1,0 +1,288 @@
+//! The shaper of one attachment: loads the eBPF object with this pod's numbers, attaches it to the pod's cgroup, pins it; reads
+//! and checks one that is pinned. Where the pins lie is `pins`' affair; what the programs do is in `bpf/`.
+
+use std::{
+    fs,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::unix::fs::MetadataExt,
+    path::Path,
+};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{Array, Map, MapData},
+    programs::{Program, ProgramError},
+};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use podshaper_abi::{EGRESS, INGRESS, Limit as AbiLimit, OWNER_SIZE};
+
+use crate::{
+    error::{Code, Error, Result},
+    pins::{LIMITS, METERS, OWNER},
+    pod::Owner,
+    request::{Limit, Limits},
+    sys::{self, CgroupHook},
+};
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/podshaper.bpf.o"));
+
+/// Every program of the object, by the name that is also that of its link's pin, and where it is attached.
+const PROGRAMS: [(&str, CgroupHook); 3] = [
+    ("count_egress", CgroupHook::InetEgress),
+    ("pace_tcp", CgroupHook::SockOps),
+    ("note_setsockopt", CgroupHook::Setsockopt),
+];
+
+/// Backlog beyond which packets that no socket paces are dropped. Short, because all of it is latency that they add to
+/// everything else; longer than a tick of a 100 Hz kernel, so that a sender that is scheduled late loses nothing.
+const UNPACED_BOUND_NS: u64 = 10_000_000;
+/// Backlog beyond which everything is dropped: the horizon of fq and of Cilium's bandwidth manager (2 s).
+const HORIZON_NS: u64 = 2_000_000_000;
+
+/// An object that is loaded, not yet attached.
+pub struct Loaded {
+    object: Ebpf,
+}
+
+/// Programs that are attached. Dropped without [`Attached::pin`], they are detached.
+pub struct Attached {
+    object: Ebpf,
+    links: Vec<(&'static str, OwnedFd)>,
+}
+
+/// One attachment that is pinned.
+pub struct Pinned<'a> {
+    directory: &'a Path,
+}
+
+/// Loads maps and programs, for the interface of that index (0: every interface but loopback). Nothing is attached yet.
+///
+/// # Errors
+/// [`Code::Kernel`]: the kernel refuses a map or program, and why.
+pub fn load(ifindex: u32, limits: &Limits, owner: &Owner) -> Result<Loaded> {
+    let mut object = without_kernel_btf(EbpfLoader::new)
+        .override_global("IFINDEX", &ifindex, true)
+        .load(OBJECT)
+        .map_err(|cause| refused("load podshaper's eBPF maps", &cause))?;
+    for (name, _) in PROGRAMS {
+        load_program(&mut object, name)?;
+    }
+
+    let mut limits_map = array_mut::<AbiLimit>(&mut object, LIMITS)?;
+    for (direction, limit) in [(EGRESS, &limits.egress), (INGRESS, &limits.ingress)] {
+        let value = limit.as_ref().map(abi_limit).unwrap_or_default();
+        limits_map.set(direction, value, 0).map_err(|cause| refused("write the limits", &cause))?;
+    }
+    let mut owner_map = array_mut::<[u8; OWNER_SIZE]>(&mut object, OWNER)?;
+    owner_map.set(0, owner_bytes(owner)?, 0).map_err(|cause| refused("write the owner", &cause))?;
+    Ok(Loaded { object })
+}
+
+impl Loaded {
+    /// Attaches every program to the cgroup, beside whatever is attached there already.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] with what the kernel says. Nothing stays attached then.
+    pub fn attach(self, cgroup: BorrowedFd<'_>) -> Result<Attached> {
+        let attach = |(name, hook)| {
+            let failed = |cause: &(dyn std::error::Error + 'static)| {
+                refused(format!("attach the eBPF program {name} to the pod's cgroup"), cause)
+            };
+            let program = self.object.program(name).ok_or_else(|| not_in_object(name))?.fd().map_err(|e| failed(&e))?;
+            let link = sys::link_to_cgroup(program.as_fd(), cgroup, hook).map_err(|e| failed(&e))?;
+            Ok((name, link))
+        };
+        let links = PROGRAMS.into_iter().map(attach).collect::<Result<_>>()?;
+        Ok(Attached { object: self.object, links })
+    }
+}
+
+impl Attached {
+    /// Pins maps and links in a directory, OWNER first: whoever finds a part of an attachment finds whose it is.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] with what the kernel says. The caller removes the directory then.
+    pub fn pin(self, directory: &Path) -> Result<()> {
+        let pinned = |name: &str| format!("pin {}", directory.join(name).display());
+        for name in [OWNER, LIMITS, METERS] {
+            let map = map_data(self.object.map(name), name)?;
+            map.pin(directory.join(name)).map_err(|cause| refused(pinned(name), &cause))?;
+        }
+        for (name, link) in self.links {
+            sys::pin(link.as_fd(), &directory.join(name)).map_err(|cause| refused(pinned(name), &cause))?;
+        }
+        Ok(())
+    }
+}
+
+impl<'a> Pinned<'a> {
+    /// The attachment that is pinned in a directory.
+    pub fn at(directory: &'a Path) -> Self {
+        Self { directory }
+    }
+
+    /// Whose attachment it is.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] where the record cannot be read: it is being removed, or not podshaper's.
+    pub fn owner(&self) -> Result<Owner> {
+        let map = self.array::<[u8; OWNER_SIZE]>(OWNER)?;
+        let bytes = map.get(&0, 0).map_err(|cause| refused(self.reading(OWNER), &cause))?;
+        let json = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
+        serde_json::from_slice(json).map_err(|cause| Error::because(Code::Kernel, self.reading(OWNER), cause))
+    }
+
+    /// Checks that every link is live and on this cgroup, and that the limits are these.
+    ///
+    /// # Errors
+    /// [`Code::Mismatch`] naming the first difference.
+    pub fn check(&self, cgroup: &Path, limits: &Limits) -> Result<()> {
+        let cgroup_id = fs::metadata(cgroup)
+            .map_err(|cause| Error::because(Code::Mismatch, format!("find the cgroup {}", cgroup.display()), cause))?
+            .ino();
+        for (name, _) in PROGRAMS {
+            self.check_link(name, cgroup, cgroup_id)?;
+        }
+        let map = self.array::<AbiLimit>(LIMITS)?;
+        for (direction, name, asked) in [(EGRESS, "egress", &limits.egress), (INGRESS, "ingress", &limits.ingress)] {
+            let found = map.get(&direction, 0).map_err(|cause| refused(self.reading(LIMITS), &cause))?;
+            if found != asked.as_ref().map(abi_limit).unwrap_or_default() {
+                return Err(mismatch(format!(
+                    "{name} of {} is limited to {} bit/s with a burst of {} ns, but {asked:?} was asked for",
+                    self.directory.display(),
+                    found.rate_bits_per_s,
+                    found.burst_ns,
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_link(&self, name: &str, cgroup: &Path, cgroup_id: u64) -> Result<()> {
+        let path = self.directory.join(name);
+        let link = sys::open_pin(&path)
+            .and_then(|link| sys::cgroup_link(link.as_fd()))
+            .map_err(|cause| Error::because(Code::Mismatch, format!("open the link {}", path.display()), cause))?;
+        match link.cgroup_id {
+            id if id == cgroup_id => Ok(()),
+            0 => Err(mismatch(format!("the link {} is dead: its cgroup is gone", path.display()))),
+            id => Err(mismatch(format!(
+                "the link {} is on the cgroup with id {id}, not on {} with id {cgroup_id}",
+                path.display(),
+                cgroup.display()
+            ))),
+        }
+    }
+
+    fn array<V: aya::Pod>(&self, name: &str) -> Result<Array<MapData, V>> {
+        MapData::from_pin(self.directory.join(name))
+            .map(Map::Array)
+            .and_then(Array::try_from)
+            .map_err(|cause| refused(self.reading(name), &cause))
+    }
+
+    fn reading(&self, name: &str) -> String {
+        format!("read {}", self.directory.join(name).display())
+    }
+}
+
+/// `EbpfLoader::new` parses all of /sys/kernel/btf/vmlinux, 20 MB and 30 ms, for relocations that this object does not have,
+/// and there is no other constructor. With no descriptor to be had it cannot open the file, and goes on without.
+fn without_kernel_btf<T>(new: impl FnOnce() -> T) -> T {
+    let limit = getrlimit(Resource::RLIMIT_NOFILE);
+    if let Ok((_, hard)) = limit {
+        // Failing costs time, not correctness.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, 0, hard);
+    }
+    let made = new();
+    if let Ok((soft, hard)) = limit {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, soft, hard);
+    }
+    made
+}
+
+fn abi_limit(limit: &Limit) -> AbiLimit {
+    AbiLimit {
+        rate_bits_per_s: limit.rate.as_bits_per_s(),
+        burst_ns: limit.burst.as_ns_at(limit.rate),
+        unpaced_bound_ns: UNPACED_BOUND_NS,
+        horizon_ns: HORIZON_NS,
+    }
+}
+
+fn owner_bytes(owner: &Owner) -> Result<[u8; OWNER_SIZE]> {
+    let text = "record whose attachment this is";
+    let json = serde_json::to_vec(owner).map_err(|cause| Error::because(Code::Config, text, cause))?;
+    let mut bytes = [0; OWNER_SIZE];
+    match bytes.get_mut(..json.len()) {
+        Some(room) => room.copy_from_slice(&json),
+        None => {
+            let text = format!("{text}: its names take {} bytes, more than the {OWNER_SIZE} there are", json.len());
+            return Err(Error::new(Code::Config, text));
+        }
+    }
+    Ok(bytes)
+}
+
+fn load_program(object: &mut Ebpf, name: &str) -> Result<()> {
+    let loaded = match object.program_mut(name).ok_or_else(|| not_in_object(name))? {
+        Program::CgroupSkb(program) => program.load(),
+        Program::SockOps(program) => program.load(),
+        Program::CgroupSockopt(program) => program.load(),
+        _ => Err(ProgramError::UnexpectedProgramType),
+    };
+    loaded.map_err(|cause| refused(format!("load the eBPF program {name}"), &cause))
+}
+
+fn array_mut<'a, V: aya::Pod>(object: &'a mut Ebpf, name: &str) -> Result<Array<&'a mut MapData, V>> {
+    let map = object.map_mut(name).ok_or_else(|| not_in_object(name))?;
+    Array::try_from(map).map_err(|cause| refused(format!("open the eBPF map {name}"), &cause))
+}
+
+fn map_data<'a>(map: Option<&'a Map>, name: &str) -> Result<&'a MapData> {
+    match map {
+        Some(Map::Array(data)) => Ok(data),
+        _ => Err(not_in_object(name)),
+    }
+}
+
+fn not_in_object(name: &str) -> Error {
+    Error::new(Code::Kernel, format!("this podshaper was built wrong: its eBPF object has no {name}"))
+}
+
+fn mismatch(text: String) -> Error {
+    Error::new(Code::Mismatch, text)
+}
+
+/// What the kernel said, and what to do about it. aya's errors hold the cause and also print it, so only the innermost is told.
+fn refused(what: impl Into<String>, error: &(dyn std::error::Error + 'static)) -> Error {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    let errno = cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
+    let remedy = match errno {
+        Some(libc::EPERM | libc::EACCES) => {
+            " (podshaper must run with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON: as root, as container runtimes do)"
+        }
+        Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP) => {
+            " (it takes Linux 5.10 or later with CONFIG_CGROUP_BPF and CONFIG_BPF_SYSCALL)"
+        }
+        Some(libc::ENOMEM | libc::ENOSPC) => " (the node is out of memory, or of RLIMIT_MEMLOCK)",
+        _ => "",
+    };
+    let verifier = error.downcast_ref::<ProgramError>().map(verifier_says).unwrap_or_default();
+    Error::because(Code::Kernel, what.into() + remedy, cause.to_string() + &verifier)
+}
+
+/// The end of the verifier's log, which is where it says no.
+fn verifier_says(error: &ProgramError) -> String {
+    const LINES: usize = 3;
+    let ProgramError::LoadError { verifier_log, .. } = error else { return String::new() };
+    let log = verifier_log.to_string();
+    let lines: Vec<_> = log.lines().filter(|line| !line.trim().is_empty()).collect();
+    match lines[lines.len().saturating_sub(LINES)..].join(" | ") {
+        end if end.is_empty() => end,
+        end => format!("; the verifier says: {end}"),
+    }
+}
