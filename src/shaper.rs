@@ -146,12 +146,13 @@ impl<'a> Pinned<'a> {
         let map = self.array::<AbiLimit>(LIMITS)?;
         for (direction, name, asked) in [(EGRESS, "egress", &limits.egress), (INGRESS, "ingress", &limits.ingress)] {
             let found = map.get(&direction, 0).map_err(|cause| refused(self.reading(LIMITS), &cause))?;
-            if found != asked.as_ref().map(abi_limit).unwrap_or_default() {
+            let asked = asked.as_ref().map(abi_limit).unwrap_or_default();
+            if found != asked {
+                let AbiLimit { rate_bits_per_s: rate, burst_ns: burst, .. } = found;
+                let AbiLimit { rate_bits_per_s: asked_rate, burst_ns: asked_burst, .. } = asked;
                 return Err(mismatch(format!(
-                    "{name} of {} is limited to {} bit/s with a burst of {} ns, but {asked:?} was asked for",
+                    "{} limits {name} to {rate} bit/s with a burst of {burst} ns, but {asked_rate} bit/s and {asked_burst} ns were asked for (0: no limit)",
                     self.directory.display(),
-                    found.rate_bits_per_s,
-                    found.burst_ns,
                 )));
             }
         }
