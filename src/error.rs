@@ -119,7 +119,10 @@ mod tests {
     fn the_text_is_followed_by_every_cause_once() {
         let inner = std::io::Error::from_raw_os_error(libc::EPERM);
         let error = Error::because(Code::Kernel, "attach to /sys/fs/cgroup/a (needs CAP_BPF)", inner);
-        assert_eq!(error.to_string(), "attach to /sys/fs/cgroup/a (needs CAP_BPF): Operation not permitted (os error 1)");
+        assert_eq!(
+            error.to_string(),
+            "attach to /sys/fs/cgroup/a (needs CAP_BPF): Operation not permitted (os error 1)"
+        );
     }
 
     #[test]
