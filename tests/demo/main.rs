@@ -94,7 +94,7 @@ fn run(options: &Options) -> Result<()> {
     }
     let mut rows = Vec::new();
     note("an idle pod ..");
-    let idle = idle()?;
+    let idle = idle(options.rate)?;
     for limiter in &options.limiters {
         check_stop()?;
         note(format_args!("{} ..", limiter.title()));
@@ -109,11 +109,11 @@ fn run(options: &Options) -> Result<()> {
     table::print(&text).context("print the report")
 }
 
-fn idle() -> Result<Latency> {
+fn idle(rate: u64) -> Result<Latency> {
     let host = Host::new()?;
     let mut pod = Pod::new(&host, "demo")?;
     pod.add(&host.bridge_chain()?)?;
-    measure::ask(&pod, Way::Out, 2.0)
+    measure::ask(&pod, Way::Out, 2.0, measure::ask_pause(rate))
 }
 
 fn row(options: &Options, limiter: Limiter) -> Result<Row> {
@@ -125,7 +125,7 @@ fn row(options: &Options, limiter: Limiter) -> Result<Row> {
         flows: options.flows,
         seconds: options.seconds,
         congestion: options.cc.clone(),
-        ask: true,
+        ask: Some(measure::ask_pause(options.rate)),
         ..Bulk::default()
     };
     let result = measure::bulk(&pod, &bulk)?;
@@ -155,9 +155,10 @@ fn show(report: &Report) -> String {
         ["limiter", "on the wire", "of the limit", "first second", "retransmits", "reply p50", "p99", "ADD", "DEL"];
     let rows: Vec<Vec<String>> = rows.iter().map(|row| cells(row, *limit_bits_per_s)).collect();
     format!(
-        "{}, {flows} bulk TCP flows from the pod; a small request beside them every millisecond.\n\
+        "{}, {flows} bulk TCP flows from the pod; a small request beside them every {}.\n\
          An idle pod gets its replies in {} (p50), {} (p99).\n\n{}",
         table::rate(*limit_bits_per_s as f64),
+        table::millis(measure::ask_pause(*limit_bits_per_s).as_micros() as f64),
         table::millis(idle.p50_us),
         table::millis(idle.p99_us),
         table::markdown(&header, &rows)

@@ -33,14 +33,14 @@ pub struct Bulk {
     pub congestion: Option<String>,
     /// SO_MAX_PACING_RATE of each flow, in bytes per second.
     pub max_pacing_rate: Option<u64>,
-    /// Ask for small replies meanwhile, the same way.
-    pub ask: bool,
+    /// Ask for small replies meanwhile, the same way, with this pause between reply and request: see [`ask_pause`].
+    pub ask: Option<Duration>,
     pub ipv6: bool,
 }
 
 impl Default for Bulk {
     fn default() -> Self {
-        Self { way: Way::Out, flows: 1, seconds: 5.0, congestion: None, max_pacing_rate: None, ask: false, ipv6: false }
+        Self { way: Way::Out, flows: 1, seconds: 5.0, congestion: None, max_pacing_rate: None, ask: None, ipv6: false }
     }
 }
 
@@ -123,10 +123,17 @@ impl Timeline {
     }
 }
 
-/// Small requests with a pause of 1 ms, alone on the link.
-pub fn ask(pod: &Pod, way: Way, seconds: f64) -> Result<Latency> {
+/// A pause that keeps requests small beside a limit: a millisecond, or what makes them a twentieth of it.
+pub fn ask_pause(limit_bits_per_s: u64) -> Duration {
+    const REQUEST_WIRE_BITS: u64 = (100 + 52) * 8;
+    let twentieth = Duration::from_micros(REQUEST_WIRE_BITS * 1_000_000 / (limit_bits_per_s / 20).max(1));
+    twentieth.max(Duration::from_millis(1))
+}
+
+/// Small requests, alone on the link.
+pub fn ask(pod: &Pod, way: Way, seconds: f64, pause: Duration) -> Result<Latency> {
     let ends = Ends::new(pod, way, false)?;
-    let (_echo, asking) = ends.start_asking(seconds)?;
+    let (_echo, asking) = ends.start_asking(seconds, pause)?;
     parse(asking.json(limit(seconds))?)
 }
 
@@ -148,7 +155,7 @@ pub fn bulk(pod: &Pod, options: &Bulk) -> Result<BulkResult> {
     }
     let send = Running::start(&mut send)?;
     // A little shorter, so that no request is sent on a link that has fallen idle.
-    let asking = if options.ask { Some(ends.start_asking(options.seconds - 0.2)?) } else { None };
+    let asking = options.ask.map(|pause| ends.start_asking(options.seconds - 0.2, pause)).transpose()?;
     let latency = asking.map(|(_echo, asking)| parse(asking.json(limit(options.seconds))?)).transpose()?;
     let timeline = parse(sink.json(limit(options.seconds))?)?;
     let sent = send.json(limit(options.seconds))?;
@@ -206,10 +213,11 @@ impl<'a> Ends<'a> {
     }
 
     /// The one that answers has to be kept until the one that asks has ended.
-    fn start_asking(&self, seconds: f64) -> Result<(Running, Running)> {
+    fn start_asking(&self, seconds: f64, pause: Duration) -> Result<(Running, Running)> {
         let (echo, address) = Running::start_server(&mut self.receiver("echo")?)?;
         let mut ask = self.sender("ask")?;
         ask.args(["--to", &address.to_string(), "--seconds", &seconds.to_string()]);
+        ask.args(["--interval-us", &pause.as_micros().to_string()]);
         Ok((echo, Running::start(&mut ask)?))
     }
 }

@@ -167,7 +167,8 @@ impl<'host> Pod<'host> {
 impl Drop for Pod<'_> {
     fn drop(&mut self) {
         if thread::panicking() {
-            note(self.dump());
+            // Not note(): libtest keeps what this macro prints, and shows it with the failed test.
+            eprintln!("{}", self.dump());
         }
         self.cgroup.kill();
         if let Err(error) = self.del() {
