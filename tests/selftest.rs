@@ -61,6 +61,20 @@ fn rates_on_the_command_line() {
     }
 }
 
+#[test]
+fn a_table_keeps_the_precision_that_its_numbers_have() {
+    for (bits_per_s, text) in
+        [(1.047e6, "1.05 Mbit/s"), (100.08e6, "100.1 Mbit/s"), (990.5e6, "990.5 Mbit/s"), (22.16e9, "22.2 Gbit/s")]
+    {
+        assert_eq!(table::rate(bits_per_s), text);
+    }
+    for (limit, text) in [(1_000_000, "1 Mbit/s"), (1_500_000_000, "1.5 Gbit/s"), (9_600, "0.0096 Mbit/s")] {
+        assert_eq!(table::limit(limit), text);
+    }
+    let text = table::markdown(&["a", "b"], &[vec!["x".into(), "12.5".into()]]);
+    assert_eq!(text, "| a   |    b |\n| --- | ---: |\n| x   | 12.5 |\n");
+}
+
 /// Everything of this process that a pod or node leaves on a machine.
 fn traces() -> BTreeSet<PathBuf> {
     fn walk(path: &Path, found: &mut BTreeSet<PathBuf>) {
@@ -168,6 +182,11 @@ fn the_bandwidth_plugin_measures_as_it_is_known_to() {
         // Sender and limiter share a kernel: the socket's buffer stays charged while a packet waits in the plugin's queue, so
         // its sender blocks and almost nothing is dropped. Over a network card it would be half of what was sent.
         let arrived = *udp.timeline.wire_bytes.last().unwrap() / 1428;
-        assert!(udp.sent >= arrived && udp.errors.is_empty(), "UDP {way:?}: {} sent, {arrived} arrived", udp.sent);
+        assert!(
+            udp.sent >= arrived && udp.errors.is_empty(),
+            "UDP {way:?}: {} sent, {:?}, {arrived} arrived",
+            udp.sent,
+            udp.errors
+        );
     }
 }

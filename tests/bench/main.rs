@@ -38,7 +38,7 @@ struct Options {
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Limiter::Podshaper, Limiter::Bandwidth])]
     limiters: Vec<Limiter>,
     /// How long each pod sends
-    #[arg(long, default_value_t = 6.0)]
+    #[arg(long, default_value = "6", value_parser = table::parse_seconds)]
     seconds: f64,
     /// Limit what the pod receives, and send to it
     #[arg(long)]
@@ -80,9 +80,10 @@ fn run(options: &Options) -> Result<bool> {
     if !nix::unistd::geteuid().is_root() {
         return Err(Failure::new("it makes network namespaces and loads eBPF programs: run it as root"));
     }
+    let programs = Programs::find(options.podshaper.as_deref(), &options.limiters)?;
     let mut complete = true;
     for part in [tcp, udp, above_the_link] {
-        let mut table = Table { rows: vec![], complete: true };
+        let mut table = Table { programs: programs.clone(), rows: vec![], complete: true };
         let (title, header) = part(options, &mut table)?;
         complete &= table.complete;
         let text = format!("### {title}\n\n{}\n", table::markdown(header, &table.rows));
@@ -92,6 +93,7 @@ fn run(options: &Options) -> Result<bool> {
 }
 
 struct Table {
+    programs: Programs,
     rows: Vec<Vec<String>>,
     complete: bool,
 }
@@ -114,7 +116,7 @@ impl Table {
         };
         let measured = Host::new().and_then(|host| {
             let mut pod = Pod::new(&host, "bench")?;
-            limiter.add(&mut pod, limits, &Programs { podshaper: options.podshaper.clone() })?;
+            limiter.add(&mut pod, limits, &self.programs)?;
             measure(&pod)
         });
         // A stop shows up as a failure of whatever was running.
@@ -146,7 +148,7 @@ fn tcp(options: &Options, table: &mut Table) -> Result<Title> {
     for limit in options.rates.iter().copied() {
         for flows in options.flows.iter().copied() {
             for congestion in &options.cc {
-                let labels = [table::rate(limit as f64), flows.to_string(), congestion.clone()];
+                let labels = [table::limit(limit), flows.to_string(), congestion.clone()];
                 let bulk = options.bulk(flows, Some(congestion.clone()), limit);
                 for limiter in options.limiters.iter().copied() {
                     table.row(options, &labels, limiter, limit, |pod| {
@@ -178,13 +180,13 @@ fn tcp(options: &Options, table: &mut Table) -> Result<Title> {
 fn udp(options: &Options, table: &mut Table) -> Result<Title> {
     for limit in options.rates.iter().copied() {
         for limiter in options.limiters.iter().copied() {
-            table.row(options, &[table::rate(limit as f64)], limiter, limit, |pod| {
+            table.row(options, &[table::limit(limit)], limiter, limit, |pod| {
                 Ok(udp_cells(&measure::udp(pod, options.way(), limit * 2, options.seconds)?, limit))
             })?;
         }
     }
     Ok((
-        "UDP at twice the limit".into(),
+        "UDP, offered at twice the limit".into(),
         &[
             "limit",
             "limiter",
@@ -211,7 +213,7 @@ fn above_the_link(options: &Options, table: &mut Table) -> Result<Title> {
         }
     }
     Ok((
-        format!("A limit of {}, above what the link gives", table::rate(limit as f64)),
+        format!("A limit of {}, above what the link gives", table::limit(limit)),
         &["flows", "limiter", "on the wire", "first second", "retransmits", "reply p50", "p99"],
     ))
 }

@@ -30,7 +30,7 @@ struct Options {
     #[arg(long, default_value = "100M", value_parser = table::parse_rate)]
     rate: u64,
     /// How long each pod sends
-    #[arg(long, default_value_t = 6.0)]
+    #[arg(long, default_value = "6", value_parser = table::parse_seconds)]
     seconds: f64,
     /// Bulk TCP flows per pod
     #[arg(long, default_value_t = 4)]
@@ -92,13 +92,14 @@ fn run(options: &Options) -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
         return Err(Failure::new("it makes network namespaces and loads eBPF programs: run it as root"));
     }
+    let programs = Programs::find(options.podshaper.as_deref(), &options.limiters)?;
     let mut rows = Vec::new();
     note("an idle pod ..");
     let idle = idle(options.rate)?;
     for limiter in &options.limiters {
         check_stop()?;
         note(format_args!("{} ..", limiter.title()));
-        rows.push(row(options, *limiter)?);
+        rows.push(row(options, *limiter, &programs)?);
     }
     let report = Report { limit_bits_per_s: options.rate, flows: options.flows, idle, rows };
     let text = if options.json {
@@ -116,11 +117,10 @@ fn idle(rate: u64) -> Result<Latency> {
     measure::ask(&pod, Way::Out, 2.0, measure::ask_pause(rate))
 }
 
-fn row(options: &Options, limiter: Limiter) -> Result<Row> {
+fn row(options: &Options, limiter: Limiter, programs: &Programs) -> Result<Row> {
     let host = Host::new()?;
     let mut pod = Pod::new(&host, "demo")?;
-    let programs = Programs { podshaper: options.podshaper.clone() };
-    limiter.add(&mut pod, Limits { egress: Some(options.rate), ingress: None }, &programs)?;
+    limiter.add(&mut pod, Limits { egress: Some(options.rate), ingress: None }, programs)?;
     let bulk = Bulk {
         flows: options.flows,
         seconds: options.seconds,
@@ -157,7 +157,7 @@ fn show(report: &Report) -> String {
     format!(
         "{}, {flows} bulk TCP flows from the pod; a small request beside them every {}.\n\
          An idle pod gets its replies in {} (p50), {} (p99).\n\n{}",
-        table::rate(*limit_bits_per_s as f64),
+        table::limit(*limit_bits_per_s),
         table::millis(measure::ask_pause(*limit_bits_per_s).as_micros() as f64),
         table::millis(idle.p50_us),
         table::millis(idle.p99_us),
@@ -176,7 +176,7 @@ fn cells(row: &Row, limit: u64) -> Vec<String> {
         retransmits.to_string(),
         or_none(reply.map(|reply| table::millis(reply.p50_us))),
         or_none(reply.map(|reply| table::millis(reply.p99_us))),
-        or_none(add_ms.map(|ms| format!("{ms:.0} ms"))),
-        or_none(del_ms.map(|ms| format!("{ms:.0} ms"))),
+        or_none(add_ms.map(|ms| format!("{ms:.1} ms"))),
+        or_none(del_ms.map(|ms| format!("{ms:.1} ms"))),
     ]
 }

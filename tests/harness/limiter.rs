@@ -1,6 +1,6 @@
 //! What is compared: a pod without a limit, one with podshaper, one with the bandwidth plugin.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use serde::Serialize;
@@ -57,7 +57,11 @@ impl Limiter {
         pod.offer_bandwidth(limits.egress, limits.ingress, burst);
         let chain: Chain = match self {
             Self::Bare => bridge,
-            Self::Podshaper => bridge.then(podshaper_plugin()).with_dir(programs.podshaper_dir()?),
+            Self::Podshaper => {
+                let dir = programs.podshaper_dir.as_ref();
+                let dir = dir.ok_or_else(|| Failure::new("podshaper was not among the limiters looked for"))?;
+                bridge.then(podshaper_plugin()).with_dir(dir)
+            }
             Self::Bandwidth => bridge.then(bandwidth_plugin()),
         };
         pod.add(&chain).map(drop)
@@ -67,13 +71,16 @@ impl Limiter {
 /// Where the plugin to measure is.
 #[derive(Clone, Debug, Default)]
 pub struct Programs {
-    /// Named by the caller; this build's otherwise.
-    pub podshaper: Option<PathBuf>,
+    podshaper_dir: Option<PathBuf>,
 }
 
 impl Programs {
-    fn podshaper_dir(&self) -> Result<PathBuf> {
-        let program = match &self.podshaper {
+    /// Looks for what these limiters need before anything is measured: the `podshaper` named, or the one of this build.
+    pub fn find(podshaper: Option<&Path>, limiters: &[Limiter]) -> Result<Self> {
+        if !limiters.contains(&Limiter::Podshaper) {
+            return Ok(Self::default());
+        }
+        let program = match podshaper {
             Some(path) => path.canonicalize().context(format_args!("find {}", path.display()))?,
             None => podshaper_program()?,
         };
@@ -83,6 +90,6 @@ impl Programs {
                 program.display()
             )));
         }
-        Ok(program.parent().map(PathBuf::from).unwrap_or_default())
+        Ok(Self { podshaper_dir: program.parent().map(PathBuf::from) })
     }
 }

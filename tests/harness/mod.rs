@@ -92,10 +92,10 @@ pub fn check_stop() -> Result<()> {
     if stopped() { Err(Failure::new("stopped by a signal")) } else { Ok(()) }
 }
 
-/// `prefix`, this process and a counter: no two names of one machine are the same.
+/// `prefix`, this process and a counter: no two names of one machine are the same, and a killed run's are recognised.
 fn unique(prefix: &str) -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    format!("{prefix}-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+    format!("podshaper-{prefix}-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
 /// A line on stderr that nobody has to read: a closed pipe is no reason to leave a pod behind.

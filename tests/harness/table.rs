@@ -36,11 +36,18 @@ pub fn print(text: &str) -> io::Result<()> {
 
 /// Bits per second as `100.1 Mbit/s`.
 pub fn rate(bits_per_s: f64) -> String {
-    if bits_per_s >= 1e10 {
-        format!("{:.1} Gbit/s", bits_per_s / 1e9)
-    } else {
-        format!("{:.1} Mbit/s", bits_per_s / 1e6)
+    let mega = bits_per_s / 1e6;
+    match mega {
+        ..9.995 => format!("{mega:.2} Mbit/s"),
+        ..10_000.0 => format!("{mega:.1} Mbit/s"),
+        _ => format!("{:.1} Gbit/s", mega / 1e3),
     }
+}
+
+/// A limit as it was asked for: `100 Mbit/s`.
+pub fn limit(bits_per_s: u64) -> String {
+    let mega = bits_per_s as f64 / 1e6;
+    if mega >= 1e3 { format!("{} Gbit/s", mega / 1e3) } else { format!("{mega} Mbit/s") }
 }
 
 /// A share of the limit as `100.1 %`.
@@ -68,4 +75,12 @@ pub fn parse_rate(text: &str) -> Result<u64, String> {
     };
     let number: u64 = digits.parse().map_err(|_| format!("{text:?} is not a rate such as 100M"))?;
     number.checked_mul(factor).ok_or_else(|| format!("{text} is more than 2^64 bit/s"))
+}
+
+/// How long to measure: the first second is reported apart, so something must follow it.
+pub fn parse_seconds(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if (2.0..=3600.0).contains(&seconds) => Ok(seconds),
+        _ => Err(format!("{text:?} is not a number of seconds from 2 to 3600")),
+    }
 }
