@@ -1,0 +1,242 @@
+//! bench: podshaper and the bandwidth plugin over many rates, flows and congestion controls, as Markdown tables.
+//!
+//! Every row is a fresh pod. It takes about six minutes; --quick takes one and shows whether something is off.
+
+#[path = "../harness/mod.rs"]
+mod harness;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use harness::host::Host;
+use harness::limiter::{Limiter, Limits, Programs};
+use harness::measure::{self, Bulk, BulkResult, UdpResult, Way};
+use harness::pod::Pod;
+use harness::{Context, Failure, Result, check_stop, note, stop_on_signals, stopped, table};
+
+/// What a shell reports of a program that Ctrl-C ended.
+const EXIT_STOPPED: u8 = 130;
+/// More than any veth carries: what the limiter itself costs.
+const ABOVE_LINK_BITS_PER_S: u64 = 100_000_000_000;
+
+/// Measures podshaper and the bandwidth plugin on throw-away pods
+#[derive(Parser)]
+#[command(name = "bench")]
+struct Options {
+    /// Limits to try, in bits per second
+    #[arg(long, value_delimiter = ',', value_parser = table::parse_rate, default_value = "1M,10M,100M,1G")]
+    rates: Vec<u64>,
+    /// Numbers of bulk TCP flows
+    #[arg(long, value_delimiter = ',', default_value = "1,8")]
+    flows: Vec<usize>,
+    /// Congestion controls
+    #[arg(long, value_delimiter = ',', default_value = "cubic,bbr")]
+    cc: Vec<String>,
+    /// Which of the limiters
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Limiter::Podshaper, Limiter::Bandwidth])]
+    limiters: Vec<Limiter>,
+    /// How long each pod sends
+    #[arg(long, default_value = "6", value_parser = table::parse_seconds)]
+    seconds: f64,
+    /// Limit what the pod receives, and send to it
+    #[arg(long)]
+    ingress: bool,
+    /// Fewer and shorter: 10 and 100 Mbit/s, cubic, 3 seconds
+    #[arg(long)]
+    quick: bool,
+    /// The plugin to measure [default: the one built with this program]
+    #[arg(long)]
+    podshaper: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    let mut options = match Options::try_parse() {
+        Ok(options) => options,
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::from(error.exit_code() as u8);
+        }
+    };
+    if options.quick {
+        options.rates = vec![10_000_000, 100_000_000];
+        options.cc = vec!["cubic".into()];
+        options.seconds = 3.0;
+    }
+    match stop_on_signals().and_then(|()| run(&options)) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(_) if stopped() => ExitCode::from(EXIT_STOPPED),
+        Err(error) => {
+            note(format_args!("bench: {error}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// False if a row could not be measured; the others are printed all the same.
+fn run(options: &Options) -> Result<bool> {
+    if !nix::unistd::geteuid().is_root() {
+        return Err(Failure::new("it makes network namespaces and loads eBPF programs: run it as root"));
+    }
+    let programs = Programs::find(options.podshaper.as_deref(), &options.limiters)?;
+    let mut complete = true;
+    for part in [tcp, udp, above_the_link] {
+        let mut table = Table { programs: programs.clone(), rows: vec![], complete: true };
+        let (title, header) = part(options, &mut table)?;
+        complete &= table.complete;
+        let text = format!("### {title}\n\n{}\n", table::markdown(header, &table.rows));
+        table::print(&text).context("print the table")?;
+    }
+    Ok(complete)
+}
+
+struct Table {
+    programs: Programs,
+    rows: Vec<Vec<String>>,
+    complete: bool,
+}
+
+impl Table {
+    /// A row named by `labels`, of what `measure` finds on a fresh pod.
+    fn row(
+        &mut self,
+        options: &Options,
+        labels: &[String],
+        limiter: Limiter,
+        limit: u64,
+        measure: impl FnOnce(&Pod) -> Result<Vec<String>>,
+    ) -> Result<()> {
+        check_stop()?;
+        note(format_args!("{}, {} ..", labels.join(", "), limiter.title()));
+        let limits = match options.way() {
+            Way::Out => Limits { egress: Some(limit), ingress: None },
+            Way::In => Limits { egress: None, ingress: Some(limit) },
+        };
+        let measured = Host::new().and_then(|host| {
+            let mut pod = Pod::new(&host, "bench")?;
+            limiter.add(&mut pod, limits, &self.programs)?;
+            measure(&pod)
+        });
+        // A stop shows up as a failure of whatever was running.
+        check_stop()?;
+        let cells = measured.unwrap_or_else(|error| {
+            note(error);
+            self.complete = false;
+            vec!["failed".into()]
+        });
+        self.rows.push([labels, &[limiter.title().to_owned()], &cells].concat());
+        Ok(())
+    }
+}
+
+impl Options {
+    fn way(&self) -> Way {
+        if self.ingress { Way::In } else { Way::Out }
+    }
+
+    fn bulk(&self, flows: usize, congestion: Option<String>, limit: u64) -> Bulk {
+        let ask = Some(measure::ask_pause(limit));
+        Bulk { way: self.way(), flows, seconds: self.seconds, congestion, ask, ..Bulk::default() }
+    }
+}
+
+type Title = (String, &'static [&'static str]);
+
+fn tcp(options: &Options, table: &mut Table) -> Result<Title> {
+    for limit in options.rates.iter().copied() {
+        for flows in options.flows.iter().copied() {
+            for congestion in &options.cc {
+                let labels = [table::limit(limit), flows.to_string(), congestion.clone()];
+                let bulk = options.bulk(flows, Some(congestion.clone()), limit);
+                for limiter in options.limiters.iter().copied() {
+                    table.row(options, &labels, limiter, limit, |pod| {
+                        Ok(bulk_cells(&measure::bulk(pod, &bulk)?, Some(limit)))
+                    })?;
+                }
+            }
+        }
+    }
+    let title =
+        format!("Bulk TCP {}, small requests beside it", if options.ingress { "to the pod" } else { "from the pod" });
+    Ok((
+        title,
+        &[
+            "limit",
+            "flows",
+            "",
+            "limiter",
+            "on the wire",
+            "of the limit",
+            "first second",
+            "retransmits",
+            "reply p50",
+            "p99",
+        ],
+    ))
+}
+
+fn udp(options: &Options, table: &mut Table) -> Result<Title> {
+    for limit in options.rates.iter().copied() {
+        for limiter in options.limiters.iter().copied() {
+            table.row(options, &[table::limit(limit)], limiter, limit, |pod| {
+                Ok(udp_cells(&measure::udp(pod, options.way(), limit * 2, options.seconds)?, limit))
+            })?;
+        }
+    }
+    Ok((
+        "UDP, offered at twice the limit".into(),
+        &[
+            "limit",
+            "limiter",
+            "on the wire",
+            "of the limit",
+            "first second",
+            "packets sent",
+            "refused by the socket",
+            "receiver too slow",
+        ],
+    ))
+}
+
+fn above_the_link(options: &Options, table: &mut Table) -> Result<Title> {
+    let limit = ABOVE_LINK_BITS_PER_S;
+    for flows in options.flows.iter().copied() {
+        for limiter in [Limiter::Bare, Limiter::Podshaper] {
+            if limiter == Limiter::Bare || options.limiters.contains(&limiter) {
+                let bulk = options.bulk(flows, None, limit);
+                table.row(options, &[flows.to_string()], limiter, limit, |pod| {
+                    Ok(bulk_cells(&measure::bulk(pod, &bulk)?, None))
+                })?;
+            }
+        }
+    }
+    Ok((
+        format!("A limit of {}, above what the link gives", table::limit(limit)),
+        &["flows", "limiter", "on the wire", "first second", "retransmits", "reply p50", "p99"],
+    ))
+}
+
+fn bulk_cells(result: &BulkResult, limit: Option<u64>) -> Vec<String> {
+    let steady = result.timeline.steady_rate();
+    let mut cells = vec![table::rate(steady)];
+    cells.extend(limit.map(|limit| table::percent(steady, limit)));
+    cells.push(table::rate(result.timeline.first_second()));
+    cells.push(result.retransmits.to_string());
+    cells.extend(result.latency.into_iter().flat_map(|latency| [latency.p50_us, latency.p99_us]).map(table::millis));
+    cells
+}
+
+fn udp_cells(result: &UdpResult, limit: u64) -> Vec<String> {
+    let steady = result.timeline.steady_rate();
+    let refused: Vec<String> = result.errors.iter().map(|(name, count)| format!("{count} {name}")).collect();
+    vec![
+        table::rate(steady),
+        table::percent(steady, limit),
+        table::rate(result.timeline.first_second()),
+        result.sent.to_string(),
+        if refused.is_empty() { "0".into() } else { refused.join(", ") },
+        result.timeline.buffer_errors.to_string(),
+    ]
+}

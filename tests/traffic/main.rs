@@ -1,0 +1,107 @@
+//! traffic: what the tests, the demo and the benchmark send through a pod, and what they measure it with.
+//!
+//! Every subcommand prints one line of JSON on stdout when it is done. Rates are always taken where the bytes arrive
+//! (`sink`, `udp-sink`): a sender's first second only fills its own socket buffer. Servers say "listening on ADDRESS" on
+//! stderr as soon as a client may come, so a caller can ask for port 0.
+#![allow(clippy::print_stdout, reason = "one line of JSON on stdout is this program's answer")]
+
+mod ask;
+mod tcp;
+mod udp;
+mod wire;
+
+use std::io::{self, Write};
+use std::net::SocketAddr;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use serde::Serialize;
+
+/// Traffic to measure a pod's network with.
+#[derive(Parser)]
+#[command(name = "traffic")]
+enum Command {
+    /// Receive TCP flows and count what arrives in every 100 ms from the first byte on
+    Sink(Receive),
+    /// Send bulk TCP flows
+    Send(tcp::Send),
+    /// Receive UDP and count what arrives in every 100 ms from the first packet on
+    UdpSink(Receive),
+    /// Send UDP at a steady rate and count what the socket refused
+    UdpSend(udp::Send),
+    /// Answer every 100-byte request with 100 bytes
+    Echo(ask::Echo),
+    /// Send requests one after the other and time every reply
+    Ask(ask::Ask),
+}
+
+#[derive(clap::Args)]
+struct Receive {
+    /// Address and port to listen on; port 0 takes a free one
+    #[arg(long)]
+    listen: SocketAddr,
+    /// Stop this long after the first byte
+    #[arg(long, value_parser = seconds)]
+    seconds: Duration,
+    /// Give up when nothing has arrived after this long
+    #[arg(long, value_parser = seconds, default_value = "10")]
+    wait: Duration,
+    /// Fail unless so many flows came
+    #[arg(long)]
+    flows: Option<usize>,
+}
+
+fn main() -> ExitCode {
+    let result = match Command::parse() {
+        Command::Sink(options) => tcp::sink(&options).and_then(print),
+        Command::Send(options) => tcp::send(&options).and_then(print),
+        Command::UdpSink(options) => udp::sink(&options).and_then(print),
+        Command::UdpSend(options) => udp::send(&options).and_then(print),
+        Command::Echo(options) => ask::echo(&options),
+        Command::Ask(options) => ask::ask(&options).and_then(print),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "traffic: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn print(report: impl Serialize) -> io::Result<()> {
+    let mut line = serde_json::to_vec(&report)?;
+    line.push(b'\n');
+    io::stdout().write_all(&line)
+}
+
+/// A number of seconds on the command line, fractions allowed.
+fn seconds(text: &str) -> Result<Duration, String> {
+    let number: f64 = text.parse().map_err(|_| format!("{text:?} is not a number of seconds"))?;
+    Duration::try_from_secs_f64(number).map_err(|error| error.to_string())
+}
+
+fn say_listening(address: SocketAddr) {
+    let _ = writeln!(io::stderr(), "listening on {address}");
+}
+
+/// Adds what was being done to an error of the system.
+fn context(what: impl std::fmt::Display) -> impl FnOnce(io::Error) -> io::Error {
+    move |error| io::Error::new(error.kind(), format!("{what}: {error}"))
+}
+
+/// Connects, allowing the other side two seconds to come up.
+fn connect(to: SocketAddr) -> io::Result<std::net::TcpStream> {
+    let start = Instant::now();
+    loop {
+        match std::net::TcpStream::connect_timeout(&to, Duration::from_secs(10)) {
+            Err(error)
+                if error.kind() == io::ErrorKind::ConnectionRefused && start.elapsed() < Duration::from_secs(2) =>
+            {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            result => return result.map_err(context(format_args!("connect to {to}"))),
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! UDP: a steady sender that counts what its socket refuses, and a counting receiver.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{SocketAddr, UdpSocket};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::socket::{setsockopt, sockopt};
+use serde::Serialize;
+
+use super::tcp::BUCKET;
+use super::{Receive, context, say_listening, seconds, wire};
+
+/// IP and UDP headers.
+const HEADERS_V4: u64 = 20 + 8;
+const HEADERS_V6: u64 = 40 + 8;
+/// A sender that was late (asleep, or blocked on its socket) makes good at most this much.
+const CATCH_UP: Duration = Duration::from_millis(10);
+const RECEIVE_BUFFER_BYTES: usize = 8 << 20;
+
+#[derive(clap::Args)]
+pub struct Send {
+    /// Address and port of the receiver
+    #[arg(long)]
+    to: SocketAddr,
+    /// Bits per second on the wire, IP header and up
+    #[arg(long, value_name = "BITS")]
+    rate: u64,
+    /// Stop after this long
+    #[arg(long, value_parser = seconds)]
+    seconds: Duration,
+    /// Payload of a packet, in bytes
+    #[arg(long, default_value_t = 1400)]
+    size: usize,
+}
+
+#[derive(Serialize)]
+pub struct SendReport {
+    packets: u64,
+    wire_bytes: u64,
+    /// Refused by sendto(), by the error's name.
+    errors: BTreeMap<String, u64>,
+    seconds: f64,
+}
+
+/// Cumulative, like the TCP sink's.
+#[derive(Serialize)]
+pub struct SinkReport {
+    sample_us: Vec<u64>,
+    payload_bytes: Vec<u64>,
+    wire_bytes: Vec<u64>,
+    buckets: Vec<u64>,
+    bytes: u64,
+    packets: u64,
+    /// Packets that came but found the socket's buffer full: they passed the limiter, this program was too slow.
+    buffer_errors: u64,
+}
+
+pub fn send(options: &Send) -> io::Result<SendReport> {
+    let any: SocketAddr =
+        if options.to.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0u16, 0, 0, 0, 0, 0, 0, 0], 0).into() };
+    let socket = UdpSocket::bind(any)?;
+    // Not connected: a receiver that has seen enough and closed would be counted as refusals.
+    let wire_bytes = options.size as u64 + if options.to.is_ipv4() { HEADERS_V4 } else { HEADERS_V6 };
+    let interval = Duration::from_secs_f64(wire_bytes as f64 * 8.0 / options.rate.max(1) as f64);
+    let packet = vec![0; options.size];
+    let (mut packets, mut errors) = (0, BTreeMap::<String, u64>::new());
+    let start = Instant::now();
+    let mut due = start;
+    while start.elapsed() < options.seconds {
+        let now = Instant::now();
+        if now < due {
+            thread::sleep(due - now);
+        }
+        due = due.max(now.checked_sub(CATCH_UP).unwrap_or(now)) + interval;
+        match socket.send_to(&packet, options.to) {
+            Ok(_) => packets += 1,
+            Err(error) => *errors.entry(name(&error)).or_default() += 1,
+        }
+    }
+    Ok(SendReport { packets, wire_bytes: packets * wire_bytes, errors, seconds: start.elapsed().as_secs_f64() })
+}
+
+fn name(error: &io::Error) -> String {
+    error.raw_os_error().map_or_else(|| error.to_string(), |number| format!("{:?}", Errno::from_raw(number)))
+}
+
+pub fn sink(options: &Receive) -> io::Result<SinkReport> {
+    let socket = UdpSocket::bind(options.listen).map_err(context(format_args!("listen on {}", options.listen)))?;
+    // Past net.core.rmem_max with CAP_NET_ADMIN only; without it a large burst may show up in buffer_errors.
+    let _ = setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER_BYTES);
+    let headers = if options.listen.is_ipv4() { HEADERS_V4 } else { HEADERS_V6 };
+    let errors_before = wire::udp_buffer_errors()?;
+    say_listening(socket.local_addr()?);
+    let mut buffer = vec![0; 1 << 16];
+    socket.set_read_timeout(Some(options.wait))?;
+    let first = socket.recv(&mut buffer).map_err(context(format_args!("wait {:?} for a packet", options.wait)))?;
+    let start = Instant::now();
+    let (mut bytes, mut packets) = (first as u64, 1);
+    let mut report = SinkReport {
+        sample_us: vec![0],
+        payload_bytes: vec![0],
+        wire_bytes: vec![0],
+        buckets: vec![],
+        bytes: 0,
+        packets: 0,
+        buffer_errors: 0,
+    };
+    let mut next = start + BUCKET;
+    while next <= start + options.seconds {
+        let now = Instant::now();
+        if now >= next {
+            report.sample_us.push((now - start).as_micros() as u64);
+            report.buckets.push(bytes - report.bytes);
+            report.payload_bytes.push(bytes);
+            report.wire_bytes.push(bytes + packets * headers);
+            (report.bytes, report.packets) = (bytes, packets);
+            next += BUCKET;
+            continue;
+        }
+        // At least a millisecond: zero would mean to wait for ever.
+        socket.set_read_timeout(Some((next - now).max(Duration::from_millis(1))))?;
+        for _ in 0..64 {
+            match socket.recv(&mut buffer) {
+                Ok(length) => (bytes, packets) = (bytes + length as u64, packets + 1),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(context("receive")(error)),
+            }
+        }
+    }
+    report.buffer_errors = wire::udp_buffer_errors()? - errors_before;
+    Ok(report)
+}
