@@ -1,16 +1,19 @@
 //! A pod's directory in the cgroup2 hierarchy, in the shapes kubelet's two drivers give it.
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::{Context, Failure, Result, note};
 
-/// Parents this process made, outermost first. They are shared by its pods and go with the last one; kubelet's own stay.
-static MADE: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+/// The sticky bit, which means nothing here, marks the parents of pods (`kubepods`, ..) that a harness made. Whoever finds such
+/// a one empty removes it, be it this process, another one at the same time, or one that comes after a kill; kubelet's stay.
+const MADE_BY_HARNESS: u32 = 0o1000;
+/// Another process may remove a parent between the making of it and of what goes into it.
+const ATTEMPTS: u32 = 100;
 
 /// How a kubelet's cgroup driver names a pod's directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,24 +68,40 @@ impl PodCgroup {
 
     /// Makes the directory again if it has been removed, as a runtime does when it starts a container.
     pub fn make(&self) -> Result<()> {
-        let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut parents: Vec<&Path> = self.path.ancestors().skip(1).take_while(|parent| !parent.exists()).collect();
-        parents.reverse();
-        for parent in parents {
+        let mut result = Ok(());
+        for _ in 0..ATTEMPTS {
+            result = self.make_parents().and_then(|()| make_directory(&self.path));
+            if result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+                continue;
+            }
+            break;
+        }
+        result.context(format_args!("make {}", self.path.display()))
+    }
+
+    fn make_parents(&self) -> io::Result<()> {
+        let mut missing: Vec<&Path> = self.parents().take_while(|parent| !parent.exists()).collect();
+        missing.reverse();
+        for parent in missing {
             match fs::create_dir(parent) {
-                Ok(()) => made.push(parent.to_owned()),
+                Ok(()) => fs::set_permissions(parent, Permissions::from_mode(0o755 | MADE_BY_HARNESS))?,
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(error).context(format_args!("make {}", parent.display())),
+                Err(error) => return Err(error),
             }
         }
-        make_directory(&self.path)
+        Ok(())
+    }
+
+    /// The directories above, innermost first.
+    fn parents(&self) -> impl Iterator<Item = &Path> {
+        self.path.ancestors().skip(1)
     }
 
     /// The directory of a container in the pod, made if it is not there.
     pub fn container(&self, name: &str) -> Result<PathBuf> {
         self.make()?;
         let path = self.path.join(name);
-        make_directory(&path)?;
+        make_directory(&path).context(format_args!("make {}", path.display()))?;
         Ok(path)
     }
 
@@ -106,19 +125,15 @@ impl Drop for PodCgroup {
         if let Err(error) = self.remove() {
             note(error);
         }
-        let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut kept: Vec<PathBuf> = made.drain(..).rev().filter(|parent| fs::remove_dir(parent).is_err()).collect();
-        kept.retain(|parent| parent.exists());
-        kept.reverse();
-        *made = kept;
+        let made = |parent: &&Path| fs::metadata(parent).is_ok_and(|found| found.mode() & MADE_BY_HARNESS != 0);
+        // The first that is still in use ends it: so are those above.
+        let _ = self.parents().take_while(made).try_for_each(fs::remove_dir);
     }
 }
 
-fn make_directory(path: &Path) -> Result<()> {
+fn make_directory(path: &Path) -> io::Result<()> {
     match fs::create_dir(path) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-            Err(error).context(format_args!("make {}", path.display()))
-        }
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
         _ => Ok(()),
     }
 }
