@@ -79,7 +79,6 @@ struct Plan {
     limits: Limits,
     cgroup: PodCgroup,
     netns: PathBuf,
-    ifindex: u32,
 }
 
 fn add(request: &Request, attachment: &Attachment) -> Result<Vec<u8>> {
@@ -117,8 +116,7 @@ fn refuse_unsupported(config: &Config) -> Result<()> {
 fn resolve(request: &Request, attachment: &Attachment, limits: Limits) -> Result<Plan> {
     let netns = request.netns.clone().ok_or_else(|| Error::new(Code::Environment, "CNI_NETNS is missing"))?;
     let cgroup = find_cgroup(request, attachment, &Hierarchies::of_this_host()?)?;
-    let ifindex = netns::in_netns(&netns, || netns::interface(&attachment.ifname, &netns))?.index;
-    Ok(Plan { limits, cgroup, netns, ifindex })
+    Ok(Plan { limits, cgroup, netns })
 }
 
 fn find_cgroup(request: &Request, attachment: &Attachment, hierarchies: &Hierarchies) -> Result<PodCgroup> {
@@ -136,11 +134,8 @@ fn find_cgroup(request: &Request, attachment: &Attachment, hierarchies: &Hierarc
 }
 
 fn limit(request: &Request, attachment: &Attachment, plan: Plan) -> Result<()> {
-    let Plan { limits, cgroup, netns, ifindex } = plan;
-    // Paces badly without, but holds the rate: not worth a pod.
-    if let Err(error) = netns::in_netns(&netns, netns::disable_tso_rtt) {
-        log::warn!("packets may leave in bursts of 64 KiB: {error}");
-    }
+    let Plan { limits, cgroup, netns } = plan;
+    let ifindex = netns::in_netns(&netns, || prepare_netns(&attachment.ifname, &netns))?;
     let loaded = shaper::load(ifindex, &limits, &request.owner(attachment, &cgroup.path))?;
     let place = place(attachment);
     let pins = Pins::ensure(Path::new(BPFFS))?.lock()?;
@@ -156,6 +151,16 @@ fn limit(request: &Request, attachment: &Attachment, plan: Plan) -> Result<()> {
     committed?;
     log_limits(request, &place, &limits, &cgroup.path);
     Ok(())
+}
+
+/// The interface's index, and the namespace set so that small pacing rates make small packets.
+fn prepare_netns(ifname: &str, netns: &Path) -> Result<u32> {
+    let index = netns::interface(ifname, netns)?.index;
+    // Without it the rate holds and the latency does not: not worth a pod.
+    if let Err(error) = netns::disable_tso_rtt() {
+        log::warn!("packets may leave in bursts of 64 KiB: {error}");
+    }
+    Ok(index)
 }
 
 fn log_limits(request: &Request, place: &Place, limits: &Limits, cgroup: &Path) {

@@ -8,20 +8,17 @@ use aya_ebpf::{bindings::bpf_sock, helpers::bpf_sk_fullsock, programs::SkBuffCon
 const IPV4_HEADER_BYTES: u64 = 20;
 const IPV6_HEADER_BYTES: u64 = 40;
 const UDP_HEADER_BYTES: u64 = 8;
-const IPV4_PROTOCOL_OFFSET: usize = 9;
-const IPV6_PAYLOAD_LENGTH_OFFSET: usize = 4;
-const IPV6_NEXT_HEADER_OFFSET: usize = 6;
+const TCP_HEADER_BYTES: u64 = 20;
+const TCP_HEADER_WITH_TIMESTAMPS_BYTES: u64 = 32;
 const TCP_DATA_OFFSET_OFFSET: u64 = 12;
+/// The smallest packet that can be GSO: IPv4 and UDP, with a byte in each of two segments.
+const SMALLEST_GSO_BYTES: usize = 30;
 
 /// IANA protocol numbers.
 pub const IPPROTO_TCP: u8 = 6;
 const IPPROTO_HOPOPTS: u8 = 0;
 const IPPROTO_ROUTING: u8 = 43;
 const IPPROTO_DSTOPTS: u8 = 60;
-
-/// More extension headers than these are not looked through: Linux itself sends at most hop-by-hop, destination, routing and
-/// destination options again (`struct ipv6_txoptions`).
-const MAX_EXTENSION_HEADERS: usize = 4;
 
 /// A packet as the link would carry it.
 pub struct Wire {
@@ -41,8 +38,7 @@ impl Wire {
         if segments <= 1 {
             return Self { bytes, segments: 1 };
         }
-        // A header that cannot be read was not made by this host's stack, and its packet is not GSO.
-        let headers = header_bytes(ctx).unwrap_or(Headers { repeated: 0, not_sent: 0 });
+        let headers = Headers::of(ctx);
         Self { bytes: bytes - headers.not_sent + (segments - 1) * headers.repeated, segments }
     }
 }
@@ -55,46 +51,39 @@ struct Headers {
     not_sent: u64,
 }
 
-#[inline(always)]
-fn header_bytes(ctx: &SkBuffContext) -> Option<Headers> {
-    let version_and_length: u8 = ctx.load(0).ok()?;
-    let (offset, protocol, not_sent) = match version_and_length >> 4 {
-        4 => (u64::from(version_and_length & 0xf) * 4, ctx.load(IPV4_PROTOCOL_OFFSET).ok()?, 0),
-        6 => behind_ipv6_headers(ctx)?,
-        _ => return None,
-    };
-    let transport = match protocol {
-        IPPROTO_TCP => {
-            let data_offset: u8 = ctx.load((offset + TCP_DATA_OFFSET_OFFSET) as usize).ok()?;
-            u64::from(data_offset >> 4) * 4
+impl Headers {
+    /// Every branch here is checked by the verifier together with all that follows, at each ADD: this reads as little as it can.
+    #[inline(always)]
+    fn of(ctx: &SkBuffContext) -> Self {
+        let Ok(start) = ctx.load::<[u8; SMALLEST_GSO_BYTES]>(0) else { return Self { repeated: 0, not_sent: 0 } };
+        let is_ipv4 = start[0] >> 4 == 4;
+        let (mut offset, mut protocol) =
+            if is_ipv4 { (u64::from(start[0] & 0xf) * 4, start[9]) } else { (IPV6_HEADER_BYTES, start[6]) };
+        let mut not_sent = 0;
+        // One extension header is looked behind: the jumbo header, or one an application asked for. With more than that in a
+        // row each segment is counted a few bytes short.
+        if !is_ipv4
+            && matches!(protocol, IPPROTO_HOPOPTS | IPPROTO_ROUTING | IPPROTO_DSTOPTS)
+            && let Ok([next, units]) = ctx.load::<[u8; 2]>(offset as usize)
+        {
+            let length = (u64::from(units) + 1) * 8;
+            // A payload length of 0 means "see the jumbo option".
+            if protocol == IPPROTO_HOPOPTS && start[4] | start[5] == 0 {
+                not_sent = length;
+            }
+            (offset, protocol) = (offset + length, next);
         }
-        // Linux segments TCP and UDP only for its own sockets (SCTP makes its chunks itself).
-        _ => UDP_HEADER_BYTES,
-    };
-    Some(Headers { repeated: offset - not_sent + transport, not_sent })
-}
-
-/// Offset and protocol of the transport header, and the length of a jumbo header before it.
-#[inline(always)]
-fn behind_ipv6_headers(ctx: &SkBuffContext) -> Option<(u64, u8, u64)> {
-    let mut offset = IPV6_HEADER_BYTES;
-    let mut protocol: u8 = ctx.load(IPV6_NEXT_HEADER_OFFSET).ok()?;
-    let payload_length: u16 = ctx.load(IPV6_PAYLOAD_LENGTH_OFFSET).ok()?;
-    let mut not_sent = 0;
-    for _ in 0..MAX_EXTENSION_HEADERS {
-        if !matches!(protocol, IPPROTO_HOPOPTS | IPPROTO_ROUTING | IPPROTO_DSTOPTS) {
-            break;
-        }
-        let [next, units]: [u8; 2] = ctx.load(offset as usize).ok()?;
-        let length = (u64::from(units) + 1) * 8;
-        // A payload length of 0 means "see the jumbo option".
-        if protocol == IPPROTO_HOPOPTS && payload_length == 0 {
-            not_sent = length;
-        }
-        offset += length;
-        protocol = next;
+        // Linux cuts TCP and UDP for its own sockets; SCTP makes its chunks itself.
+        let transport = if protocol == IPPROTO_TCP {
+            match ctx.load::<u8>((offset + TCP_DATA_OFFSET_OFFSET) as usize) {
+                Ok(data_offset) => u64::from(data_offset >> 4) * 4,
+                Err(_) => TCP_HEADER_BYTES,
+            }
+        } else {
+            UDP_HEADER_BYTES
+        };
+        Self { repeated: offset - not_sent + transport, not_sent }
     }
-    Some((offset, protocol, not_sent))
 }
 
 /// What a TCP segment of `payload` bytes, cut at `mss`, will weigh: for the hook that runs before the headers exist. The MSS of
@@ -102,10 +91,9 @@ fn behind_ipv6_headers(ctx: &SkBuffContext) -> Option<(u64, u8, u64)> {
 /// better than its being the default; the clock itself counts what is sent.
 #[inline(always)]
 pub fn wire_bytes_of_tcp(payload: u64, mss: u64, is_ipv6: bool) -> u64 {
-    const TCP_HEADER_WITH_TIMESTAMPS: u64 = 32;
     let ip_header = if is_ipv6 { IPV6_HEADER_BYTES } else { IPV4_HEADER_BYTES };
     let segments = if mss == 0 { 1 } else { payload.div_ceil(mss) };
-    payload + segments * (ip_header + TCP_HEADER_WITH_TIMESTAMPS)
+    payload + segments * (ip_header + TCP_HEADER_WITH_TIMESTAMPS_BYTES)
 }
 
 /// The packet's socket, if it is a full one: not a connection request and not one in TIME-WAIT.
