@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 use rscni_plugin::{
     types::{Cmd, ErrorResult},
-    version::PluginInfo,
+    version::{PluginInfo, SpecVersion},
 };
 
 use crate::{
@@ -42,7 +42,7 @@ fn answer(env: &Env, stdin: &mut Vec<u8>) -> Result<Vec<u8>> {
         return Err(Error::new(Code::Environment, "CNI_COMMAND is empty"));
     };
     if cmd == Cmd::Version {
-        return version();
+        return version(read_stdin(io::stdin().lock()).ok().as_deref().and_then(declared_version));
     }
     *stdin = read_stdin(io::stdin().lock())?;
     let request = Request::parse(cmd, env, stdin)?;
@@ -69,9 +69,12 @@ fn answer(env: &Env, stdin: &mut Vec<u8>) -> Result<Vec<u8>> {
     }
 }
 
-fn version() -> Result<Vec<u8>> {
+/// The specification has it answer in the version it is asked in, supported or not; a person asks in none.
+fn version(asked: Option<SpecVersion>) -> Result<Vec<u8>> {
     let text = "write the supported versions";
-    serde_json::to_vec(&PluginInfo::default()).map_err(|cause| Error::because(Code::Io, text, cause))
+    let known = PluginInfo::default();
+    let info = PluginInfo::new(asked.unwrap_or(known.cni_version()), known.supported_versions().to_vec());
+    serde_json::to_vec(&info).map_err(|cause| Error::because(Code::Io, text, cause))
 }
 
 /// Everything an ADD needs to know before it changes anything.
@@ -297,9 +300,13 @@ mod tests {
 
     #[test]
     fn version_names_every_version_the_plugin_speaks() {
-        assert_eq!(
-            String::from_utf8(version().unwrap()).unwrap(),
-            r#"{"cniVersion":"1.1.0","supportedVersions":["0.3.0","0.3.1","0.4.0","1.0.0","1.1.0"]}"#
-        );
+        for (asked, answered) in [(None, "1.1.0"), (Some(SpecVersion::new(0, 4, 0)), "0.4.0")] {
+            assert_eq!(
+                String::from_utf8(version(asked).unwrap()).unwrap(),
+                format!(
+                    r#"{{"cniVersion":"{answered}","supportedVersions":["0.3.0","0.3.1","0.4.0","1.0.0","1.1.0"]}}"#
+                )
+            );
+        }
     }
 }
