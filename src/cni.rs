@@ -218,6 +218,7 @@ fn del(request: &Request, attachment: &Attachment) -> Result<()> {
     let Some(pins) = Pins::existing(Path::new(BPFFS)) else { return Ok(()) };
     let pins = pins.lock()?;
     let place = place(attachment);
+    pins.settle(&place)?;
     if let Some(directory) = pins.find(&place) {
         let owner = Pinned::at(&directory).owner()?;
         if !owner.is(&request.network, &attachment.container_id, &attachment.ifname) {
@@ -256,7 +257,7 @@ fn gc(request: &Request) -> Result<()> {
     let Some(valid) = &request.valid_attachments else { return Ok(()) };
     let Some(pins) = Pins::existing(Path::new(BPFFS)) else { return Ok(()) };
     let pins = pins.lock()?;
-    let mut failed = Vec::new();
+    let mut failed: Vec<String> = pins.settle_all().err().iter().map(Error::to_string).collect();
     for (place, directory) in pins.list() {
         let owner = match Pinned::at(&directory).owner() {
             Ok(owner) => owner,

@@ -122,6 +122,34 @@ impl LockedPins {
         layouts(&self.root).iter().any(|layout| layout.join(encode(pod)).exists())
     }
 
+    /// Clears what killed calls left of an attachment: the lock is ours, so nobody is at work on it. One that was being
+    /// replaced is put back.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] with what the kernel says.
+    pub fn settle(&self, place: &Place) -> Result<()> {
+        layouts(&self.root).iter().try_for_each(|layout| {
+            let pod = layout.join(encode(&place.pod));
+            settle(&pod, &encode(&place.interface))?;
+            remove_if_empty(&pod)
+        })
+    }
+
+    /// The same for every attachment.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] with what the kernel says.
+    pub fn settle_all(&self) -> Result<()> {
+        for (_, pod) in layouts(&self.root).iter().flat_map(|layout| directories(layout)) {
+            for (name, _) in directories(&pod) {
+                let interface = [NEW, OLD].iter().find_map(|suffix| name.strip_suffix(suffix)).unwrap_or(&name);
+                settle(&pod, interface)?;
+            }
+            remove_if_empty(&pod)?;
+        }
+        Ok(())
+    }
+
     /// Makes the directory in which an attachment is then pinned.
     ///
     /// # Errors
@@ -130,9 +158,8 @@ impl LockedPins {
         let layout = self.layout();
         let pod = layout.join(encode(&place.pod));
         let interface = encode(&place.interface);
-        let (target, directory) = (pod.join(&interface), pod.join(interface + NEW));
-        // The lock is ours: what lies here is of a call that was killed.
-        remove_directory(&directory)?;
+        let (target, directory) = (pod.join(&interface), pod.join(interface.clone() + NEW));
+        settle(&pod, &interface)?;
         for directory in [&layout, &pod, &directory] {
             make_directory(directory)?;
         }
@@ -185,7 +212,7 @@ impl Staged<'_> {
             Ok(()) => Ok(()),
             Err(Errno::ENOENT) => renamed(rename(&self.directory, &self.target, RenameFlags::empty()), &self.target),
             // bpffs exchanges names since Linux 5.17 (simple_rename, fs/libfs.c). Before that the old attachment steps aside
-            // first; killed between the two renames, it goes on limiting from there until the next call for the pod.
+            // first; killed between the two renames, it goes on limiting from there until the next call for the pod settles it.
             Err(Errno::EINVAL) => {
                 let aside = with_suffix(&self.target, OLD);
                 remove_directory(&aside)?;
@@ -221,12 +248,20 @@ pub fn mount_bpffs(path: &Path) -> Result<()> {
     if is_bpffs(path) {
         return Ok(());
     }
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    mount(Some("bpf"), path, Some("bpf"), flags, Some("mode=0700")).map_err(|cause| {
+    let failed = |cause: io::Error| {
         let path = path.display();
         let text = format!("mount bpffs on {path}, where it is missing (on the node: mount -t bpf bpf {path})");
         Error::because(Code::Kernel, text, cause)
-    })
+    };
+    // The first pods of a node come together, and a second bpffs over the first would hide its pins: one call mounts, the
+    // others wait at the directory below.
+    let below = File::open(path).map_err(failed)?;
+    let _lock = Flock::lock(below, FlockArg::LockExclusive).map_err(|(_, errno)| failed(errno.into()))?;
+    if is_bpffs(path) {
+        return Ok(());
+    }
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("bpf"), path, Some("bpf"), flags, Some("mode=0700")).map_err(|errno| failed(errno.into()))
 }
 
 fn layouts(root: &Path) -> Vec<PathBuf> {
@@ -235,7 +270,8 @@ fn layouts(root: &Path) -> Vec<PathBuf> {
 
 fn find(root: &Path, place: &Place) -> Option<PathBuf> {
     let below = Path::new(&encode(&place.pod)).join(encode(&place.interface));
-    layouts(root).into_iter().map(|layout| layout.join(&below)).find(|path| path.is_dir())
+    // Without OWNER it is what a killed DEL left.
+    layouts(root).into_iter().map(|layout| layout.join(&below)).find(|path| path.join(OWNER).exists())
 }
 
 fn list(root: &Path) -> Vec<(Place, PathBuf)> {
@@ -270,6 +306,20 @@ fn make_directory(path: &Path) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// Leaves of an attachment what is finished: its own directory, or nothing.
+fn settle(pod: &Path, interface: &str) -> Result<()> {
+    let [target, new, old] = ["", NEW, OLD].map(|suffix| pod.join(interface.to_owned() + suffix));
+    remove_directory(&new)?;
+    if !target.join(OWNER).exists() {
+        remove_directory(&target)?;
+        if old.join(OWNER).exists() {
+            return fs::rename(&old, &target)
+                .map_err(|cause| Error::because(Code::Kernel, format!("rename {} back", old.display()), cause));
+        }
+    }
+    remove_directory(&old)
 }
 
 /// Removes an attachment from one layout, finished or not.
