@@ -156,7 +156,8 @@ impl Request {
         let config = Config::read(keys, container_id, &mut tolerance)?;
         let runtime = decoded.runtime_config.map(|raw| part("runtimeConfig", json::object(raw.get()))).transpose()?;
         let RuntimeConfig { cgroup_path, bandwidth, annotations } = runtime.unwrap_or_default();
-        let cgroup_path = cgroup_path.as_deref().map(runtime_cgroup_path).transpose();
+        // A sandbox without a cgroup parent, as crictl makes it, has an empty path.
+        let cgroup_path = cgroup_path.as_deref().filter(|raw| raw.get() != "\"\"").map(runtime_cgroup_path).transpose();
         let attachments = decoded.valid_attachments.filter(|_| cmd == Cmd::Gc);
         let attachments = attachments.map(|raw| part("cni.dev/valid-attachments", serde_json::from_str(raw.get())));
         Ok(Self {
@@ -244,11 +245,11 @@ fn runtime_cgroup_path(raw: &RawValue) -> Result<PathBuf> {
 }
 
 const NO_CGROUP_PATH: &str =
-    "is not a path below the cgroup2 mount (it starts with '/', has no '..', 4096 bytes at most)";
+    "is not a path below the cgroup2 mount, nor the name of a slice (without '..', 4096 bytes at most)";
 
-/// An absolute path that stays below the directory it is joined to.
+/// A path that stays below the directory it is joined to. CRI-O with the systemd driver gives the slice's name alone.
 fn below_cgroup_mount(text: &str) -> Option<PathBuf> {
-    let stays = text.starts_with('/') && !text.contains('\0') && !text.split('/').any(|name| name == "..");
+    let stays = !text.contains('\0') && !text.split('/').any(|name| name == "..");
     (stays && text.len() <= MAX_PATH_BYTES).then(|| PathBuf::from(text))
 }
 
@@ -350,7 +351,7 @@ mod tests {
             ("", r#""exemptSubnets": "10.0.0.0/8""#.to_owned(), Code::Config),
             ("", r#""exemptSubnets": ["10.0.0.0/33"]"#.to_owned(), Code::Config),
             ("", r#""cgroupPath": "/a/../b""#.to_owned(), Code::Config),
-            ("", r#""runtimeConfig": {"cgroupPath": "a"}"#.to_owned(), Code::Config),
+            ("", r#""runtimeConfig": {"cgroupPath": 1}"#.to_owned(), Code::Config),
             ("", r#""runtimeConfig": {"cgroupPath": "/.."}"#.to_owned(), Code::Config),
             ("", r#""runtimeConfig": {"cgroupPath": "/\u0000"}"#.to_owned(), Code::Config),
             ("", format!(r#""runtimeConfig": {{"cgroupPath": "/{long}"}}"#), Code::Config),
