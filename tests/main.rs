@@ -2,5 +2,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod harness;
+/// State and failure: pins, links and cgroups of the kernel, whatever order and company the calls come in.
+mod kernel;
+/// The protocol: what a runtime writes and reads, as far as it needs no privilege.
+mod plain;
+/// What real runtimes sent, call by call.
+mod replay;
+mod sandbox;
 /// The harness itself: what it makes, what it measures, and that nothing of it is left.
 mod selftest;

@@ -62,6 +62,11 @@ impl PodCgroup {
         Ok(cgroup)
     }
 
+    /// One that somebody else is to make; removed like the others.
+    pub fn absent(path: PathBuf) -> Self {
+        Self { path }
+    }
+
     pub fn path(&self) -> &Path {
         &self.path
     }

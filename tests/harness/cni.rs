@@ -19,6 +19,8 @@ use super::{Context, Failure, Result};
 #[derive(Clone, Debug)]
 pub struct Cni {
     program: PathBuf,
+    /// A program, with its arguments, that runs the plugin: setpriv, unshare.
+    wrapper: Vec<String>,
     environment: BTreeMap<String, String>,
     stdin: String,
 }
@@ -41,7 +43,8 @@ pub struct Call {
 impl Cni {
     /// `verb` is CNI_COMMAND; an empty one is not set at all.
     pub fn new(program: impl Into<PathBuf>, verb: &str) -> Self {
-        let call = Self { program: program.into(), environment: BTreeMap::new(), stdin: String::new() };
+        let call =
+            Self { program: program.into(), wrapper: Vec::new(), environment: BTreeMap::new(), stdin: String::new() };
         if verb.is_empty() { call } else { call.env("CNI_COMMAND", verb) }
     }
 
@@ -55,19 +58,26 @@ impl Cni {
         self
     }
 
+    /// Makes the call through another program, which gets the plugin as its last argument.
+    pub fn through(mut self, wrapper: &[&str]) -> Self {
+        self.wrapper = wrapper.iter().map(|word| (*word).to_owned()).collect();
+        self
+    }
+
+    /// The process that [`Cni::call`] starts, for who ends it early.
+    pub fn command(&self) -> Command {
+        let mut words = self.wrapper.iter().map(Path::new).chain([self.program.as_path()]);
+        let mut command = Command::new(words.next().unwrap_or(&self.program));
+        command.args(words).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").envs(&self.environment);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
     /// Makes the call in the network namespace of this thread. An answer of failure is a `Call`, too: see [`Call::success`].
     pub fn call(&self) -> Result<Call> {
         let doing = || format!("call {}", self.program.display());
         let start = Instant::now();
-        let mut child = Command::new(&self.program)
-            .env_clear()
-            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-            .envs(&self.environment)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .context(doing())?;
+        let mut child = self.command().spawn().context(doing())?;
         let (stdout, stderr) = (child.stdout.take().map(collect), child.stderr.take().map(collect));
         if let Some(mut pipe) = child.stdin.take() {
             // A plugin may answer without reading: a closed pipe is then no failure of the call.

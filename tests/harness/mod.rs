@@ -93,7 +93,7 @@ pub fn check_stop() -> Result<()> {
 }
 
 /// `prefix`, this process and a counter: no two names of one machine are the same, and a killed run's are recognised.
-fn unique(prefix: &str) -> String {
+pub fn unique(prefix: &str) -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     format!("podshaper-{prefix}-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
 }

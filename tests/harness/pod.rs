@@ -177,11 +177,13 @@ impl Drop for Pod<'_> {
     }
 }
 
-fn uuid() -> Result<String> {
+/// A pod's UID, as an API server makes them.
+pub fn uuid() -> Result<String> {
     let path = "/proc/sys/kernel/random/uuid";
     Ok(fs::read_to_string(path).context(format_args!("read {path}"))?.trim().to_owned())
 }
 
-fn container_id() -> Result<String> {
+/// The id of a sandbox, as containerd makes them.
+pub fn container_id() -> Result<String> {
     Ok((uuid()? + &uuid()?).replace('-', ""))
 }

@@ -1,0 +1,259 @@
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::harness::cgroup::{self, Driver, PodCgroup};
+use crate::harness::pod::{container_id, uuid};
+use crate::harness::process::Running;
+use crate::harness::traffic_program;
+use crate::sandbox::{ATTACHMENT, PROGRAMS, RATE, Sandbox, links_on, netns_with, ok, within};
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn an_add_pins_and_attaches_what_it_says_and_a_del_leaves_nothing() {
+    let pod = Sandbox::new();
+    let add = pod.call("ADD");
+    assert_eq!(add.stdout, r#"{"cniVersion":"1.1.0","ips":[]}"#);
+    pod.assert_limited(&pod.container_id, RATE);
+    assert_eq!(links_on(pod.cgroup.path()).len(), PROGRAMS.len());
+    let owner = json!({
+        "containerId": pod.container_id,
+        "network": pod.network,
+        "ifname": "eth0",
+        "netns": pod.netns.path(),
+        "podNamespace": "default",
+        "podName": "web",
+        "uid": pod.uid,
+        "cgroup": pod.cgroup.path(),
+    });
+    assert_eq!(pod.owner("eth0"), owner);
+    let expected =
+        format!("default/web ({}) eth0: egress 10Mbit/s, burst 15000 bytes, from runtimeConfig.bandwidth; ", pod.uid);
+    assert!(add.stderr.contains(&expected), "{add}");
+
+    let objects = pod.objects();
+    assert_eq!(pod.call("DEL").stdout, "");
+    pod.assert_unlimited();
+    objects.assert_freed();
+    assert!(links_on(pod.cgroup.path()).is_empty());
+    for _ in 0..3 {
+        let again = ok(&pod.cni("DEL").env("CNI_NETNS", "").stdin(pod.stdin_with(json!({ "prevResult": null }))));
+        assert_eq!((again.stdout.as_str(), again.stderr.as_str()), ("", ""));
+    }
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn an_attachment_ends_with_its_pins_even_when_the_pods_cgroup_went_first() {
+    let pod = Sandbox::new();
+    pod.call("ADD");
+    let objects = pod.objects();
+    pod.cgroup.remove().unwrap();
+    ok(&pod.cni("DEL").env("CNI_NETNS", ""));
+    assert!(!pod.pod_directory().exists());
+    objects.assert_freed();
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn a_del_from_a_stranger_removes_nothing_and_succeeds() {
+    let pod = Sandbox::new();
+    pod.call("ADD");
+    let other_network = pod.stdin_with(json!({ "name": "another" }));
+    for stranger in [
+        pod.cni_of("DEL", &container_id().unwrap()),
+        pod.cni("DEL").stdin(other_network),
+        pod.cni("DEL").env("CNI_IFNAME", "net1"),
+        // Its UID is somebody else's.
+        pod.cni("DEL").env("CNI_ARGS", format!("K8S_POD_UID={}", uuid().unwrap())),
+        pod.cni("DEL").env("CNI_ARGS", ""),
+    ] {
+        assert_eq!(ok(&stranger).stdout, "");
+        pod.assert_limited(&pod.container_id, RATE);
+    }
+    pod.call("DEL");
+    pod.assert_unlimited();
+}
+
+/// What kubelet does when a pause container has died.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn a_restarted_sandbox_keeps_the_limit_whatever_the_old_ones_dels_do() {
+    let pod = Sandbox::new();
+    pod.call("ADD");
+    let old = pod.objects();
+    ok(&pod.cni("DEL"));
+    let successor = container_id().unwrap();
+    ok(&pod.cni_of("ADD", &successor).stdin(pod.stdin_at(2 * RATE)));
+    old.assert_freed();
+    for _ in 0..2 {
+        ok(&pod.cni("DEL").env("CNI_NETNS", ""));
+        pod.assert_limited(&successor, 2 * RATE);
+    }
+
+    // And when the DELs of the old one all come too late.
+    let third = container_id().unwrap();
+    let old = pod.objects();
+    ok(&pod.cni_of("ADD", &third).stdin(pod.stdin_at(3 * RATE)));
+    old.assert_freed();
+    thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| ok(&pod.cni_of("DEL", &successor)));
+        }
+    });
+    pod.assert_limited(&third, 3 * RATE);
+    ok(&pod.cni_of("DEL", &third));
+    pod.assert_unlimited();
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn a_sandbox_without_a_limit_ends_that_of_the_one_before() {
+    let pod = Sandbox::new();
+    pod.call("ADD");
+    let next = container_id().unwrap();
+    let add = ok(&pod.cni_of("ADD", &next).stdin(pod.stdin_with(json!({ "runtimeConfig": {} }))));
+    assert_eq!(add.stdout, r#"{"cniVersion":"1.1.0","ips":[]}"#);
+    pod.assert_unlimited();
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn each_interface_of_a_pod_has_its_own_attachment() {
+    let pod = Sandbox::with_netns(Arc::new(netns_with(&["eth0", "eth0.100"])));
+    let second = |verb: &str| pod.cni(verb).env("CNI_IFNAME", "eth0.100").stdin(pod.stdin_at(2 * RATE));
+    pod.call("ADD");
+    ok(&second("ADD"));
+    let whole = ATTACHMENT.map(String::from).to_vec();
+    // bpffs takes no dot in a name.
+    let both = [("eth0".to_owned(), whole.clone()), ("eth0%2e100".to_owned(), whole.clone())];
+    assert_eq!(pod.pins(), BTreeMap::from(both));
+    assert_eq!((pod.rates("eth0"), pod.rates("eth0%2e100")), ([RATE, 0], [2 * RATE, 0]));
+    assert_eq!(pod.attached().len(), 2 * PROGRAMS.len());
+    pod.call("CHECK");
+    ok(&second("CHECK"));
+
+    pod.call("DEL");
+    assert_eq!(pod.pins(), BTreeMap::from([("eth0%2e100".to_owned(), whole)]));
+    assert!(within(Duration::from_secs(2), || pod.attached().len() == PROGRAMS.len()), "{:?}", pod.attached());
+    ok(&second("CHECK"));
+    ok(&second("DEL"));
+    pod.assert_unlimited();
+}
+
+/// podman and containerd 1.4 pass no UID.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn without_a_uid_the_container_is_the_key_and_the_configuration_names_the_cgroup() {
+    let id = container_id().unwrap();
+    let path = format!("/podshaper-test.slice/libpod-{id}.scope");
+    let cgroup = PodCgroup::new(cgroup::mount().unwrap().join(&path[1..])).unwrap();
+    // Pins are looked for under the UID.
+    let mut pod = Sandbox::of(cgroup, id.clone(), Arc::new(netns_with(&["eth0"])));
+    pod.container_id = id;
+    pod.stdin.insert("cgroupPath".into(), json!("/podshaper-test.slice/libpod-{containerID}.scope"));
+    ok(&pod.cni("ADD").env("CNI_ARGS", "IgnoreUnknown=1"));
+    pod.assert_limited(&pod.container_id, RATE);
+    assert_eq!(pod.owner("eth0").get("uid"), None);
+    ok(&pod.cni("CHECK").env("CNI_ARGS", ""));
+    ok(&pod.cni("DEL").env("CNI_ARGS", ""));
+    pod.assert_unlimited();
+}
+
+/// Nothing is sent faster than the limit while the attachment is replaced again and again: every packet is counted where it
+/// leaves. A sender at full speed would put hundreds of packets through a gap of a millisecond.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn a_replaced_attachment_leaves_no_unshaped_moment() {
+    const REPLACEMENTS: u64 = 50;
+    // A new attachment starts with a full burst, here of one packet, unless what the old one drops has used it up already; 10 ms
+    // of backlog are allowed, which one packet exceeds. The rate itself lets one pass every 1.4 s.
+    const PACKETS_EACH: u64 = 2;
+    let mut pod = Sandbox::new();
+    pod.stdin["runtimeConfig"]["bandwidth"] = json!({ "egressRate": 8_000, "egressBurst": 12_000 });
+    let netns = Arc::clone(&pod.netns);
+    for arguments in [
+        "link set peer0 up",
+        "link set eth0 up",
+        "address add 10.9.9.1/24 dev eth0",
+        "neigh add 10.9.9.2 lladdr 02:00:00:00:00:01 dev eth0",
+    ] {
+        netns.run("ip", &arguments.split(' ').collect::<Vec<_>>()).unwrap();
+    }
+    let sent = || -> u64 {
+        let text = netns.run("cat", &["/proc/net/dev"]).unwrap();
+        let line = text.lines().find_map(|line| line.trim().strip_prefix("eth0:")).unwrap().to_owned();
+        // Eight columns for what was received, then bytes and packets sent.
+        line.split_whitespace().nth(9).unwrap().parse().unwrap()
+    };
+    pod.call("ADD");
+
+    let container = pod.cgroup.container("c1").unwrap();
+    let mut flood = std::process::Command::new("sh");
+    flood.args(["-c", "echo $$ >\"$1\" && shift && exec \"$@\"", "sh"]).arg(container.join("cgroup.procs"));
+    flood.arg("nsenter").arg(format!("--net={}", netns.path().display())).arg("--").arg(traffic_program().unwrap());
+    flood.args(["udp-send", "--to", "10.9.9.2:9", "--rate", "20000000000", "--seconds", "60"]);
+    let flood = Running::start(&mut flood).unwrap();
+    assert!(within(Duration::from_secs(5), || sent() > 0), "nothing is sent");
+    // Now the first burst is over.
+    thread::sleep(Duration::from_millis(300));
+
+    let before = sent();
+    let stop = AtomicBool::new(false);
+    let mut fewest = usize::MAX;
+    thread::scope(|scope| {
+        let watch = scope.spawn(|| {
+            let mut fewest = usize::MAX;
+            while !stop.load(Ordering::Relaxed) {
+                fewest = fewest.min(pod.attached().len());
+            }
+            fewest
+        });
+        for _ in 0..REPLACEMENTS {
+            ok(&pod.cni_of("ADD", &container_id().unwrap()));
+        }
+        stop.store(true, Ordering::Relaxed);
+        fewest = watch.join().unwrap();
+    });
+    let passed = sent() - before;
+    drop(flood);
+    assert!(fewest >= PROGRAMS.len() && fewest != usize::MAX, "seen on the cgroup: {fewest} programs");
+    // And a few of the kernel's own, of IPv6.
+    let most = REPLACEMENTS * PACKETS_EACH + 20;
+    assert!((1..=most).contains(&passed), "{passed} packets passed in {REPLACEMENTS} replacements");
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn the_limits_of_every_source_reach_the_map() {
+    let netns = Arc::new(netns_with(&["eth0"]));
+    let uid = uuid().unwrap();
+    let pod = Sandbox::at(&Driver::Systemd.path(&uid), uid.clone(), netns);
+    let annotations = |annotations| json!({ "io.kubernetes.cri.pod-annotations": annotations });
+    for (keys, arguments, rates) in [
+        (
+            json!({ "runtimeConfig": { "bandwidth": { "EgressRate": 1_000_000, "IngressRate": 2_000_000 } } }),
+            "",
+            [1, 2],
+        ),
+        (json!({ "runtimeConfig": annotations(json!({ "kubernetes.io/egress-bandwidth": "3M" })) }), "", [3, 0]),
+        (json!({ "runtimeConfig": annotations(json!({ "rate": "1M" })) }), "", [8, 0]),
+        (json!({ "runtimeConfig": null, "args": { "cni": { "kubernetes.io/ingress-bandwidth": "4M" } } }), "", [0, 4]),
+        (json!({ "runtimeConfig": null }), ";kubernetes.io/egress-bandwidth=5M", [5, 0]),
+        (json!({ "runtimeConfig": null, "egress": "6M", "ingress": 7_000_000 }), "", [6, 7]),
+        (json!({ "runtimeConfig": null, "egress": "6M", "max": { "egress": "2M" } }), "", [2, 0]),
+    ] {
+        let arguments = format!("K8S_POD_UID={}{arguments}", pod.uid);
+        let call = |verb| pod.cni(verb).env("CNI_ARGS", &arguments).stdin(pod.stdin_with(keys.clone()));
+        let add = ok(&call("ADD"));
+        assert_eq!(pod.rates("eth0"), rates.map(|megabits: u64| megabits * 1_000_000), "{keys}");
+        assert_eq!(add.stderr.contains("ingress is NOT limited"), rates[1] > 0, "{add}");
+        ok(&call("CHECK"));
+    }
+    pod.call("DEL");
+    pod.assert_unlimited();
+}

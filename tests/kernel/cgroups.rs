@@ -1,0 +1,166 @@
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nix::mount::{MsFlags, mount};
+use serde_json::json;
+
+use super::mounts;
+use crate::harness::cgroup::{self, Driver, PodCgroup};
+use crate::harness::pod::{container_id, uuid};
+use crate::sandbox::{RATE, Sandbox, netns_with, ok, refused};
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn the_cgroup_of_every_driver_class_and_prefix_is_found() {
+    let netns = Arc::new(netns_with(&["eth0"]));
+    let (dashed, docker) = (|uid: &str| uid.replace('-', "_"), format!("docker/{}", container_id().unwrap()));
+    // As kubelet makes the UID of a static pod.
+    let statically = || uuid().unwrap().replace('-', "");
+    let kind = "kubelet.slice/kubelet-kubepods.slice";
+    let shapes: [&dyn Fn(&str) -> String; 8] = [
+        &|uid| Driver::Cgroupfs.path(uid),
+        &|uid| Driver::Systemd.path(uid),
+        &|uid| format!("/kubepods/pod{uid}"),
+        &|uid| format!("/kubepods/besteffort/pod{uid}"),
+        &|uid| format!("/kubepods.slice/kubepods-pod{}.slice", dashed(uid)),
+        &|uid| format!("/{kind}/kubelet-kubepods-burstable.slice/kubelet-kubepods-burstable-pod{}.slice", dashed(uid)),
+        &|uid| format!("/kubelet/kubepods/burstable/pod{uid}"),
+        &|uid| format!("/{docker}/kubepods/burstable/pod{uid}"),
+    ];
+    for shape in shapes {
+        for uid in [uuid().unwrap(), statically()] {
+            let path = shape(&uid);
+            let pod = Sandbox::at(&path, uid, Arc::clone(&netns));
+            let named = |path: &str| {
+                let runtime = json!({ "bandwidth": { "egressRate": RATE }, "cgroupPath": path });
+                pod.stdin_with(json!({ "runtimeConfig": runtime }))
+            };
+            let slice = path.rsplit_once('/').unwrap().1;
+            // Searched for; named by containerd; named by crictl, which has no parent for it; named by CRI-O.
+            let mut all = vec![pod.stdin_with(json!({})), named(&path), named("")];
+            all.extend(slice.ends_with(".slice").then(|| named(slice)));
+            for stdin in all {
+                ok(&pod.cni("ADD").stdin(&stdin));
+                pod.assert_limited(&pod.container_id, RATE);
+                assert_eq!(pod.owner("eth0")["cgroup"], json!(pod.cgroup.path()), "{stdin}");
+                ok(&pod.cni("CHECK").stdin(&stdin));
+                ok(&pod.cni("DEL").stdin(&stdin));
+                pod.assert_unlimited();
+            }
+        }
+    }
+}
+
+/// kubelet 1.20 with the systemd driver leaves an empty directory of the other shape.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn of_two_directories_the_slice_is_taken() {
+    let uid = uuid().unwrap();
+    let leftover = PodCgroup::new(cgroup::mount().unwrap().join(&Driver::Cgroupfs.path(&uid)[1..])).unwrap();
+    let pod = Sandbox::at(&Driver::Systemd.path(&uid), uid, Arc::new(netns_with(&["eth0"])));
+    pod.call("ADD");
+    pod.assert_limited(&pod.container_id, RATE);
+    pod.call("DEL");
+    drop(leftover);
+}
+
+/// A v1 hierarchy of its own, so that this is a hybrid host whatever it is otherwise; to be made in mounts of one's own.
+struct V1 {
+    mount: tempfile::TempDir,
+}
+
+impl V1 {
+    fn new() -> Self {
+        let own = Self { mount: tempfile::tempdir().unwrap() };
+        let options = format!("none,name=podshaper-{}", std::process::id());
+        mount(Some("none"), own.mount.path(), Some("cgroup"), MsFlags::empty(), Some(options.as_str())).unwrap();
+        own
+    }
+
+    /// Makes the pod's directory here, as kubelet does.
+    fn pod(&self, path: &str) -> PodCgroup {
+        PodCgroup::new(self.mount.path().join(&path[1..])).unwrap()
+    }
+}
+
+impl Drop for V1 {
+    fn drop(&mut self) {
+        mounts::without(self.mount.path());
+    }
+}
+
+#[test]
+#[ignore = "needs root, cgroup2, cgroup v1 and bpffs"]
+fn on_a_hybrid_host_the_pods_directory_is_made_and_removed() {
+    let netns = Arc::new(netns_with(&["eth0", "net1"]));
+    mounts::with_own(|| {
+        let v1 = V1::new();
+        for driver in [Driver::Cgroupfs, Driver::Systemd] {
+            let uid = uuid().unwrap();
+            let path = driver.path(&uid);
+            // Made, and removed when dropped, on v1 only.
+            let kubelets = v1.pod(&path);
+            let unified = cgroup::mount().unwrap().join(&path[1..]);
+            let pod = Sandbox::of(PodCgroup::absent(unified.clone()), uid, Arc::clone(&netns));
+
+            pod.call("ADD");
+            pod.assert_limited(&pod.container_id, RATE);
+            assert!(is_marked(&unified));
+            ok(&pod.cni("ADD").env("CNI_IFNAME", "net1"));
+            pod.call("DEL");
+            assert!(unified.is_dir(), "the other interface's attachment is on it");
+            ok(&pod.cni("DEL").env("CNI_IFNAME", "net1"));
+            assert!(!unified.exists());
+            assert!(!pod.pod_directory().exists());
+
+            // A container is still in it at the first DEL; kubelet has removed its own at the last.
+            pod.call("ADD");
+            let container = unified.join("c1");
+            fs::create_dir(&container).unwrap();
+            pod.call("DEL");
+            assert!(!pod.pod_directory().exists() && container.is_dir());
+            fs::remove_dir(&container).unwrap();
+            ok(&pod.cni("DEL").env("CNI_NETNS", ""));
+            assert!(!unified.exists());
+
+            // An ADD that fails before.
+            let (code, _) = refused(&pod.cni("ADD").env("CNI_IFNAME", "net7"));
+            assert_eq!(code, 8);
+            assert!(!unified.exists());
+            drop(kubelets);
+        }
+    });
+}
+
+/// The failure after the directory was made: the pins cannot be.
+#[test]
+#[ignore = "needs root, cgroup2, cgroup v1 and bpffs"]
+fn a_directory_made_for_an_add_that_fails_is_removed() {
+    let netns = Arc::new(netns_with(&["eth0"]));
+    mounts::with_own(|| {
+        let v1 = V1::new();
+        let uid = uuid().unwrap();
+        let path = Driver::Cgroupfs.path(&uid);
+        let kubelets = v1.pod(&path);
+        let unified = cgroup::mount().unwrap().join(&path[1..]);
+        let pod = Sandbox::of(PodCgroup::absent(unified.clone()), uid, Arc::clone(&netns));
+        // In mounts of its own: nobody else pins here.
+        mounts::without(Path::new("/sys/fs/bpf"));
+        pod.call("ADD");
+        pod.call("DEL");
+        assert!(!unified.exists());
+        let layout = Path::new("/sys/fs/bpf/podshaper/v1");
+        fs::remove_dir(layout).unwrap();
+        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        mount(None::<&str>, "/sys/fs/bpf", None::<&str>, flags, None::<&str>).unwrap();
+        let refusal = "make the directory /sys/fs/bpf/podshaper/v1: Read-only file system (os error 30)";
+        assert_eq!(refused(&pod.cni("ADD")), (101, refusal.to_owned()));
+        assert!(!unified.exists() && kubelets.path().exists());
+    });
+}
+
+fn is_marked(path: &PathBuf) -> bool {
+    fs::metadata(path).is_ok_and(|found| found.mode() & 0o1000 != 0)
+}

@@ -1,0 +1,207 @@
+use std::fs;
+use std::path::Path;
+
+use serde_json::json;
+
+use super::mounts;
+use crate::harness::cgroup;
+use crate::harness::cni::Cni;
+use crate::sandbox::{RATE, Sandbox, ok, refused};
+
+const NETNS: u64 = 8;
+const UNAVAILABLE: u64 = 50;
+const CGROUP: u64 = 100;
+const KERNEL: u64 = 101;
+const BPFFS: &str = "/sys/fs/bpf";
+const CAPABILITIES: &str =
+    "podshaper must run with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON: as root, as container runtimes do";
+
+fn status() -> Cni {
+    Cni::new(env!("CARGO_BIN_EXE_podshaper"), "STATUS").stdin(r#"{"cniVersion": "1.1.0", "name": "net", "type": "x"}"#)
+}
+
+/// The v1 mounts that a message counts.
+fn nor_on_v1() -> String {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    match mounts.lines().filter(|line| line.contains(" - cgroup ")).count() {
+        0 => String::new(),
+        count => format!(" nor on the cgroup v1 mounts ({count})"),
+    }
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn a_missing_cgroup_is_told_with_what_was_looked_for() {
+    let pod = Sandbox::new();
+    pod.cgroup.remove().unwrap();
+    let (mount, uid, path) = (cgroup::mount().unwrap(), &pod.uid, pod.cgroup.path().display());
+    let below = format!("{}{}", mount.display(), nor_on_v1());
+    let given = pod.stdin["runtimeConfig"]["cgroupPath"].as_str().unwrap();
+    let by_path = format!(
+        "find the cgroup \"{given}\": not below {below}; looked for {path}; the path comes from the runtime's or the \
+         configuration's cgroupPath: correct it there, or leave it out to have the pod found by its UID"
+    );
+    assert_eq!(refused(&pod.cni("ADD")), (CGROUP, by_path));
+
+    let searched = pod.stdin_with(json!({ "runtimeConfig": { "bandwidth": { "egressRate": RATE } } }));
+    let by_uid = format!(
+        "find the cgroup of pod {uid}: not below {below}; looked for kubepods[-burstable|-besteffort]-pod{}.slice, \
+         kubepods[/burstable|/besteffort]/pod{uid} down to a depth of 10; kubelet makes it unless its cgroupsPerQOS is off; \
+         with a runtime that knows the path (containerd 1.7, CRI-O) add the capability cgroupPath to the plugin",
+        uid.replace('-', "_")
+    );
+    assert_eq!(refused(&pod.cni("ADD").stdin(&searched)), (CGROUP, by_uid));
+
+    let nameless = format!(
+        "find the cgroup of container {}: the runtime passes neither K8S_POD_UID nor cgroupPath; give the plugin's \
+         configuration a \"cgroupPath\", with {{containerID}} in it if need be",
+        pod.container_id
+    );
+    assert_eq!(refused(&pod.cni("ADD").env("CNI_ARGS", "").stdin(searched)), (CGROUP, nameless));
+    pod.assert_unlimited();
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn a_namespace_or_interface_that_is_none_is_named() {
+    let pod = Sandbox::new();
+    let directory = tempfile::tempdir().unwrap();
+    let leftover = directory.path().join("netns").display().to_string();
+    fs::write(&leftover, "").unwrap();
+    let gone = directory.path().join("gone").display().to_string();
+    let pods = pod.netns.path().display();
+    let enter = |path: &str, why: &str| format!("enter the pod's netns {path}: {why}");
+    for (path, interface, details) in [
+        (gone.as_str(), "eth0", enter(&gone, "open (the sandbox may be gone): ENOENT: No such file or directory")),
+        (&leftover, "eth0", enter(&leftover, "not a namespace, perhaps the leftover of a sandbox of a former boot")),
+        (
+            "/proc/self/ns/uts",
+            "eth0",
+            enter("/proc/self/ns/uts", "setns (a namespace of another kind): EINVAL: Invalid argument"),
+        ),
+        (
+            "/proc/self/ns/net",
+            "eth0",
+            enter("/proc/self/ns/net", "it is the host's own (hostNetwork): such a pod cannot be limited"),
+        ),
+        (
+            &pods.to_string(),
+            "net1",
+            format!(
+                "find the interface \"net1\" in the netns {pods}; podshaper must come after the plugin that makes it: ENODEV: \
+                 No such device"
+            ),
+        ),
+    ] {
+        let call = pod.cni("ADD").env("CNI_NETNS", path).env("CNI_IFNAME", interface);
+        assert_eq!(refused(&call), (NETNS, details));
+        pod.assert_unlimited();
+    }
+    // One that worked stays when the next does not.
+    pod.call("ADD");
+    refused(&pod.cni("ADD").env("CNI_NETNS", gone).stdin(pod.stdin_at(2 * RATE)));
+    pod.assert_limited(&pod.container_id, RATE);
+    pod.call("DEL");
+    pod.assert_unlimited();
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn an_owner_too_large_for_its_map_is_refused() {
+    let pod = Sandbox::new();
+    let netns = format!("{}{}", "/./".repeat(1200), pod.netns.path().display());
+    let long = json!({ "name": "n".repeat(255) });
+    let (code, details) = refused(&pod.cni("ADD").env("CNI_NETNS", netns).stdin(pod.stdin_with(long)));
+    let expected = "record whose attachment this is: its names take ";
+    assert!(code == 7 && details.starts_with(expected), "{details}");
+    pod.assert_unlimited();
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn a_process_that_may_not_is_told_what_it_needs() {
+    let pod = Sandbox::new();
+    let netns = pod.netns.path().display();
+    // Either of the two lets it use bpf(2); without the second it cannot enter the pod's namespace, which comes first.
+    let no_bpf = ["setpriv", "--bounding-set=-bpf,-sys_admin", "--inh-caps=-all"];
+    let enter = format!("enter the pod's netns {netns}: setns (needs CAP_SYS_ADMIN): EPERM: Operation not permitted");
+    assert_eq!(refused(&pod.cni("ADD").through(&no_bpf)), (NETNS, enter.clone()));
+    let load = format!("load podshaper's eBPF maps ({CAPABILITIES}): Operation not permitted (os error 1)");
+    let refusal = format!("this node cannot limit pods: {load}");
+    assert_eq!(refused(&status().through(&no_bpf)), (UNAVAILABLE, refusal));
+
+    // A rootless runtime: root in a user namespace, where it may make network namespaces.
+    let rootless = [
+        "unshare",
+        "--user",
+        "--map-root-user",
+        "--net",
+        "sh",
+        "-c",
+        "ip link add eth0 type veth && exec 3</proc/self/ns/net && exec unshare --net \"$@\"",
+        "sh",
+    ];
+    let call = pod.cni("ADD").env("CNI_NETNS", "/proc/self/fd/3").through(&rootless);
+    assert_eq!(refused(&call), (KERNEL, load));
+    pod.assert_unlimited();
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn bpffs_is_mounted_where_it_is_missing_unless_that_is_forbidden() {
+    let pod = Sandbox::new();
+    mounts::with_own(|| {
+        mounts::without(Path::new(BPFFS));
+        let mount = "mount bpffs on /sys/fs/bpf, where it is missing (on the node: mount -t bpf bpf /sys/fs/bpf)";
+        let forbidden = format!("this node cannot limit pods: {mount}: Operation not permitted (os error 1)");
+        let unprivileged = status().through(&["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-all"]);
+        assert_eq!(refused(&unprivileged), (UNAVAILABLE, forbidden));
+        assert_eq!(mounts::count_at(Path::new(BPFFS)), 0);
+        // Nothing was ever attached, then.
+        assert_eq!(pod.call("DEL").stdout, "");
+        assert_eq!(mounts::count_at(Path::new(BPFFS)), 0);
+
+        pod.call("ADD");
+        pod.assert_limited(&pod.container_id, RATE);
+        ok(&status());
+        assert_eq!(mounts::count_at(Path::new(BPFFS)), 1);
+        let options = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+        let line = options.lines().find(|line| line.contains(" /sys/fs/bpf ")).unwrap();
+        assert!(line.contains("nosuid,nodev,noexec") && line.ends_with("mode=700"), "{line}");
+        pod.call("DEL");
+        pod.assert_unlimited();
+    });
+}
+
+/// A kernel without bpffs, or a container in which /sys is read-only.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn a_node_where_bpffs_cannot_be_is_told_so() {
+    let pod = Sandbox::new();
+    mounts::with_own(|| {
+        mounts::hide_bpffs();
+        let refusal = "mount bpffs on /sys/fs/bpf, where it is missing (on the node: mount -t bpf bpf /sys/fs/bpf): ";
+        let (code, details) = refused(&pod.cni("ADD"));
+        assert_eq!((code, details), (KERNEL, format!("{refusal}No such file or directory (os error 2)")));
+        let (code, details) = refused(&status());
+        let expected = format!("this node cannot limit pods: {refusal}No such file or directory (os error 2)");
+        assert_eq!((code, details), (UNAVAILABLE, expected));
+    });
+    pod.assert_unlimited();
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn a_host_with_cgroup_v1_only_is_told_how_to_get_v2() {
+    let pod = Sandbox::new();
+    mounts::with_own(|| {
+        mounts::without(&cgroup::mount().unwrap());
+        let no_cgroup2 = "find the cgroup mounts: no cgroup2 is mounted here, and podshaper needs cgroup v2; boot this node \
+                          with the kernel parameter systemd.unified_cgroup_hierarchy=1, or mount cgroup2 beside v1: mkdir \
+                          /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified";
+        assert_eq!(refused(&pod.cni("ADD")), (CGROUP, no_cgroup2.to_owned()));
+        assert_eq!(refused(&status()), (UNAVAILABLE, format!("this node cannot limit pods: {no_cgroup2}")));
+        assert_eq!(pod.call("DEL").stdout, "");
+    });
+    pod.assert_unlimited();
+}

@@ -1,0 +1,247 @@
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::mounts;
+use crate::harness::cni::Cni;
+use crate::harness::netns::Netns;
+use crate::harness::pod::container_id;
+use crate::sandbox::{ATTACHMENT, Objects, PROGRAMS, RATE, Sandbox, netns_with, ok, within};
+
+/// What an attachment's directory is called while it is made, and while it is replaced before Linux 5.17.
+const UNFINISHED: [&str; 2] = ["eth0%new", "eth0%old"];
+
+/// Starts a call and kills it after a moment, unless it was faster; whether it was.
+fn kill_after(cni: &Cni, stdin: &str, moment: Duration) -> bool {
+    let mut command: Command = cni.command();
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let _ = child.stdin.take().unwrap().write_all(stdin.as_bytes());
+    thread::sleep(moment);
+    child.kill().unwrap();
+    child.wait().unwrap().success()
+}
+
+/// Moments from before main() to after the end of a call that takes so long undisturbed, evenly.
+fn moments(count: u32, undisturbed: Duration) -> impl Iterator<Item = Duration> {
+    (0..count).map(move |n| undisturbed * n * 5 / (count * 4))
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn an_add_that_is_killed_anywhere_is_repaired_by_the_next() {
+    let pod = Sandbox::new();
+    let (mut finished, mut left) = (0, 0);
+    for moment in moments(100, pod.call("ADD").elapsed) {
+        let id = container_id().unwrap();
+        finished += u32::from(kill_after(&pod.cni_of("ADD", &id), &pod.stdin_at(RATE), moment));
+        let pins = pod.pins();
+        left += u32::from(pins.contains_key(UNFINISHED[0]));
+        assert!(pins.keys().all(|name| name == "eth0" || UNFINISHED.contains(&name.as_str())), "{pins:?}");
+        // What has its name is whole.
+        if pins.contains_key("eth0") {
+            assert_eq!(pins["eth0"], ATTACHMENT);
+        }
+    }
+    assert!(
+        finished > 0 && finished < 100,
+        "{finished} of 100 finished, {left} left something: they were not killed in the middle"
+    );
+    let id = container_id().unwrap();
+    ok(&pod.cni_of("ADD", &id).stdin(pod.stdin_at(2 * RATE)));
+    pod.assert_limited(&id, 2 * RATE);
+    let objects = pod.objects();
+    ok(&pod.cni_of("DEL", &id));
+    pod.assert_unlimited();
+    objects.assert_freed();
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn a_del_removes_what_a_killed_call_left() {
+    let pod = Sandbox::new();
+    let (add, del) = (pod.call("ADD").elapsed, pod.call("DEL").elapsed);
+    for moment in moments(60, add) {
+        kill_after(&pod.cni("ADD"), &pod.stdin_at(RATE), moment);
+        pod.call("DEL");
+        pod.assert_unlimited();
+    }
+    for moment in moments(60, del) {
+        pod.call("ADD");
+        kill_after(&pod.cni("DEL"), &pod.stdin_at(RATE), moment);
+        pod.call("DEL");
+        pod.assert_unlimited();
+    }
+}
+
+/// The states in which a call can be killed, made by hand: the moments between two system calls are hard to hit.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn every_unfinished_state_is_cleared_by_a_del_and_by_an_add() {
+    let pod = Sandbox::new();
+    let directory = pod.pod_directory();
+    let at = |name: &str| directory.join(name);
+    let remove_pin = |name: &str| fs::remove_file(at("eth0").join(name)).unwrap();
+    let states: [(&str, &dyn Fn()); 7] = [
+        ("ADD: the pod's directory is made", &|| fs::create_dir(&directory).unwrap()),
+        ("ADD: the staging directory is made", &|| fs::create_dir_all(at("eth0%new")).unwrap()),
+        ("ADD: some pins are made", &|| {
+            pod.call("ADD");
+            remove_pin("pace_tcp");
+            fs::rename(at("eth0"), at("eth0%new")).unwrap();
+        }),
+        ("ADD: all pins are made", &|| {
+            pod.call("ADD");
+            fs::rename(at("eth0"), at("eth0%new")).unwrap();
+        }),
+        ("ADD before Linux 5.17: the old attachment is aside, the new one not yet in its place", &|| {
+            pod.call("ADD");
+            fs::rename(at("eth0"), at("eth0%old")).unwrap();
+        }),
+        ("DEL: the links are removed", &|| {
+            pod.call("ADD");
+            PROGRAMS.iter().for_each(|(_, name)| remove_pin(name));
+        }),
+        ("DEL: the pins are removed", &|| {
+            pod.call("ADD");
+            ATTACHMENT.iter().for_each(|name| remove_pin(name));
+        }),
+    ];
+    for (what, make) in states {
+        // Shown with a failure.
+        eprintln!("{what}");
+        make();
+        pod.call("DEL");
+        pod.assert_unlimited();
+
+        make();
+        let next = container_id().unwrap();
+        ok(&pod.cni_of("ADD", &next).stdin(pod.stdin_at(2 * RATE)));
+        pod.assert_limited(&next, 2 * RATE);
+        ok(&pod.cni_of("DEL", &next));
+        pod.assert_unlimited();
+
+        make();
+        ok(&Cni::new(env!("CARGO_BIN_EXE_podshaper"), "GC")
+            .env("CNI_PATH", "/opt/cni/bin")
+            .stdin(pod.stdin_with(json!({ "cni.dev/valid-attachments": [] }))));
+        pod.assert_unlimited();
+    }
+    // A live attachment that lies aside is its owner's.
+    states[4].1();
+    let objects = pod.objects();
+    ok(&pod.cni_of("DEL", &container_id().unwrap()));
+    pod.assert_limited(&pod.container_id, RATE);
+    pod.call("CHECK");
+    pod.call("DEL");
+    pod.assert_unlimited();
+    objects.assert_freed();
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn of_calls_for_one_pod_at_the_same_time_one_wins_whole() {
+    const CALLS: u64 = 8;
+    let pod = Sandbox::new();
+    let ids: Vec<String> = (0..CALLS).map(|_| container_id().unwrap()).collect();
+    let add = |n: usize| pod.cni_of("ADD", &ids[n]).stdin(pod.stdin_at(RATE + n as u64));
+    let winner = || ids.iter().position(|id| pod.owner("eth0")["containerId"] == **id).unwrap();
+    for round in 0..10 {
+        thread::scope(|scope| {
+            let add = &add;
+            (0..ids.len()).for_each(|n| drop(scope.spawn(move || ok(&add(n)))));
+        });
+        let won = winner();
+        pod.assert_limited(&ids[won], RATE + won as u64);
+
+        // ADDs of half of them at once with the DELs of all.
+        thread::scope(|scope| {
+            for (n, id) in ids.iter().enumerate() {
+                let (add, pod) = (&add, &pod);
+                scope.spawn(move || ok(&pod.cni_of("DEL", id)));
+                if n % 2 == round % 2 {
+                    scope.spawn(move || ok(&add(n)));
+                }
+            }
+        });
+        if pod.pod_directory().exists() {
+            let won = winner();
+            pod.assert_limited(&ids[won], RATE + won as u64);
+            ok(&pod.cni_of("CHECK", &ids[won]).stdin(pod.stdin_at(RATE + won as u64)));
+        } else {
+            pod.assert_unlimited();
+        }
+    }
+    ids.iter().for_each(|id| drop(ok(&pod.cni_of("DEL", id))));
+    pod.assert_unlimited();
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn two_hundred_pods_come_and_go_eight_at_a_time_and_nothing_is_left() {
+    let netns: Arc<Netns> = Arc::new(netns_with(&["eth0"]));
+    let mut all = Objects::default();
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..8)
+            .map(|worker| {
+                let netns = &netns;
+                scope.spawn(move || {
+                    let mut objects = Objects::default();
+                    for n in 0..25 {
+                        let pod = Sandbox::with_netns(Arc::clone(netns));
+                        pod.call("ADD");
+                        if n % 5 == worker % 5 {
+                            pod.assert_limited(&pod.container_id, RATE);
+                            objects.extend(pod.objects());
+                        }
+                        // Some pods' cgroups go before the DEL.
+                        if n % 2 == 0 {
+                            pod.cgroup.remove().unwrap();
+                        }
+                        pod.call("DEL");
+                        assert!(!pod.pod_directory().exists());
+                        assert!(within(Duration::from_secs(2), || pod.attached().is_empty()));
+                    }
+                    objects
+                })
+            })
+            .collect();
+        workers.into_iter().for_each(|worker| all.extend(worker.join().unwrap()));
+    });
+    all.assert_freed();
+}
+
+/// At boot, before anything has mounted bpffs: one mounted over the other would hide the first one's pins for ever.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn pods_that_find_no_bpffs_mount_it_once() {
+    let bpffs = Path::new("/sys/fs/bpf");
+    let netns = Arc::new(netns_with(&["eth0"]));
+    let pods: Vec<Sandbox> = (0..8).map(|_| Sandbox::with_netns(Arc::clone(&netns))).collect();
+    for _ in 0..5 {
+        mounts::with_own(|| {
+            mounts::without(bpffs);
+            assert_eq!(mounts::count_at(bpffs), 0);
+            let calls: Vec<_> = pods.iter().map(|pod| start(&pod.cni("ADD"), &pod.stdin_at(RATE))).collect();
+            for (call, pod) in calls.into_iter().zip(&pods) {
+                let output = call.wait_with_output().unwrap();
+                assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+                assert_eq!(mounts::count_at(bpffs), 1);
+                pod.assert_limited(&pod.container_id, RATE);
+            }
+            pods.iter().for_each(|pod| drop(pod.call("DEL")));
+        });
+    }
+}
+
+/// Calls that are started by one thread run in its mounts.
+fn start(cni: &Cni, stdin: &str) -> std::process::Child {
+    let mut child = cni.command().spawn().unwrap();
+    child.stdin.take().unwrap().write_all(stdin.as_bytes()).unwrap();
+    child
+}

@@ -1,0 +1,135 @@
+use std::fs;
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+use crate::harness::cni::Cni;
+use crate::harness::pod::container_id;
+use crate::sandbox::{RATE, Sandbox, netns_with, ok, refused};
+
+const MISMATCH: u64 = 102;
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn check_names_what_is_not_as_asked_for() {
+    let pod = Sandbox::new();
+    let (uid, directory) = (&pod.uid, pod.pod_directory().join("eth0").display().to_string());
+    let nothing = format!("eth0 of pod {uid} has no shaper, but a limit was asked for");
+    assert_eq!(refused(&pod.cni("CHECK")), (MISMATCH, nothing.clone()));
+    ok(&pod.cni("CHECK").stdin(pod.stdin_with(json!({ "runtimeConfig": null }))));
+
+    pod.call("ADD");
+    assert_eq!(pod.call("CHECK").stdout, "");
+    let differ = format!(
+        "{directory} limits egress to 10000000 bit/s with a burst of 12000000 ns, but 20000000 bit/s and 6000000 ns were asked \
+         for (0: no limit)"
+    );
+    assert_eq!(refused(&pod.cni("CHECK").stdin(pod.stdin_at(2 * RATE))), (MISMATCH, differ));
+    let stranger = container_id().unwrap();
+    let another = |network: &str| {
+        format!("eth0 of pod {uid} is shaped for container {} of network {network}, not for this one", pod.container_id)
+    };
+    assert_eq!(refused(&pod.cni_of("CHECK", &stranger)), (MISMATCH, another(&pod.network)));
+    let other_network = pod.stdin_with(json!({ "name": "another" }));
+    assert_eq!(refused(&pod.cni("CHECK").stdin(other_network)), (MISMATCH, another(&pod.network)));
+
+    for name in ["count_egress", "note_setsockopt", "pace_tcp"] {
+        fs::remove_file(pod.pod_directory().join("eth0").join(name)).unwrap();
+        let missing = format!("open the link {directory}/{name}: No such file or directory (os error 2)");
+        assert_eq!(refused(&pod.cni("CHECK")), (MISMATCH, missing));
+        pod.call("ADD");
+        pod.call("CHECK");
+    }
+
+    pod.cgroup.remove().unwrap();
+    let cgroup = pod.cgroup.path().display();
+    let gone = format!("find the cgroup {cgroup}: No such file or directory (os error 2)");
+    assert_eq!(refused(&pod.cni("CHECK")), (MISMATCH, gone));
+    pod.cgroup.make().unwrap();
+    let (code, details) = refused(&pod.cni("CHECK"));
+    let dead = format!("the link {directory}/count_egress is dead: its cgroup is gone");
+    // The kernel detaches from a cgroup that is gone a moment later.
+    let elsewhere = format!("the link {directory}/count_egress is on the cgroup with id ");
+    assert!(code == MISMATCH && (details == dead || details.starts_with(&elsewhere)), "{details}");
+    pod.call("DEL");
+    assert_eq!(refused(&pod.cni("CHECK")), (MISMATCH, nothing));
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn status_is_fine_on_a_node_that_can() {
+    let status = Cni::new(env!("CARGO_BIN_EXE_podshaper"), "STATUS");
+    let call = ok(&status.stdin(r#"{"cniVersion": "1.1.0", "name": "net", "type": "podshaper"}"#));
+    assert_eq!((call.stdout.as_str(), call.stderr.as_str()), ("", ""));
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn gc_removes_what_is_of_its_network_and_not_named() {
+    let netns = Arc::new(netns_with(&["eth0", "net1"]));
+    let mut pods: Vec<Sandbox> = (0..4).map(|_| Sandbox::with_netns(Arc::clone(&netns))).collect();
+    let network = pods[0].network.clone();
+    // The last is of another network.
+    pods[..3].iter_mut().for_each(|pod| drop(pod.stdin.insert("name".into(), json!(network))));
+    pods.iter().for_each(|pod| drop(pod.call("ADD")));
+    ok(&pods[0].cni("ADD").env("CNI_IFNAME", "net1"));
+    let objects = pods[2].objects();
+
+    let gc = |keys: Value| {
+        let mut stdin = json!({ "cniVersion": "1.1.0", "name": network, "type": "podshaper" });
+        stdin.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+        let call = Cni::new(env!("CARGO_BIN_EXE_podshaper"), "GC").env("CNI_PATH", "/opt/cni/bin");
+        ok(&call.stdin(stdin.to_string()))
+    };
+    let kept = || pods.iter().map(|pod| pod.pins().into_keys().collect::<Vec<_>>().join(" ")).collect::<Vec<_>>();
+    let named = |pod: usize, interface| json!({ "containerID": pods[pod].container_id, "ifname": interface });
+    for keys in [json!({}), json!({ "cni.dev/valid-attachments": null })] {
+        gc(keys);
+        assert_eq!(kept(), ["eth0 net1", "eth0", "eth0", "eth0"]);
+    }
+    let stale = gc(json!({ "cni.dev/valid-attachments": [named(0, "eth0"), named(1, "eth0"), named(2, "net1")] }));
+    assert_eq!(stale.stdout, "");
+    assert_eq!(kept(), ["eth0", "eth0", "", "eth0"]);
+    objects.assert_freed();
+    pods[0].call("CHECK");
+    gc(json!({ "cni.dev/valid-attachments": [] }));
+    assert_eq!(kept(), ["", "", "", "eth0"]);
+    pods[3].call("CHECK");
+    pods[3].call("DEL");
+    pods.iter().for_each(Sandbox::assert_unlimited);
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn a_log_file_takes_the_lines_and_one_that_cannot_be_opened_costs_no_pod() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("podshaper.log");
+    let pod = Sandbox::new();
+    let logging = |verb, file: &str, level| {
+        ok(&pod.cni(verb).stdin(pod.stdin_with(json!({ "logFile": file, "logLevel": level }))))
+    };
+    let add = logging("ADD", file.to_str().unwrap(), "info");
+    assert_eq!(add.stderr, "");
+    let lines = || fs::read_to_string(&file).unwrap().lines().map(str::to_owned).collect::<Vec<_>>();
+    let first = lines();
+    let said = format!("[INFO] default/web ({}) eth0: egress 10Mbit/s", pod.uid);
+    assert!(first.len() == 1 && first[0].contains(&said), "{first:?}");
+    logging("DEL", file.to_str().unwrap(), "off");
+    assert_eq!(lines(), first);
+    logging("DEL", file.to_str().unwrap(), "debug");
+    assert!(
+        lines().len() == 2 && lines()[0] == first[0] && lines()[1].contains("[DEBUG] podshaper::cni: DEL of network"),
+        "{:?}",
+        lines()
+    );
+
+    for unwritable in ["/proc/podshaper.log".to_owned(), directory.path().display().to_string()] {
+        let add = logging("ADD", &unwritable, "info");
+        assert!(add.stderr.contains(&format!("open logFile {unwritable}: ")) && add.stderr.contains(&said), "{add}");
+        pod.assert_limited(&pod.container_id, RATE);
+    }
+    let failed = pod.cni("ADD").env("CNI_NETNS", "/run/netns/podshaper-nowhere");
+    refused(&failed.stdin(pod.stdin_with(json!({ "logFile": file }))));
+    assert!(lines()[2].contains("[ERROR] enter the pod's netns /run/netns/podshaper-nowhere"), "{:?}", lines());
+    pod.call("DEL");
+}

@@ -1,0 +1,387 @@
+use std::ffi::OsString;
+use std::io::Write;
+use std::os::unix::ffi::OsStringExt;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::{Value, json};
+
+use super::harness::cni::Cni;
+use super::sandbox::{ok, refused};
+
+const PODSHAPER: &str = env!("CARGO_BIN_EXE_podshaper");
+const VERSIONS: [&str; 5] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
+const DECODE: u64 = 6;
+const CONFIG: u64 = 7;
+
+/// A well-formed call for a sandbox that is nowhere.
+fn cni(verb: &str) -> Cni {
+    Cni::new(PODSHAPER, verb)
+        .env("CNI_CONTAINERID", "c1")
+        .env("CNI_NETNS", "/run/netns/podshaper-nowhere")
+        .env("CNI_IFNAME", "eth0")
+        .env("CNI_PATH", "/opt/cni/bin")
+}
+
+/// stdin with `keys`, which are JSON as it stands, beside those that every configuration has.
+fn config(keys: &str) -> String {
+    format!(r#"{{"cniVersion": "1.1.0", "name": "net", "type": "podshaper", "prevResult": {{"ips": []}}{keys}}}"#)
+}
+
+/// One way in which a call can ask for an egress rate.
+struct Source {
+    what: &'static str,
+    /// stdin and CNI_ARGS of a call that asks for this value, which is JSON.
+    spell: fn(&str) -> (String, String),
+}
+
+const SOURCES: [Source; 7] = [
+    Source {
+        what: "runtimeConfig.bandwidth egressRate",
+        spell: |value| {
+            (config(&format!(r#", "runtimeConfig": {{"bandwidth": {{"egressRate": {value}}}}}"#)), "".into())
+        },
+    },
+    Source {
+        what: "pod annotation kubernetes.io/egress-bandwidth",
+        spell: |value| {
+            let annotations = format!(r#"{{"kubernetes.io/egress-bandwidth": {value}}}"#);
+            let runtime = format!(r#", "runtimeConfig": {{"io.kubernetes.cri.pod-annotations": {annotations}}}"#);
+            (config(&runtime), "".into())
+        },
+    },
+    Source {
+        what: "pod annotation rate",
+        spell: |value| {
+            let runtime = format!(r#", "runtimeConfig": {{"io.kubernetes.cri.pod-annotations": {{"rate": {value}}}}}"#);
+            (config(&runtime), "".into())
+        },
+    },
+    Source {
+        what: "args.cni kubernetes.io/egress-bandwidth",
+        spell: |value| {
+            (config(&format!(r#", "args": {{"cni": {{"kubernetes.io/egress-bandwidth": {value}}}}}"#)), "".into())
+        },
+    },
+    Source {
+        what: "CNI_ARGS kubernetes.io/egress-bandwidth",
+        spell: |value| (config(""), format!("kubernetes.io/egress-bandwidth={}", value.trim_matches('"'))),
+    },
+    Source {
+        what: "configuration key \"egress\"",
+        spell: |value| (config(&format!(r#", "egress": {value}"#)), "".into()),
+    },
+    Source {
+        what: "configuration key \"max.egress\"",
+        spell: |value| (config(&format!(r#", "max": {{"egress": {value}}}"#)), "".into()),
+    },
+];
+
+#[test]
+fn a_rate_that_is_none_is_refused_wherever_it_stands() {
+    // Valid nowhere: too much, too little, not a quantity, not a number.
+    let values = [
+        "\"1e30\"",
+        "\"10MB\"",
+        "\"-5M\"",
+        "\"0x10\"",
+        "\"0\"",
+        "\"NaN\"",
+        "\"inf\"",
+        "\"1 M\"",
+        "\"\\u0661M\"",
+        "\"999999999999999999999999999999999999999999999999999999999999999999\"",
+        "-5000000",
+        "1e400",
+        "18446744073709551616",
+        "99999999999999999",
+    ];
+    // What is no string cannot be spelt in CNI_ARGS, where all is text.
+    let of_json = ["true", "{}", "[10000000]", "\"\""];
+    for source in &SOURCES {
+        let is_json = !source.what.starts_with("CNI_ARGS");
+        for value in values.iter().chain(of_json.iter().filter(|_| is_json)) {
+            let (stdin, arguments) = (source.spell)(value);
+            let (code, details) = refused(&cni("ADD").env("CNI_ARGS", arguments).stdin(stdin));
+            assert_eq!(code, CONFIG, "{} {value}: {details}", source.what);
+            let named = details.starts_with(&format!("{}: ", source.what));
+            assert!(named && details.len() < 400, "{} {value}: {details}", source.what);
+        }
+        if is_json {
+            let (stdin, _) = (source.spell)("NaN");
+            let (code, details) = refused(&cni("ADD").stdin(stdin));
+            assert_eq!(code, DECODE, "{} NaN: {details}", source.what);
+        }
+    }
+    // A number of an annotation counts as its text, which is a quantity; where numbers are due they are whole.
+    for source in [&SOURCES[0], &SOURCES[5], &SOURCES[6]] {
+        let (code, details) = refused(&cni("ADD").stdin((source.spell)("10000.5").0));
+        assert_eq!(code, CONFIG, "{} 10000.5: {details}", source.what);
+    }
+}
+
+#[test]
+fn errors_are_whole() {
+    let annotation = |value| (SOURCES[1].spell)(value).0;
+    let no_prev = r#"{"cniVersion": "0.4.0", "name": "net"}"#;
+    for (call, expected) in [
+        (
+            cni("ADD").stdin(no_prev),
+            json!({ "cniVersion": "0.4.0", "code": 7, "msg": "Invalid network config",
+                "details": "there is no prevResult: podshaper is a chained plugin, put it behind the one that makes the \
+                            interface, in the \"plugins\" list of a .conflist" }),
+        ),
+        (
+            cni("ADD").stdin(r#"{"cniVersion": "2.0.0", "name": "net"}"#),
+            json!({ "cniVersion": "2.0.0", "code": 1, "msg": "Incompatible CNI version",
+                "details": "config is \"2.0.0\", plugin supports [\"0.3.0\", \"0.3.1\", \"0.4.0\", \"1.0.0\", \"1.1.0\"]" }),
+        ),
+        (
+            cni("BLESS").stdin(no_prev),
+            json!({ "cniVersion": "1.1.0", "code": 4, "msg": "Invalid necessary environment variables",
+                "details": "CNI_COMMAND: \"BLESS\" is not ADD, DEL, CHECK, STATUS, GC or VERSION" }),
+        ),
+        (
+            cni("").env("CNI_COMMAND", "").stdin(no_prev),
+            json!({ "cniVersion": "1.1.0", "code": 4, "msg": "Invalid necessary environment variables",
+                "details": "CNI_COMMAND is empty" }),
+        ),
+        (
+            Cni::new(PODSHAPER, "ADD").stdin(no_prev),
+            json!({ "cniVersion": "0.4.0", "code": 4, "msg": "Invalid necessary environment variables",
+                "details": "required env variables [CNI_CONTAINERID,CNI_NETNS,CNI_IFNAME] missing" }),
+        ),
+        (
+            cni("ADD").env("CNI_ARGS", "K8S_POD_UID=../../x").stdin(config("")),
+            json!({ "cniVersion": "1.1.0", "code": 4, "msg": "Invalid necessary environment variables",
+                "details": "CNI_ARGS: K8S_POD_UID: \"../../x\" is not a pod UID (1 to 63 letters, digits and dashes, no dash \
+                            first)" }),
+        ),
+        (
+            cni("ADD").stdin("{\"cniVersion\": \"1.0.0\", \"name\""),
+            json!({ "cniVersion": "1.1.0", "code": 6, "msg": "Failed to decode content",
+                "details": "decode the network configuration on stdin (30 bytes): EOF while parsing an object at line 1 \
+                            column 30" }),
+        ),
+        (
+            cni("ADD").stdin(annotation("\"10MB\"")),
+            json!({ "cniVersion": "1.1.0", "code": 7, "msg": "Invalid network config",
+                "details": "pod annotation kubernetes.io/egress-bandwidth: \"10MB\" is not a rate (write bits per second, 1k \
+                            to 1P, such as \"10M\"): the number is followed by something else than k, M, G, T, P, Ki, Mi, Gi \
+                            or an exponent" }),
+        ),
+        (
+            cni("ADD").stdin(config(r#", "kubeconfig": "/etc/kubernetes/kubelet.conf", "egress": "1M""#)),
+            json!({ "cniVersion": "1.1.0", "code": 7, "msg": "Invalid network config",
+                "details": format!("configuration key \"kubeconfig\" is not supported by podshaper {}: remove it",
+                    env!("CARGO_PKG_VERSION")) }),
+        ),
+    ] {
+        let call = call.call().unwrap();
+        assert_eq!(call.status.code(), Some(1), "{call}");
+        assert_eq!(serde_json::from_str::<Value>(&call.stdout).unwrap(), expected, "{call}");
+    }
+}
+
+#[test]
+fn stdin_that_is_no_configuration_is_refused_by_every_verb_that_reads_it() {
+    let mut huge = config("");
+    huge.insert_str(1, &" ".repeat(1 << 20));
+    let whole = config("");
+    let deep = "[".repeat(500_000);
+    let mut inputs: Vec<(Vec<u8>, u64)> = vec![
+        (Vec::new(), DECODE),
+        (huge.into(), DECODE),
+        (deep.into(), DECODE),
+        (b"\0".to_vec(), DECODE),
+        (b"\xff\xfe{\0}\0".to_vec(), DECODE),
+        (b"{\"name\": \"\xff\"}".to_vec(), DECODE),
+        (b"podshaper".to_vec(), DECODE),
+        (b"null".to_vec(), DECODE),
+        (b"[]".to_vec(), DECODE),
+        (br#"["1.1.0", "net"]"#.to_vec(), DECODE),
+        (whole.replace("\"1.1.0\"", "1.1").into(), DECODE),
+        (whole.replace("\"net\"", "[\"net\"]").into(), DECODE),
+        (whole.replace("\"net\"", "\"a\", \"name\": \"b\"").into(), DECODE),
+        (config(r#", "runtimeConfig": "x""#).into(), DECODE),
+        ((whole.clone() + "}").into(), DECODE),
+        (whole.replace("\"1.1.0\"", "\"one\"").into(), DECODE),
+        (whole.replace("\"net\"", "\"../net\"").into(), CONFIG),
+        (whole.replace("\"net\"", "\"\"").into(), CONFIG),
+    ];
+    inputs.extend([1, 10, 30, 60, whole.len() - 1].map(|length| (whole.as_bytes()[..length].to_vec(), DECODE)));
+    for verb in ["ADD", "DEL", "CHECK", "GC", "STATUS"] {
+        for (stdin, code) in &inputs {
+            let shown = String::from_utf8_lossy(&stdin[..stdin.len().min(100)]).into_owned();
+            let output = run(cni(verb).command(), stdin);
+            let text = String::from_utf8(output.stdout).unwrap();
+            let error: Value = serde_json::from_str(&text).unwrap_or_else(|_| panic!("{verb} {shown}: {text}"));
+            assert_eq!(
+                (error["code"].as_u64(), output.status.code()),
+                (Some(*code), Some(1)),
+                "{verb} {shown}: {error}"
+            );
+            assert!(text.len() < 1000 && error["msg"].is_string() && error["details"].is_string(), "{text}");
+            assert!(!String::from_utf8_lossy(&output.stderr).contains("panicked"), "{verb} {shown}");
+        }
+    }
+}
+
+#[test]
+fn names_the_specification_forbids_are_refused_and_a_del_of_them_succeeds() {
+    let (id, interface, long) = ("CNI_CONTAINERID", "CNI_IFNAME", "a".repeat(129));
+    let uid = |uid: &str| ("CNI_ARGS", format!("IgnoreUnknown=1;K8S_POD_UID={uid}"));
+    let mut variables = vec![(id, "../c1".to_owned()), (id, "-c1".into()), (id, "c 1".into()), (id, "c/1".into())];
+    variables.extend([(id, "c\n1".into()), (id, "\u{e9}".into()), (id, ".".into()), (id, long)]);
+    let interfaces = ["a-name-of-16-byt", ".", "..", "eth/0", "eth:0", "eth 0", "eth\t0", "../eth0"];
+    variables.extend(interfaces.map(|name| (interface, name.to_owned())));
+    variables.extend(["../x", "..", "a/../../b", "a/b", "-rf", "a_b", "a b", "%2e%2e", &"a".repeat(64)].map(uid));
+    for (name, value) in variables {
+        for verb in ["ADD", "CHECK"] {
+            let (code, details) = refused(&cni(verb).env(name, &value).stdin(config(r#", "egress": "1M""#)));
+            assert_eq!(code, 4, "{verb} {name}={value}: {details}");
+            assert!(details.starts_with(name), "{details}");
+        }
+        let del = ok(&cni("DEL").env(name, &value).stdin(config("")));
+        assert_eq!(del.stdout, "", "{del}");
+    }
+}
+
+#[test]
+fn a_variable_that_is_not_text_is_refused() {
+    for name in ["CNI_COMMAND", "CNI_CONTAINERID", "CNI_IFNAME", "CNI_ARGS", "CNI_NETNS"] {
+        let mut command = cni("ADD").command();
+        command.env(name, OsString::from_vec(b"a=\xff".to_vec()));
+        let output = run(command, config("").as_bytes());
+        let error: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!((error["code"].as_u64(), output.status.code()), (Some(4), Some(1)), "{error}");
+    }
+}
+
+#[test]
+fn each_version_is_spoken_and_no_other() {
+    for version in VERSIONS {
+        let stdin = config("").replace("1.1.0", version);
+        assert_eq!(ok(&cni("ADD").stdin(&stdin)).stdout, r#"{"ips": []}"#);
+        assert_eq!(ok(&cni("DEL").stdin(&stdin)).stdout, "");
+        let since = |verb, first: &str| {
+            let call = cni(verb).stdin(&stdin);
+            if version >= first {
+                assert_eq!(ok(&call).stdout, "");
+            } else {
+                let details = format!("config version does not allow {verb}");
+                assert_eq!(refused(&call), (1, details));
+            }
+        };
+        since("CHECK", "0.4.0");
+        since("GC", "1.1.0");
+    }
+    for version in ["0.1.0", "0.2.0", "0.3.2", "1.2.0", "2.0.0", ""] {
+        for verb in ["ADD", "DEL"] {
+            let (code, details) = refused(&cni(verb).stdin(config("").replace("1.1.0", version)));
+            assert_eq!(code, 1, "{version}: {details}");
+        }
+    }
+    let (code, _) = refused(&cni("ADD").stdin(r#"{"name": "net", "prevResult": {}}"#));
+    assert_eq!(code, 1, "a configuration without a version is of 0.1.0");
+}
+
+#[test]
+fn version_answers_in_the_version_it_is_asked_in() {
+    let supported = r#""supportedVersions":["0.3.0","0.3.1","0.4.0","1.0.0","1.1.0"]}"#;
+    for (stdin, version) in [
+        (r#"{"cniVersion": "0.4.0"}"#, "0.4.0"),
+        (r#"{"cniVersion": "1.1.0", "name": 1}"#, "1.1.0"),
+        (r#"{"cniVersion": "9.9.9"}"#, "9.9.9"),
+        // A person, or a runtime from before the specification asked for it.
+        ("", "1.1.0"),
+        ("{}", "1.1.0"),
+        ("nonsense", "1.1.0"),
+    ] {
+        let call = ok(&Cni::new(PODSHAPER, "VERSION").stdin(stdin));
+        assert_eq!(call.stdout, format!("{{\"cniVersion\":\"{version}\",{supported}"), "{call}");
+        assert_eq!(call.stderr, "");
+    }
+}
+
+/// A process without a capability, which may still read the plugin if only root may.
+fn unprivileged(cni: &Cni) -> Cni {
+    let root = nix::unistd::Uid::effective().is_root();
+    let without = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"];
+    cni.clone().through(if root { &without } else { &[] })
+}
+
+#[test]
+fn an_add_without_a_limit_gives_back_what_it_got_and_needs_no_privilege() {
+    let weave = include_str!("records/weave.result.json").trim();
+    let flannel = include_str!("records/flannel.result.json").trim();
+    let odd = "{ \"cniVersion\" :\t\"1.0.0\",\r\n  \"ips\":[ ] , \"\\u0069ps\": \"\\u00e9\\ud83d\\ude00\\/\", \"x\": {\"y\": [1e400, \
+               0.1e-5, -0, 123456789012345678901234567890, null]},\"x\":2}";
+    for prev in [weave, flannel, odd, "{}", "[ 1 ]", "\"text\""] {
+        let stdin = format!(r#"{{"cniVersion": "1.0.0", "name": "net", "unknown": [{{}}], "prevResult":  {prev} }}"#);
+        for arguments in ["", "IgnoreUnknown=1;K8S_POD_UID=b210522c-ecca-47e2-908a-76691272b43d"] {
+            let call = ok(&unprivileged(&cni("ADD")).env("CNI_ARGS", arguments).stdin(&stdin));
+            assert_eq!(call.stdout, prev, "{call}");
+            assert_eq!(call.stderr, "", "{call}");
+        }
+    }
+}
+
+#[test]
+fn a_del_succeeds_whatever_the_pod_and_its_runtime_write() {
+    let nested = "[".repeat(50_000) + &"]".repeat(50_000);
+    for keys in [
+        r#", "runtimeConfig": {"io.kubernetes.cri.pod-annotations": {"kubernetes.io/egress-bandwidth": "1e30"}}"#,
+        r#", "runtimeConfig": {"io.kubernetes.cri.pod-annotations": "all of them", "bandwidth": 1e400}"#,
+        r#", "runtimeConfig": {"cgroupPath": "/../../etc"}, "args": "none", "max": 3"#,
+        r#", "runtimeConfig": null, "egress": -1, "logLevel": "loud", "logFile": "relative", "kubeconfig": 1"#,
+        r#", "exemptSubnets": ["10.0.0.0/33"], "rateKey": [], "cni.dev/valid-attachments": "all""#,
+        &format!(r#", "args": {nested}, "egress": {nested}"#),
+    ] {
+        for arguments in ["", "A;B=;=C", "IgnoreUnknown=1;K8S_POD_NAME=a/b;rate=x"] {
+            let call = ok(&cni("DEL").env("CNI_NETNS", "").env("CNI_ARGS", arguments).stdin(config(keys)));
+            assert_eq!(call.stdout, "", "{call}");
+        }
+    }
+}
+
+#[test]
+fn a_person_gets_help_and_a_wrong_argument_a_2() {
+    let call = |arguments: &[&str]| {
+        let mut command = Command::new(PODSHAPER);
+        command.args(arguments).env_clear().stdin(Stdio::null());
+        let output = command.output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+    };
+    let version = format!("podshaper {}\n", env!("CARGO_PKG_VERSION"));
+    for argument in ["--version", "-V"] {
+        assert_eq!(call(&[argument]), (0, version.clone(), String::new()));
+    }
+    let help = call(&["--help"]);
+    assert!(help.0 == 0 && help.1.contains("chained CNI plugin") && help.2.is_empty(), "{help:?}");
+    assert_eq!(call(&[]), help);
+    assert_eq!(call(&["-h"]), help);
+    for arguments in [&["frobnicate"][..], &["--help", "--version"], &["--colour"], &[""]] {
+        let (code, stdout, stderr) = call(arguments);
+        assert_eq!((code, stdout.as_str()), (2, ""), "{arguments:?}");
+        assert!(stderr.starts_with("podshaper: "), "{stderr}");
+    }
+}
+
+#[test]
+fn a_result_that_nobody_reads_is_a_failure_and_no_panic() {
+    let mut command = cni("ADD").command();
+    command.stdout(std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap());
+    let output = run(command, config("").as_bytes());
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("write the result to stdout: No space left on device (os error 28)"), "{stderr}");
+}
+
+/// Runs a plugin with bytes on stdin that may be no text.
+fn run(mut command: Command, stdin: &[u8]) -> Output {
+    let mut child = command.spawn().unwrap();
+    // It may have seen enough before the end.
+    let _ = child.stdin.take().unwrap().write_all(stdin);
+    child.wait_with_output().unwrap()
+}

@@ -1,0 +1,328 @@
+//! A pod as the control plane sees it: a namespace with an interface that leads nowhere, a cgroup, and identifiers; and what the
+//! kernel has of podshaper for it, asked of `bpftool`, which knows nothing of podshaper.
+//!
+//! No plugin makes it, so it costs 20 ms and not 200; traffic needs a [`super::harness::pod::Pod`].
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Map, Value, json};
+
+use super::harness::cgroup::{self, Driver, PodCgroup};
+use super::harness::cni::{Call, Cni};
+use super::harness::netns::Netns;
+use super::harness::pod::{container_id, uuid};
+use super::harness::{process, unique};
+
+/// Where podshaper of this layout pins.
+pub const PINS: &str = "/sys/fs/bpf/podshaper/v1";
+/// What a sandbox asks for unless told otherwise, in bits per second.
+pub const RATE: u64 = 10_000_000;
+/// How long the kernel may take to free what nothing refers to any more: it does so after a grace period of RCU, in a worker.
+const FREED_AFTER: Duration = Duration::from_secs(2);
+/// The pins of one attachment.
+pub const ATTACHMENT: [&str; 6] = ["LIMITS", "METERS", "OWNER", "count_egress", "note_setsockopt", "pace_tcp"];
+/// The programs on a cgroup with one attachment: where, and which.
+pub const PROGRAMS: [(&str, &str); 3] =
+    [("cgroup_inet_egress", "count_egress"), ("cgroup_setsockopt", "note_setsockopt"), ("cgroup_sock_ops", "pace_tcp")];
+
+/// A pod's sandbox. Dropping it removes everything, whatever a failed test left.
+pub struct Sandbox {
+    pub uid: String,
+    pub container_id: String,
+    /// Each has its own, so that a GC of one test spares the others' attachments.
+    pub network: String,
+    pub netns: Arc<Netns>,
+    pub cgroup: PodCgroup,
+    /// The keys of stdin.
+    pub stdin: Map<String, Value>,
+}
+
+/// Programs and maps of an attachment, by id. The kernel does not use an id again before all 2^31 have been.
+#[derive(Debug, Default)]
+pub struct Objects {
+    programs: BTreeSet<u64>,
+    maps: BTreeSet<u64>,
+}
+
+impl Sandbox {
+    /// With a cgroup of kubelet's cgroupfs driver that the runtime names.
+    pub fn new() -> Self {
+        Self::with_netns(Arc::new(netns_with(&["eth0"])))
+    }
+
+    /// The same in a namespace that several can share: nothing is sent.
+    pub fn with_netns(netns: Arc<Netns>) -> Self {
+        let uid = uuid().unwrap();
+        let path = Driver::Cgroupfs.path(&uid);
+        let mut sandbox = Self::at(&path, uid, netns);
+        sandbox.stdin["runtimeConfig"]["cgroupPath"] = json!(path);
+        sandbox
+    }
+
+    /// With a cgroup that has to be searched for.
+    pub fn at(path: &str, uid: String, netns: Arc<Netns>) -> Self {
+        let cgroup = PodCgroup::new(cgroup::mount().unwrap().join(path.trim_start_matches('/'))).unwrap();
+        Self::of(cgroup, uid, netns)
+    }
+
+    /// With this cgroup.
+    pub fn of(cgroup: PodCgroup, uid: String, netns: Arc<Netns>) -> Self {
+        let network = unique("network");
+        let stdin = json!({
+            "cniVersion": "1.1.0",
+            "name": network,
+            "type": "podshaper",
+            "runtimeConfig": { "bandwidth": { "egressRate": RATE, "egressBurst": i32::MAX } },
+            "prevResult": { "cniVersion": "1.1.0", "ips": [] },
+        });
+        let stdin = stdin.as_object().unwrap().clone();
+        Self { uid, container_id: container_id().unwrap(), network, netns, cgroup, stdin }
+    }
+
+    /// A call for eth0 of this sandbox.
+    pub fn cni(&self, verb: &str) -> Cni {
+        self.cni_of(verb, &self.container_id)
+    }
+
+    /// The same call for another sandbox of the pod.
+    pub fn cni_of(&self, verb: &str, container_id: &str) -> Cni {
+        let arguments = format!(
+            "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=web;K8S_POD_INFRA_CONTAINER_ID={container_id};K8S_POD_UID={}",
+            self.uid
+        );
+        Cni::new(env!("CARGO_BIN_EXE_podshaper"), verb)
+            .env("CNI_CONTAINERID", container_id)
+            .env("CNI_NETNS", self.netns.path().display().to_string())
+            .env("CNI_IFNAME", "eth0")
+            .env("CNI_ARGS", arguments)
+            .env("CNI_PATH", "/opt/cni/bin")
+            .stdin(Value::Object(self.stdin.clone()).to_string())
+    }
+
+    /// stdin with other values for some keys.
+    pub fn stdin_with(&self, keys: Value) -> String {
+        let mut stdin = self.stdin.clone();
+        stdin.extend(keys.as_object().unwrap().clone());
+        Value::Object(stdin).to_string()
+    }
+
+    /// stdin that asks for another egress rate.
+    pub fn stdin_at(&self, bits_per_s: u64) -> String {
+        let mut runtime = self.stdin["runtimeConfig"].clone();
+        runtime["bandwidth"]["egressRate"] = json!(bits_per_s);
+        self.stdin_with(json!({ "runtimeConfig": runtime }))
+    }
+
+    /// Makes a call that must succeed.
+    #[track_caller]
+    pub fn call(&self, verb: &str) -> Call {
+        ok(&self.cni(verb))
+    }
+
+    /// What is pinned for the pod: directories with their pins' names.
+    pub fn pins(&self) -> BTreeMap<String, Vec<String>> {
+        names(&self.pod_directory())
+            .into_iter()
+            .map(|name| {
+                let pins = names(&self.pod_directory().join(&name));
+                (name, pins)
+            })
+            .collect()
+    }
+
+    /// Where the pod's attachments are pinned.
+    pub fn pod_directory(&self) -> PathBuf {
+        Path::new(PINS).join(&self.uid)
+    }
+
+    /// Who the attachment of an interface is recorded to belong to; the interface as it is spelt in the pins.
+    pub fn owner(&self, interface: &str) -> Value {
+        let dump = dump(&self.pod_directory().join(interface).join("OWNER"));
+        let bytes: Vec<u8> = serde_json::from_value(dump[0].clone()).unwrap();
+        let json: Vec<u8> = bytes.into_iter().take_while(|byte| *byte != 0).collect();
+        serde_json::from_slice(&json).unwrap()
+    }
+
+    /// The rates in the limits map: egress and ingress, 0 for none.
+    pub fn rates(&self, interface: &str) -> [u64; 2] {
+        let limits = dump(&self.pod_directory().join(interface).join("LIMITS"));
+        [0, 1].map(|direction| limits[direction]["rate_bits_per_s"].as_u64().unwrap())
+    }
+
+    /// The programs on the pod's cgroup, sorted.
+    pub fn attached(&self) -> Vec<(String, String)> {
+        let text = |program: &Value, key: &str| program[key].as_str().unwrap().to_owned();
+        let mut attached: Vec<_> = programs_on(self.cgroup.path())
+            .iter()
+            .map(|program| (text(program, "attach_type"), text(program, "name")))
+            .collect();
+        attached.sort();
+        attached
+    }
+
+    /// The programs of the pod's links and the maps of both.
+    pub fn objects(&self) -> Objects {
+        let mut objects = Objects::default();
+        let id = |value: &Value| value.as_u64().unwrap();
+        for program in programs_on(self.cgroup.path()) {
+            objects.programs.insert(id(&program["id"]));
+            let program = bpftool(&["prog", "show", "id", &program["id"].to_string()]).unwrap();
+            objects.maps.extend(program["map_ids"].as_array().unwrap().iter().map(id));
+        }
+        for interface in self.pins().keys() {
+            let owner = self.pod_directory().join(interface).join("OWNER");
+            objects.maps.insert(id(&bpftool(&["map", "show", "pinned", owner.to_str().unwrap()]).unwrap()["id"]));
+        }
+        objects
+    }
+
+    /// That exactly one whole attachment is there, and whose.
+    #[track_caller]
+    pub fn assert_limited(&self, container_id: &str, egress: u64) {
+        let whole = ATTACHMENT.map(String::from).to_vec();
+        assert_eq!(self.pins(), BTreeMap::from([("eth0".to_owned(), whole)]));
+        assert_eq!(self.owner("eth0")["containerId"], container_id);
+        assert_eq!(self.rates("eth0"), [egress, 0]);
+        assert_attached_once(self);
+    }
+
+    /// That nothing is pinned for the pod or attached to its cgroup.
+    #[track_caller]
+    pub fn assert_unlimited(&self) {
+        assert!(!self.pod_directory().exists(), "left in bpffs: {:?}", self.pins());
+        let nothing = || programs_on(self.cgroup.path()).is_empty();
+        assert!(within(FREED_AFTER, nothing), "left on the cgroup: {:?}", self.attached());
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        // Pins first: with the cgroup gone their programs are detached, but not freed.
+        let _ = fs::remove_dir_all(self.pod_directory());
+    }
+}
+
+impl Objects {
+    /// That the kernel has freed all of them.
+    #[track_caller]
+    pub fn assert_freed(&self) {
+        assert!(!self.programs.is_empty() && !self.maps.is_empty(), "there were none: {self:?}");
+        let mut left = (Vec::new(), Vec::new());
+        let freed = within(FREED_AFTER, || {
+            let still = |ids: &BTreeSet<u64>, kind| {
+                let there: BTreeSet<u64> = loaded(kind);
+                ids.intersection(&there).copied().collect::<Vec<_>>()
+            };
+            left = (still(&self.programs, "prog"), still(&self.maps, "map"));
+            left.0.is_empty() && left.1.is_empty()
+        });
+        assert!(freed, "programs and maps left: {left:?}");
+    }
+
+    pub fn extend(&mut self, other: Objects) {
+        self.programs.extend(other.programs);
+        self.maps.extend(other.maps);
+    }
+}
+
+/// That one attachment's programs are on the cgroup. One that was replaced a moment ago may still be seen.
+#[track_caller]
+pub fn assert_attached_once(sandbox: &Sandbox) {
+    let expected = PROGRAMS.map(|(hook, name)| (hook.to_owned(), name.to_owned())).to_vec();
+    let once = within(FREED_AFTER, || sandbox.attached() == expected);
+    assert!(once, "attached: {:?}", sandbox.attached());
+}
+
+/// A namespace with these interfaces, each with an end that leads nowhere.
+pub fn netns_with(interfaces: &[&str]) -> Netns {
+    let netns = Netns::new(&unique("sandbox")).unwrap();
+    for (number, interface) in interfaces.iter().enumerate() {
+        let peer = format!("peer{number}");
+        netns.run("ip", &["link", "add", interface, "type", "veth", "peer", "name", &peer]).unwrap();
+    }
+    netns
+}
+
+/// Makes a call that must succeed.
+#[track_caller]
+pub fn ok(cni: &Cni) -> Call {
+    let call = cni.call().unwrap();
+    assert!(call.status.success(), "{call}");
+    call
+}
+
+/// Makes a call that must fail, with nothing but an error of the specification's form on stdout: its code and details.
+#[track_caller]
+pub fn refused(cni: &Cni) -> (u64, String) {
+    let call = cni.call().unwrap();
+    assert_eq!(call.status.code(), Some(1), "{call}");
+    let error: BTreeMap<String, Value> = serde_json::from_str(&call.stdout).unwrap_or_else(|_| panic!("{call}"));
+    assert_eq!(error.keys().collect::<Vec<_>>(), ["cniVersion", "code", "details", "msg"], "{call}");
+    assert!(!error["msg"].as_str().unwrap().is_empty() && !call.stderr.contains("panicked"), "{call}");
+    (error["code"].as_u64().unwrap(), error["details"].as_str().unwrap().to_owned())
+}
+
+/// Waits for something to come true.
+pub fn within(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
+    let start = Instant::now();
+    loop {
+        if condition() {
+            return true;
+        }
+        if start.elapsed() > limit {
+            return false;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Ids of the links on a cgroup, the dead and the replaced too.
+pub fn links_on(cgroup: &Path) -> Vec<u64> {
+    let id = fs::metadata(cgroup).unwrap().ino();
+    let links = bpftool(&["link", "show"]).unwrap();
+    let links = links.as_array().unwrap().iter().filter(|link| link["cgroup_id"].as_u64() == Some(id));
+    links.map(|link| link["id"].as_u64().unwrap()).collect()
+}
+
+/// The programs attached to a cgroup. bpftool fails if one goes while it looks, and when the cgroup is gone.
+fn programs_on(cgroup: &Path) -> Vec<Value> {
+    let show = || bpftool(&["cgroup", "show", cgroup.to_str().unwrap()]).ok();
+    let found = (0..5).find_map(|_| if cgroup.exists() { show() } else { Some(json!([])) });
+    // Nothing at all is printed for a cgroup without programs.
+    found.unwrap().as_array().cloned().unwrap_or_default()
+}
+
+fn loaded(kind: &str) -> BTreeSet<u64> {
+    // One of another test may go while bpftool looks.
+    let all = (0..5).find_map(|_| bpftool(&[kind, "show"]).ok()).unwrap();
+    all.as_array().into_iter().flatten().map(|object| object["id"].as_u64().unwrap()).collect()
+}
+
+/// The values of a pinned map, in the order of their keys, as BTF describes them.
+fn dump(pin: &Path) -> Vec<Value> {
+    let dump = bpftool(&["map", "dump", "pinned", pin.to_str().unwrap()]).unwrap();
+    dump.as_array().unwrap().iter().map(|entry| entry["formatted"]["value"].clone()).collect()
+}
+
+fn bpftool(arguments: &[&str]) -> Result<Value, String> {
+    let output = process::run(Command::new("bpftool").arg("-j").args(arguments)).map_err(|error| error.to_string())?;
+    if output.trim().is_empty() {
+        Ok(json!([]))
+    } else {
+        serde_json::from_str(&output).map_err(|error| error.to_string())
+    }
+}
+
+fn names(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries.map(|entry| entry.file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
