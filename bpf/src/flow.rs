@@ -31,6 +31,8 @@ pub struct Credit {
     filled_ns: u64,
     /// What is left of it, in bytes on the wire.
     bytes: u64,
+    /// Whether something has been too large for it since.
+    is_exceeded: u64,
 }
 
 /// TCP in: the window the remote sender is given, and when its next acknowledgement may leave.
@@ -59,17 +61,20 @@ impl Credit {
         if now_ns - self.filled_ns > backlog_ns + SPARSE_GAP_NS {
             self.filled_ns = now_ns;
             self.bytes = full_bytes;
+            self.is_exceeded = 0;
         }
         let sparse = wire_bytes <= self.bytes;
         if sparse {
             self.bytes -= wire_bytes;
+        } else {
+            self.is_exceeded = 1;
         }
         sparse
     }
 
-    /// Whether the last that went was still within the credit.
+    /// Whether all that went since the credit was filled up was within it.
     #[inline(always)]
-    pub fn is_left(&self) -> bool {
-        self.bytes != 0
+    pub fn has_sufficed(&self) -> bool {
+        self.is_exceeded == 0
     }
 }
