@@ -16,12 +16,13 @@ use rscni_plugin::{
 use crate::{
     cgroup::{self, Hierarchies, PodCgroup, Wanted},
     error::{Code, Error, Result},
+    ingress::{self, Inside},
     logging, netns,
     pins::{BPFFS, LockedPins, Pins, Place},
-    pod::PodKey,
+    pod::{Owner, PodKey},
     probe,
     request::{Attachment, Config, Env, Limit, Limits, Request, Subject, declared_version, read_stdin},
-    shaper::{self, Pinned},
+    shaper::{self, Pinned, Settings},
 };
 
 /// Reads a runtime's call, does it and answers on stdout.
@@ -138,8 +139,11 @@ fn find_cgroup(request: &Request, attachment: &Attachment, hierarchies: &Hierarc
 
 fn limit(request: &Request, attachment: &Attachment, plan: Plan) -> Result<()> {
     let Plan { limits, cgroup, netns } = plan;
-    let ifindex = netns::in_netns(&netns, || prepare_netns(&attachment.ifname, &netns))?;
-    let loaded = shaper::load(ifindex, &limits, &request.owner(attachment, &cgroup.path))?;
+    let (ifindex, inside) = netns::in_netns(&netns, || prepare_netns(&attachment.ifname, &netns, &limits))?;
+    let ingress_by = inside.zip(limits.ingress).map(|(inside, limit)| ingress::choose(inside, ifindex, &limit));
+    let mut owner = request.owner(attachment, &cgroup.path);
+    owner.ingress_by = ingress_by.map(|mechanism| mechanism.to_string());
+    let loaded = shaper::load(&Settings { ifindex, limits, ingress_by }, &owner)?;
     let place = place(attachment);
     let pins = Pins::ensure(Path::new(BPFFS))?.lock()?;
     let attached = cgroup.open().and_then(|directory| loaded.attach(directory.as_fd()));
@@ -152,33 +156,31 @@ fn limit(request: &Request, attachment: &Attachment, plan: Plan) -> Result<()> {
         remove_cgroup_if_made(&cgroup.path);
     }
     committed?;
-    log_limits(request, &place, &limits, &cgroup.path);
+    log_limits(&place, &limits, &owner);
     Ok(())
 }
 
-/// The interface's index, and the namespace set so that small pacing rates make small packets.
-fn prepare_netns(ifname: &str, netns: &Path) -> Result<u32> {
+/// The interface's index, and the namespace set so that small pacing rates make small packets and acknowledgements can be held.
+fn prepare_netns(ifname: &str, netns: &Path, limits: &Limits) -> Result<(u32, Option<Inside>)> {
     let index = netns::interface(ifname, netns)?.index;
     // Without it the rate holds and the latency does not: not worth a pod.
     if let Err(error) = netns::disable_tso_rtt() {
         log::warn!("packets may leave in bursts of 64 KiB: {error}");
     }
-    Ok(index)
+    Ok((index, limits.ingress.map(|_| ingress::prepare(index))))
 }
 
-fn log_limits(request: &Request, place: &Place, limits: &Limits, cgroup: &Path) {
-    let pod = [&request.pod_namespace, &request.pod_name].map(|name| name.as_deref().unwrap_or("?")).join("/");
+fn log_limits(place: &Place, limits: &Limits, owner: &Owner) {
+    let pod = [&owner.pod_namespace, &owner.pod_name].map(|name| name.as_deref().unwrap_or("?")).join("/");
     let Place { pod: key, interface } = place;
-    for (direction, limit) in [("egress", &limits.egress), ("ingress", &limits.ingress)] {
+    let by = owner.ingress_by.as_deref().unwrap_or_default();
+    for (direction, limit, by) in [("egress", &limits.egress, "pacing"), ("ingress", &limits.ingress, by)] {
         let Some(Limit { rate, burst, asked, source }) = limit else { continue };
         let capped = if asked > rate { format!(", capped by max: {asked} were asked for") } else { String::new() };
-        let (burst, cgroup) = (burst.as_bytes(), cgroup.display());
+        let (burst, cgroup) = (burst.as_bytes(), &owner.cgroup);
         log::info!(
-            "{pod} ({key}) {interface}: {direction} {rate}bit/s, burst {burst} bytes, from {source}{capped}; {cgroup}"
+            "{pod} ({key}) {interface}: {direction} {rate}bit/s, burst {burst} bytes, by {by}, from {source}{capped}; {cgroup}"
         );
-    }
-    if limits.ingress.is_some() {
-        log::warn!("{pod} ({key}) {interface}: ingress is NOT limited: this version limits egress only");
     }
 }
 
@@ -211,7 +213,8 @@ fn check(request: &Request, attachment: &Attachment) -> Result<()> {
         );
         return Err(Error::new(Code::Mismatch, text));
     }
-    pinned.check(Path::new(&owner.cgroup), &limits)
+    let ingress_by = owner.ingress_by.as_deref().and_then(|name| name.parse().ok());
+    pinned.check(Path::new(&owner.cgroup), &Settings { ifindex: 0, limits, ingress_by })
 }
 
 fn del(request: &Request, attachment: &Attachment) -> Result<()> {

@@ -180,6 +180,9 @@ pub struct Owner {
     pub uid: Option<String>,
     /// The cgroup directory the programs are attached to.
     pub cgroup: String,
+    /// What holds the ingress limit, if there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ingress_by: Option<String>,
 }
 
 impl Owner {

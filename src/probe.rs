@@ -6,10 +6,12 @@ use std::path::Path;
 use crate::{
     cgroup::Hierarchies,
     error::{Code, Error, Result},
+    ingress::IngressBy,
     pins,
     pod::Owner,
-    request::Limits,
-    shaper,
+    request::{Limit, Limits, Source},
+    shaper::{self, Settings},
+    units::Rate,
 };
 
 /// Whether an ADD with a limit could succeed: cgroup v2, bpffs, and a kernel that takes the programs.
@@ -21,6 +23,9 @@ pub fn node(bpffs: &Path) -> Result<()> {
     Hierarchies::of_this_host().map_err(unavailable)?;
     pins::mount_bpffs(bpffs).map_err(unavailable)?;
     // Loads and drops them: the kernel checks each program and all it uses.
-    shaper::load(0, &Limits::default(), &Owner::default()).map_err(unavailable)?;
+    let limit = Limit::of(Rate::MAX, Source::Config);
+    let limits = Limits { egress: Some(limit), ingress: Some(limit) };
+    let settings = Settings { ifindex: 0, limits, ingress_by: Some(IngressBy::HeldAcks) };
+    shaper::load(&settings, &Owner::default()).map_err(unavailable)?;
     Ok(())
 }

@@ -25,7 +25,7 @@ use crate::error::{Code, Error, Result, quoted};
 use crate::pod::{NetworkName, Owner, PodKey};
 pub use config::Config;
 pub use env::Env;
-pub use limits::{Limit, Limits};
+pub use limits::{Limit, Limits, Source};
 
 /// Most that is read from stdin. An API server holds a pod's annotations under 256 KiB; the rest is the configuration.
 const MAX_STDIN_BYTES: u64 = 1 << 20;
@@ -195,6 +195,7 @@ impl Request {
             pod_name: self.pod_name.clone(),
             uid: attachment.key.uid().map(|uid| uid.to_string()),
             cgroup: cgroup.to_string_lossy().into_owned(),
+            ingress_by: None,
         }
     }
 }

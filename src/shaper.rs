@@ -18,6 +18,7 @@ use podshaper_abi::{EGRESS, INGRESS, Limit as AbiLimit, OWNER_SIZE};
 
 use crate::{
     error::{Code, Error, Result},
+    ingress::IngressBy,
     pins::{LIMITS, METERS, OWNER},
     pod::Owner,
     request::{Limit, Limits},
@@ -26,22 +27,28 @@ use crate::{
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/podshaper.bpf.o"));
 
-/// Every program of the object, by the name that is also that of its link's pin, and where it is attached.
-const PROGRAMS: [(&str, CgroupHook); 3] = [
-    ("count_egress", CgroupHook::InetEgress),
-    ("pace_tcp", CgroupHook::SockOps),
-    ("note_setsockopt", CgroupHook::Setsockopt),
-];
+/// A program of the object, by the name that is also that of its link's pin, and where it is attached.
+type Hooked = (&'static str, CgroupHook);
+const COUNT_EGRESS: Hooked = ("count_egress", CgroupHook::InetEgress);
+const COUNT_INGRESS: Hooked = ("count_ingress", CgroupHook::InetIngress);
+const PACE_TCP: Hooked = ("pace_tcp", CgroupHook::SockOps);
+const HOLD_ACKS: Hooked = ("hold_acks", CgroupHook::SockOps);
+const NOTE_SETSOCKOPT: Hooked = ("note_setsockopt", CgroupHook::Setsockopt);
 
 /// Backlog beyond which packets that no socket paces are dropped. Short, because all of it is latency that they add to
 /// everything else; longer than a tick of a 100 Hz kernel, so that a sender that is scheduled late loses nothing.
 const UNPACED_BOUND_NS: u64 = 10_000_000;
+/// Backlog beyond which TCP is marked where its acknowledgements are held: twice what its windows aim for.
+const HELD_MARK_NS: u64 = 10_000_000;
+/// Backlog beyond which TCP is dropped where nothing but drops holds it; a longer one lets it fall less far below the limit.
+const DROPS_BOUND_NS: u64 = 100_000_000;
 /// Backlog beyond which everything is dropped: the horizon of fq and of Cilium's bandwidth manager (2 s).
 const HORIZON_NS: u64 = 2_000_000_000;
 
 /// An object that is loaded, not yet attached.
 pub struct Loaded {
     object: Ebpf,
+    programs: Vec<Hooked>,
 }
 
 /// Programs that are attached. Dropped without [`Attached::pin`], they are detached.
@@ -55,27 +62,70 @@ pub struct Pinned<'a> {
     directory: &'a Path,
 }
 
-/// Loads maps and programs, for the interface of that index (0: every interface but loopback). Nothing is attached yet.
+/// What one attachment is to do.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Settings {
+    /// The pod's interface, in its network namespace. 0: every interface but loopback.
+    pub ifindex: u32,
+    /// The limits.
+    pub limits: Limits,
+    /// What holds the ingress limit; `None` without one.
+    pub ingress_by: Option<IngressBy>,
+}
+
+impl Settings {
+    fn programs(&self) -> Vec<Hooked> {
+        let mut programs = Vec::new();
+        if self.limits.egress.is_some() {
+            programs.extend([COUNT_EGRESS, PACE_TCP, NOTE_SETSOCKOPT]);
+        }
+        if self.ingress_by.is_some() {
+            programs.push(COUNT_INGRESS);
+        }
+        if self.ingress_by == Some(IngressBy::HeldAcks) {
+            programs.push(HOLD_ACKS);
+            // It is also what gives the acknowledgements their departure time.
+            if self.limits.egress.is_none() {
+                programs.push(COUNT_EGRESS);
+            }
+        }
+        programs
+    }
+
+    /// The limits as the programs read them, by direction.
+    fn abi_limits(&self) -> [(u32, &'static str, AbiLimit); 2] {
+        let egress = self.limits.egress.as_ref().map(|limit| abi_limit(limit, u64::MAX, HORIZON_NS, UNPACED_BOUND_NS));
+        let ingress = self.limits.ingress.as_ref().zip(self.ingress_by).map(|(limit, by)| match by {
+            IngressBy::HeldAcks => abi_limit(limit, HELD_MARK_NS, HORIZON_NS, UNPACED_BOUND_NS),
+            // tbf has held it already: this only counts.
+            IngressBy::Tbf => abi_limit(limit, u64::MAX, u64::MAX, u64::MAX),
+            IngressBy::Drops => abi_limit(limit, UNPACED_BOUND_NS, DROPS_BOUND_NS, UNPACED_BOUND_NS),
+        });
+        [(EGRESS, "egress", egress.unwrap_or_default()), (INGRESS, "ingress", ingress.unwrap_or_default())]
+    }
+}
+
+/// Loads maps and programs. Nothing is attached yet.
 ///
 /// # Errors
 /// [`Code::Kernel`]: the kernel refuses a map or program, and why.
-pub fn load(ifindex: u32, limits: &Limits, owner: &Owner) -> Result<Loaded> {
+pub fn load(settings: &Settings, owner: &Owner) -> Result<Loaded> {
     let mut object = without_kernel_btf(EbpfLoader::new)
-        .override_global("IFINDEX", &ifindex, true)
+        .override_global("IFINDEX", &settings.ifindex, true)
         .load(OBJECT)
         .map_err(|cause| refused("load podshaper's eBPF maps", &cause))?;
-    for (name, _) in PROGRAMS {
+    let programs = settings.programs();
+    for (name, _) in &programs {
         load_program(&mut object, name)?;
     }
 
     let mut limits_map = array_mut::<AbiLimit>(&mut object, LIMITS)?;
-    for (direction, limit) in [(EGRESS, &limits.egress), (INGRESS, &limits.ingress)] {
-        let value = limit.as_ref().map(abi_limit).unwrap_or_default();
-        limits_map.set(direction, value, 0).map_err(|cause| refused("write the limits", &cause))?;
+    for (direction, _, limit) in settings.abi_limits() {
+        limits_map.set(direction, limit, 0).map_err(|cause| refused("write the limits", &cause))?;
     }
     let mut owner_map = array_mut::<[u8; OWNER_SIZE]>(&mut object, OWNER)?;
     owner_map.set(0, owner_bytes(owner)?, 0).map_err(|cause| refused("write the owner", &cause))?;
-    Ok(Loaded { object })
+    Ok(Loaded { object, programs })
 }
 
 impl Loaded {
@@ -84,7 +134,7 @@ impl Loaded {
     /// # Errors
     /// [`Code::Kernel`] with what the kernel says. Nothing stays attached then.
     pub fn attach(self, cgroup: BorrowedFd<'_>) -> Result<Attached> {
-        let attach = |(name, hook)| {
+        let attach = |(name, hook): Hooked| {
             let failed = |cause: &(dyn std::error::Error + 'static)| {
                 refused(format!("attach the eBPF program {name} to the pod's cgroup"), cause)
             };
@@ -92,7 +142,7 @@ impl Loaded {
             let link = sys::link_to_cgroup(program.as_fd(), cgroup, hook).map_err(|e| failed(&e))?;
             Ok((name, link))
         };
-        let links = PROGRAMS.into_iter().map(attach).collect::<Result<_>>()?;
+        let links = self.programs.iter().copied().map(attach).collect::<Result<_>>()?;
         Ok(Attached { object: self.object, links })
     }
 }
@@ -136,17 +186,16 @@ impl<'a> Pinned<'a> {
     ///
     /// # Errors
     /// [`Code::Mismatch`] naming the first difference.
-    pub fn check(&self, cgroup: &Path, limits: &Limits) -> Result<()> {
+    pub fn check(&self, cgroup: &Path, settings: &Settings) -> Result<()> {
         let cgroup_id = fs::metadata(cgroup)
             .map_err(|cause| Error::because(Code::Mismatch, format!("find the cgroup {}", cgroup.display()), cause))?
             .ino();
-        for (name, _) in PROGRAMS {
+        for (name, _) in settings.programs() {
             self.check_link(name, cgroup, cgroup_id)?;
         }
         let map = self.array::<AbiLimit>(LIMITS)?;
-        for (direction, name, asked) in [(EGRESS, "egress", &limits.egress), (INGRESS, "ingress", &limits.ingress)] {
+        for (direction, name, asked) in settings.abi_limits() {
             let found = map.get(&direction, 0).map_err(|cause| refused(self.reading(LIMITS), &cause))?;
-            let asked = asked.as_ref().map(abi_limit).unwrap_or_default();
             if found != asked {
                 let AbiLimit { rate_bits_per_s: rate, burst_ns: burst, .. } = found;
                 let AbiLimit { rate_bits_per_s: asked_rate, burst_ns: asked_burst, .. } = asked;
@@ -202,12 +251,13 @@ fn without_kernel_btf<T>(new: impl FnOnce() -> T) -> T {
     made
 }
 
-fn abi_limit(limit: &Limit) -> AbiLimit {
+fn abi_limit(limit: &Limit, paced_mark_ns: u64, horizon_ns: u64, unpaced_bound_ns: u64) -> AbiLimit {
     AbiLimit {
         rate_bits_per_s: limit.rate.as_bits_per_s(),
         burst_ns: limit.burst.as_ns_at(limit.rate),
-        unpaced_bound_ns: UNPACED_BOUND_NS,
-        horizon_ns: HORIZON_NS,
+        unpaced_bound_ns,
+        paced_mark_ns,
+        horizon_ns,
     }
 }
 

@@ -20,6 +20,8 @@ const BPF_LINK_CREATE: libc::c_long = 28;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum CgroupHook {
+    /// `BPF_CGROUP_INET_INGRESS`
+    InetIngress = 0,
     /// `BPF_CGROUP_INET_EGRESS`
     InetEgress = 1,
     /// `BPF_CGROUP_SOCK_OPS`

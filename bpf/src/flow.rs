@@ -7,33 +7,74 @@
 /// A flow is given new credit when it has not asked for this much longer than the backlog takes to drain.
 const SPARSE_GAP_NS: u64 = 1_000_000;
 
-/// One socket's state, in socket storage.
+/// One socket's state, in socket storage. All zero when new.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Flow {
-    /// When the sparse credit was last filled up.
-    filled_ns: u64,
-    /// What is left of it, in bytes on the wire.
-    credit_bytes: u64,
+    /// What it sends.
+    pub out: Credit,
+    /// What it receives.
+    pub into: Credit,
     /// The application's own SO_MAX_PACING_RATE in bytes/s. 0: it set none.
     pub application_bytes_per_s: u64,
     /// Whether the socket's last packet left by the attachment's interface (u64 and not bool: no padding).
     pub is_ours: u64,
+    /// The receive window (see `window`).
+    pub window: Window,
 }
 
-impl Flow {
+/// How much a flow may still send or receive as a sparse one.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Credit {
+    /// When it was last filled up.
+    filled_ns: u64,
+    /// What is left of it, in bytes on the wire.
+    bytes: u64,
+    /// Whether something has been too large for it since.
+    is_exceeded: u64,
+}
+
+/// TCP in: the window the remote sender is given, and when its next acknowledgement may leave.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Window {
+    /// The window, in bytes. 0: not set yet.
+    pub bytes: u64,
+    /// When it was last changed.
+    pub changed_ns: u64,
+    /// What the socket had received then, in bytes.
+    pub received_bytes: u64,
+    /// Whether the ingress clock has ever had a backlog in this flow's time. Until then the window grows faster.
+    pub met_backlog: u64,
+    /// How long the last acknowledgement was held back.
+    pub held_ns: u64,
+    /// Departure time of the pure ACK that is just being sent. 0: it is not held.
+    pub hold_until_ns: u64,
+}
+
+impl Credit {
     /// Whether `wire_bytes` more may go before the backlog of `backlog_ns` (these bytes included) has drained. Takes them from
     /// the credit, `full_bytes` a time, if so.
     #[inline(always)]
     pub fn is_sparse(&mut self, now_ns: u64, backlog_ns: u64, wire_bytes: u64, full_bytes: u64) -> bool {
         if now_ns - self.filled_ns > backlog_ns + SPARSE_GAP_NS {
             self.filled_ns = now_ns;
-            self.credit_bytes = full_bytes;
+            self.bytes = full_bytes;
+            self.is_exceeded = 0;
         }
-        let sparse = wire_bytes <= self.credit_bytes;
+        let sparse = wire_bytes <= self.bytes;
         if sparse {
-            self.credit_bytes -= wire_bytes;
+            self.bytes -= wire_bytes;
+        } else {
+            self.is_exceeded = 1;
         }
         sparse
+    }
+
+    /// Whether all that went since the credit was filled up was within it.
+    #[inline(always)]
+    pub fn has_sufficed(&self) -> bool {
+        self.is_exceeded == 0
     }
 }

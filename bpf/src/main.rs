@@ -1,5 +1,5 @@
 //! podshaper's eBPF programs: hook, what each is called for, and what its return value means. How they work is in the modules:
-//! [`clock`] (the pod clock), [`pace`] (TCP out), [`flow`] (sparse flows), [`packet`] (bytes on the wire), [`maps`].
+//! [`clock`] (the pod clock), [`pace`] (TCP out), [`window`] (TCP in), [`flow`] (sparse flows), [`packet`] (bytes on the wire), [`maps`].
 //!
 //! Every attachment is a load of its own, with its own maps. All programs run in the context of whoever sends, on any CPU, many
 //! at once; what they share is in `METERS`, under its lock.
@@ -11,19 +11,27 @@ mod flow;
 mod maps;
 mod pace;
 mod packet;
+mod tcp;
+mod window;
+
+use core::ptr::NonNull;
 
 use aya_ebpf::{
     Global,
     bindings::{
-        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_HDR_OPT_LEN_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, bpf_sock,
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_HDR_OPT_LEN_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
+        BPF_SOCK_OPS_RWND_INIT, bpf_sock,
     },
     helpers::bpf_skb_ecn_set_ce,
     macros::{cgroup_skb, cgroup_sockopt, sock_ops},
     programs::{SkBuffContext, SockOpsContext, SockoptContext},
 };
-use podshaper_abi::{EGRESS, LOOPBACK_IFINDEX, Limit, Meter};
+use podshaper_abi::{EGRESS, INGRESS, LOOPBACK_IFINDEX, Limit, Meter};
 
-use crate::{flow::Flow, packet::Wire};
+use crate::{
+    flow::{Credit, Flow},
+    packet::Wire,
+};
 
 /// The attachment's interface, in the pod's network namespace. 0: every interface but loopback.
 #[unsafe(no_mangle)]
@@ -34,6 +42,8 @@ const PASS: i32 = 1;
 /// cgroup_skb/egress: the packet is dropped and the sender told as by a full qdisc (NET_XMIT_DROP), so that a UDP sendto() still
 /// succeeds. 0 would be an error, EPERM, in the application (include/linux/bpf-cgroup.h, "drop packet and cn").
 const DROP: i32 = 2;
+/// cgroup_skb/ingress: the packet is dropped.
+const DROP_INGRESS: i32 = 0;
 /// sock_ops and cgroup/setsockopt: go on.
 const CONTINUE: i32 = 1;
 
@@ -43,30 +53,57 @@ const SPARSE_BYTES: u64 = 2 * 1500;
 /// Called for every packet a socket of the pod sends, before the qdisc and before a GSO packet is cut. Counts it on the clock.
 #[cgroup_skb(egress)]
 pub fn count_egress(ctx: SkBuffContext) -> i32 {
-    let (Some(limit), Some(meter)) = (maps::limit(EGRESS), maps::meter(EGRESS)) else { return PASS };
     let socket = packet::full_socket(&ctx);
     if !is_ours(&ctx) {
         leave(socket);
         return PASS;
     }
-    // SAFETY: `full_socket` returns what `bpf_sk_fullsock` gave, not NULL.
+    // SAFETY: `full_socket` returns what `bpf_sk_fullsock` gave.
     let mut flow = socket.and_then(|socket| unsafe { maps::flow_or_new(socket) });
     if let Some(flow) = flow.as_deref_mut() {
         flow.is_ours = 1;
+        hold_back(&ctx, flow);
     }
-    let wire = Wire::of(&ctx);
-    let now_ns = clock::now_ns();
-    let (bound_ns, marked) =
-        if is_paced(socket) { (limit.horizon_ns, false) } else { unpaced(&ctx, &limit, meter, flow, now_ns, &wire) };
-    if clock::admit(meter, &limit, now_ns, &wire, bound_ns, marked) { PASS } else { DROP }
+    let (Some(limit), Some(meter)) = (maps::limit(EGRESS), maps::meter(EGRESS)) else { return PASS };
+    let credit = flow.map(|flow| &mut flow.out);
+    if admit(&ctx, &limit, meter, socket, credit) { PASS } else { DROP }
 }
 
-/// Called with the events of every TCP socket of the pod, the socket locked.
+/// Called for every packet that reaches a socket of the pod, as a whole (GRO). Counts it on the clock.
+#[cgroup_skb(ingress)]
+pub fn count_ingress(ctx: SkBuffContext) -> i32 {
+    if !is_ours(&ctx) {
+        return PASS;
+    }
+    let (Some(limit), Some(meter)) = (maps::limit(INGRESS), maps::meter(INGRESS)) else { return PASS };
+    let socket = packet::full_socket(&ctx);
+    // SAFETY: as in `count_egress`.
+    let flow = socket.and_then(|socket| unsafe { maps::flow_or_new(socket) });
+    let credit = flow.map(|flow| &mut flow.into);
+    if admit(&ctx, &limit, meter, socket, credit) { PASS } else { DROP_INGRESS }
+}
+
+/// Called with the events of every TCP socket of the pod, the socket locked. Egress.
 #[sock_ops]
 pub fn pace_tcp(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
-        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB | BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => pace::ask_for_segments(&ctx),
-        BPF_SOCK_OPS_HDR_OPT_LEN_CB => pace::pace_segment(&ctx),
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB | BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => tcp::ask_for_segments(&ctx),
+        BPF_SOCK_OPS_HDR_OPT_LEN_CB if tcp::is_segment(&ctx) => pace::pace_segment(&ctx),
+        _ => {}
+    }
+    CONTINUE as u32
+}
+
+/// The same for ingress.
+#[sock_ops]
+pub fn hold_acks(ctx: SockOpsContext) -> u32 {
+    match ctx.op() {
+        BPF_SOCK_OPS_RWND_INIT => ctx.set_reply(window::FIRST_SEGMENTS as u32),
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB | BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => {
+            tcp::ask_for_segments(&ctx);
+            window::open(&ctx);
+        }
+        BPF_SOCK_OPS_HDR_OPT_LEN_CB if tcp::is_segment(&ctx) => window::acknowledge(&ctx),
         _ => {}
     }
     CONTINUE as u32
@@ -92,40 +129,55 @@ fn is_ours(ctx: &SkBuffContext) -> bool {
 
 /// The socket now sends by another interface: it is not paced for this one any more.
 #[inline(always)]
-fn leave(socket: Option<*mut bpf_sock>) {
+fn leave(socket: Option<NonNull<bpf_sock>>) {
     // SAFETY: as in `count_egress`.
     if let Some(flow) = socket.and_then(|socket| unsafe { maps::flow(socket) }) {
         flow.is_ours = 0;
     }
 }
 
-/// Whether TCP's pacing holds the packet's sender. Also true for what TCP sends without a full socket (a SYN-ACK, an ACK in
-/// TIME-WAIT): small, and not repeated by anybody who could be told to wait.
+/// Gives a pure ACK the departure time that `hold_acks` chose for it a moment ago, in the same transmission.
 #[inline(always)]
-fn is_paced(socket: Option<*mut bpf_sock>) -> bool {
-    // SAFETY: cgroup_skb programs may read the protocol of a full socket.
-    socket.is_none_or(|socket| unsafe { (*socket).protocol } == u32::from(packet::IPPROTO_TCP))
+fn hold_back(ctx: &SkBuffContext, flow: &mut Flow) {
+    if flow.window.hold_until_ns != 0 {
+        // SAFETY: cgroup_skb programs may write tstamp. TCP has marked it as a departure time already (`__tcp_transmit_skb`).
+        unsafe { (*ctx.skb.skb).tstamp = flow.window.hold_until_ns };
+        flow.window.hold_until_ns = 0;
+    }
 }
 
-/// Bound and congestion mark of a packet that no socket paces: sparse flows pass as TCP does, others while the backlog is
-/// short, ECN-capable ones being told from half of it on.
+/// Whether TCP's pacing, or its acknowledgements, hold the packet's sender. Also true for what TCP sends and receives without a
+/// full socket (a SYN-ACK, an ACK in TIME-WAIT): small, and not repeated by anybody who could be told to wait.
 #[inline(always)]
-fn unpaced(
+fn is_paced(socket: Option<NonNull<bpf_sock>>) -> bool {
+    // SAFETY: cgroup_skb programs may read the protocol of a full socket.
+    socket.is_none_or(|socket| unsafe { socket.as_ref().protocol } == u32::from(packet::IPPROTO_TCP))
+}
+
+/// Counts a packet on a direction's clock; false if it must be dropped. TCP and sparse flows may go up to the horizon, others
+/// while the backlog is short. What is ECN-capable is told before that.
+#[inline(always)]
+fn admit(
     ctx: &SkBuffContext,
     limit: &Limit,
-    meter: *const Meter,
-    flow: Option<&mut Flow>,
-    now_ns: u64,
-    wire: &Wire,
-) -> (u64, bool) {
+    meter: *mut Meter,
+    socket: Option<NonNull<bpf_sock>>,
+    credit: Option<&mut Credit>,
+) -> bool {
+    let wire = Wire::of(ctx);
+    let now_ns = clock::now_ns();
     let backlog_ns = clock::backlog_with(meter, limit, now_ns, wire.bytes);
-    if flow.is_some_and(|flow| flow.is_sparse(now_ns, backlog_ns, wire.bytes, SPARSE_BYTES)) {
-        return (limit.horizon_ns, false);
-    }
-    let congested = backlog_ns > limit.unpaced_bound_ns / 2;
+    let sparse = credit.is_some_and(|credit| credit.is_sparse(now_ns, backlog_ns, wire.bytes, SPARSE_BYTES));
+    let (bound_ns, mark_ns) = if sparse {
+        (limit.horizon_ns, u64::MAX)
+    } else if is_paced(socket) {
+        (limit.horizon_ns, limit.paced_mark_ns)
+    } else {
+        (limit.unpaced_bound_ns, limit.unpaced_bound_ns / 2)
+    };
     // SAFETY: cgroup_skb programs may call it. It returns 1 where the packet is ECN-capable and now marked.
-    let marked = congested && unsafe { bpf_skb_ecn_set_ce(ctx.skb.skb) } == 1;
-    (limit.unpaced_bound_ns, marked)
+    let marked = backlog_ns > mark_ns && unsafe { bpf_skb_ecn_set_ce(ctx.skb.skb) } == 1;
+    clock::admit(meter, limit, now_ns, &wire, bound_ns, marked)
 }
 
 #[inline(always)]
@@ -151,11 +203,8 @@ fn note_pacing_rate(ctx: &SockoptContext) {
         } else {
             return;
         };
-        let socket = option.__bindgen_anon_1.sk;
-        if socket.is_null() {
-            return;
-        }
-        if let Some(flow) = maps::flow_or_new(socket) {
+        let socket = NonNull::new(option.__bindgen_anon_1.sk);
+        if let Some(flow) = socket.and_then(|socket| maps::flow_or_new(socket)) {
             flow.application_bytes_per_s = if rate == u64::MAX { 0 } else { rate };
         }
     }

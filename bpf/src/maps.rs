@@ -4,6 +4,8 @@
 //! They are BTF maps because two of them cannot be anything else: the verifier finds the lock in `METERS` by its type, and
 //! socket storage must be described.
 
+use core::ptr::NonNull;
+
 use aya_ebpf::{
     bindings::{
         BPF_F_CLONE, BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_map_type::BPF_MAP_TYPE_SK_STORAGE, bpf_sock,
@@ -65,9 +67,9 @@ pub fn meter(direction: u32) -> Option<*mut Meter> {
 /// `optmem_max`).
 ///
 /// # Safety
-/// `socket` is a full socket that a program's context or `bpf_sk_fullsock` gave, checked for NULL.
+/// `socket` is a full socket that a program's context or `bpf_sk_fullsock` gave.
 #[inline(always)]
-pub unsafe fn flow_or_new<'a>(socket: *mut bpf_sock) -> Option<&'a mut Flow> {
+pub unsafe fn flow_or_new<'a>(socket: NonNull<bpf_sock>) -> Option<&'a mut Flow> {
     // SAFETY: the caller's duty.
     unsafe { storage(socket, BPF_SK_STORAGE_GET_F_CREATE.into()) }
 }
@@ -77,15 +79,15 @@ pub unsafe fn flow_or_new<'a>(socket: *mut bpf_sock) -> Option<&'a mut Flow> {
 /// # Safety
 /// As for [`flow_or_new`].
 #[inline(always)]
-pub unsafe fn flow<'a>(socket: *mut bpf_sock) -> Option<&'a mut Flow> {
+pub unsafe fn flow<'a>(socket: NonNull<bpf_sock>) -> Option<&'a mut Flow> {
     // SAFETY: the caller's duty.
     unsafe { storage(socket, 0) }
 }
 
 #[inline(always)]
-unsafe fn storage<'a>(socket: *mut bpf_sock, flags: u64) -> Option<&'a mut Flow> {
+unsafe fn storage<'a>(socket: NonNull<bpf_sock>, flags: u64) -> Option<&'a mut Flow> {
     let map = (&raw const FLOWS).cast_mut().cast();
     // SAFETY: the helper's entry is as large as `Flow` and lives as long as the program runs (RCU). Programs of two CPUs may
     // hold it at once for a socket that is not locked (UDP): its fields are integers, and a lost update costs a credit.
-    unsafe { bpf_sk_storage_get(map, socket.cast(), core::ptr::null_mut(), flags).cast::<Flow>().as_mut() }
+    unsafe { bpf_sk_storage_get(map, socket.as_ptr().cast(), core::ptr::null_mut(), flags).cast::<Flow>().as_mut() }
 }

@@ -15,22 +15,15 @@
 //! The value is an upper bound to the kernel (SO_MAX_PACING_RATE), so congestion control goes on below it. It is lowered at
 //! once and raised with the next ACK (`tcp_update_pacing_rate`, bbr's `bbr_set_pacing_rate`).
 
-use aya_ebpf::{
-    bindings::{BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG, bpf_sock},
-    helpers::bpf_setsockopt,
-    programs::SockOpsContext,
-};
+use aya_ebpf::{helpers::bpf_setsockopt, programs::SockOpsContext};
 use podshaper_abi::{EGRESS, Limit, Meter};
 
-use crate::{clock, flow::Flow, maps, packet};
+use crate::{clock, flow::Flow, maps, packet, tcp};
 
-/// First argument of the callback where `tcp_current_mss` asks (uapi/linux/bpf.h; not in aya's bindings).
-const BPF_WRITE_HDR_TCP_CURRENT_MSS: u32 = 1;
 const NANOS_PER_SECOND: u64 = 1_000_000_000;
 const SOL_SOCKET: i32 = 1;
 /// asm-generic/socket.h; the same on x86-64 and arm64.
 pub const SO_MAX_PACING_RATE: i32 = 47;
-const AF_INET6: u32 = 10;
 
 /// The helper takes 32 bits: 34 Gbit/s. All ones mean "not paced" to the kernel, and that is what anything above becomes; once
 /// the flow has a backlog, its pace is below that again.
@@ -42,44 +35,29 @@ const FULL_SEGMENTS: u64 = 2;
 /// Waits shorter than this are not worth a timer: the segment may go.
 const SHORTEST_WAIT_NS: u64 = 1_000;
 
-/// Asks for the callback at every segment of a connection that was just established.
-#[inline(always)]
-pub fn ask_for_segments(ctx: &SockOpsContext) {
-    // A socket that cannot have it (none is known) would be held by the horizon alone.
-    let _ = ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG) as i32);
-}
-
 /// Sets the pace for the segment that is about to leave.
 #[inline(always)]
 pub fn pace_segment(ctx: &SockOpsContext) {
-    // tcp_current_mss() asks too, to learn the length of the options; nothing is sent then.
-    if ctx.arg(0) == BPF_WRITE_HDR_TCP_CURRENT_MSS {
-        return;
-    }
-    // Payload only: the headers are not there yet. A pure ACK has none, and is not paced by TCP either.
-    let payload = u64::from(skb_len(ctx));
+    // A pure ACK has no payload, and is not paced by TCP either.
+    let payload = tcp::payload_bytes(ctx);
     if payload == 0 {
         return;
     }
-    let (Some(limit), Some(meter), Some(socket)) = (maps::limit(EGRESS), maps::meter(EGRESS), socket(ctx)) else {
+    let (Some(limit), Some(meter), Some(flow)) = (maps::limit(EGRESS), maps::meter(EGRESS), tcp::flow(ctx)) else {
         return;
     };
-    // SAFETY: `socket` was checked for NULL, and the callback runs for full sockets only.
-    let Some(flow) = (unsafe { maps::flow(socket) }) else { return };
-    if flow.is_ours != 0 {
-        set_max_pacing_rate(ctx, pace(ctx, &limit, meter, flow, payload));
-    }
+    set_max_pacing_rate(ctx, pace(ctx, &limit, meter, flow, payload));
 }
 
 /// The pacing rate, in bytes/s.
 #[inline(always)]
 fn pace(ctx: &SockOpsContext, limit: &Limit, meter: *const Meter, flow: &mut Flow, payload: u64) -> u64 {
-    let mss = u64::from(mss_cache(ctx));
-    let wire_bytes = packet::wire_bytes_of_tcp(payload, mss, ctx.family() == AF_INET6);
+    let mss = tcp::mss(ctx);
+    let wire_bytes = packet::wire_bytes_of_tcp(payload, mss, tcp::is_ipv6(ctx));
     let now_ns = clock::now_ns();
     let backlog_ns = clock::backlog_with(meter, limit, now_ns, wire_bytes).max(SHORTEST_WAIT_NS);
     let full_bytes = FULL_SEGMENTS * mss;
-    let bytes_per_s = if flow.is_sparse(now_ns, backlog_ns, wire_bytes, full_bytes) {
+    let bytes_per_s = if flow.out.is_sparse(now_ns, backlog_ns, wire_bytes, full_bytes) {
         limit.rate_bits_per_s / 8
     } else {
         payload.max(full_bytes) * NANOS_PER_SECOND / backlog_ns
@@ -106,23 +84,4 @@ fn set_max_pacing_rate(ctx: &SockOpsContext, bytes_per_s: u64) {
             size_of::<u32>() as i32,
         );
     }
-}
-
-#[inline(always)]
-fn socket(ctx: &SockOpsContext) -> Option<*mut bpf_sock> {
-    // SAFETY: sock_ops programs may read sk, since Linux 5.9.
-    let socket = unsafe { (*ctx.ops).__bindgen_anon_2.sk };
-    (!socket.is_null()).then_some(socket)
-}
-
-#[inline(always)]
-fn skb_len(ctx: &SockOpsContext) -> u32 {
-    // SAFETY: sock_ops programs may read skb_len, since Linux 5.10, where header options came.
-    unsafe { (*ctx.ops).skb_len }
-}
-
-#[inline(always)]
-fn mss_cache(ctx: &SockOpsContext) -> u32 {
-    // SAFETY: sock_ops programs may read mss_cache.
-    unsafe { (*ctx.ops).mss_cache }
 }

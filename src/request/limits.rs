@@ -47,6 +47,13 @@ pub struct Limit {
     pub source: Source,
 }
 
+impl Limit {
+    /// A rate with its default burst.
+    pub fn of(rate: Rate, source: Source) -> Self {
+        Self { rate, burst: Burst::default_for(rate), asked: rate, source }
+    }
+}
+
 /// Where a limit was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {

@@ -44,6 +44,8 @@ pub struct Limit {
     pub burst_ns: u64,
     /// Backlog beyond which a packet that no socket paces is dropped. Half of it is where ECN-capable ones are marked.
     pub unpaced_bound_ns: u64,
+    /// Backlog beyond which ECN-capable TCP is marked. All ones: never.
+    pub paced_mark_ns: u64,
     /// Backlog beyond which every packet is dropped.
     pub horizon_ns: u64,
 }
@@ -97,7 +99,7 @@ pub struct Counters {
 }
 
 // The sizes are part of LAYOUT: a padding byte or a new field must not slip in unseen.
-const _: () = assert!(size_of::<Limit>() == 32);
+const _: () = assert!(size_of::<Limit>() == 40);
 const _: () = assert!(size_of::<Clock>() == 16);
 const _: () = assert!(size_of::<Counters>() == 40 + 8 * BACKLOG_BUCKETS);
 const _: () = assert!(size_of::<Meter>() == 8 + size_of::<Clock>() + size_of::<Counters>());

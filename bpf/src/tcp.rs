@@ -1,0 +1,83 @@
+//! What a sock_ops program can know of its socket and of the segment that is about to leave.
+//!
+//! The kernel calls it for every segment, if asked to: it means to let it add header options (BPF_SOCK_OPS_HDR_OPT_LEN_CB, from
+//! `tcp_established_options`, the socket locked). podshaper adds none; it is the one moment before each transmission.
+
+use core::ptr::NonNull;
+
+use aya_ebpf::{
+    bindings::{BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG, bpf_sock},
+    programs::SockOpsContext,
+};
+
+use crate::{flow::Flow, maps};
+
+/// First argument of the callback where `tcp_current_mss` asks (uapi/linux/bpf.h; not in aya's bindings).
+const BPF_WRITE_HDR_TCP_CURRENT_MSS: u32 = 1;
+const AF_INET6: u32 = 10;
+/// FIN, SYN and RST of the flags byte.
+const OPENS_OR_CLOSES: u32 = 0b111;
+
+/// Asks for the callback at every segment of a connection that was just established.
+#[inline(always)]
+pub fn ask_for_segments(ctx: &SockOpsContext) {
+    // A socket that cannot have it (none is known) would be held by the horizon alone.
+    let _ = ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG) as i32);
+}
+
+/// Whether the callback is for a segment. tcp_current_mss() asks too, to learn the length of the options; nothing is sent then.
+#[inline(always)]
+pub fn is_segment(ctx: &SockOpsContext) -> bool {
+    ctx.arg(0) != BPF_WRITE_HDR_TCP_CURRENT_MSS
+}
+
+/// Bytes of the segment's payload: its headers are not there yet.
+#[inline(always)]
+pub fn payload_bytes(ctx: &SockOpsContext) -> u64 {
+    // SAFETY: sock_ops programs may read skb_len, since Linux 5.10, where header options came.
+    u64::from(unsafe { (*ctx.ops).skb_len })
+}
+
+/// Whether the segment opens, closes or resets the connection.
+#[inline(always)]
+pub fn opens_or_closes(ctx: &SockOpsContext) -> bool {
+    // SAFETY: as for skb_len.
+    unsafe { (*ctx.ops).skb_tcp_flags & OPENS_OR_CLOSES != 0 }
+}
+
+/// The socket's flow, if it sends by the attachment's interface. `count_egress` made it with the first packet that left.
+#[inline(always)]
+pub fn flow<'a>(ctx: &SockOpsContext) -> Option<&'a mut Flow> {
+    // SAFETY: sock_ops programs may read sk, since Linux 5.9; the callbacks asked for run for full sockets only.
+    unsafe {
+        let socket: NonNull<bpf_sock> = NonNull::new((*ctx.ops).__bindgen_anon_2.sk)?;
+        maps::flow(socket).filter(|flow| flow.is_ours != 0)
+    }
+}
+
+/// The segment size in force, in bytes of payload.
+#[inline(always)]
+pub fn mss(ctx: &SockOpsContext) -> u64 {
+    // SAFETY: sock_ops programs may read mss_cache.
+    u64::from(unsafe { (*ctx.ops).mss_cache })
+}
+
+/// Smoothed round-trip time in nanoseconds.
+#[inline(always)]
+pub fn rtt_ns(ctx: &SockOpsContext) -> u64 {
+    // SAFETY: sock_ops programs may read srtt_us, which the kernel keeps in eighths of a microsecond.
+    u64::from(unsafe { (*ctx.ops).srtt_us }) * 1000 / 8
+}
+
+/// Bytes of payload the socket has received in order.
+#[inline(always)]
+pub fn received_bytes(ctx: &SockOpsContext) -> u64 {
+    // SAFETY: sock_ops programs may read bytes_received.
+    unsafe { (*ctx.ops).bytes_received }
+}
+
+/// Whether the socket is an IPv6 one. An IPv4 connection on it is taken for IPv6: 20 bytes a segment in an estimate.
+#[inline(always)]
+pub fn is_ipv6(ctx: &SockOpsContext) -> bool {
+    ctx.family() == AF_INET6
+}

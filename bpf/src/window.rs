@@ -1,0 +1,106 @@
+//! TCP in: hold back the acknowledgements, and size the window.
+//!
+//! A remote sender cannot be paced from here, and dropping its packets makes it crawl. But it sends what acknowledgements let
+//! it: the pod's own pure ACKs get the ingress clock as their departure time (fq on the pod's interface honours it), so that they
+//! leave as a link of the pod's rate would have delivered what they acknowledge. The application has the data already, and
+//! neither ping nor small replies are behind it.
+//!
+//! Alone that would let the remote's window grow with the backlog without end. So the receive window follows the backlog:
+//!
+//! ```text
+//!   backlog above TARGET:  window *= (rtt + TARGET) / (rtt + backlog), not below half
+//!   else, if it was used:  window *= 1.25 (2 until the first backlog)         once per max(rtt, backlog, 1 ms)
+//! ```
+//!
+//! It is set as TCP_WINDOW_CLAMP before each ACK chooses its window, since the kernel's autotuning raises it in between.
+
+use aya_ebpf::{helpers::bpf_setsockopt, programs::SockOpsContext};
+use podshaper_abi::INGRESS;
+
+use crate::{clock, flow::Window, maps, tcp};
+
+const IPPROTO_TCP: i32 = 6;
+/// uapi/linux/tcp.h. Taken from sock_ops since Linux 5.11.
+const TCP_WINDOW_CLAMP: i32 = 10;
+
+/// The backlog that windows aim for: enough that a late timer does not leave the clock idle.
+const TARGET_NS: u64 = 5_000_000;
+/// How often a window may change at most: shorter than this a round trip is noise.
+const SHORTEST_ROUND_NS: u64 = 1_000_000;
+/// How much longer than twice the last one an acknowledgement may be held. The remote's retransmission timer (200 ms above its
+/// round-trip estimate at least) must see the round trip grow, not jump.
+const HOLD_STEP_NS: u64 = 50_000_000;
+/// The first window, in segments. The sender's first flight then is no larger than what two flows may have queued.
+pub const FIRST_SEGMENTS: u64 = 4;
+/// A sender with less than two segments in flight waits for the receiver's delayed ACK.
+const LEAST_SEGMENTS: u64 = 2;
+/// Above this the clamp limits nothing: 8 MB in 5 ms are 13 Gbit/s.
+const MOST_BYTES: u64 = 8 << 20;
+
+/// A connection is established: its window starts small.
+#[inline(always)]
+pub fn open(ctx: &SockOpsContext) {
+    let Some(flow) = tcp::flow(ctx) else { return };
+    flow.window.bytes = FIRST_SEGMENTS * tcp::mss(ctx);
+    flow.window.changed_ns = clock::now_ns();
+    clamp(ctx, flow.window.bytes);
+}
+
+/// A segment is about to leave. If it is a pure ACK: when it may, and with which window.
+#[inline(always)]
+pub fn acknowledge(ctx: &SockOpsContext) {
+    // Data carries acknowledgements too; it is not held, since its latency is the application's.
+    if tcp::payload_bytes(ctx) != 0 || tcp::opens_or_closes(ctx) {
+        return;
+    }
+    let (Some(limit), Some(meter), Some(flow)) = (maps::limit(INGRESS), maps::meter(INGRESS), tcp::flow(ctx)) else {
+        return;
+    };
+    let now_ns = clock::now_ns();
+    let backlog_ns = clock::backlog_with(meter, &limit, now_ns, 0);
+    hold(&mut flow.window, now_ns, backlog_ns, flow.into.has_sufficed());
+    resize(ctx, &mut flow.window, now_ns, backlog_ns);
+    clamp(ctx, flow.window.bytes);
+}
+
+#[inline(always)]
+fn hold(window: &mut Window, now_ns: u64, backlog_ns: u64, is_sparse: bool) {
+    let longest_ns = 2 * window.held_ns + HOLD_STEP_NS;
+    let hold_ns = if is_sparse { 0 } else { backlog_ns.min(longest_ns) };
+    window.held_ns = hold_ns;
+    window.hold_until_ns = if hold_ns == 0 { 0 } else { now_ns + hold_ns };
+}
+
+#[inline(always)]
+fn resize(ctx: &SockOpsContext, window: &mut Window, now_ns: u64, backlog_ns: u64) {
+    let rtt_ns = tcp::rtt_ns(ctx);
+    let round_ns = rtt_ns.max(backlog_ns).max(SHORTEST_ROUND_NS);
+    if now_ns - window.changed_ns <= round_ns {
+        return;
+    }
+    let received_bytes = tcp::received_bytes(ctx);
+    let used_bytes = received_bytes - window.received_bytes;
+    let mut bytes = window.bytes;
+    if backlog_ns > TARGET_NS {
+        window.met_backlog = 1;
+        // checked_div: the compiler does not see that the divisor is above TARGET_NS, and a panic has no place here.
+        let shrunk = (bytes * (rtt_ns + TARGET_NS)).checked_div(rtt_ns + backlog_ns).unwrap_or(bytes);
+        bytes = shrunk.max(bytes / 2);
+    } else if used_bytes >= bytes / 2 {
+        // A window that was not used says nothing about what the link would bear.
+        bytes += if window.met_backlog == 0 { bytes } else { bytes / 4 };
+    }
+    window.bytes = bytes.min(MOST_BYTES).max(LEAST_SEGMENTS * tcp::mss(ctx));
+    window.changed_ns = now_ns;
+    window.received_bytes = received_bytes;
+}
+
+#[inline(always)]
+fn clamp(ctx: &SockOpsContext, bytes: u64) {
+    let mut value = bytes as u32;
+    // SAFETY: sock_ops programs may set this option on the locked socket of their context; the value is on the stack. Linux 5.10
+    // does not know it here: windows then grow until the bound drops.
+    unsafe {
+        bpf_setsockopt(ctx.ops.cast(), IPPROTO_TCP, TCP_WINDOW_CLAMP, (&raw mut value).cast(), size_of::<u32>() as i32);
+    }
+}

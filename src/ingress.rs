@@ -1,0 +1,76 @@
+//! What holds a pod's ingress to its limit. Which of the three it is depends on the kernel and on the pod's interface; it is
+//! recorded with the attachment and logged, never silent.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::{error::Result, qdisc, request::Limit};
+
+/// The mechanism in force, best first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IngressBy {
+    /// The pod's acknowledgements leave at the limit's pace, by fq on the pod's interface, and windows follow the backlog.
+    HeldAcks,
+    /// tbf on the host's end of the veth: a queue, as the bandwidth plugin makes it, but a short one.
+    Tbf,
+    /// What is over the limit is dropped: TCP gets much less than the limit on a short path.
+    Drops,
+}
+
+const NAMES: [(IngressBy, &str); 3] =
+    [(IngressBy::HeldAcks, "held-acks"), (IngressBy::Tbf, "tbf"), (IngressBy::Drops, "drops")];
+
+impl fmt::Display for IngressBy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = NAMES.iter().find(|(mechanism, _)| mechanism == self).map_or("", |(_, name)| name);
+        f.pad(name)
+    }
+}
+
+impl FromStr for IngressBy {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        NAMES.iter().find(|(_, name)| *name == text).map(|(mechanism, _)| *mechanism).ok_or(())
+    }
+}
+
+/// What could be prepared from inside the pod's network namespace.
+pub struct Inside {
+    fq: Result<()>,
+    peer: Result<Option<u32>>,
+}
+
+/// Prepares the pod's side; to be called in its network namespace.
+pub fn prepare(ifindex: u32) -> Inside {
+    let fq = qdisc::put_fq(ifindex);
+    let peer = if fq.is_ok() { Ok(None) } else { qdisc::veth_peer(ifindex) };
+    Inside { fq, peer }
+}
+
+/// Takes the best mechanism there is, and prepares the host's side of it; says in the log why it is not a better one.
+pub fn choose(inside: Inside, ifindex: u32, limit: &Limit) -> IngressBy {
+    let Err(no_fq) = inside.fq else { return IngressBy::HeldAcks };
+    log::warn!("ingress is held by a queue or by drops, not by acknowledgements: {no_fq}");
+    let tbf = inside.peer.map(|peer| peer.map(|peer| qdisc::put_tbf(peer, ifindex, limit)));
+    match tbf {
+        Ok(Some(Ok(()))) => return IngressBy::Tbf,
+        Ok(Some(Err(error))) | Err(error) => log::warn!("{error}"),
+        Ok(None) => log::warn!("the pod's interface is no veth, so the host has no end of it to put tbf on"),
+    }
+    IngressBy::Drops
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_as_they_are_written() {
+        for (mechanism, name) in NAMES {
+            assert_eq!(mechanism.to_string(), name);
+            assert_eq!(name.parse(), Ok(mechanism));
+        }
+        assert_eq!("fq".parse::<IngressBy>(), Err(()));
+    }
+}

@@ -1,0 +1,175 @@
+//! The one queueing discipline a pod may need: `fq` on its own interface, which lets acknowledgements leave when they should, or,
+//! on a kernel without fq, `tbf` on the host's end of its veth. Whatever somebody else has put there stays.
+
+use std::io;
+
+use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_REPLACE};
+use netlink_packet_route::{
+    RouteNetlinkMessage,
+    link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage},
+    tc::{TcAttribute, TcHandle, TcMessage, TcOption},
+};
+
+use crate::{
+    error::{Code, Error, Result},
+    netlink,
+    request::Limit,
+};
+
+/// Handle of the qdiscs podshaper makes ("7064:"): by it they are known again.
+const OURS: TcHandle = TcHandle { major: 0x7064, minor: 0 };
+
+/// Attributes of fq (uapi/linux/pkt_sched.h).
+const TCA_FQ_FLOW_PLIMIT: u16 = 2;
+const TCA_FQ_RATE_ENABLE: u16 = 5;
+/// Packets one flow may have in fq. They are acknowledgements that are held: at 1 Gbit/s and without GRO, 40 in a millisecond.
+const FQ_FLOW_LIMIT: u32 = 10_000;
+
+/// Attributes of tbf.
+const TCA_TBF_PARMS: u16 = 1;
+const TCA_TBF_RATE64: u16 = 4;
+const TCA_TBF_BURST: u16 = 6;
+const TC_LINKLAYER_ETHERNET: u8 = 1;
+/// How long a packet may wait in tbf: short, since it is latency, and long enough for a GSO packet of 64 KiB at 20 Mbit/s.
+const TBF_QUEUE_NS: u64 = 25_000_000;
+/// Ethernet headers, which tbf counts and podshaper does not.
+const ETHERNET_PERCENT_OF_FULL_PACKET: (u64, u64) = (1514, 1500);
+
+/// `tc qdisc replace dev IFINDEX root handle 7064: fq nopacing flow_limit 10000`, in the calling thread's namespace.
+///
+/// nopacing: TCP goes on pacing itself, which is finer than fq's; departure times are honoured all the same.
+///
+/// # Errors
+/// [`Code::Kernel`]: the kernel has no fq (its text says so), or there is a qdisc of somebody else's.
+pub fn put_fq(ifindex: u32) -> Result<()> {
+    const WHAT: &str = "put fq on the pod's interface";
+    match root_qdisc(ifindex).map_err(|cause| Error::because(Code::Kernel, WHAT, cause))? {
+        // Somebody else's fq honours departure times as well.
+        Some((kind, handle)) if kind == "fq" && handle != OURS => return Ok(()),
+        Some((kind, handle)) if !is_ours_or_default(handle) => {
+            let text = format!("{WHAT}: it has the qdisc {kind} already, which is left alone");
+            return Err(Error::new(Code::Kernel, text));
+        }
+        _ => {}
+    }
+    let options = vec![option(TCA_FQ_FLOW_PLIMIT, &FQ_FLOW_LIMIT.to_ne_bytes()), option(TCA_FQ_RATE_ENABLE, &[0; 4])];
+    replace_root(ifindex, "fq", options).map_err(|cause| match cause.raw_os_error() {
+        Some(libc::ENOENT) => Error::new(Code::Kernel, format!("{WHAT}: this kernel has no fq (modprobe sch_fq)")),
+        _ => Error::because(Code::Kernel, WHAT, cause),
+    })
+}
+
+/// The other end of a veth, by its index in the namespace it is in; `None` for an interface that is no veth.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn veth_peer(ifindex: u32) -> Result<Option<u32>> {
+    let what = "find the host's end of the pod's interface";
+    let link = link(ifindex).map_err(|cause| Error::because(Code::Kernel, what, cause))?;
+    Ok(link.filter(is_veth).and_then(|link| linked_to(&link)))
+}
+
+/// `tc qdisc replace dev IFINDEX root handle 7064: tbf rate .. burst .. limit ..`, in the calling thread's namespace, on the
+/// host's end of the veth whose other end is `pod_ifindex`.
+///
+/// # Errors
+/// [`Code::Kernel`]: it is not that interface, has a qdisc of somebody else's, or what the kernel says.
+pub fn put_tbf(ifindex: u32, pod_ifindex: u32, limit: &Limit) -> Result<()> {
+    const WHAT: &str = "put tbf on the host's end of the pod's veth";
+    let failed = |cause: io::Error| Error::because(Code::Kernel, WHAT, cause);
+    let is_peer =
+        link(ifindex).map_err(failed)?.is_some_and(|link| is_veth(&link) && linked_to(&link) == Some(pod_ifindex));
+    if !is_peer {
+        return Err(Error::new(Code::Kernel, format!("{WHAT}: it is in another namespace than podshaper")));
+    }
+    if let Some((kind, handle)) = root_qdisc(ifindex).map_err(failed)?
+        && !is_ours_or_default(handle)
+    {
+        return Err(Error::new(Code::Kernel, format!("{WHAT}: it has the qdisc {kind} already, which is left alone")));
+    }
+    replace_root(ifindex, "tbf", tbf_options(limit)).map_err(failed)
+}
+
+fn tbf_options(limit: &Limit) -> Vec<TcOption> {
+    let (ethernet, ip) = ETHERNET_PERCENT_OF_FULL_PACKET;
+    let bytes_per_s = limit.rate.as_bits_per_s() / 8 * ethernet / ip;
+    let burst = u32::try_from(limit.burst.as_bytes()).unwrap_or(u32::MAX);
+    let queue = (u128::from(bytes_per_s) * u128::from(TBF_QUEUE_NS) / 1_000_000_000).max(1 << 16);
+    let queue = u32::try_from(queue).unwrap_or(u32::MAX).saturating_add(burst);
+    // struct tc_tbf_qopt: rate, peakrate (none), limit, buffer (0: TCA_TBF_BURST counts), mtu.
+    let rate32 = u32::try_from(bytes_per_s).unwrap_or(u32::MAX);
+    let mut parms = Vec::new();
+    // struct tc_ratespec: cell_log, linklayer, overhead, cell_align, mpu, rate.
+    parms.extend([0, TC_LINKLAYER_ETHERNET, 0, 0, 0, 0, 0, 0]);
+    parms.extend(rate32.to_ne_bytes());
+    parms.extend([0; 12]);
+    parms.extend(queue.to_ne_bytes());
+    parms.extend([0; 8]);
+    vec![
+        option(TCA_TBF_PARMS, &parms),
+        option(TCA_TBF_RATE64, &bytes_per_s.to_ne_bytes()),
+        option(TCA_TBF_BURST, &burst.to_ne_bytes()),
+    ]
+}
+
+/// Kind and handle of an interface's root qdisc.
+fn root_qdisc(ifindex: u32) -> io::Result<Option<(String, TcHandle)>> {
+    let all = netlink::dump(RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default()))?;
+    let root = all.into_iter().find_map(|answer| match answer {
+        RouteNetlinkMessage::NewQueueDiscipline(qdisc)
+            if qdisc.header.index == ifindex as i32 && qdisc.header.parent == TcHandle::ROOT =>
+        {
+            Some(qdisc)
+        }
+        _ => None,
+    });
+    Ok(root.map(|qdisc| {
+        let kind = qdisc.attributes.iter().find_map(|attribute| match attribute {
+            TcAttribute::Kind(kind) => Some(kind.clone()),
+            _ => None,
+        });
+        (kind.unwrap_or_default(), qdisc.header.handle)
+    }))
+}
+
+/// The kernel gives its default qdiscs no handle.
+fn is_ours_or_default(handle: TcHandle) -> bool {
+    handle == OURS || handle.major == 0
+}
+
+fn replace_root(ifindex: u32, kind: &str, options: Vec<TcOption>) -> io::Result<()> {
+    let mut message = TcMessage::with_index(ifindex as i32);
+    message.header.parent = TcHandle::ROOT;
+    message.header.handle = OURS;
+    message.attributes = vec![TcAttribute::Kind(kind.to_owned()), TcAttribute::Options(options)];
+    netlink::change(RouteNetlinkMessage::NewQueueDiscipline(message), NLM_F_CREATE | NLM_F_REPLACE)
+}
+
+fn option(kind: u16, value: &[u8]) -> TcOption {
+    TcOption::Other(DefaultNla::new(kind, value.to_vec()))
+}
+
+fn link(ifindex: u32) -> io::Result<Option<LinkMessage>> {
+    let mut message = LinkMessage::default();
+    message.header.index = ifindex;
+    Ok(netlink::get(RouteNetlinkMessage::GetLink(message))?.and_then(|answer| match answer {
+        RouteNetlinkMessage::NewLink(link) => Some(link),
+        _ => None,
+    }))
+}
+
+fn is_veth(link: &LinkMessage) -> bool {
+    let kinds = link.attributes.iter().filter_map(|attribute| match attribute {
+        LinkAttribute::LinkInfo(infos) => Some(infos),
+        _ => None,
+    });
+    kinds.flatten().any(|info| matches!(info, LinkInfo::Kind(InfoKind::Veth)))
+}
+
+/// IFLA_LINK: for a veth the index of its other end.
+fn linked_to(link: &LinkMessage) -> Option<u32> {
+    link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Link(index) => Some(*index),
+        _ => None,
+    })
+}
