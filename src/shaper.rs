@@ -139,7 +139,15 @@ impl Loaded {
                 refused(format!("attach the eBPF program {name} to the pod's cgroup"), cause)
             };
             let program = self.object.program(name).ok_or_else(|| not_in_object(name))?.fd().map_err(|e| failed(&e))?;
-            let link = sys::link_to_cgroup(program.as_fd(), cgroup, hook).map_err(|e| failed(&e))?;
+            let link =
+                sys::link_to_cgroup(program.as_fd(), cgroup, hook).map_err(|cause| match cause.raw_os_error() {
+                    // The programs are loaded, so it is not for want of a capability.
+                    Some(libc::EPERM) => {
+                        occupied(name, "another one is attached there or above, and tolerates none beside it", cause)
+                    }
+                    Some(libc::E2BIG) => occupied(name, "64 are attached there already", cause),
+                    _ => failed(&cause),
+                })?;
             Ok((name, link))
         };
         let links = self.programs.iter().copied().map(attach).collect::<Result<_>>()?;
@@ -303,6 +311,12 @@ fn not_in_object(name: &str) -> Error {
 
 fn mismatch(text: String) -> Error {
     Error::new(Code::Mismatch, text)
+}
+
+/// Why a program does not fit beside those that are attached.
+fn occupied(name: &str, why: &str, cause: std::io::Error) -> Error {
+    let text = format!("attach the eBPF program {name} to the pod's cgroup: {why} (bpftool cgroup tree shows them)");
+    Error::because(Code::Kernel, text, cause)
 }
 
 /// What the kernel said, and what to do about it. aya's errors hold the cause and also print it, so only the innermost is told.
