@@ -274,6 +274,9 @@ fn each_version_is_spoken_and_no_other() {
         };
         since("CHECK", "0.4.0");
         since("GC", "1.1.0");
+        if version < "1.1.0" {
+            assert_eq!(refused(&cni("STATUS").stdin(&stdin)), (1, "config version does not allow STATUS".into()));
+        }
     }
     for version in ["0.1.0", "0.2.0", "0.3.2", "1.2.0", "2.0.0", ""] {
         for verb in ["ADD", "DEL"] {

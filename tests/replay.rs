@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::harness::cgroup::{self, Driver, PodCgroup};
 use super::harness::cni::Cni;
 use super::harness::netns::Netns;
-use super::sandbox::{RATE, Sandbox, links_on, netns_with, ok};
+use super::sandbox::{RATE, Sandbox, netns_with, ok};
 
 /// A pod of a recorded run: its name in CNI_ARGS, the limits that must be in force while it is added, egress first, and where
 /// kubelet has its cgroup, whether the runtime says so or not.
@@ -159,8 +159,7 @@ fn replay(run: &str, pods: &[RecordedPod]) {
             match added.get(name) {
                 Some((container_id, limits)) => {
                     assert_eq!(sandbox.owner("eth0")["containerId"], **container_id, "{shown}: {name}");
-                    assert_eq!(sandbox.rates("eth0"), *limits, "{shown}: {name}");
-                    assert_eq!(links_on(sandbox.cgroup.path()).len(), 3, "{shown}: {name}");
+                    sandbox.assert_rates(*limits);
                 }
                 None => sandbox.assert_unlimited(),
             }

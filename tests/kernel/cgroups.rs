@@ -122,8 +122,10 @@ fn on_a_hybrid_host_the_pods_directory_is_made_and_removed() {
             pod.call("DEL");
             assert!(!pod.pod_directory().exists() && container.is_dir());
             fs::remove_dir(&container).unwrap();
+            kubelets.remove().unwrap();
             ok(&pod.cni("DEL").env("CNI_NETNS", ""));
             assert!(!unified.exists());
+            kubelets.make().unwrap();
 
             // An ADD that fails before.
             let (code, _) = refused(&pod.cni("ADD").env("CNI_IFNAME", "net7"));

@@ -1,12 +1,16 @@
 use std::fs;
 use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
 
 use serde_json::json;
 
 use super::mounts;
-use crate::harness::cgroup;
+use crate::harness::cgroup::{self, PodCgroup};
 use crate::harness::cni::Cni;
-use crate::sandbox::{RATE, Sandbox, ok, refused};
+use crate::harness::pod::uuid;
+use crate::harness::{process, unique};
+use crate::sandbox::{RATE, Sandbox, netns_with, ok, refused};
 
 const NETNS: u64 = 8;
 const UNAVAILABLE: u64 = 50;
@@ -204,4 +208,32 @@ fn a_host_with_cgroup_v1_only_is_told_how_to_get_v2() {
         assert_eq!(pod.call("DEL").stdout, "");
     });
     pod.assert_unlimited();
+}
+
+/// What an old-fashioned tool does, without BPF_F_ALLOW_MULTI.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn a_program_that_tolerates_no_other_is_told_from_a_missing_capability() {
+    let netns = Arc::new(netns_with(&["eth0"]));
+    let lender = Sandbox::with_netns(Arc::clone(&netns));
+    lender.call("ADD");
+    let program = lender.program("count_egress").to_string();
+    let parent = PodCgroup::new(cgroup::mount().unwrap().join(unique("occupied"))).unwrap();
+    let occupy = |action: &str| {
+        let parent = parent.path().to_str().unwrap();
+        process::run(Command::new("bpftool").args(["cgroup", action, parent, "egress", "id", &program])).unwrap();
+    };
+    let place = parent.path().file_name().unwrap().to_str().unwrap();
+    let uid = uuid().unwrap();
+    let pod = Sandbox::at(&format!("/{place}/kubepods/pod{uid}"), uid, netns);
+    occupy("attach");
+    let details = "attach the eBPF program count_egress to the pod's cgroup: another one is attached there or above, and \
+                   tolerates none beside it (bpftool cgroup tree shows them): Operation not permitted (os error 1)";
+    assert_eq!(refused(&pod.cni("ADD")), (KERNEL, details.to_owned()));
+    pod.assert_unlimited();
+    occupy("detach");
+    pod.call("ADD");
+    pod.assert_limited(&pod.container_id, RATE);
+    pod.call("DEL");
+    lender.call("DEL");
 }
