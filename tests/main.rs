@@ -3,6 +3,8 @@
 
 /// Traffic of real pods.
 mod chain;
+/// The conflists in conflist-examples/.
+mod conflists;
 mod harness;
 /// The harness itself: what it makes, what it measures, and that nothing of it is left.
 mod selftest;
