@@ -77,9 +77,7 @@ pub fn veth_peer(ifindex: u32) -> Result<Option<u32>> {
 pub fn put_tbf(ifindex: u32, pod_ifindex: u32, limit: &Limit) -> Result<()> {
     const WHAT: &str = "put tbf on the host's end of the pod's veth";
     let failed = |cause: io::Error| Error::because(Code::Kernel, WHAT, cause);
-    let is_peer =
-        link(ifindex).map_err(failed)?.is_some_and(|link| is_veth(&link) && linked_to(&link) == Some(pod_ifindex));
-    if !is_peer {
+    if !is_peer(ifindex, pod_ifindex).map_err(failed)? {
         return Err(Error::new(Code::Kernel, format!("{WHAT}: it is in another namespace than podshaper")));
     }
     if let Some((kind, handle)) = root_qdisc(ifindex).map_err(failed)?
@@ -88,6 +86,33 @@ pub fn put_tbf(ifindex: u32, pod_ifindex: u32, limit: &Limit) -> Result<()> {
         return Err(Error::new(Code::Kernel, format!("{WHAT}: it has the qdisc {kind} already, which is left alone")));
     }
     replace_root(ifindex, "tbf", tbf_options(limit)).map_err(failed)
+}
+
+/// `tc qdisc del dev IFINDEX root`, in the calling thread's namespace, if the qdisc is one that podshaper put there.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn take_off(ifindex: u32) -> Result<()> {
+    let failed = |cause: io::Error| Error::because(Code::Kernel, "take podshaper's qdisc off", cause);
+    if root_qdisc(ifindex).map_err(failed)?.is_none_or(|(_, handle)| handle != OURS) {
+        return Ok(());
+    }
+    let mut message = TcMessage::with_index(ifindex as i32);
+    message.header.parent = TcHandle::ROOT;
+    netlink::change(RouteNetlinkMessage::DelQueueDiscipline(message), 0).map_err(failed)
+}
+
+/// The same for the host's end of the veth whose other end is `pod_ifindex`.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn take_off_peer(ifindex: u32, pod_ifindex: u32) -> Result<()> {
+    let failed = |cause: io::Error| Error::because(Code::Kernel, "find the host's end of the pod's interface", cause);
+    if is_peer(ifindex, pod_ifindex).map_err(failed)? { take_off(ifindex) } else { Ok(()) }
+}
+
+fn is_peer(ifindex: u32, pod_ifindex: u32) -> io::Result<bool> {
+    Ok(link(ifindex)?.is_some_and(|link| is_veth(&link) && linked_to(&link) == Some(pod_ifindex)))
 }
 
 fn tbf_options(limit: &Limit) -> Vec<TcOption> {
