@@ -1,4 +1,5 @@
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -169,6 +170,9 @@ fn bpffs_is_mounted_where_it_is_missing_unless_that_is_forbidden() {
         pod.assert_limited(&pod.container_id, RATE);
         ok(&status());
         assert_eq!(mounts::count_at(Path::new(BPFFS)), 1);
+        // Or anybody could hold its lock.
+        let mode = fs::metadata("/sys/fs/bpf/podshaper").unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700);
         let options = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
         let line = options.lines().find(|line| line.contains(" /sys/fs/bpf ")).unwrap();
         assert!(line.contains("nosuid,nodev,noexec") && line.ends_with("mode=700"), "{line}");
