@@ -10,7 +10,7 @@ use super::harness::cgroup::{self, Driver};
 use super::harness::cni::{Chain, Cni};
 use super::harness::host::Host;
 use super::harness::limiter::{Limiter, Limits, Programs};
-use super::harness::measure::{self, Bulk, Timeline, Way};
+use super::harness::measure::{self, Bulk, Timeline, Udp, Way};
 use super::harness::pod::Pod;
 use super::harness::process::Running;
 use super::harness::table;
@@ -43,6 +43,7 @@ fn a_rate_is_taken_over_the_time_that_really_passed() {
         wire_bytes: vec![0, 1_000, 2_200, 4_200],
         flows: vec![],
         buffer_errors: 0,
+        marked: 0,
     };
     assert_eq!(timeline.first_second().round(), 16_000.0);
     assert_eq!(timeline.steady_rate().round(), 16_000.0);
@@ -159,6 +160,7 @@ fn an_answer_of_failure_shows_the_whole_call() {
 #[test]
 #[ignore = "needs root and a calm machine"]
 fn the_bandwidth_plugin_measures_as_it_is_known_to() {
+    let _alone = measure::alone();
     const LIMIT: u64 = 100_000_000;
     for way in [Way::Out, Way::In] {
         let host = Host::new().unwrap();
@@ -176,7 +178,7 @@ fn the_bandwidth_plugin_measures_as_it_is_known_to() {
             assert!(p50_us > 2_000.0, "{way:?}, IPv6 {ipv6}: a queue that nobody waits in? p50 {p50_us} us");
             assert_eq!(result.timeline.flows.len(), 4);
         }
-        let udp = measure::udp(&pod, way, LIMIT * 2, 2.0).unwrap();
+        let udp = measure::udp(&pod, &Udp { way, rate: LIMIT * 2, seconds: 2.0, ..Udp::default() }).unwrap();
         let share = udp.timeline.steady_rate() / LIMIT as f64;
         assert!((0.97..1.01).contains(&share), "UDP {way:?}: {share} of the limit");
         // Sender and limiter share a kernel: the socket's buffer stays charged while a packet waits in the plugin's queue, so

@@ -12,7 +12,7 @@ use clap::Parser;
 
 use harness::host::Host;
 use harness::limiter::{Limiter, Limits, Programs};
-use harness::measure::{self, Bulk, BulkResult, UdpResult, Way};
+use harness::measure::{self, Bulk, BulkResult, Udp, UdpResult, Way};
 use harness::pod::Pod;
 use harness::{Context, Failure, Result, check_stop, note, stop_on_signals, stopped, table};
 
@@ -112,7 +112,7 @@ impl Table {
         note(format_args!("{}, {} ..", labels.join(", "), limiter.title()));
         let limits = match options.way() {
             Way::Out => Limits { egress: Some(limit), ingress: None },
-            Way::In => Limits { egress: None, ingress: Some(limit) },
+            Way::In | Way::Within => Limits { egress: None, ingress: Some(limit) },
         };
         let measured = Host::new().and_then(|host| {
             let mut pod = Pod::new(&host, "bench")?;
@@ -181,7 +181,8 @@ fn udp(options: &Options, table: &mut Table) -> Result<Title> {
     for limit in options.rates.iter().copied() {
         for limiter in options.limiters.iter().copied() {
             table.row(options, &[table::limit(limit)], limiter, limit, |pod| {
-                Ok(udp_cells(&measure::udp(pod, options.way(), limit * 2, options.seconds)?, limit))
+                let udp = Udp { way: options.way(), rate: limit * 2, seconds: options.seconds, ..Udp::default() };
+                Ok(udp_cells(&measure::udp(pod, &udp)?, limit))
             })?;
         }
     }

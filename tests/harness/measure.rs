@@ -1,15 +1,25 @@
 //! Sends traffic between a pod and its node and says what arrived, and how long small replies took meanwhile.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::host::Host;
 use super::pod::Pod;
 use super::process::Running;
 use super::{Context, Failure, Result, traffic_program};
+
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// Keeps the other measurements of this process waiting, for as long as it is held: they would measure each other.
+pub fn alone() -> MutexGuard<'static, ()> {
+    // A failed test leaves nothing behind that the next one could trip over.
+    ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Beyond the measurement itself: a busy machine starts and ends processes late.
 const GRACE: Duration = Duration::from_secs(30);
@@ -21,6 +31,8 @@ pub enum Way {
     Out,
     /// From the node to the pod: its ingress.
     In,
+    /// From the pod to itself, over its loopback.
+    Within,
 }
 
 /// Bulk TCP flows to measure with.
@@ -33,14 +45,50 @@ pub struct Bulk {
     pub congestion: Option<String>,
     /// SO_MAX_PACING_RATE of each flow, in bytes per second.
     pub max_pacing_rate: Option<u64>,
+    /// The flows tell the kernel so often not to pace them.
+    pub unpace_every: Option<Duration>,
     /// Ask for small replies meanwhile, the same way, with this pause between reply and request: see [`ask_pause`].
     pub ask: Option<Duration>,
     pub ipv6: bool,
+    /// An address of the receiving end that is not the one on the pod's first interface.
+    pub to: Option<IpAddr>,
 }
 
 impl Default for Bulk {
     fn default() -> Self {
-        Self { way: Way::Out, flows: 1, seconds: 5.0, congestion: None, max_pacing_rate: None, ask: None, ipv6: false }
+        Self {
+            way: Way::Out,
+            flows: 1,
+            seconds: 5.0,
+            congestion: None,
+            max_pacing_rate: None,
+            unpace_every: None,
+            ask: None,
+            ipv6: false,
+            to: None,
+        }
+    }
+}
+
+/// UDP to measure with, in packets of 1428 bytes (1448 with IPv6).
+#[derive(Clone, Copy, Debug)]
+pub struct Udp {
+    pub way: Way,
+    /// Bits per second on the wire.
+    pub rate: u64,
+    pub seconds: f64,
+    pub ipv6: bool,
+    /// ECN-capable packets.
+    pub ecn: bool,
+    /// Packets that the kernel gets in one piece and cuts.
+    pub at_once: u16,
+    /// Every packet from a socket of its own.
+    pub fresh_sockets: bool,
+}
+
+impl Default for Udp {
+    fn default() -> Self {
+        Self { way: Way::Out, rate: 0, seconds: 5.0, ipv6: false, ecn: false, at_once: 1, fresh_sockets: false }
     }
 }
 
@@ -57,6 +105,9 @@ pub struct Timeline {
     /// UDP packets that passed the limiter and found no room in the receiver's socket.
     #[serde(default)]
     pub buffer_errors: u64,
+    /// UDP packets that came with a congestion mark.
+    #[serde(default)]
+    pub marked: u64,
 }
 
 /// What `traffic ask` reports.
@@ -132,14 +183,14 @@ pub fn ask_pause(limit_bits_per_s: u64) -> Duration {
 
 /// Small requests, alone on the link.
 pub fn ask(pod: &Pod, way: Way, seconds: f64, pause: Duration) -> Result<Latency> {
-    let ends = Ends::new(pod, way, false)?;
+    let ends = Ends::new(pod, way, false, None)?;
     let (_echo, asking) = ends.start_asking(seconds, pause)?;
     parse(asking.json(limit(seconds))?)
 }
 
 /// Bulk flows, and requests beside them if wanted.
 pub fn bulk(pod: &Pod, options: &Bulk) -> Result<BulkResult> {
-    let ends = Ends::new(pod, options.way, options.ipv6)?;
+    let ends = Ends::new(pod, options.way, options.ipv6, options.to)?;
     let mut sink = ends.receiver("sink")?;
     sink.args(["--seconds", &options.seconds.to_string(), "--flows", &options.flows.to_string()]);
     let (sink, address) = Running::start_server(&mut sink)?;
@@ -153,6 +204,9 @@ pub fn bulk(pod: &Pod, options: &Bulk) -> Result<BulkResult> {
     if let Some(rate) = options.max_pacing_rate {
         send.args(["--max-pacing-rate", &rate.to_string()]);
     }
+    if let Some(pause) = options.unpace_every {
+        send.args(["--unpace-every-ms", &pause.as_millis().to_string()]);
+    }
     let send = Running::start(&mut send)?;
     // A little shorter, so that no request is sent on a link that has fallen idle.
     let asking = options.ask.map(|pause| ends.start_asking(options.seconds - 0.2, pause)).transpose()?;
@@ -162,18 +216,38 @@ pub fn bulk(pod: &Pod, options: &Bulk) -> Result<BulkResult> {
     Ok(BulkResult { timeline, retransmits: number(&sent, "retransmits")?, latency })
 }
 
-/// UDP at a steady rate, in wire bits per second, in packets of 1428 bytes (1448 with IPv6).
-pub fn udp(pod: &Pod, way: Way, rate: u64, seconds: f64) -> Result<UdpResult> {
-    let ends = Ends::new(pod, way, false)?;
+/// UDP at a steady rate.
+pub fn udp(pod: &Pod, options: &Udp) -> Result<UdpResult> {
+    let Udp { way, rate, seconds, ipv6, ecn, at_once, fresh_sockets } = *options;
+    let ends = Ends::new(pod, way, ipv6, None)?;
     let (sink, address) = Running::start_server(ends.receiver("udp-sink")?.args(["--seconds", &seconds.to_string()]))?;
     let mut send = ends.sender("udp-send")?;
     let sending = seconds + 0.2;
     send.args(["--to", &address.to_string(), "--rate", &rate.to_string(), "--seconds", &sending.to_string()]);
+    send.args(["--at-once", &at_once.to_string()]).args(ecn.then_some("--ecn"));
+    send.args(fresh_sockets.then_some("--fresh-sockets"));
     let send = Running::start(&mut send)?;
     let timeline = parse(sink.json(limit(seconds))?)?;
     let sent = send.json(limit(seconds))?;
     let errors = sent.get("errors").cloned().unwrap_or_default();
     Ok(UdpResult { timeline, sent: number(&sent, "packets")?, errors: parse(errors)? })
+}
+
+/// One flow from the pod which the node opened; SO_MAX_PACING_RATE, in bytes per second, was set on the listening socket.
+pub fn served(pod: &Pod, max_pacing_rate: u64, seconds: f64) -> Result<Timeline> {
+    let ends = Ends::new(pod, Way::In, false, None)?;
+    let mut serve = ends.receiver("serve")?;
+    serve.args(["--max-pacing-rate", &max_pacing_rate.to_string(), "--seconds", &(seconds + 5.0).to_string()]);
+    let (_serve, address) = Running::start_server(&mut serve)?;
+    let mut fetch = ends.sender("fetch")?;
+    fetch.args(["--from", &address.to_string(), "--seconds", &seconds.to_string()]);
+    parse(Running::start(&mut fetch)?.json(limit(seconds))?)
+}
+
+/// Wire bytes and packets that the node has received so far, from wherever.
+pub fn received(host: &Host) -> Result<(u64, u64)> {
+    let report = Running::start(host.command(traffic_program()?).arg("received"))?.json(GRACE)?;
+    Ok((number(&report, "wire_bytes")?, number(&report, "packets")?))
 }
 
 /// The two ends of a measurement and the receiving one's address.
@@ -185,8 +259,11 @@ struct Ends<'a> {
 }
 
 impl<'a> Ends<'a> {
-    fn new(pod: &'a Pod, way: Way, ipv6: bool) -> Result<Self> {
+    fn new(pod: &'a Pod, way: Way, ipv6: bool, to: Option<IpAddr>) -> Result<Self> {
         let to = match way {
+            _ if to.is_some() => to,
+            Way::Within if ipv6 => Some(Ipv6Addr::LOCALHOST.into()),
+            Way::Within => Some(Ipv4Addr::LOCALHOST.into()),
             Way::Out if ipv6 => Some(pod.host.gateway_v6()),
             Way::Out => Some(pod.host.gateway_v4()),
             Way::In => pod.addresses().into_iter().find(|address| address.is_ipv6() == ipv6),
@@ -196,12 +273,12 @@ impl<'a> Ends<'a> {
     }
 
     fn sender(&self, subcommand: &str) -> Result<Command> {
-        self.command(self.way == Way::Out, subcommand)
+        self.command(self.way != Way::In, subcommand)
     }
 
     /// A server at a free port of the receiving end.
     fn receiver(&self, subcommand: &str) -> Result<Command> {
-        let mut command = self.command(self.way == Way::In, subcommand)?;
+        let mut command = self.command(self.way != Way::Out, subcommand)?;
         command.args(["--listen", &SocketAddr::new(self.to, 0).to_string()]);
         Ok(command)
     }

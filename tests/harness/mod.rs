@@ -13,6 +13,7 @@ pub mod cni;
 pub mod host;
 pub mod limiter;
 pub mod measure;
+pub mod meter;
 pub mod netns;
 pub mod pod;
 pub mod process;

@@ -6,16 +6,21 @@
 #![allow(clippy::print_stdout, reason = "one line of JSON on stdout is this program's answer")]
 
 mod ask;
-mod tcp;
+mod send;
+mod sink;
+mod sources;
 mod udp;
 mod wire;
 
 use std::io::{self, Write};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use nix::errno::Errno;
+use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrStorage};
 use serde::Serialize;
 
 /// Traffic to measure a pod's network with.
@@ -25,7 +30,11 @@ enum Command {
     /// Receive TCP flows and count what arrives in every 100 ms from the first byte on
     Sink(Receive),
     /// Send bulk TCP flows
-    Send(tcp::Send),
+    Send(send::Send),
+    /// Accept TCP flows and send on them
+    Serve(send::Serve),
+    /// Connect to `traffic serve` and count what arrives as `traffic sink` does
+    Fetch(sink::Fetch),
     /// Receive UDP and count what arrives in every 100 ms from the first packet on
     UdpSink(Receive),
     /// Send UDP at a steady rate and count what the socket refused
@@ -34,6 +43,10 @@ enum Command {
     Echo(ask::Echo),
     /// Send requests one after the other and time every reply
     Ask(ask::Ask),
+    /// Say what this network namespace has received so far
+    Received,
+    /// Set an option of 8 KiB on a socket and see what the kernel got
+    Sources(sources::Sources),
 }
 
 #[derive(clap::Args)]
@@ -54,12 +67,16 @@ struct Receive {
 
 fn main() -> ExitCode {
     let result = match Command::parse() {
-        Command::Sink(options) => tcp::sink(&options).and_then(print),
-        Command::Send(options) => tcp::send(&options).and_then(print),
+        Command::Sink(options) => sink::sink(&options).and_then(print),
+        Command::Send(options) => send::send(&options).and_then(print),
+        Command::Serve(options) => send::serve(&options).and_then(print),
+        Command::Fetch(options) => sink::fetch(&options).and_then(print),
         Command::UdpSink(options) => udp::sink(&options).and_then(print),
         Command::UdpSend(options) => udp::send(&options).and_then(print),
         Command::Echo(options) => ask::echo(&options),
         Command::Ask(options) => ask::ask(&options).and_then(print),
+        Command::Received => wire::Received::now().and_then(print),
+        Command::Sources(options) => sources::sources(&options).and_then(print),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -92,16 +109,23 @@ fn context(what: impl std::fmt::Display) -> impl FnOnce(io::Error) -> io::Error 
 }
 
 /// Connects, allowing the other side two seconds to come up.
-fn connect(to: SocketAddr) -> io::Result<std::net::TcpStream> {
+fn connect(to: SocketAddr) -> io::Result<TcpStream> {
+    connect_with(to, |_| Ok(()))
+}
+
+/// The same with a socket that is prepared before it connects.
+fn connect_with(to: SocketAddr, prepare: impl Fn(&OwnedFd) -> io::Result<()>) -> io::Result<TcpStream> {
+    let family = if to.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let start = Instant::now();
     loop {
-        match std::net::TcpStream::connect_timeout(&to, Duration::from_secs(10)) {
-            Err(error)
-                if error.kind() == io::ErrorKind::ConnectionRefused && start.elapsed() < Duration::from_secs(2) =>
-            {
+        let socket = socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+        prepare(&socket)?;
+        match socket::connect(socket.as_raw_fd(), &SockaddrStorage::from(to)) {
+            Ok(()) => return Ok(socket.into()),
+            Err(Errno::ECONNREFUSED) if start.elapsed() < Duration::from_secs(2) => {
                 std::thread::sleep(Duration::from_millis(10));
             }
-            result => return result.map_err(context(format_args!("connect to {to}"))),
+            Err(error) => return Err(context(format_args!("connect to {to}"))(error.into())),
         }
     }
 }

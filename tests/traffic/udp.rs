@@ -10,12 +10,14 @@ use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
 use serde::Serialize;
 
-use super::tcp::BUCKET;
+use super::sink::BUCKET;
 use super::{Receive, context, say_listening, seconds, wire};
 
 /// IP and UDP headers.
 const HEADERS_V4: u64 = 20 + 8;
 const HEADERS_V6: u64 = 40 + 8;
+/// "ECN-capable transport" in the low bits of the IPv4 TOS or the IPv6 traffic class (RFC 3168, section 5).
+const ECT_0: i32 = 2;
 /// A sender that was late (asleep, or blocked on its socket) makes good at most this much.
 const CATCH_UP: Duration = Duration::from_millis(10);
 const RECEIVE_BUFFER_BYTES: usize = 8 << 20;
@@ -34,6 +36,15 @@ pub struct Send {
     /// Payload of a packet, in bytes
     #[arg(long, default_value_t = 1400)]
     size: usize,
+    /// Say that a congested link may mark the packets and need not drop them: ECT(0)
+    #[arg(long)]
+    ecn: bool,
+    /// Give the kernel so many packets in one piece, to be cut by it (UDP_SEGMENT); at most 64 KiB in all
+    #[arg(long, default_value_t = 1)]
+    at_once: u16,
+    /// Send every piece from a new socket, as if each were a flow of its own
+    #[arg(long)]
+    fresh_sockets: bool,
 }
 
 #[derive(Serialize)]
@@ -56,16 +67,20 @@ pub struct SinkReport {
     packets: u64,
     /// Packets that came but found the socket's buffer full: they passed the limiter, this program was too slow.
     buffer_errors: u64,
+    /// Packets this namespace received with a congestion mark.
+    marked: u64,
 }
 
 pub fn send(options: &Send) -> io::Result<SendReport> {
     let any: SocketAddr =
         if options.to.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0u16, 0, 0, 0, 0, 0, 0, 0], 0).into() };
-    let socket = UdpSocket::bind(any)?;
     // Not connected: a receiver that has seen enough and closed would be counted as refusals.
+    let open = || UdpSocket::bind(any).and_then(|socket| mark_and_cut(&socket, options).map(|()| socket));
+    let mut socket = open()?;
     let wire_bytes = options.size as u64 + if options.to.is_ipv4() { HEADERS_V4 } else { HEADERS_V6 };
-    let interval = Duration::from_secs_f64(wire_bytes as f64 * 8.0 / options.rate.max(1) as f64);
-    let packet = vec![0; options.size];
+    let at_once = u64::from(options.at_once);
+    let interval = Duration::from_secs_f64((wire_bytes * at_once * 8) as f64 / options.rate.max(1) as f64);
+    let packet = vec![0; options.size * usize::from(options.at_once)];
     let (mut packets, mut errors) = (0, BTreeMap::<String, u64>::new());
     let start = Instant::now();
     let mut due = start;
@@ -75,12 +90,31 @@ pub fn send(options: &Send) -> io::Result<SendReport> {
             thread::sleep(due - now);
         }
         due = due.max(now.checked_sub(CATCH_UP).unwrap_or(now)) + interval;
+        if options.fresh_sockets {
+            socket = open()?;
+        }
         match socket.send_to(&packet, options.to) {
-            Ok(_) => packets += 1,
+            Ok(_) => packets += at_once,
             Err(error) => *errors.entry(name(&error)).or_default() += 1,
         }
     }
     Ok(SendReport { packets, wire_bytes: packets * wire_bytes, errors, seconds: start.elapsed().as_secs_f64() })
+}
+
+fn mark_and_cut(socket: &UdpSocket, options: &Send) -> io::Result<()> {
+    if options.ecn {
+        match options.to {
+            SocketAddr::V4(_) => setsockopt(socket, sockopt::Ipv4Tos, &ECT_0),
+            SocketAddr::V6(_) => setsockopt(socket, sockopt::Ipv6TClass, &ECT_0),
+        }?;
+    }
+    if options.at_once > 1 {
+        let size = i32::try_from(options.size).map_err(io::Error::other)?;
+        setsockopt(socket, sockopt::UdpGsoSegment, &size)
+            .map_err(io::Error::from)
+            .map_err(context("set UDP_SEGMENT"))?;
+    }
+    Ok(())
 }
 
 fn name(error: &io::Error) -> String {
@@ -92,7 +126,7 @@ pub fn sink(options: &Receive) -> io::Result<SinkReport> {
     // Past net.core.rmem_max with CAP_NET_ADMIN only; without it a large burst may show up in buffer_errors.
     let _ = setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER_BYTES);
     let headers = if options.listen.is_ipv4() { HEADERS_V4 } else { HEADERS_V6 };
-    let errors_before = wire::udp_buffer_errors()?;
+    let (errors_before, marked_before) = (wire::udp_buffer_errors()?, wire::marked()?);
     say_listening(socket.local_addr()?);
     let mut buffer = vec![0; 1 << 16];
     socket.set_read_timeout(Some(options.wait))?;
@@ -107,6 +141,7 @@ pub fn sink(options: &Receive) -> io::Result<SinkReport> {
         bytes: 0,
         packets: 0,
         buffer_errors: 0,
+        marked: 0,
     };
     let mut next = start + BUCKET;
     while next <= start + options.seconds {
@@ -131,5 +166,6 @@ pub fn sink(options: &Receive) -> io::Result<SinkReport> {
         }
     }
     report.buffer_errors = wire::udp_buffer_errors()? - errors_before;
+    report.marked = wire::marked()? - marked_before;
     Ok(report)
 }

@@ -16,6 +16,8 @@ use std::collections::HashMap;
 use std::fs;
 use std::io;
 
+use serde::Serialize;
+
 use super::context;
 
 const TCP_HEADERS_V4: u64 = 20 + 20;
@@ -23,7 +25,7 @@ const TCP_HEADERS_V6: u64 = 40 + 20;
 const TIMESTAMPS: u64 = 12;
 
 /// What this namespace has received so far.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Received {
     pub wire_bytes: u64,
     pub packets: u64,
@@ -67,6 +69,12 @@ impl Segments {
 pub fn udp_buffer_errors() -> io::Result<u64> {
     let v4 = sum(&rows("snmp", "Udp")?, &["RcvbufErrors"])?;
     Ok(v4 + snmp6()?.map_or(Ok(0), |ip6| sum(&ip6, &["Udp6RcvbufErrors"]))?)
+}
+
+/// Packets this namespace received with a congestion mark (CE).
+pub fn marked() -> io::Result<u64> {
+    let v4 = sum(&rows("netstat", "IpExt")?, &["InCEPkts"])?;
+    Ok(v4 + snmp6()?.map_or(Ok(0), |ip6| sum(&ip6, &["Ip6InCEPkts"]))?)
 }
 
 fn timestamps() -> io::Result<bool> {

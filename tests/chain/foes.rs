@@ -1,0 +1,84 @@
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::{Bed, MBIT, assert_rate};
+use crate::harness::limiter::Limiter;
+use crate::harness::measure::{self, Bulk, Udp};
+use crate::harness::meter;
+use crate::harness::pod::Pod;
+use crate::harness::process::Running;
+use crate::harness::traffic_program;
+
+/// Applications pace themselves, and the lower of two rates is the one that holds.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn an_applications_own_lower_rate_holds() {
+    const OWN_BYTES_PER_S: u64 = 1_000_000;
+    const OWN: u64 = OWN_BYTES_PER_S * 8;
+    let bed = Bed::new();
+    for limiter in [Limiter::Bare, Limiter::Podshaper] {
+        let pod = bed.pod(limiter, 100 * MBIT);
+        let bulk = Bulk { max_pacing_rate: Some(OWN_BYTES_PER_S), seconds: 2.5, ..Bulk::default() };
+        let connected = measure::bulk(&pod, &bulk).unwrap().timeline;
+        assert_rate(&format!("{limiter:?}, set before connect()"), connected.payload_rate(1.0, 2.5), OWN, 0.05);
+        let accepted = measure::served(&pod, OWN_BYTES_PER_S, 2.5).unwrap();
+        assert_rate(&format!("{limiter:?}, inherited from listen()"), accepted.payload_rate(1.0, 2.5), OWN, 0.05);
+    }
+}
+
+/// As far as one can: a socket that was told so sends one segment before its pace is set again, and the clock counts that one.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn an_application_that_forbids_pacing_is_limited() {
+    for (rate, flows, pause_ms) in [(10 * MBIT, 1, 10), (100 * MBIT, 4, 10), (100 * MBIT, 4, 0)] {
+        let bed = Bed::new();
+        let pod = bed.pod(Limiter::Podshaper, rate);
+        let bulk = Bulk { unpace_every: Some(Duration::from_millis(pause_ms)), flows, seconds: 3.0, ..Bulk::default() };
+        let result = measure::bulk(&pod, &bulk).unwrap();
+        let what = format!("{flows} flows, SO_MAX_PACING_RATE every {pause_ms} ms, {} retransmits", result.retransmits);
+        assert_rate(&what, result.timeline.steady_rate(), rate, 0.10);
+    }
+}
+
+/// A new socket is a sparse flow, and so a pod of nothing but new sockets is never told to wait or dropped, until the horizon: it
+/// gets its two seconds of backlog ahead of time, and then its rate.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn a_socket_for_each_packet_is_held_by_the_horizon() {
+    const RATE: u64 = 10 * MBIT;
+    let bed = Bed::new();
+    let pod = bed.pod(Limiter::Podshaper, RATE);
+    let udp = Udp { rate: 4 * RATE, seconds: 3.0, fresh_sockets: true, ..Udp::default() };
+    let result = measure::udp(&pod, &udp).unwrap();
+    eprintln!("first second {:.2} Mbit/s", result.timeline.first_second() / 1e6);
+    assert!(result.errors.is_empty(), "{:?}", result.errors);
+    assert_rate("UDP past the horizon", result.timeline.wire_rate(1.5, 3.0), RATE, 0.05);
+    let backlog_ns = meter::egress(&pod).unwrap().max_backlog_ns;
+    assert!(backlog_ns < 2_100_000_000, "a backlog of {backlog_ns} ns");
+}
+
+/// Programs at the setsockopt() hook see one page. An option of two must reach the kernel as if they were not there: iptables
+/// in a pod (a service mesh's init container) sets such.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn an_option_longer_than_a_page_is_as_without_podshaper() {
+    let bed = Bed::new();
+    let set = |pod: &Pod| -> Value {
+        let mut command = pod.command(traffic_program().unwrap()).unwrap();
+        command.args(["sources", "--interface", &pod.addresses()[0].to_string()]);
+        Running::start(&mut command).unwrap().json(Duration::from_secs(10)).unwrap()
+    };
+    for most_sources in [10, 10_000] {
+        let answers = [Limiter::Bare, Limiter::Podshaper].map(|limiter| {
+            let pod = bed.pod(limiter, 10 * MBIT);
+            pod.netns.run("sysctl", &["-q", &format!("net.ipv4.igmp_max_msf={most_sources}")]).unwrap();
+            set(&pod)
+        });
+        eprintln!("{answers:?}");
+        assert_eq!(answers[0], answers[1], "without podshaper, with it");
+        assert!(answers[0]["bytes"].as_u64().unwrap() > 4096);
+        let (error, kept) = if most_sources == 10 { (Value::from("ENOBUFS"), 0) } else { (Value::Null, 2_000) };
+        assert_eq!((&answers[0]["error"], answers[0]["kept"].as_u64()), (&error, Some(kept)));
+    }
+}

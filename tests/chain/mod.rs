@@ -1,0 +1,93 @@
+//! Traffic from real pods: made by the real bridge and host-local plugins, limited by the podshaper of this build.
+//!
+//! The machine may be small and busy: the bounds are wide and each message has the number that was measured. `tests/run bench`
+//! holds the narrow ones.
+
+/// Bytes and packets: what the programs count is what a receiver gets.
+mod counters;
+/// What a pod may do against its limit, and what it must still be able to do.
+mod foes;
+/// Rate, first second, retransmits, fairness, latency of TCP.
+mod rate;
+/// Which traffic is this attachment's, and what is not touched at all.
+mod scope;
+/// UDP and ICMP.
+mod unpaced;
+
+use std::sync::MutexGuard;
+use std::thread;
+
+use super::harness::cni::Cni;
+use super::harness::host::Host;
+use super::harness::limiter::{Limiter, Limits, Programs};
+use super::harness::measure;
+use super::harness::pod::Pod;
+
+pub const MBIT: u64 = 1_000_000;
+const GBIT: u64 = 1_000 * MBIT;
+
+/// A node of its own, and no other measurement meanwhile.
+pub struct Bed {
+    pub host: Host,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Bed {
+    pub fn new() -> Self {
+        let alone = measure::alone();
+        Self { host: Host::new().unwrap(), _alone: alone }
+    }
+
+    pub fn pod(&self, limiter: Limiter, rate: u64) -> Pod<'_> {
+        let mut pod = Pod::new(&self.host, "chain").unwrap();
+        let programs = Programs::find(None, &[limiter]).unwrap();
+        limiter.add(&mut pod, Limits { egress: Some(rate), ingress: None }, &programs).unwrap();
+        pod
+    }
+
+    /// Sets a sysctl of both ends.
+    fn set(&self, pod: &Pod, key: &str, value: u64) {
+        for netns in [&self.host.netns, &pod.netns] {
+            netns.run("sysctl", &["-q", &format!("{key}={value}")]).unwrap();
+        }
+    }
+}
+
+/// An attachment that no chain of the harness made; removed on drop.
+pub struct Attachment {
+    del: Cni,
+}
+
+impl Attachment {
+    /// Makes the call, an ADD. DEL is the same call with another verb: a runtime may pass `prevResult` then or not.
+    pub fn add(call: Cni) -> Self {
+        call.call().unwrap().success().unwrap();
+        Self { del: call.env("CNI_COMMAND", "DEL") }
+    }
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        let removed = self.del.call().and_then(|call| call.success().map(drop));
+        assert!(thread::panicking() || removed.is_ok(), "{removed:?}");
+    }
+}
+
+/// What a machine that is busy with something else may take from a rate: its pacing timers fire late, and what is late by more
+/// than the burst is lost. Nothing adds to one.
+const BUSY: f64 = 0.05;
+
+/// Panics unless `measured` is within `tolerance` of `wanted`, both in bits per second, or [`BUSY`] below that.
+#[track_caller]
+pub fn assert_rate(what: &str, measured: f64, wanted: u64, tolerance: f64) {
+    let share = measured / wanted as f64;
+    let allowed = 1.0 - tolerance - BUSY..=1.0 + tolerance;
+    eprintln!("{what}: {:.2} Mbit/s, {:.2} %", measured / 1e6, share * 100.0);
+    assert!(
+        allowed.contains(&share),
+        "{what}: {:.3} Mbit/s are {:.1} % of {:.3}, not within {allowed:.2?}",
+        measured / 1e6,
+        share * 100.0,
+        wanted as f64 / 1e6
+    );
+}

@@ -1,0 +1,124 @@
+use std::net::{IpAddr, Ipv4Addr};
+use std::thread;
+
+use serde_json::json;
+
+use super::{Attachment, Bed, MBIT, assert_rate};
+use crate::harness::cni::Cni;
+use crate::harness::limiter::Limiter;
+use crate::harness::measure::{self, Bulk, Way};
+use crate::harness::meter;
+use crate::harness::pod::{INTERFACE, Pod};
+use crate::harness::podshaper_program;
+
+/// Nothing limits what is faster than this: a hundred times the limits here.
+const FREE_BITS_PER_S: f64 = 1e9;
+const SECOND_INTERFACE: &str = "net1";
+const SECOND_NODE: Ipv4Addr = Ipv4Addr::new(10, 214, 0, 1);
+
+fn wire_rate(pod: &Pod, way: Way, to: Option<IpAddr>) -> f64 {
+    let bulk = Bulk { way, to, flows: 2, seconds: 1.5, ..Bulk::default() };
+    measure::bulk(pod, &bulk).unwrap().timeline.wire_rate(0.3, 1.5)
+}
+
+#[track_caller]
+fn assert_free(what: &str, bits_per_s: f64) {
+    eprintln!("{what}: {:.2} Gbit/s", bits_per_s / 1e9);
+    assert!(bits_per_s > FREE_BITS_PER_S, "{what}: {:.1} Mbit/s", bits_per_s / 1e6);
+}
+
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn what_a_pod_sends_to_itself_is_neither_limited_nor_counted() {
+    let bed = Bed::new();
+    let pod = bed.pod(Limiter::Podshaper, 10 * MBIT);
+    assert_free("over 127.0.0.1", wire_rate(&pod, Way::Within, None));
+    // The kernel takes the loopback to the pod's own address on eth0, too.
+    for address in pod.addresses() {
+        assert_free("to its own address", wire_rate(&pod, Way::Within, Some(address)));
+    }
+    let counters = meter::egress(&pod).unwrap();
+    assert_eq!((counters.bytes, counters.packets, counters.drops), (0, 0, 0));
+}
+
+/// Gives the pod an interface that podshaper has not heard of.
+fn link_second(pod: &Pod) {
+    let node = &pod.host.netns;
+    let peer = ["link", "add", "second", "type", "veth", "peer", SECOND_INTERFACE, "netns", pod.netns.name()];
+    node.run("ip", &peer).unwrap();
+    for (netns, interface, address) in
+        [(node, "second", "10.214.0.1/24"), (&pod.netns, SECOND_INTERFACE, "10.214.0.2/24")]
+    {
+        netns.run("ip", &["addr", "add", address, "dev", interface]).unwrap();
+        netns.run("ip", &["link", "set", interface, "up"]).unwrap();
+    }
+}
+
+/// Limits that interface in a network of its own, as Multus has podshaper called.
+fn limit_second(pod: &Pod, rate: u64) -> Attachment {
+    let config = json!({
+        "cniVersion": "1.0.0", "name": "second", "type": "podshaper",
+        "runtimeConfig": { "bandwidth": { "egressRate": rate }, "cgroupPath": pod.offers["cgroupPath"] },
+        "prevResult": { "cniVersion": "1.0.0", "ips": [{ "address": "10.214.0.2/24" }] },
+    });
+    let call = Cni::new(podshaper_program().unwrap(), "ADD").stdin(config.to_string());
+    Attachment::add(pod.environment(call).env("CNI_IFNAME", SECOND_INTERFACE))
+}
+
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn a_limit_is_for_one_interface() {
+    let bed = Bed::new();
+    let pod = bed.pod(Limiter::Podshaper, 10 * MBIT);
+    link_second(&pod);
+    let to_second = Some(SECOND_NODE.into());
+    assert_free("net1 beside a limit of eth0", wire_rate(&pod, Way::Out, to_second));
+    assert_eq!(meter::egress(&pod).unwrap().packets, 0, "eth0 counts what leaves by net1");
+
+    let _second = limit_second(&pod, 30 * MBIT);
+    assert_rate("net1", wire_rate(&pod, Way::Out, to_second), 30 * MBIT, 0.05);
+    assert_eq!(meter::egress(&pod).unwrap().packets, 0, "eth0 counts what leaves by net1");
+    let counted = meter::egress_by(&pod, SECOND_INTERFACE).unwrap();
+    assert_rate("eth0", wire_rate(&pod, Way::Out, None), 10 * MBIT, 0.05);
+    let after = meter::egress_by(&pod, SECOND_INTERFACE).unwrap();
+    assert_eq!(after.packets, counted.packets, "net1 counts what leaves by eth0");
+
+    // Both at once, as one pod has them.
+    let (first, second) = thread::scope(|scope| {
+        let second = scope.spawn(|| wire_rate(&pod, Way::Out, to_second));
+        (wire_rate(&pod, Way::Out, None), second.join().unwrap())
+    });
+    // The node's counters see the sum, from either sink.
+    assert_rate("eth0 and net1", first, 40 * MBIT, 0.1);
+    assert_rate("net1 and eth0", second, 40 * MBIT, 0.1);
+}
+
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn a_limit_of_a_second_interface_leaves_the_first_alone() {
+    let bed = Bed::new();
+    let pod = bed.pod(Limiter::Bare, 0);
+    link_second(&pod);
+    let _second = limit_second(&pod, 10 * MBIT);
+    assert_free("eth0 beside a limit of net1", wire_rate(&pod, Way::Out, None));
+    assert_rate("net1", wire_rate(&pod, Way::Out, Some(SECOND_NODE.into())), 10 * MBIT, 0.05);
+    assert!(!meter::directory(&pod, INTERFACE).exists());
+}
+
+/// One kernel setting is changed, of the pod alone: without it packets of 64 KiB leave at any rate (since Linux 5.18).
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn large_packets_are_turned_off_in_the_pod_and_nowhere_else() {
+    const KEY: &str = "net.ipv4.tcp_tso_rtt_log";
+    let bed = Bed::new();
+    let read = |pod: &Pod| {
+        [&bed.host.netns, &pod.netns].map(|netns| {
+            // -e: a kernel that does not have it prints nothing, and ADD must have gone well all the same.
+            netns.run("sysctl", &["-n", "-e", KEY]).unwrap().trim().to_owned()
+        })
+    };
+    let [node_before, bare] = read(&bed.pod(Limiter::Bare, 0));
+    let [node, limited] = read(&bed.pod(Limiter::Podshaper, 10 * MBIT));
+    assert_eq!((&node, &bare), (&node_before, &node_before));
+    assert_eq!(limited, if node.is_empty() { "" } else { "0" });
+}

@@ -1,0 +1,96 @@
+use std::process::Stdio;
+use std::thread;
+use std::time::Duration;
+
+use super::{Bed, MBIT, assert_rate};
+use crate::harness::limiter::Limiter;
+use crate::harness::measure::{self, Bulk, Udp};
+use crate::harness::meter;
+use crate::harness::pod::Pod;
+
+/// What `ping` says of 100 requests in 2 s.
+#[derive(Debug)]
+struct Ping {
+    lost_percent: f64,
+    average_ms: f64,
+}
+
+const PINGS: &str = "100";
+
+fn ping(pod: &Pod) -> Ping {
+    let mut command = pod.command("ping").unwrap();
+    command.args(["-q", "-c", PINGS, "-i", "0.02", "-W", "1"]).arg(pod.host.gateway_v4().to_string());
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let number = |marker: &str, end: bool| -> f64 {
+        let (before, after) = text.split_once(marker).unwrap_or_else(|| panic!("no {marker:?} in {text} {output:?}"));
+        let field = if end { before.rsplit(' ').next() } else { after.split('/').nth(1) };
+        field.and_then(|field| field.parse().ok()).unwrap_or_else(|| panic!("no number at {marker:?} in {text}"))
+    };
+    Ping { lost_percent: number("% packet loss", true), average_ms: number("mdev = ", false) }
+}
+
+fn ping_beside<T: Send>(pod: &Pod, traffic: impl FnOnce() -> T + Send) -> (Ping, T) {
+    thread::scope(|scope| {
+        let traffic = scope.spawn(traffic);
+        thread::sleep(Duration::from_millis(500));
+        let ping = ping(pod);
+        (ping, traffic.join().unwrap())
+    })
+}
+
+/// The sender sees no error, the link its rate, `show` the drops; and somebody else's ping goes on.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn udp_above_the_limit_gets_the_limit_and_no_error() {
+    for rate in [10 * MBIT, 100 * MBIT] {
+        let bed = Bed::new();
+        let pod = bed.pod(Limiter::Podshaper, rate);
+        let udp = Udp { rate: 2 * rate, seconds: 3.0, ..Udp::default() };
+        let (ping, result) = ping_beside(&pod, || measure::udp(&pod, &udp).unwrap());
+        eprintln!("beside UDP at {} Mbit/s: {ping:?}, sent {}", rate / MBIT, result.sent);
+        assert!(result.errors.is_empty(), "{:?} of {}", result.errors, result.sent);
+        assert_rate("UDP", result.timeline.steady_rate(), rate, 0.05);
+        let counters = meter::egress(&pod).unwrap();
+        let dropped = counters.drops as f64 / result.sent as f64;
+        eprintln!("dropped {dropped:.3}");
+        assert!((0.4..0.6).contains(&dropped), "of {} packets at twice the rate: {counters:?}", result.sent);
+        assert!(ping.lost_percent <= 2.0, "ping beside UDP at {rate} bit/s: {ping:?}");
+    }
+}
+
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn ping_passes_beside_tcp() {
+    /// A tenth of what the queue of a token bucket costs.
+    const MOST_AVERAGE_MS: f64 = 1.0;
+    let bed = Bed::new();
+    let pod = bed.pod(Limiter::Podshaper, 100 * MBIT);
+    let bulk = Bulk { flows: 8, seconds: 3.0, ..Bulk::default() };
+    let (ping, _) = ping_beside(&pod, || measure::bulk(&pod, &bulk).unwrap());
+    eprintln!("beside TCP: {ping:?}");
+    assert!(ping.lost_percent <= 2.0 && ping.average_ms < MOST_AVERAGE_MS, "beside 8 flows: {ping:?}");
+}
+
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn ecn_capable_packets_are_marked_before_others_are_dropped() {
+    let bed = Bed::new();
+    let pod = bed.pod(Limiter::Podshaper, 10 * MBIT);
+    for ipv6 in [false, true] {
+        let before = meter::egress(&pod).unwrap();
+        let udp = Udp { rate: 20 * MBIT, seconds: 1.5, ipv6, ecn: true, ..Udp::default() };
+        let result = measure::udp(&pod, &udp).unwrap();
+        let after = meter::egress(&pod).unwrap();
+        let (marks, marked) = (after.marks - before.marks, result.timeline.marked);
+        let text = format!("IPv6 {ipv6}: {marks} marked, {marked} of them arrived in time, {} sent", result.sent);
+        eprintln!("{text}");
+        // The sender goes on for 0.2 s after the last look at what arrived.
+        assert!(marked > 500 && marked <= marks && marks <= marked + marked / 3, "{text}");
+    }
+    let before = meter::egress(&pod).unwrap();
+    let udp = Udp { rate: 20 * MBIT, seconds: 1.0, ..Udp::default() };
+    let result = measure::udp(&pod, &udp).unwrap();
+    let marks = meter::egress(&pod).unwrap().marks - before.marks;
+    assert_eq!((marks, result.timeline.marked), (0, 0), "packets that are not ECN-capable");
+}
