@@ -57,7 +57,7 @@ pub fn choose(inside: Inside, ifindex: u32, limit: &Limit) -> IngressBy {
     match tbf {
         Ok(Some(Ok(()))) => return IngressBy::Tbf,
         Ok(Some(Err(error))) | Err(error) => log::warn!("{error}"),
-        Ok(None) => log::warn!("the pod's interface is no veth, so the host has no end of it to put tbf on"),
+        Ok(None) => log::warn!("the pod's interface is no veth with an end on this host to put tbf on"),
     }
     IngressBy::Drops
 }

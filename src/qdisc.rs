@@ -7,6 +7,7 @@ use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_REPLACE};
 use netlink_packet_route::{
     RouteNetlinkMessage,
     link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage},
+    nsid::{NsidAttribute, NsidMessage},
     tc::{TcAttribute, TcHandle, TcMessage, TcOption},
 };
 
@@ -59,14 +60,35 @@ pub fn put_fq(ifindex: u32) -> Result<()> {
     })
 }
 
-/// The other end of a veth, by its index in the namespace it is in; `None` for an interface that is no veth.
+/// The other end of a veth, by its index; `None` for an interface that is no veth, or whose other end is not in the namespace of
+/// podshaper's first thread: the index means another interface here, perhaps another pod's.
 ///
 /// # Errors
 /// [`Code::Kernel`] with what the kernel says.
 pub fn veth_peer(ifindex: u32) -> Result<Option<u32>> {
-    let what = "find the host's end of the pod's interface";
-    let link = link(ifindex).map_err(|cause| Error::because(Code::Kernel, what, cause))?;
-    Ok(link.filter(is_veth).and_then(|link| linked_to(&link)))
+    let failed = |cause: io::Error| Error::because(Code::Kernel, "find the host's end of the pod's interface", cause);
+    let Some(link) = link(ifindex).map_err(failed)?.filter(is_veth) else { return Ok(None) };
+    let peers = link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::LinkNetNsId(id) => Some(*id),
+        _ => None,
+    });
+    // Asked after the link, since asking for a link is what gives its peer's namespace an id.
+    let hosts = namespace_id(std::process::id()).map_err(failed)?;
+    Ok(linked_to(&link).filter(|_| peers.is_some() && peers == hosts))
+}
+
+/// The id that the calling thread's namespace has for that of a process.
+fn namespace_id(process: u32) -> io::Result<Option<i32>> {
+    let mut message = NsidMessage::default();
+    message.attributes = vec![NsidAttribute::Pid(process)];
+    let answer = netlink::get(RouteNetlinkMessage::GetNsId(message))?;
+    Ok(answer.and_then(|answer| match answer {
+        RouteNetlinkMessage::NewNsId(answer) => answer.attributes.into_iter().find_map(|attribute| match attribute {
+            NsidAttribute::Id(id) => Some(id),
+            _ => None,
+        }),
+        _ => None,
+    }))
 }
 
 /// `tc qdisc replace dev IFINDEX root handle 7064: tbf rate .. burst .. limit ..`, in the calling thread's namespace, on the
