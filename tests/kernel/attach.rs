@@ -196,6 +196,31 @@ fn no_qdisc_outlives_the_ingress_limit_it_was_put_there_for() {
     pod.call("DEL");
 }
 
+/// A pod whose interface ends in a third namespace: the number of that end is here another pod's.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn another_pods_interface_is_never_taken_for_this_ones() {
+    let (bystanders, host_end) = netns_with_host_end();
+    let index = |path: &str| std::fs::read_to_string(path).unwrap().trim().to_owned();
+    let number = index(&format!("/sys/class/net/{host_end}/ifindex"));
+    let (third, pods) = (netns_with(&[]), Arc::new(netns_with(&[])));
+    // Both interfaces are number 2, the first after lo, as in every pod.
+    let words = ["link", "add", "far", "index", &number, "type", "veth", "peer", "name", "eth0", "netns", pods.name()];
+    third.run("ip", &words).unwrap();
+    for netns in [&bystanders, &*pods] {
+        assert!(netns.run("ip", &["-o", "link", "show", "eth0"]).unwrap().starts_with("2: eth0@if"));
+    }
+    let pod = Sandbox::with_netns(pods);
+    let both = json!({ "bandwidth": { "egressRate": RATE, "ingressRate": RATE } });
+    let call = |verb| ok(&pod.cni(verb).stdin(pod.stdin_with(json!({ "runtimeConfig": both }))));
+    call("ADD");
+    pod.assert_rates([RATE, RATE]);
+    assert_eq!(own_qdiscs(&bystanders, &host_end), 0);
+    assert_ne!(pod.owner("eth0")["ingressBy"], "tbf");
+    call("DEL");
+    pod.assert_unlimited();
+}
+
 /// Nothing is sent faster than the limit while the attachment is replaced again and again: every packet is counted where it
 /// leaves. A sender at full speed would put hundreds of packets through a gap of a millisecond.
 #[test]
