@@ -146,16 +146,23 @@ fn limit(request: &Request, attachment: &Attachment, plan: Plan) -> Result<()> {
     let loaded = shaper::load(&Settings { ifindex, limits, ingress_by }, &owner)?;
     let place = place(attachment);
     let pins = Pins::ensure(Path::new(BPFFS))?.lock()?;
+    let before = pins.find(&place).and_then(|directory| Pinned::at(&directory).owner().ok());
     let attached = cgroup.open().and_then(|directory| loaded.attach(directory.as_fd()));
     let committed = attached.and_then(|attached| {
         let staged = pins.stage(&place)?;
         attached.pin(staged.directory())?;
         staged.commit()
     });
+    if committed.is_err() && before.is_none() {
+        ingress::undo(&owner);
+    }
     if committed.is_err() && !pins.has_pod(&place.pod) {
         remove_cgroup_if_made(&cgroup.path);
     }
     committed?;
+    if let Some(before) = before.filter(|_| limits.ingress.is_none()) {
+        ingress::undo(&before);
+    }
     log_limits(&place, &limits, &owner);
     Ok(())
 }
@@ -187,10 +194,14 @@ fn log_limits(place: &Place, limits: &Limits, owner: &Owner) {
 /// A pod without limits may have had some in its last sandbox, on the same cgroup.
 fn forget_unlimited(attachment: &Attachment) -> Result<()> {
     let place = place(attachment);
-    match Pins::existing(Path::new(BPFFS)).filter(|pins| pins.find(&place).is_some()) {
-        Some(pins) => pins.lock()?.remove(&place),
-        None => Ok(()),
-    }
+    let Some(pins) = Pins::existing(Path::new(BPFFS)).filter(|pins| pins.find(&place).is_some()) else {
+        return Ok(());
+    };
+    let pins = pins.lock()?;
+    let before = pins.find(&place).and_then(|directory| Pinned::at(&directory).owner().ok());
+    pins.remove(&place)?;
+    before.iter().for_each(ingress::undo);
+    Ok(())
 }
 
 fn check(request: &Request, attachment: &Attachment) -> Result<()> {
@@ -229,6 +240,7 @@ fn del(request: &Request, attachment: &Attachment) -> Result<()> {
             return Ok(());
         }
         pins.remove(&place)?;
+        ingress::undo(&owner);
         log::info!("removed {}", directory.display());
     }
     remove_cgroup_after(request, attachment, &pins);
@@ -275,6 +287,7 @@ fn gc(request: &Request) -> Result<()> {
         }
         match pins.remove(&place) {
             Ok(()) => {
+                ingress::undo(&owner);
                 log::info!("removed {}, which no container uses any more", directory.display());
                 if !pins.has_pod(&place.pod) {
                     remove_cgroup_if_made(Path::new(&owner.cgroup));

@@ -2,9 +2,10 @@
 //! recorded with the attachment and logged, never silent.
 
 use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
 
-use crate::{error::Result, qdisc, request::Limit};
+use crate::{error::Result, netns, pod::Owner, qdisc, request::Limit};
 
 /// The mechanism in force, best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,9 +57,25 @@ pub fn choose(inside: Inside, ifindex: u32, limit: &Limit) -> IngressBy {
     match tbf {
         Ok(Some(Ok(()))) => return IngressBy::Tbf,
         Ok(Some(Err(error))) | Err(error) => log::warn!("{error}"),
-        Ok(None) => log::warn!("the pod's interface is no veth, so the host has no end of it to put tbf on"),
+        Ok(None) => log::warn!("the pod's interface is no veth with an end on this host to put tbf on"),
     }
     IngressBy::Drops
+}
+
+/// Takes off what was put on the interfaces for an attachment that ends before its namespace does: it would go on limiting.
+pub fn undo(owner: &Owner) {
+    let (Some(_), Some(path)) = (&owner.ingress_by, &owner.netns) else { return };
+    let path = Path::new(path);
+    let inside = netns::in_netns(path, || {
+        let index = netns::interface(&owner.ifname, path)?.index;
+        qdisc::take_off(index)?;
+        Ok((index, qdisc::veth_peer(index)?))
+    });
+    let undone = inside.and_then(|(index, peer)| peer.map_or(Ok(()), |peer| qdisc::take_off_peer(peer, index)));
+    if let Err(error) = undone {
+        // Most often the namespace is gone, and all of this with it.
+        log::debug!("{error}");
+    }
 }
 
 #[cfg(test)]
