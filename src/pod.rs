@@ -180,6 +180,8 @@ pub struct Owner {
     pub uid: Option<String>,
     /// The cgroup directory the programs are attached to.
     pub cgroup: String,
+    /// Whether fq is on the interface, to honour departure times.
+    pub fq: bool,
     /// What holds the ingress limit, if there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ingress_by: Option<String>,

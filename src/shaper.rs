@@ -69,6 +69,8 @@ pub struct Settings {
     pub ifindex: u32,
     /// The limits.
     pub limits: Limits,
+    /// Whether fq is on that interface.
+    pub has_fq: bool,
     /// What holds the ingress limit; `None` without one.
     pub ingress_by: Option<IngressBy>,
 }
@@ -94,7 +96,10 @@ impl Settings {
 
     /// The limits as the programs read them, by direction.
     fn abi_limits(&self) -> [(u32, &'static str, AbiLimit); 2] {
-        let egress = self.limits.egress.as_ref().map(|limit| abi_limit(limit, u64::MAX, HORIZON_NS, UNPACED_BOUND_NS));
+        let egress = self.limits.egress.as_ref().map(|limit| AbiLimit {
+            departs: self.has_fq.into(),
+            ..abi_limit(limit, u64::MAX, HORIZON_NS, UNPACED_BOUND_NS)
+        });
         let ingress = self.limits.ingress.as_ref().zip(self.ingress_by).map(|(limit, by)| match by {
             IngressBy::HeldAcks => abi_limit(limit, HELD_MARK_NS, HORIZON_NS, UNPACED_BOUND_NS),
             // tbf has held it already: this only counts.
@@ -266,6 +271,7 @@ fn abi_limit(limit: &Limit, paced_mark_ns: u64, horizon_ns: u64, unpaced_bound_n
         unpaced_bound_ns,
         paced_mark_ns,
         horizon_ns,
+        departs: 0,
     }
 }
 

@@ -27,12 +27,10 @@ pub struct Flow {
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Credit {
-    /// When it was last filled up.
-    filled_ns: u64,
+    /// When it was last filled up, or found too small.
+    since_ns: u64,
     /// What is left of it, in bytes on the wire.
     bytes: u64,
-    /// Whether something has been too large for it since.
-    is_exceeded: u64,
 }
 
 /// TCP in: the window the remote sender is given, and when its next acknowledgement may leave.
@@ -55,26 +53,27 @@ pub struct Window {
 
 impl Credit {
     /// Whether `wire_bytes` more may go before the backlog of `backlog_ns` (these bytes included) has drained. Takes them from
-    /// the credit, `full_bytes` a time, if so.
+    /// the credit, `full_bytes` a time, if so. If not, all credit is gone until the flow has been quiet for that long: a bulk
+    /// flow, which waits for just the backlog, never has any.
     #[inline(always)]
     pub fn is_sparse(&mut self, now_ns: u64, backlog_ns: u64, wire_bytes: u64, full_bytes: u64) -> bool {
-        if now_ns - self.filled_ns > backlog_ns + SPARSE_GAP_NS {
-            self.filled_ns = now_ns;
+        if now_ns - self.since_ns > backlog_ns + SPARSE_GAP_NS {
+            self.since_ns = now_ns;
             self.bytes = full_bytes;
-            self.is_exceeded = 0;
         }
         let sparse = wire_bytes <= self.bytes;
         if sparse {
             self.bytes -= wire_bytes;
         } else {
-            self.is_exceeded = 1;
+            self.since_ns = now_ns;
+            self.bytes = 0;
         }
         sparse
     }
 
-    /// Whether all that went since the credit was filled up was within it.
+    /// Whether the flow is a sparse one at present.
     #[inline(always)]
-    pub fn has_sufficed(&self) -> bool {
-        self.is_exceeded == 0
+    pub fn is_left(&self) -> bool {
+        self.bytes != 0
     }
 }

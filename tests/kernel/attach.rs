@@ -21,8 +21,12 @@ fn an_add_pins_and_attaches_what_it_says_and_a_del_leaves_nothing() {
     let add = pod.call("ADD");
     assert_eq!(add.stdout, r#"{"cniVersion":"1.1.0","ips":[]}"#);
     pod.assert_limited(&pod.container_id, RATE);
+    // Whether this kernel has fq is its own affair; what is recorded must be what is on the interface.
+    let qdisc = pod.netns.run("tc", &["qdisc", "show", "dev", "eth0"]).unwrap();
+    let has_fq = qdisc.starts_with("qdisc fq ");
     let owner = json!({
         "containerId": pod.container_id,
+        "fq": has_fq,
         "network": pod.network,
         "ifname": "eth0",
         "netns": pod.netns.path(),
@@ -33,8 +37,9 @@ fn an_add_pins_and_attaches_what_it_says_and_a_del_leaves_nothing() {
     });
     assert_eq!(pod.owner("eth0"), owner);
     let expected = format!(
-        "default/web ({}) eth0: egress 10Mbit/s, burst 15000 bytes, by pacing, from runtimeConfig.bandwidth; ",
-        pod.uid
+        "default/web ({}) eth0: egress 10Mbit/s, burst 15000 bytes, by pacing and {}, from runtimeConfig.bandwidth; ",
+        pod.uid,
+        if has_fq { "fq" } else { "drops" }
     );
     assert!(add.stderr.contains(&expected), "{add}");
 
