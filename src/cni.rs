@@ -173,8 +173,8 @@ fn limit(request: &Request, attachment: &Attachment, plan: Plan) -> Result<()> {
 fn prepare_netns(ifname: &str, netns: &Path) -> Result<(u32, Inside)> {
     let index = netns::interface(ifname, netns)?.index;
     // Without it the rate holds and the latency does not: not worth a pod.
-    if let Err(error) = netns::disable_tso_rtt() {
-        log::warn!("packets may leave in bursts of 64 KiB: {error}");
+    if let Err(error) = netns::make_packets_small() {
+        log::warn!("TCP may send large packets in bursts: {error}");
     }
     Ok((index, ingress::prepare(index)))
 }
