@@ -48,9 +48,6 @@ const DROP_INGRESS: i32 = 0;
 /// sock_ops and cgroup/setsockopt: go on.
 const CONTINUE: i32 = 1;
 
-/// Two full packets of the usual MTU: the sparse credit of a flow that is not TCP and so has no MSS.
-const SPARSE_BYTES: u64 = 2 * 1500;
-
 /// Called for every packet a socket of the pod sends, before the qdisc and before a GSO packet is cut. Counts it on the clock.
 #[cgroup_skb(egress)]
 pub fn count_egress(ctx: SkBuffContext) -> i32 {
@@ -177,7 +174,7 @@ fn admit(
     let now_ns = clock::now_ns();
     let backlog_ns = clock::backlog_with(meter, limit, now_ns, wire.bytes);
     let is_paced = is_paced(socket);
-    let has_credit = credit.is_some_and(|credit| credit.is_sparse(now_ns, backlog_ns, wire.bytes, SPARSE_BYTES));
+    let has_credit = credit.is_some_and(|credit| credit.is_sparse(now_ns, backlog_ns, wire.bytes, limit.sparse_bytes));
     let is_sparse = has_credit && !is_paced && clock::has_room_for_sparse(meter, now_ns);
     let (bound_ns, mark_ns) = if is_paced {
         (limit.horizon_ns, limit.paced_mark_ns)
@@ -206,11 +203,12 @@ fn note_pacing_rate(ctx: &SockoptContext) {
         }
         let start = option.__bindgen_anon_2.optval as usize;
         let end = option.__bindgen_anon_3.optval_end as usize;
+        // Unaligned: to the verifier they are packet data, two bytes off where an architecture minds.
         // As sk_setsockopt() reads it: an unsigned long where there is room for one, else an unsigned int, all ones meaning none.
         let rate = if start + 8 <= end && option.optlen >= 8 {
-            *(start as *const u64)
+            (start as *const u64).read_unaligned()
         } else if start + 4 <= end {
-            match *(start as *const u32) {
+            match (start as *const u32).read_unaligned() {
                 u32::MAX => u64::MAX,
                 rate => u64::from(rate),
             }

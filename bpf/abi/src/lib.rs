@@ -52,6 +52,8 @@ pub struct Limit {
     pub paced_mark_ns: u64,
     /// Backlog beyond which every packet is dropped.
     pub horizon_ns: u64,
+    /// What a flow that is not TCP may send as a sparse one: two full packets. (Of TCP it is two segments.)
+    pub sparse_bytes: u64,
     /// 1: what no socket paces gets a departure time, since fq is there to honour it, and is held by the horizon only.
     pub departs: u64,
 }
@@ -107,7 +109,7 @@ pub struct Counters {
 }
 
 // The sizes are part of LAYOUT: a padding byte or a new field must not slip in unseen.
-const _: () = assert!(size_of::<Limit>() == 48);
+const _: () = assert!(size_of::<Limit>() == 56);
 const _: () = assert!(size_of::<Clock>() == 16);
 const _: () = assert!(size_of::<Counters>() == 40 + 8 * BACKLOG_BUCKETS);
 const _: () = assert!(size_of::<Meter>() == 8 + 2 * size_of::<Clock>() + size_of::<Counters>());
