@@ -269,7 +269,7 @@ mod tests {
             Owner { container_id: "c1".into(), ifname: "eth0".into(), cgroup: "/a".into(), ..Owner::default() };
         assert_eq!(serde_json::from_str::<Owner>(newer).unwrap(), expected);
         let written = serde_json::to_string(&expected).unwrap();
-        assert_eq!(written, r#"{"containerId":"c1","network":"","ifname":"eth0","cgroup":"/a"}"#);
+        assert_eq!(written, r#"{"containerId":"c1","network":"","ifname":"eth0","cgroup":"/a","fq":false}"#);
     }
 
     #[test]
