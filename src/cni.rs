@@ -139,7 +139,7 @@ fn find_cgroup(request: &Request, attachment: &Attachment, hierarchies: &Hierarc
 
 fn limit(request: &Request, attachment: &Attachment, plan: Plan) -> Result<()> {
     let Plan { limits, cgroup, netns } = plan;
-    let (ifindex, inside) = netns::in_netns(&netns, || prepare_netns(&attachment.ifname, &netns))?;
+    let (ifindex, inside) = netns::in_netns(&netns, || prepare_netns(&attachment.ifname, &netns, &limits))?;
     let has_fq = inside.has_fq();
     let ingress_by = limits.ingress.map(|limit| inside.choose(ifindex, &limit));
     let mut owner = request.owner(attachment, &cgroup.path);
@@ -170,13 +170,13 @@ fn limit(request: &Request, attachment: &Attachment, plan: Plan) -> Result<()> {
 }
 
 /// The interface's index, and the namespace set so that small pacing rates make small packets and acknowledgements can be held.
-fn prepare_netns(ifname: &str, netns: &Path) -> Result<(u32, Inside)> {
+fn prepare_netns(ifname: &str, netns: &Path, limits: &Limits) -> Result<(u32, Inside)> {
     let index = netns::interface(ifname, netns)?.index;
     // Without it the rate holds and the latency does not: not worth a pod.
     if let Err(error) = netns::make_packets_small() {
         log::warn!("TCP may send large packets in bursts: {error}");
     }
-    Ok((index, ingress::prepare(index)))
+    Ok((index, ingress::prepare(index, limits)))
 }
 
 fn log_limits(place: &Place, limits: &Limits, owner: &Owner) {

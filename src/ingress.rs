@@ -5,7 +5,13 @@ use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
 
-use crate::{error::Result, netns, pod::Owner, qdisc, request::Limit};
+use crate::{
+    error::Result,
+    netns,
+    pod::Owner,
+    qdisc,
+    request::{Limit, Limits},
+};
 
 /// The mechanism in force, best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,9 +50,10 @@ pub struct Inside {
 
 /// Prepares the pod's side; to be called in its network namespace. fq is of use to both directions: it lets acknowledgements
 /// leave when they should, and UDP too, so that its senders are slowed and not dropped.
-pub fn prepare(ifindex: u32) -> Inside {
+pub fn prepare(ifindex: u32, limits: &Limits) -> Inside {
     let fq = qdisc::put_fq(ifindex);
-    let peer = if fq.is_ok() { Ok(None) } else { qdisc::veth_peer(ifindex) };
+    let needs_peer = fq.is_err() && limits.ingress.is_some();
+    let peer = if needs_peer { qdisc::veth_peer(ifindex) } else { Ok(None) };
     Inside { fq, peer }
 }
 

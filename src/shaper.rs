@@ -5,7 +5,9 @@ use std::{
     fs,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     os::unix::fs::MetadataExt,
+    panic::resume_unwind,
     path::Path,
+    thread,
 };
 
 use aya::{
@@ -123,9 +125,7 @@ pub fn load(settings: &Settings, owner: &Owner) -> Result<Loaded> {
         .load(OBJECT)
         .map_err(|cause| refused("load podshaper's eBPF maps", &cause))?;
     let programs = settings.programs();
-    for (name, _) in &programs {
-        load_program(&mut object, name)?;
-    }
+    load_programs(&mut object, &programs)?;
 
     let mut limits_map = array_mut::<AbiLimit>(&mut object, LIMITS)?;
     for (direction, _, limit) in settings.abi_limits() {
@@ -293,8 +293,22 @@ fn owner_bytes(owner: &Owner) -> Result<[u8; OWNER_SIZE]> {
     Ok(bytes)
 }
 
-fn load_program(object: &mut Ebpf, name: &str) -> Result<()> {
-    let loaded = match object.program_mut(name).ok_or_else(|| not_in_object(name))? {
+/// Loads the programs side by side: the verifier is most of the time an ADD takes, and pods wait for it.
+fn load_programs(object: &mut Ebpf, wanted: &[Hooked]) -> Result<()> {
+    if let Some((name, _)) = wanted.iter().find(|(name, _)| object.program(name).is_none()) {
+        return Err(not_in_object(name));
+    }
+    let is_wanted = |name: &str| wanted.iter().any(|(wanted, _)| *wanted == name);
+    thread::scope(|scope| {
+        let programs = object.programs_mut().filter(|(name, _)| is_wanted(name));
+        let loading: Vec<_> =
+            programs.map(|(name, program)| scope.spawn(move || load_program(name, program))).collect();
+        loading.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
+    })
+}
+
+fn load_program(name: &str, program: &mut Program) -> Result<()> {
+    let loaded = match program {
         Program::CgroupSkb(program) => program.load(),
         Program::SockOps(program) => program.load(),
         Program::CgroupSockopt(program) => program.load(),
