@@ -16,7 +16,7 @@ use rscni_plugin::{
 use crate::{
     cgroup::{self, Hierarchies, PodCgroup, Wanted},
     error::{Code, Error, Result},
-    ingress::{self, Inside},
+    ingress::{self, IngressBy, Inside},
     logging, netns,
     pins::{BPFFS, LockedPins, Pins, Place},
     pod::{Owner, PodKey},
@@ -139,42 +139,52 @@ fn find_cgroup(request: &Request, attachment: &Attachment, hierarchies: &Hierarc
 
 fn limit(request: &Request, attachment: &Attachment, plan: Plan) -> Result<()> {
     let Plan { limits, cgroup, netns } = plan;
-    let (ifindex, inside) = netns::in_netns(&netns, || prepare_netns(&attachment.ifname, &netns, &limits))?;
-    let ingress_by = inside.zip(limits.ingress).map(|(inside, limit)| ingress::choose(inside, ifindex, &limit));
+    let (ifindex, inside) = netns::in_netns(&netns, || prepare_netns(&attachment.ifname, &netns))?;
+    let has_fq = inside.has_fq();
+    let ingress_by = limits.ingress.map(|limit| inside.choose(ifindex, &limit));
     let mut owner = request.owner(attachment, &cgroup.path);
+    owner.fq = has_fq;
     owner.ingress_by = ingress_by.map(|mechanism| mechanism.to_string());
-    let loaded = shaper::load(&Settings { ifindex, limits, ingress_by }, &owner)?;
+    let loaded = shaper::load(&Settings { ifindex, limits, has_fq, ingress_by }, &owner)?;
     let place = place(attachment);
     let pins = Pins::ensure(Path::new(BPFFS))?.lock()?;
+    let before = pins.find(&place).and_then(|directory| Pinned::at(&directory).owner().ok());
     let attached = cgroup.open().and_then(|directory| loaded.attach(directory.as_fd()));
     let committed = attached.and_then(|attached| {
         let staged = pins.stage(&place)?;
         attached.pin(staged.directory())?;
         staged.commit()
     });
+    if committed.is_err() && before.is_none() {
+        ingress::undo(&owner);
+    }
     if committed.is_err() && !pins.has_pod(&place.pod) {
         remove_cgroup_if_made(&cgroup.path);
     }
     committed?;
+    if let Some(before) = before.filter(|_| ingress_by != Some(IngressBy::Tbf)) {
+        ingress::undo_host_side(&before);
+    }
     log_limits(&place, &limits, &owner);
     Ok(())
 }
 
 /// The interface's index, and the namespace set so that small pacing rates make small packets and acknowledgements can be held.
-fn prepare_netns(ifname: &str, netns: &Path, limits: &Limits) -> Result<(u32, Option<Inside>)> {
+fn prepare_netns(ifname: &str, netns: &Path) -> Result<(u32, Inside)> {
     let index = netns::interface(ifname, netns)?.index;
     // Without it the rate holds and the latency does not: not worth a pod.
-    if let Err(error) = netns::disable_tso_rtt() {
-        log::warn!("packets may leave in bursts of 64 KiB: {error}");
+    if let Err(error) = netns::make_packets_small() {
+        log::warn!("TCP may send large packets in bursts: {error}");
     }
-    Ok((index, limits.ingress.map(|_| ingress::prepare(index))))
+    Ok((index, ingress::prepare(index)))
 }
 
 fn log_limits(place: &Place, limits: &Limits, owner: &Owner) {
     let pod = [&owner.pod_namespace, &owner.pod_name].map(|name| name.as_deref().unwrap_or("?")).join("/");
     let Place { pod: key, interface } = place;
-    let by = owner.ingress_by.as_deref().unwrap_or_default();
-    for (direction, limit, by) in [("egress", &limits.egress, "pacing"), ("ingress", &limits.ingress, by)] {
+    let egress_by = if owner.fq { "pacing and fq" } else { "pacing and drops" };
+    let ingress_by = owner.ingress_by.as_deref().unwrap_or_default();
+    for (direction, limit, by) in [("egress", &limits.egress, egress_by), ("ingress", &limits.ingress, ingress_by)] {
         let Some(Limit { rate, burst, asked, source }) = limit else { continue };
         let capped = if asked > rate { format!(", capped by max: {asked} were asked for") } else { String::new() };
         let (burst, cgroup) = (burst.as_bytes(), &owner.cgroup);
@@ -187,10 +197,14 @@ fn log_limits(place: &Place, limits: &Limits, owner: &Owner) {
 /// A pod without limits may have had some in its last sandbox, on the same cgroup.
 fn forget_unlimited(attachment: &Attachment) -> Result<()> {
     let place = place(attachment);
-    match Pins::existing(Path::new(BPFFS)).filter(|pins| pins.find(&place).is_some()) {
-        Some(pins) => pins.lock()?.remove(&place),
-        None => Ok(()),
-    }
+    let Some(pins) = Pins::existing(Path::new(BPFFS)).filter(|pins| pins.find(&place).is_some()) else {
+        return Ok(());
+    };
+    let pins = pins.lock()?;
+    let before = pins.find(&place).and_then(|directory| Pinned::at(&directory).owner().ok());
+    pins.remove(&place)?;
+    before.iter().for_each(ingress::undo);
+    Ok(())
 }
 
 fn check(request: &Request, attachment: &Attachment) -> Result<()> {
@@ -214,7 +228,7 @@ fn check(request: &Request, attachment: &Attachment) -> Result<()> {
         return Err(Error::new(Code::Mismatch, text));
     }
     let ingress_by = owner.ingress_by.as_deref().and_then(|name| name.parse().ok());
-    pinned.check(Path::new(&owner.cgroup), &Settings { ifindex: 0, limits, ingress_by })
+    pinned.check(Path::new(&owner.cgroup), &Settings { ifindex: 0, limits, has_fq: owner.fq, ingress_by })
 }
 
 fn del(request: &Request, attachment: &Attachment) -> Result<()> {
@@ -229,6 +243,7 @@ fn del(request: &Request, attachment: &Attachment) -> Result<()> {
             return Ok(());
         }
         pins.remove(&place)?;
+        ingress::undo(&owner);
         log::info!("removed {}", directory.display());
     }
     remove_cgroup_after(request, attachment, &pins);
@@ -275,6 +290,7 @@ fn gc(request: &Request) -> Result<()> {
         }
         match pins.remove(&place) {
             Ok(()) => {
+                ingress::undo(&owner);
                 log::info!("removed {}, which no container uses any more", directory.display());
                 if !pins.has_pod(&place.pod) {
                     remove_cgroup_if_made(Path::new(&owner.cgroup));

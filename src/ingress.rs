@@ -1,10 +1,11 @@
-//! What holds a pod's ingress to its limit. Which of the three it is depends on the kernel and on the pod's interface; it is
-//! recorded with the attachment and logged, never silent.
+//! What holds a pod's ingress to its limit, and the qdiscs both directions use. Which it is depends on the kernel and on the pod's
+//! interface; it is recorded with the attachment and logged, never silent.
 
 use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
 
-use crate::{error::Result, qdisc, request::Limit};
+use crate::{error::Result, netns, pod::Owner, qdisc, request::Limit};
 
 /// The mechanism in force, best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,24 +42,59 @@ pub struct Inside {
     peer: Result<Option<u32>>,
 }
 
-/// Prepares the pod's side; to be called in its network namespace.
+/// Prepares the pod's side; to be called in its network namespace. fq is of use to both directions: it lets acknowledgements
+/// leave when they should, and UDP too, so that its senders are slowed and not dropped.
 pub fn prepare(ifindex: u32) -> Inside {
     let fq = qdisc::put_fq(ifindex);
     let peer = if fq.is_ok() { Ok(None) } else { qdisc::veth_peer(ifindex) };
     Inside { fq, peer }
 }
 
-/// Takes the best mechanism there is, and prepares the host's side of it; says in the log why it is not a better one.
-pub fn choose(inside: Inside, ifindex: u32, limit: &Limit) -> IngressBy {
-    let Err(no_fq) = inside.fq else { return IngressBy::HeldAcks };
-    log::warn!("ingress is held by a queue or by drops, not by acknowledgements: {no_fq}");
-    let tbf = inside.peer.map(|peer| peer.map(|peer| qdisc::put_tbf(peer, ifindex, limit)));
-    match tbf {
-        Ok(Some(Ok(()))) => return IngressBy::Tbf,
-        Ok(Some(Err(error))) | Err(error) => log::warn!("{error}"),
-        Ok(None) => log::warn!("the pod's interface is no veth, so the host has no end of it to put tbf on"),
+impl Inside {
+    /// Whether fq is on the pod's interface.
+    pub fn has_fq(&self) -> bool {
+        self.fq.is_ok()
     }
-    IngressBy::Drops
+
+    /// Takes the best mechanism there is, and prepares the host's side of it; says in the log why it is not a better one.
+    pub fn choose(self, ifindex: u32, limit: &Limit) -> IngressBy {
+        let Err(no_fq) = self.fq else { return IngressBy::HeldAcks };
+        log::warn!("ingress is held by a queue or by drops, not by acknowledgements: {no_fq}");
+        let tbf = self.peer.map(|peer| peer.map(|peer| qdisc::put_tbf(peer, ifindex, limit)));
+        match tbf {
+            Ok(Some(Ok(()))) => return IngressBy::Tbf,
+            Ok(Some(Err(error))) | Err(error) => log::warn!("{error}"),
+            Ok(None) => log::warn!("the pod's interface is no veth with an end on this host to put tbf on"),
+        }
+        IngressBy::Drops
+    }
+}
+
+/// Takes off what was put on the interfaces for an attachment that ends before its namespace does: it would go on limiting.
+pub fn undo(owner: &Owner) {
+    take_off(owner, owner.fq);
+}
+
+/// The same for what was put on the host's side alone: the attachment is replaced by one that does not use it.
+pub fn undo_host_side(owner: &Owner) {
+    take_off(owner, false);
+}
+
+fn take_off(owner: &Owner, fq: bool) {
+    let tbf = owner.ingress_by.as_deref() == Some(&IngressBy::Tbf.to_string());
+    let Some(path) = owner.netns.as_ref().map(Path::new).filter(|_| fq || tbf) else { return };
+    let inside = netns::in_netns(path, || {
+        let index = netns::interface(&owner.ifname, path)?.index;
+        if fq {
+            qdisc::take_off(index)?;
+        }
+        Ok((index, if tbf { qdisc::veth_peer(index)? } else { None }))
+    });
+    let undone = inside.and_then(|(index, peer)| peer.map_or(Ok(()), |peer| qdisc::take_off_peer(peer, index)));
+    if let Err(error) = undone {
+        // Most often the namespace is gone, and all of this with it.
+        log::debug!("{error}");
+    }
 }
 
 #[cfg(test)]

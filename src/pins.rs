@@ -17,6 +17,7 @@
 use std::{
     fs::{self, File},
     io,
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
 };
 
@@ -300,7 +301,9 @@ fn directories(path: &Path) -> Vec<(String, PathBuf)> {
 }
 
 fn make_directory(path: &Path) -> Result<()> {
-    match fs::create_dir(path) {
+    // Root's alone: whoever can open the directory can lock it, and hold up every pod of the node. Not everybody mounts bpffs
+    // with a mode that keeps others out.
+    match fs::DirBuilder::new().mode(0o700).create(path) {
         Err(cause) if cause.kind() != io::ErrorKind::AlreadyExists => {
             Err(Error::because(Code::Kernel, format!("make the directory {}", path.display()), cause))
         }

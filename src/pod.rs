@@ -180,6 +180,8 @@ pub struct Owner {
     pub uid: Option<String>,
     /// The cgroup directory the programs are attached to.
     pub cgroup: String,
+    /// Whether fq is on the interface, to honour departure times.
+    pub fq: bool,
     /// What holds the ingress limit, if there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ingress_by: Option<String>,
@@ -267,7 +269,7 @@ mod tests {
             Owner { container_id: "c1".into(), ifname: "eth0".into(), cgroup: "/a".into(), ..Owner::default() };
         assert_eq!(serde_json::from_str::<Owner>(newer).unwrap(), expected);
         let written = serde_json::to_string(&expected).unwrap();
-        assert_eq!(written, r#"{"containerId":"c1","network":"","ifname":"eth0","cgroup":"/a"}"#);
+        assert_eq!(written, r#"{"containerId":"c1","network":"","ifname":"eth0","cgroup":"/a","fq":false}"#);
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub fn node(bpffs: &Path) -> Result<()> {
     // Loads and drops them: the kernel checks each program and all it uses.
     let limit = Limit::of(Rate::MAX, Source::Config);
     let limits = Limits { egress: Some(limit), ingress: Some(limit) };
-    let settings = Settings { ifindex: 0, limits, ingress_by: Some(IngressBy::HeldAcks) };
+    let settings = Settings { ifindex: 0, limits, has_fq: true, ingress_by: Some(IngressBy::HeldAcks) };
     shaper::load(&settings, &Owner::default()).map_err(unavailable)?;
     Ok(())
 }

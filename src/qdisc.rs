@@ -7,6 +7,7 @@ use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_REPLACE};
 use netlink_packet_route::{
     RouteNetlinkMessage,
     link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage},
+    nsid::{NsidAttribute, NsidMessage},
     tc::{TcAttribute, TcHandle, TcMessage, TcOption},
 };
 
@@ -59,14 +60,35 @@ pub fn put_fq(ifindex: u32) -> Result<()> {
     })
 }
 
-/// The other end of a veth, by its index in the namespace it is in; `None` for an interface that is no veth.
+/// The other end of a veth, by its index; `None` for an interface that is no veth, or whose other end is not in the namespace of
+/// podshaper's first thread: the index means another interface here, perhaps another pod's.
 ///
 /// # Errors
 /// [`Code::Kernel`] with what the kernel says.
 pub fn veth_peer(ifindex: u32) -> Result<Option<u32>> {
-    let what = "find the host's end of the pod's interface";
-    let link = link(ifindex).map_err(|cause| Error::because(Code::Kernel, what, cause))?;
-    Ok(link.filter(is_veth).and_then(|link| linked_to(&link)))
+    let failed = |cause: io::Error| Error::because(Code::Kernel, "find the host's end of the pod's interface", cause);
+    let Some(link) = link(ifindex).map_err(failed)?.filter(is_veth) else { return Ok(None) };
+    let peers = link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::LinkNetNsId(id) => Some(*id),
+        _ => None,
+    });
+    // Asked after the link, since asking for a link is what gives its peer's namespace an id.
+    let hosts = namespace_id(std::process::id()).map_err(failed)?;
+    Ok(linked_to(&link).filter(|_| peers.is_some() && peers == hosts))
+}
+
+/// The id that the calling thread's namespace has for that of a process.
+fn namespace_id(process: u32) -> io::Result<Option<i32>> {
+    let mut message = NsidMessage::default();
+    message.attributes = vec![NsidAttribute::Pid(process)];
+    let answer = netlink::get(RouteNetlinkMessage::GetNsId(message))?;
+    Ok(answer.and_then(|answer| match answer {
+        RouteNetlinkMessage::NewNsId(answer) => answer.attributes.into_iter().find_map(|attribute| match attribute {
+            NsidAttribute::Id(id) => Some(id),
+            _ => None,
+        }),
+        _ => None,
+    }))
 }
 
 /// `tc qdisc replace dev IFINDEX root handle 7064: tbf rate .. burst .. limit ..`, in the calling thread's namespace, on the
@@ -77,9 +99,7 @@ pub fn veth_peer(ifindex: u32) -> Result<Option<u32>> {
 pub fn put_tbf(ifindex: u32, pod_ifindex: u32, limit: &Limit) -> Result<()> {
     const WHAT: &str = "put tbf on the host's end of the pod's veth";
     let failed = |cause: io::Error| Error::because(Code::Kernel, WHAT, cause);
-    let is_peer =
-        link(ifindex).map_err(failed)?.is_some_and(|link| is_veth(&link) && linked_to(&link) == Some(pod_ifindex));
-    if !is_peer {
+    if !is_peer(ifindex, pod_ifindex).map_err(failed)? {
         return Err(Error::new(Code::Kernel, format!("{WHAT}: it is in another namespace than podshaper")));
     }
     if let Some((kind, handle)) = root_qdisc(ifindex).map_err(failed)?
@@ -88,6 +108,33 @@ pub fn put_tbf(ifindex: u32, pod_ifindex: u32, limit: &Limit) -> Result<()> {
         return Err(Error::new(Code::Kernel, format!("{WHAT}: it has the qdisc {kind} already, which is left alone")));
     }
     replace_root(ifindex, "tbf", tbf_options(limit)).map_err(failed)
+}
+
+/// `tc qdisc del dev IFINDEX root`, in the calling thread's namespace, if the qdisc is one that podshaper put there.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn take_off(ifindex: u32) -> Result<()> {
+    let failed = |cause: io::Error| Error::because(Code::Kernel, "take podshaper's qdisc off", cause);
+    if root_qdisc(ifindex).map_err(failed)?.is_none_or(|(_, handle)| handle != OURS) {
+        return Ok(());
+    }
+    let mut message = TcMessage::with_index(ifindex as i32);
+    message.header.parent = TcHandle::ROOT;
+    netlink::change(RouteNetlinkMessage::DelQueueDiscipline(message), 0).map_err(failed)
+}
+
+/// The same for the host's end of the veth whose other end is `pod_ifindex`.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn take_off_peer(ifindex: u32, pod_ifindex: u32) -> Result<()> {
+    let failed = |cause: io::Error| Error::because(Code::Kernel, "find the host's end of the pod's interface", cause);
+    if is_peer(ifindex, pod_ifindex).map_err(failed)? { take_off(ifindex) } else { Ok(()) }
+}
+
+fn is_peer(ifindex: u32, pod_ifindex: u32) -> io::Result<bool> {
+    Ok(link(ifindex)?.is_some_and(|link| is_veth(&link) && linked_to(&link) == Some(pod_ifindex)))
 }
 
 fn tbf_options(limit: &Limit) -> Vec<TcOption> {

@@ -195,6 +195,7 @@ impl Request {
             pod_name: self.pod_name.clone(),
             uid: attachment.key.uid().map(|uid| uid.to_string()),
             cgroup: cgroup.to_string_lossy().into_owned(),
+            fq: false,
             ingress_by: None,
         }
     }

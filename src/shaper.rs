@@ -45,6 +45,9 @@ const DROPS_BOUND_NS: u64 = 100_000_000;
 /// Backlog beyond which everything is dropped: the horizon of fq and of Cilium's bandwidth manager (2 s).
 const HORIZON_NS: u64 = 2_000_000_000;
 
+/// Two full packets of the usual MTU.
+const SPARSE_BYTES: u64 = 2 * 1500;
+
 /// An object that is loaded, not yet attached.
 pub struct Loaded {
     object: Ebpf,
@@ -69,6 +72,8 @@ pub struct Settings {
     pub ifindex: u32,
     /// The limits.
     pub limits: Limits,
+    /// Whether fq is on that interface.
+    pub has_fq: bool,
     /// What holds the ingress limit; `None` without one.
     pub ingress_by: Option<IngressBy>,
 }
@@ -94,7 +99,10 @@ impl Settings {
 
     /// The limits as the programs read them, by direction.
     fn abi_limits(&self) -> [(u32, &'static str, AbiLimit); 2] {
-        let egress = self.limits.egress.as_ref().map(|limit| abi_limit(limit, u64::MAX, HORIZON_NS, UNPACED_BOUND_NS));
+        let egress = self.limits.egress.as_ref().map(|limit| AbiLimit {
+            departs: self.has_fq.into(),
+            ..abi_limit(limit, u64::MAX, HORIZON_NS, UNPACED_BOUND_NS)
+        });
         let ingress = self.limits.ingress.as_ref().zip(self.ingress_by).map(|(limit, by)| match by {
             IngressBy::HeldAcks => abi_limit(limit, HELD_MARK_NS, HORIZON_NS, UNPACED_BOUND_NS),
             // tbf has held it already: this only counts.
@@ -266,6 +274,8 @@ fn abi_limit(limit: &Limit, paced_mark_ns: u64, horizon_ns: u64, unpaced_bound_n
         unpaced_bound_ns,
         paced_mark_ns,
         horizon_ns,
+        sparse_bytes: SPARSE_BYTES,
+        departs: 0,
     }
 }
 
@@ -345,7 +355,9 @@ fn verifier_says(error: &ProgramError) -> String {
     const LINES: usize = 3;
     let ProgramError::LoadError { verifier_log, .. } = error else { return String::new() };
     let log = verifier_log.to_string();
-    let lines: Vec<_> = log.lines().filter(|line| !line.trim().is_empty()).collect();
+    const STATISTICS: [&str; 3] = ["verification time ", "stack depth ", "processed "];
+    let says_why = |line: &&str| !line.trim().is_empty() && !STATISTICS.iter().any(|start| line.starts_with(start));
+    let lines: Vec<_> = log.lines().filter(says_why).collect();
     match lines[lines.len().saturating_sub(LINES)..].join(" | ") {
         end if end.is_empty() => end,
         end => format!("; the verifier says: {end}"),

@@ -102,8 +102,9 @@ fn sandbox(call: &Recorded, place: fn(&str) -> String) -> Sandbox {
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn every_recorded_run_leaves_after_each_call_what_it_should() {
-    // UIDs and namespaces are the recorded ones: two runs of the tests at once would be in each other's way.
-    let lock = File::create(std::env::temp_dir().join("podshaper-replay.lock")).unwrap();
+    // UIDs and namespaces are the recorded ones: two runs of the tests at once would be in each other's way. A lock on a
+    // directory that is there anyway leaves no file.
+    let lock = File::open(cgroup::mount().unwrap()).unwrap();
     lock.lock().unwrap();
     let mut recorded: Vec<_> = fs::read_dir(records()).unwrap().map(|entry| entry.unwrap().path()).collect();
     recorded.retain(|path| path.is_dir());

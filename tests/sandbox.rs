@@ -287,6 +287,23 @@ pub fn netns_with(interfaces: &[&str]) -> Netns {
     netns
 }
 
+/// A namespace with an eth0 whose other end is the host's, as the bridge plugin makes it; and the name of that end.
+pub fn netns_with_host_end() -> (Netns, String) {
+    let netns = netns_with(&[]);
+    // Fifteen characters are what a name may have.
+    let host_end = format!("ps{}", &uuid().unwrap()[..8]);
+    let words = ["link", "add", &host_end, "type", "veth", "peer", "name", "eth0", "netns", netns.name()];
+    process::run(Command::new("ip").args(words)).unwrap();
+    (netns, host_end)
+}
+
+/// How many qdiscs on both ends have the handle by which podshaper knows its own.
+pub fn own_qdiscs(netns: &Netns, host_end: &str) -> usize {
+    let outside = process::run(Command::new("tc").args(["qdisc", "show", "dev", host_end])).unwrap();
+    let inside = netns.run("tc", &["qdisc", "show", "dev", "eth0"]).unwrap();
+    (outside + &inside).matches(" 7064: ").count()
+}
+
 /// Makes a call that must succeed.
 #[track_caller]
 pub fn ok(cni: &Cni) -> Call {

@@ -9,6 +9,16 @@ use podshaper_abi::{Clock, Limit, Meter, TransmitTime, backlog_bucket, transmit_
 
 use crate::packet::Wire;
 
+/// What is known of a packet before the clock is locked.
+pub struct Verdict {
+    /// Backlog beyond which it is dropped.
+    pub bound_ns: u64,
+    /// Whether it goes before the backlog, as a sparse flow's that no socket paces.
+    pub is_sparse: bool,
+    /// Whether a congestion mark was set on it.
+    pub is_marked: bool,
+}
+
 /// Now, as the clock counts: CLOCK_MONOTONIC, which is also what TCP's pacing timer and fq's departure times use.
 #[inline(always)]
 pub fn now_ns() -> u64 {
@@ -26,14 +36,22 @@ pub fn backlog_with(meter: *const Meter, limit: &Limit, now_ns: u64, wire_bytes:
     Clock::backlog_ns(caught_up_ns + transmit_time(wire_bytes, limit.rate_bits_per_s).ns, now_ns)
 }
 
+/// Whether sparse flows have had less than their part of the rate lately. Read without the lock, like the above.
+#[inline(always)]
+pub fn has_room_for_sparse(meter: *const Meter, now_ns: u64) -> bool {
+    // SAFETY: as in `backlog_with`.
+    let next_ns = unsafe { (&raw const (*meter).sparse.next_ns).read_volatile() };
+    next_ns <= now_ns
+}
+
 /// Counts a packet: moves the clock and returns true, or returns false where the backlog is beyond `bound_ns`. Then the packet
 /// must be dropped.
 #[inline(always)]
-pub fn admit(meter: *mut Meter, limit: &Limit, now_ns: u64, wire: &Wire, bound_ns: u64, marked: bool) -> bool {
+pub fn admit(meter: *mut Meter, limit: &Limit, now_ns: u64, wire: &Wire, verdict: &Verdict) -> bool {
     let time = transmit_time(wire.bytes, limit.rate_bits_per_s);
     // SAFETY: `meter` points to a whole value of METERS, whose first field is the lock.
     unsafe { bpf_spin_lock(meter.cast()) };
-    let admitted = admit_locked(meter, limit, now_ns, wire, bound_ns, marked, time);
+    let admitted = admit_locked(meter, limit, now_ns, wire, verdict, time);
     // SAFETY: as above.
     unsafe { bpf_spin_unlock(meter.cast()) };
     admitted
@@ -46,24 +64,26 @@ fn admit_locked(
     limit: &Limit,
     now_ns: u64,
     wire: &Wire,
-    bound_ns: u64,
-    marked: bool,
+    verdict: &Verdict,
     time: TransmitTime,
 ) -> bool {
     // SAFETY: the lock is held: nobody else reads or writes these fields but `backlog_with`, which expects it.
-    let (clock, counters) = unsafe { (&mut (*meter).clock, &mut (*meter).counters) };
+    let Meter { clock, sparse, counters, .. } = unsafe { &mut *meter };
     let backlog_ns = Clock::backlog_ns(clock.next_ns, now_ns);
     if backlog_ns > counters.max_backlog_ns {
         counters.max_backlog_ns = backlog_ns;
     }
-    if backlog_ns > bound_ns {
+    if backlog_ns > verdict.bound_ns {
         counters.drops += wire.segments;
         return false;
     }
     clock.advance(now_ns, limit, time);
+    // By multiplication, here and for the marks: a branch on what is known to be 0 or 1 would make the verifier check all that
+    // led here once for each.
+    sparse.advance_sparse(now_ns, limit, time, verdict.is_sparse as u64);
     counters.bytes += wire.bytes;
     counters.packets += wire.segments;
-    counters.marks += marked as u64 * wire.segments;
+    counters.marks += verdict.is_marked as u64 * wire.segments;
     counters.backlog[backlog_bucket(backlog_ns)] += wire.segments;
     true
 }

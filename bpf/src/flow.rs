@@ -4,7 +4,7 @@
 //! pod comes from. The allowance is also about a flow's fair share, since a bulk flow waits for the whole backlog to drain
 //! between two segments: nobody gains by being sparse many times.
 
-/// A flow is given new credit when it has not asked for this much longer than the backlog takes to drain.
+/// The shortest time for one credit, where the backlog is shorter than any timer.
 const SPARSE_GAP_NS: u64 = 1_000_000;
 
 /// One socket's state, in socket storage. All zero when new.
@@ -27,12 +27,10 @@ pub struct Flow {
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Credit {
-    /// When it was last filled up.
+    /// When it is filled up again.
     filled_ns: u64,
     /// What is left of it, in bytes on the wire.
     bytes: u64,
-    /// Whether something has been too large for it since.
-    is_exceeded: u64,
 }
 
 /// TCP in: the window the remote sender is given, and when its next acknowledgement may leave.
@@ -55,26 +53,28 @@ pub struct Window {
 
 impl Credit {
     /// Whether `wire_bytes` more may go before the backlog of `backlog_ns` (these bytes included) has drained. Takes them from
-    /// the credit, `full_bytes` a time, if so.
+    /// the credit, `full_bytes` a time, if so. If not, there is none until twice the time this backlog takes to drain: a bulk
+    /// flow, which waits for just the backlog, never has any, even if its timer is late.
     #[inline(always)]
     pub fn is_sparse(&mut self, now_ns: u64, backlog_ns: u64, wire_bytes: u64, full_bytes: u64) -> bool {
-        if now_ns - self.filled_ns > backlog_ns + SPARSE_GAP_NS {
-            self.filled_ns = now_ns;
+        let again_ns = now_ns + 2 * backlog_ns + SPARSE_GAP_NS;
+        if now_ns > self.filled_ns {
+            self.filled_ns = again_ns;
             self.bytes = full_bytes;
-            self.is_exceeded = 0;
         }
         let sparse = wire_bytes <= self.bytes;
         if sparse {
             self.bytes -= wire_bytes;
         } else {
-            self.is_exceeded = 1;
+            self.filled_ns = again_ns;
+            self.bytes = 0;
         }
         sparse
     }
 
-    /// Whether all that went since the credit was filled up was within it.
+    /// Whether the flow is a sparse one at present.
     #[inline(always)]
-    pub fn has_sufficed(&self) -> bool {
-        self.is_exceeded == 0
+    pub fn is_left(&self) -> bool {
+        self.bytes != 0
     }
 }

@@ -29,6 +29,7 @@ use aya_ebpf::{
 use podshaper_abi::{EGRESS, INGRESS, LOOPBACK_IFINDEX, Limit, Meter};
 
 use crate::{
+    clock::Verdict,
     flow::{Credit, Flow},
     packet::Wire,
 };
@@ -46,9 +47,6 @@ const DROP: i32 = 2;
 const DROP_INGRESS: i32 = 0;
 /// sock_ops and cgroup/setsockopt: go on.
 const CONTINUE: i32 = 1;
-
-/// Two full packets of the usual MTU: the sparse credit of a flow that is not TCP and so has no MSS.
-const SPARSE_BYTES: u64 = 2 * 1500;
 
 /// Called for every packet a socket of the pod sends, before the qdisc and before a GSO packet is cut. Counts it on the clock.
 #[cgroup_skb(egress)]
@@ -154,6 +152,14 @@ fn is_paced(socket: Option<NonNull<bpf_sock>>) -> bool {
     socket.is_none_or(|socket| unsafe { socket.as_ref().protocol } == u32::from(packet::IPPROTO_TCP))
 }
 
+/// Gives a packet that no socket paces the time at which the backlog before it has drained. It waits in fq and counts against its
+/// socket's send buffer there, so that its sender is slowed instead of its packets dropped.
+#[inline(always)]
+fn depart(ctx: &SkBuffContext, meter: *const Meter, limit: &Limit, now_ns: u64) {
+    // SAFETY: cgroup_skb programs may write tstamp.
+    unsafe { (*ctx.skb.skb).tstamp = now_ns + clock::backlog_with(meter, limit, now_ns, 0) };
+}
+
 /// Counts a packet on a direction's clock; false if it must be dropped. TCP and sparse flows may go up to the horizon, others
 /// while the backlog is short. What is ECN-capable is told before that.
 #[inline(always)]
@@ -167,17 +173,22 @@ fn admit(
     let wire = Wire::of(ctx);
     let now_ns = clock::now_ns();
     let backlog_ns = clock::backlog_with(meter, limit, now_ns, wire.bytes);
-    let sparse = credit.is_some_and(|credit| credit.is_sparse(now_ns, backlog_ns, wire.bytes, SPARSE_BYTES));
-    let (bound_ns, mark_ns) = if sparse {
-        (limit.horizon_ns, u64::MAX)
-    } else if is_paced(socket) {
+    let is_paced = is_paced(socket);
+    let has_credit = credit.is_some_and(|credit| credit.is_sparse(now_ns, backlog_ns, wire.bytes, limit.sparse_bytes));
+    let is_sparse = has_credit && !is_paced && clock::has_room_for_sparse(meter, now_ns);
+    let (bound_ns, mark_ns) = if is_paced {
         (limit.horizon_ns, limit.paced_mark_ns)
+    } else if is_sparse {
+        (limit.horizon_ns, limit.horizon_ns)
+    } else if limit.departs != 0 {
+        depart(ctx, meter, limit, now_ns);
+        (limit.horizon_ns, limit.unpaced_bound_ns / 2)
     } else {
         (limit.unpaced_bound_ns, limit.unpaced_bound_ns / 2)
     };
     // SAFETY: cgroup_skb programs may call it. It returns 1 where the packet is ECN-capable and now marked.
-    let marked = backlog_ns > mark_ns && unsafe { bpf_skb_ecn_set_ce(ctx.skb.skb) } == 1;
-    clock::admit(meter, limit, now_ns, &wire, bound_ns, marked)
+    let is_marked = backlog_ns > mark_ns && unsafe { bpf_skb_ecn_set_ce(ctx.skb.skb) } == 1;
+    clock::admit(meter, limit, now_ns, &wire, &Verdict { bound_ns, is_sparse, is_marked })
 }
 
 #[inline(always)]
@@ -192,11 +203,12 @@ fn note_pacing_rate(ctx: &SockoptContext) {
         }
         let start = option.__bindgen_anon_2.optval as usize;
         let end = option.__bindgen_anon_3.optval_end as usize;
+        // Unaligned: to the verifier they are packet data, two bytes off where an architecture minds.
         // As sk_setsockopt() reads it: an unsigned long where there is room for one, else an unsigned int, all ones meaning none.
         let rate = if start + 8 <= end && option.optlen >= 8 {
-            *(start as *const u64)
+            (start as *const u64).read_unaligned()
         } else if start + 4 <= end {
-            match *(start as *const u32) {
+            match (start as *const u32).read_unaligned() {
                 u32::MAX => u64::MAX,
                 rate => u64::from(rate),
             }

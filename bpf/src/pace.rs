@@ -9,7 +9,7 @@
 //! ```
 //!
 //! TCP's own pacing timer does the waiting, inside the sender, before the packet exists: nothing queues and nothing drops. N
-//! bulk flows wait for the same backlog and so send the same; the backlog settles at N segments. Segments of less than two MSS
+//! bulk flows wait for the same backlog and so send the same; the backlog settles at N packets. Packets of less than two segments
 //! wait for their part of it, so that a flow of small messages gets the bytes of its share and not only the packets.
 //!
 //! The value is an upper bound to the kernel (SO_MAX_PACING_RATE), so congestion control goes on below it. It is lowered at
@@ -29,7 +29,8 @@ pub const SO_MAX_PACING_RATE: i32 = 47;
 /// the flow has a backlog, its pace is below that again.
 const NOT_PACED: u64 = u32::MAX as u64;
 
-/// Full segments of a bulk flow at its slowest: TCP builds two at least (net.ipv4.tcp_min_tso_segs).
+/// Segments of a bulk flow at its slowest: TCP builds two at least (net.ipv4.tcp_min_tso_segs), but for bbr at times. What is
+/// smaller waits in proportion, so that flows share evenly whatever they build.
 const FULL_SEGMENTS: u64 = 2;
 
 /// Waits shorter than this are not worth a timer: the segment may go.

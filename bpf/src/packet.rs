@@ -3,19 +3,19 @@
 //! The stack hands over GSO packets: one header and up to 512 KiB of payload, to be cut into segments that each carry a header
 //! of their own. `wire_len` has the answer but may not be read in cgroup_skb, and `len` counts one header only.
 
-use core::ptr::NonNull;
+use core::{mem::MaybeUninit, ptr::NonNull};
 
-use aya_ebpf::{bindings::bpf_sock, helpers::bpf_sk_fullsock, programs::SkBuffContext};
+use aya_ebpf::{
+    bindings::bpf_sock,
+    helpers::{bpf_sk_fullsock, bpf_skb_load_bytes},
+    programs::SkBuffContext,
+};
 
 const IPV4_HEADER_BYTES: u64 = 20;
 const IPV6_HEADER_BYTES: u64 = 40;
 const UDP_HEADER_BYTES: u64 = 8;
-const TCP_HEADER_BYTES: u64 = 20;
 const TCP_HEADER_WITH_TIMESTAMPS_BYTES: u64 = 32;
 const TCP_DATA_OFFSET_OFFSET: u64 = 12;
-/// The smallest packet that can be GSO: IPv4 and UDP, with a byte in each of two segments.
-const SMALLEST_GSO_BYTES: usize = 30;
-
 /// IANA protocol numbers.
 pub const IPPROTO_TCP: u8 = 6;
 const IPPROTO_HOPOPTS: u8 = 0;
@@ -40,52 +40,91 @@ impl Wire {
         if segments <= 1 {
             return Self { bytes, segments: 1 };
         }
-        let headers = Headers::of(ctx);
-        Self { bytes: bytes - headers.not_sent + (segments - 1) * headers.repeated, segments }
+        let start: [u64; 2] = load(ctx, 0);
+        let extension: u16 = load(ctx, IPV6_HEADER_BYTES);
+        let headers = network_headers(start[0], start[1], extension.into());
+        let data_offset: u8 = load(ctx, Headers(headers).network_bytes() + TCP_DATA_OFFSET_OFFSET);
+        Self { bytes: bytes_with_headers(bytes, segments, headers, data_offset.into()), segments }
     }
 }
 
-struct Headers {
-    /// Bytes that every segment carries.
-    repeated: u64,
-    /// Bytes that no segment carries: the jumbo hop-by-hop header of IPv6 packets over 64 KiB, taken off before sending
-    /// (include/net/ipv6.h, `ipv6_hopopt_jumbo_remove`).
-    not_sent: u64,
+/// Bytes of all segments of a packet with one header.
+///
+/// Like the next function it is a global one, and so the verifier checks it by itself, once, and not together with each branch of
+/// what follows: that was half of the time an ADD took. They get numbers and not the packet, since a kernel without BTF of its own
+/// would not know the packet's type.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn bytes_with_headers(bytes: u64, segments: u64, headers: u64, data_offset: u64) -> u64 {
+    let headers = Headers(headers);
+    // Linux cuts TCP and UDP for its own sockets; SCTP makes its chunks itself.
+    let transport_bytes = if headers.are_tcp() { (data_offset >> 4) * 4 } else { UDP_HEADER_BYTES };
+    let repeated_bytes = headers.network_bytes() - headers.jumbo_bytes() + transport_bytes;
+    bytes - headers.jumbo_bytes() + (segments - 1) * repeated_bytes
 }
+
+/// Reads from the packet; zeros where it ends before (the helper fills them in). To look at the helper's answer would double what
+/// the verifier has to check of all that follows.
+#[inline(always)]
+fn load<T: Copy>(ctx: &SkBuffContext, offset: u64) -> T {
+    let mut value = MaybeUninit::<T>::uninit();
+    let (skb, size) = (ctx.skb.skb.cast(), size_of::<T>() as u32);
+    // SAFETY: `value` has room for as many bytes, all of which the helper writes; used for integers only, which take any.
+    unsafe {
+        bpf_skb_load_bytes(skb, offset as u32, value.as_mut_ptr().cast(), size);
+        value.assume_init()
+    }
+}
+
+/// What [`network_headers`] found, in one number, since that is what it can return.
+#[derive(Clone, Copy)]
+struct Headers(u64);
 
 impl Headers {
-    /// Every branch here is checked by the verifier together with all that follows, at each ADD: this reads as little as it can.
     #[inline(always)]
-    fn of(ctx: &SkBuffContext) -> Self {
-        let Ok(start) = ctx.load::<[u8; SMALLEST_GSO_BYTES]>(0) else { return Self { repeated: 0, not_sent: 0 } };
-        let is_ipv4 = start[0] >> 4 == 4;
-        let (mut offset, mut protocol) =
-            if is_ipv4 { (u64::from(start[0] & 0xf) * 4, start[9]) } else { (IPV6_HEADER_BYTES, start[6]) };
-        let mut not_sent = 0;
-        // One extension header is looked behind: the jumbo header, or one an application asked for. With more than that in a
-        // row each segment is counted a few bytes short.
-        if !is_ipv4
-            && matches!(protocol, IPPROTO_HOPOPTS | IPPROTO_ROUTING | IPPROTO_DSTOPTS)
-            && let Ok([next, units]) = ctx.load::<[u8; 2]>(offset as usize)
-        {
-            let length = (u64::from(units) + 1) * 8;
-            // A payload length of 0 means "see the jumbo option".
-            if protocol == IPPROTO_HOPOPTS && start[4] | start[5] == 0 {
-                not_sent = length;
-            }
-            (offset, protocol) = (offset + length, next);
-        }
-        // Linux cuts TCP and UDP for its own sockets; SCTP makes its chunks itself.
-        let transport = if protocol == IPPROTO_TCP {
-            match ctx.load::<u8>((offset + TCP_DATA_OFFSET_OFFSET) as usize) {
-                Ok(data_offset) => u64::from(data_offset >> 4) * 4,
-                Err(_) => TCP_HEADER_BYTES,
-            }
-        } else {
-            UDP_HEADER_BYTES
-        };
-        Self { repeated: offset - not_sent + transport, not_sent }
+    fn new(network_bytes: u64, jumbo_bytes: u64, protocol: u64) -> Self {
+        Self(network_bytes | jumbo_bytes << 16 | protocol << 32)
     }
+
+    /// Bytes before the transport header.
+    #[inline(always)]
+    fn network_bytes(self) -> u64 {
+        self.0 & 0xffff
+    }
+
+    /// Those of them that no segment carries: the jumbo hop-by-hop header of IPv6 packets over 64 KiB, taken off before sending
+    /// (include/net/ipv6.h, `ipv6_hopopt_jumbo_remove`).
+    #[inline(always)]
+    fn jumbo_bytes(self) -> u64 {
+        self.0 >> 16 & 0xffff
+    }
+
+    #[inline(always)]
+    fn are_tcp(self) -> bool {
+        self.0 >> 32 == u64::from(IPPROTO_TCP)
+    }
+}
+
+/// The headers of a packet before its transport header, from its first 16 bytes and the two that follow an IPv6 header.
+///
+/// One extension header is looked behind: the jumbo header, or one an application asked for. With more than that in a row each
+/// segment is counted a few bytes short.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn network_headers(start: u64, next: u64, extension: u64) -> u64 {
+    let (start, next, extension) = (start.to_le_bytes(), next.to_le_bytes(), extension.to_le_bytes());
+    let headers = if start[0] >> 4 == 4 {
+        Headers::new(u64::from(start[0] & 0xf) * 4, 0, next[1].into())
+    } else if matches!(start[6], IPPROTO_HOPOPTS | IPPROTO_ROUTING | IPPROTO_DSTOPTS) {
+        let extension_bytes = (u64::from(extension[1]) + 1) * 8;
+        // A payload length of 0 means "see the jumbo option".
+        let is_jumbo = start[6] == IPPROTO_HOPOPTS && start[4] | start[5] == 0;
+        let jumbo_bytes = if is_jumbo { extension_bytes } else { 0 };
+        Headers::new(IPV6_HEADER_BYTES + extension_bytes, jumbo_bytes, extension[0].into())
+    } else {
+        Headers::new(IPV6_HEADER_BYTES, 0, start[6].into())
+    };
+    headers.0
 }
 
 /// What a TCP segment of `payload` bytes, cut at `mss`, will weigh: for the hook that runs before the headers exist. The MSS of

@@ -58,7 +58,7 @@ pub fn acknowledge(ctx: &SockOpsContext) {
     };
     let now_ns = clock::now_ns();
     let backlog_ns = clock::backlog_with(meter, &limit, now_ns, 0);
-    hold(&mut flow.window, now_ns, backlog_ns, flow.into.has_sufficed());
+    hold(&mut flow.window, now_ns, backlog_ns, flow.into.is_left());
     resize(ctx, &mut flow.window, now_ns, backlog_ns);
     clamp(ctx, flow.window.bytes);
 }

@@ -9,9 +9,6 @@ const FIRST_SECOND_TOLERANCE: f64 = 0.15;
 /// The default burst as time at the rate, and the packets that it is at least (src/units.rs).
 const BURST_SECONDS: f64 = 0.005;
 const BURST_LEAST_BITS: f64 = 10.0 * 1500.0 * 8.0;
-/// What a flow has before it first waits (bpf/src/flow.rs), and about what it is ahead of its share later: the backlog settles
-/// at as many segments as there are flows. At 1 Mbit/s with 8 flows it is a fifth of a second.
-const SPARSE_BITS: f64 = 2.0 * 1500.0 * 8.0;
 /// At 1 Gbit/s on a busy machine; below that none.
 const HANDFUL: u64 = 5;
 
@@ -21,7 +18,7 @@ fn holds(rate: u64, bulk: Bulk) {
     let pod = bed.pod(Limiter::Podshaper, rate);
     let what = format!("{} Mbit/s, {} flows of {:?}, IPv6 {}", rate / MBIT, bulk.flows, bulk.congestion, bulk.ipv6);
     let result = measure::bulk(&pod, &bulk).unwrap();
-    let ahead = (rate as f64 * BURST_SECONDS).max(BURST_LEAST_BITS) + bulk.flows as f64 * SPARSE_BITS;
+    let ahead = (rate as f64 * BURST_SECONDS).max(BURST_LEAST_BITS);
     let first_second = result.timeline.first_second();
     eprintln!("{what}: first second {:.2} Mbit/s, {} retransmits", first_second / 1e6, result.retransmits);
     assert_rate(&what, result.timeline.steady_rate(), rate, STEADY_TOLERANCE);

@@ -4,13 +4,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::harness::cgroup::{self, Driver, PodCgroup};
 use crate::harness::pod::{container_id, uuid};
 use crate::harness::process::Running;
 use crate::harness::traffic_program;
-use crate::sandbox::{ATTACHMENT, PROGRAMS, RATE, Sandbox, links_on, netns_with, ok, within};
+use crate::sandbox::{
+    ATTACHMENT, PROGRAMS, RATE, Sandbox, links_on, netns_with, netns_with_host_end, ok, own_qdiscs, within,
+};
 
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
@@ -19,8 +21,12 @@ fn an_add_pins_and_attaches_what_it_says_and_a_del_leaves_nothing() {
     let add = pod.call("ADD");
     assert_eq!(add.stdout, r#"{"cniVersion":"1.1.0","ips":[]}"#);
     pod.assert_limited(&pod.container_id, RATE);
+    // Whether this kernel has fq is its own affair; what is recorded must be what is on the interface.
+    let qdisc = pod.netns.run("tc", &["qdisc", "show", "dev", "eth0"]).unwrap();
+    let has_fq = qdisc.starts_with("qdisc fq ");
     let owner = json!({
         "containerId": pod.container_id,
+        "fq": has_fq,
         "network": pod.network,
         "ifname": "eth0",
         "netns": pod.netns.path(),
@@ -31,8 +37,9 @@ fn an_add_pins_and_attaches_what_it_says_and_a_del_leaves_nothing() {
     });
     assert_eq!(pod.owner("eth0"), owner);
     let expected = format!(
-        "default/web ({}) eth0: egress 10Mbit/s, burst 15000 bytes, by pacing, from runtimeConfig.bandwidth; ",
-        pod.uid
+        "default/web ({}) eth0: egress 10Mbit/s, burst 15000 bytes, by pacing and {}, from runtimeConfig.bandwidth; ",
+        pod.uid,
+        if has_fq { "fq" } else { "drops" }
     );
     assert!(add.stderr.contains(&expected), "{add}");
 
@@ -162,6 +169,60 @@ fn without_a_uid_the_container_is_the_key_and_the_configuration_names_the_cgroup
     assert_eq!(pod.owner("eth0").get("uid"), None);
     ok(&pod.cni("CHECK").env("CNI_ARGS", ""));
     ok(&pod.cni("DEL").env("CNI_ARGS", ""));
+    pod.assert_unlimited();
+}
+
+/// As the bridge plugin makes the interface: its other end is the host's, where ingress may be limited by tbf.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn no_qdisc_outlives_the_ingress_limit_it_was_put_there_for() {
+    let (netns, host_end) = netns_with_host_end();
+    let pod = Sandbox::with_netns(Arc::new(netns));
+    let qdiscs = || own_qdiscs(&pod.netns, &host_end);
+    let with = |bandwidth: Value| {
+        let path = &pod.stdin["runtimeConfig"]["cgroupPath"];
+        pod.stdin_with(json!({ "runtimeConfig": { "bandwidth": bandwidth, "cgroupPath": path } }))
+    };
+    let ingress = with(json!({ "ingressRate": RATE }));
+    let none = with(json!({}));
+    let ends: [(&str, &dyn Fn()); 3] = [
+        ("DEL", &|| drop(pod.call("DEL"))),
+        ("an ADD with an egress limit only", &|| drop(pod.call("ADD"))),
+        ("an ADD without limits", &|| drop(ok(&pod.cni("ADD").stdin(&none)))),
+    ];
+    for (what, end) in ends {
+        ok(&pod.cni("ADD").stdin(&ingress));
+        pod.assert_rates([0, RATE]);
+        let by = pod.owner("eth0")["ingressBy"].clone();
+        assert_eq!(qdiscs(), usize::from(by != "drops"), "{by}");
+        end();
+        assert_eq!(qdiscs(), 0, "after {what}: {by}");
+    }
+    pod.call("DEL");
+}
+
+/// A pod whose interface ends in a third namespace: the number of that end is here another pod's.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn another_pods_interface_is_never_taken_for_this_ones() {
+    let (bystanders, host_end) = netns_with_host_end();
+    let index = |path: &str| std::fs::read_to_string(path).unwrap().trim().to_owned();
+    let number = index(&format!("/sys/class/net/{host_end}/ifindex"));
+    let (third, pods) = (netns_with(&[]), Arc::new(netns_with(&[])));
+    // Both interfaces are number 2, the first after lo, as in every pod.
+    let words = ["link", "add", "far", "index", &number, "type", "veth", "peer", "name", "eth0", "netns", pods.name()];
+    third.run("ip", &words).unwrap();
+    for netns in [&bystanders, &*pods] {
+        assert!(netns.run("ip", &["-o", "link", "show", "eth0"]).unwrap().starts_with("2: eth0@if"));
+    }
+    let pod = Sandbox::with_netns(pods);
+    let both = json!({ "bandwidth": { "egressRate": RATE, "ingressRate": RATE } });
+    let call = |verb| ok(&pod.cni(verb).stdin(pod.stdin_with(json!({ "runtimeConfig": both }))));
+    call("ADD");
+    pod.assert_rates([RATE, RATE]);
+    assert_eq!(own_qdiscs(&bystanders, &host_end), 0);
+    assert_ne!(pod.owner("eth0")["ingressBy"], "tbf");
+    call("DEL");
     pod.assert_unlimited();
 }
 

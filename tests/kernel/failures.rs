@@ -1,4 +1,5 @@
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -10,7 +11,7 @@ use crate::harness::cgroup::{self, PodCgroup};
 use crate::harness::cni::Cni;
 use crate::harness::pod::uuid;
 use crate::harness::{process, unique};
-use crate::sandbox::{RATE, Sandbox, netns_with, ok, refused};
+use crate::sandbox::{RATE, Sandbox, netns_with_host_end, ok, own_qdiscs, refused};
 
 const NETNS: u64 = 8;
 const UNAVAILABLE: u64 = 50;
@@ -169,6 +170,9 @@ fn bpffs_is_mounted_where_it_is_missing_unless_that_is_forbidden() {
         pod.assert_limited(&pod.container_id, RATE);
         ok(&status());
         assert_eq!(mounts::count_at(Path::new(BPFFS)), 1);
+        // Or anybody could hold its lock.
+        let mode = fs::metadata("/sys/fs/bpf/podshaper").unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700);
         let options = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
         let line = options.lines().find(|line| line.contains(" /sys/fs/bpf ")).unwrap();
         assert!(line.contains("nosuid,nodev,noexec") && line.ends_with("mode=700"), "{line}");
@@ -214,7 +218,8 @@ fn a_host_with_cgroup_v1_only_is_told_how_to_get_v2() {
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn a_program_that_tolerates_no_other_is_told_from_a_missing_capability() {
-    let netns = Arc::new(netns_with(&["eth0"]));
+    let (netns, host_end) = netns_with_host_end();
+    let netns = Arc::new(netns);
     let lender = Sandbox::with_netns(Arc::clone(&netns));
     lender.call("ADD");
     let program = lender.program("count_egress").to_string();
@@ -229,8 +234,11 @@ fn a_program_that_tolerates_no_other_is_told_from_a_missing_capability() {
     occupy("attach");
     let details = "attach the eBPF program count_egress to the pod's cgroup: another one is attached there or above, and \
                    tolerates none beside it (bpftool cgroup tree shows them): Operation not permitted (os error 1)";
-    assert_eq!(refused(&pod.cni("ADD")), (KERNEL, details.to_owned()));
+    let both = json!({ "bandwidth": { "egressRate": RATE, "ingressRate": RATE } });
+    let call = pod.cni("ADD").stdin(pod.stdin_with(json!({ "runtimeConfig": both })));
+    assert_eq!(refused(&call), (KERNEL, details.to_owned()));
     pod.assert_unlimited();
+    assert_eq!(own_qdiscs(&pod.netns, &host_end), 0);
     occupy("detach");
     pod.call("ADD");
     pod.assert_limited(&pod.container_id, RATE);

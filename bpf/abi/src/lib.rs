@@ -30,6 +30,10 @@ pub const OWNER_SIZE: usize = 4096;
 /// Nanoseconds a second has, times bits a byte has: what turns bytes and bits/s into nanoseconds.
 const BIT_NANOS_PER_BYTE_SECOND: u64 = 8_000_000_000;
 
+/// Bytes of sparse flows that no socket paces count this many times on their own clock: together they get a quarter of the rate
+/// before the backlog and no more, however many sockets a pod opens (each comes with new credit).
+pub const SPARSE_COST: u64 = 4;
+
 /// Largest packet the arithmetic is exact for. A GSO packet is at most 512 KiB (`GSO_MAX_SIZE`, 8 * 65535 with BIG TCP), and
 /// the headers of its segments do not double it.
 pub const MAX_PACKET_BYTES: u64 = 1 << 20;
@@ -48,6 +52,10 @@ pub struct Limit {
     pub paced_mark_ns: u64,
     /// Backlog beyond which every packet is dropped.
     pub horizon_ns: u64,
+    /// What a flow that is not TCP may send as a sparse one: two full packets. (Of TCP it is two segments.)
+    pub sparse_bytes: u64,
+    /// 1: what no socket paces gets a departure time, since fq is there to honour it, and is held by the horizon only.
+    pub departs: u64,
 }
 
 /// The kernel's `struct bpf_spin_lock`. The verifier finds it in a map's value by this name in the BTF.
@@ -66,6 +74,8 @@ pub struct Meter {
     reserved: u32,
     /// The virtual link.
     pub clock: Clock,
+    /// A slower one for what sparse flows send that no socket paces: see [`SPARSE_COST`].
+    pub sparse: Clock,
     /// What it has seen.
     pub counters: Counters,
 }
@@ -99,10 +109,10 @@ pub struct Counters {
 }
 
 // The sizes are part of LAYOUT: a padding byte or a new field must not slip in unseen.
-const _: () = assert!(size_of::<Limit>() == 40);
+const _: () = assert!(size_of::<Limit>() == 56);
 const _: () = assert!(size_of::<Clock>() == 16);
 const _: () = assert!(size_of::<Counters>() == 40 + 8 * BACKLOG_BUCKETS);
-const _: () = assert!(size_of::<Meter>() == 8 + size_of::<Clock>() + size_of::<Counters>());
+const _: () = assert!(size_of::<Meter>() == 8 + 2 * size_of::<Clock>() + size_of::<Counters>());
 
 /// Time that some bytes take at a rate: whole nanoseconds and the remainder, in units of 1 ns / rate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,6 +146,13 @@ impl Clock {
     #[inline(always)]
     pub fn backlog_ns(next_ns: u64, now_ns: u64) -> u64 {
         next_ns.saturating_sub(now_ns)
+    }
+
+    /// Moves the clock of sparse flows by `packets` (0 or 1) packets.
+    #[inline(always)]
+    pub fn advance_sparse(&mut self, now_ns: u64, limit: &Limit, time: TransmitTime, packets: u64) {
+        // The remainder is under a nanosecond: this clock bounds a privilege, it does not set the rate.
+        self.next_ns = Self::caught_up_ns(self.next_ns, now_ns, limit.burst_ns) + time.ns * SPARSE_COST * packets;
     }
 
     /// Moves the clock by a packet. `time` must be of the rate the limit has now.
@@ -241,6 +258,16 @@ mod tests {
         let mut clock = Clock { next_ns: 2_000, next_rem: 999_999_999 };
         clock.advance(0, &limit(1_000), TransmitTime { ns: 0, rem: 0 });
         assert!(clock.next_rem < 1_000);
+    }
+
+    #[test]
+    fn sparse_flows_use_up_their_quarter_and_others_leave_it_alone() {
+        let limit = limit(8_000_000_000);
+        let mut clock = Clock { next_ns: 1_000, next_rem: 0 };
+        clock.advance_sparse(1_000, &limit, transmit_time(100, limit.rate_bits_per_s), 0);
+        assert_eq!(clock.next_ns, 1_000);
+        clock.advance_sparse(1_000, &limit, transmit_time(100, limit.rate_bits_per_s), 1);
+        assert_eq!(clock.next_ns, 1_400);
     }
 
     #[test]
