@@ -161,7 +161,7 @@ impl Sandbox {
         let text = |program: &Value, key: &str| program[key].as_str().unwrap().to_owned();
         let mut attached: Vec<_> = programs_on(self.cgroup.path())
             .iter()
-            .map(|program| (text(program, "attach_type"), text(program, "name")))
+            .map(|program| (text(program, "attach_type"), self.name(program)))
             .collect();
         attached.sort();
         attached
@@ -170,7 +170,25 @@ impl Sandbox {
     /// The id of a program on the pod's cgroup.
     pub fn program(&self, name: &str) -> u64 {
         let programs = programs_on(self.cgroup.path());
-        programs.iter().find(|program| program["name"] == name).unwrap()["id"].as_u64().unwrap()
+        programs.iter().find(|program| self.name(program) == name).unwrap()["id"].as_u64().unwrap()
+    }
+
+    /// A program's name. On a kernel without tracepoints (User Mode Linux) aya gives none; the pin of its link has it.
+    fn name(&self, program: &Value) -> String {
+        let name = program["name"].as_str().unwrap_or_default();
+        if !name.is_empty() {
+            return name.to_owned();
+        }
+        let pins = self
+            .pins()
+            .into_iter()
+            .flat_map(|(interface, pins)| pins.into_iter().map(move |pin| (interface.clone(), pin)));
+        let is_its = |(interface, pin): &(String, String)| {
+            let path = self.pod_directory().join(interface).join(pin);
+            bpftool(&["link", "show", "pinned", path.to_str().unwrap()])
+                .is_ok_and(|link| link["prog_id"] == program["id"])
+        };
+        pins.into_iter().find(is_its).map(|(_, pin)| pin).unwrap_or_default()
     }
 
     /// The programs of the pod's links and the maps of both.
@@ -321,15 +339,28 @@ pub fn within(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
 
 /// Ids of the links on a cgroup, the dead and the replaced too.
 pub fn links_on(cgroup: &Path) -> Vec<u64> {
-    let id = fs::metadata(cgroup).unwrap().ino();
-    let links = bpftool(&["link", "show"]).unwrap();
-    let links = links.as_array().unwrap().iter().filter(|link| link["cgroup_id"].as_u64() == Some(id));
-    links.map(|link| link["id"].as_u64().unwrap()).collect()
+    links(cgroup).unwrap().iter().map(|link| link["id"].as_u64().unwrap()).collect()
+}
+
+fn links(cgroup: &Path) -> Result<Vec<Value>, String> {
+    let id = fs::metadata(cgroup).map_err(|error| error.to_string())?.ino();
+    let links = bpftool(&["link", "show"])?;
+    Ok(links.as_array().into_iter().flatten().filter(|link| link["cgroup_id"].as_u64() == Some(id)).cloned().collect())
+}
+
+/// bpftool asks for every hook it knows, and fails at the first that an old kernel (5.10) does not: there, by the links.
+fn programs_by_links(cgroup: &Path) -> Result<Value, String> {
+    let program = |link: &Value| -> Result<Value, String> {
+        let mut program = bpftool(&["prog", "show", "id", &link["prog_id"].to_string()])?;
+        program["attach_type"] = link["attach_type"].clone();
+        Ok(program)
+    };
+    links(cgroup)?.iter().map(program).collect::<Result<Vec<_>, _>>().map(Value::Array)
 }
 
 /// The programs attached to a cgroup. bpftool fails if one goes while it looks, and when the cgroup is gone.
 fn programs_on(cgroup: &Path) -> Vec<Value> {
-    let show = || bpftool(&["cgroup", "show", cgroup.to_str().unwrap()]).ok();
+    let show = || bpftool(&["cgroup", "show", cgroup.to_str().unwrap()]).or_else(|_| programs_by_links(cgroup)).ok();
     let found = (0..5).find_map(|_| if cgroup.exists() { show() } else { Some(json!([])) });
     // Nothing at all is printed for a cgroup without programs.
     found.unwrap().as_array().cloned().unwrap_or_default()
