@@ -5,19 +5,14 @@
 //! (`bpf_spin_lock`, which disables interrupts while it is held). It is held for a few stores; the division is done before.
 
 use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_spin_lock, bpf_spin_unlock};
-use podshaper_abi::{Clock, Limit, Meter, TransmitTime, backlog_bucket, transmit_time};
+use podshaper_abi::{Clock, Limit, Meter, backlog_bucket, transmit_time};
 
-use crate::packet::Wire;
+use crate::maps;
 
-/// What is known of a packet before the clock is locked.
-pub struct Verdict {
-    /// Backlog beyond which it is dropped.
-    pub bound_ns: u64,
-    /// Whether it goes before the backlog, as a sparse flow's that no socket paces.
-    pub is_sparse: bool,
-    /// Whether a congestion mark was set on it.
-    pub is_marked: bool,
-}
+/// Flag of [`admit`]: the packet goes before the backlog, as a sparse flow's that no socket paces.
+pub const IS_SPARSE: u64 = 1;
+/// Flag of [`admit`]: a congestion mark was set on it.
+pub const IS_MARKED: u64 = 2;
 
 /// Now, as the clock counts: CLOCK_MONOTONIC, which is also what TCP's pacing timer and fq's departure times use.
 #[inline(always)]
@@ -44,46 +39,39 @@ pub fn has_room_for_sparse(meter: *const Meter, now_ns: u64) -> bool {
     next_ns <= now_ns
 }
 
-/// Counts a packet: moves the clock and returns true, or returns false where the backlog is beyond `bound_ns`. Then the packet
-/// must be dropped.
-#[inline(always)]
-pub fn admit(meter: *mut Meter, limit: &Limit, now_ns: u64, wire: &Wire, verdict: &Verdict) -> bool {
-    let time = transmit_time(wire.bytes, limit.rate_bits_per_s);
+/// Counts a packet of a direction: moves the clock and returns 1, or returns 0 where the backlog is beyond `bound_ns`. Then the
+/// packet must be dropped.
+///
+/// A global function, and so the verifier checks it by itself, once, and not together with every way that leads to it: the check is
+/// most of the time an ADD takes. It can be given numbers only.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn admit(direction: u64, bytes: u64, segments: u64, bound_ns: u64, flags: u64) -> u64 {
+    let direction = direction as u32;
+    let (Some(limit), Some(meter)) = (maps::limit(direction), maps::meter(direction)) else { return 1 };
+    let now_ns = now_ns();
+    let time = transmit_time(bytes, limit.rate_bits_per_s);
     // SAFETY: `meter` points to a whole value of METERS, whose first field is the lock.
     unsafe { bpf_spin_lock(meter.cast()) };
-    let admitted = admit_locked(meter, limit, now_ns, wire, verdict, time);
-    // SAFETY: as above.
-    unsafe { bpf_spin_unlock(meter.cast()) };
-    admitted
-}
-
-/// The part under the lock. The verifier allows no call there, so all of it is inlined.
-#[inline(always)]
-fn admit_locked(
-    meter: *mut Meter,
-    limit: &Limit,
-    now_ns: u64,
-    wire: &Wire,
-    verdict: &Verdict,
-    time: TransmitTime,
-) -> bool {
-    // SAFETY: the lock is held: nobody else reads or writes these fields but `backlog_with`, which expects it.
+    // SAFETY: the lock is held: nobody else reads or writes these fields but `backlog_with`, which expects it. The verifier allows
+    // no call under the lock, so all of what follows is inlined.
     let Meter { clock, sparse, counters, .. } = unsafe { &mut *meter };
     let backlog_ns = Clock::backlog_ns(clock.next_ns, now_ns);
     if backlog_ns > counters.max_backlog_ns {
         counters.max_backlog_ns = backlog_ns;
     }
-    if backlog_ns > verdict.bound_ns {
-        counters.drops += wire.segments;
-        return false;
+    let admitted = backlog_ns <= bound_ns;
+    if admitted {
+        clock.advance(now_ns, &limit, time);
+        sparse.advance_sparse(now_ns, &limit, time, flags & IS_SPARSE);
+        counters.bytes += bytes;
+        counters.packets += segments;
+        counters.marks += (flags & IS_MARKED) / IS_MARKED * segments;
+        counters.backlog[backlog_bucket(backlog_ns)] += segments;
+    } else {
+        counters.drops += segments;
     }
-    clock.advance(now_ns, limit, time);
-    // By multiplication, here and for the marks: a branch on what is known to be 0 or 1 would make the verifier check all that
-    // led here once for each.
-    sparse.advance_sparse(now_ns, limit, time, verdict.is_sparse as u64);
-    counters.bytes += wire.bytes;
-    counters.packets += wire.segments;
-    counters.marks += verdict.is_marked as u64 * wire.segments;
-    counters.backlog[backlog_bucket(backlog_ns)] += wire.segments;
-    true
+    // SAFETY: as above.
+    unsafe { bpf_spin_unlock(meter.cast()) };
+    admitted.into()
 }

@@ -29,7 +29,6 @@ use aya_ebpf::{
 use podshaper_abi::{EGRESS, INGRESS, LOOPBACK_IFINDEX, Limit, Meter};
 
 use crate::{
-    clock::Verdict,
     flow::{Credit, Flow},
     packet::Wire,
 };
@@ -62,9 +61,8 @@ pub fn count_egress(ctx: SkBuffContext) -> i32 {
         flow.is_ours = 1;
         hold_back(&ctx, flow);
     }
-    let (Some(limit), Some(meter)) = (maps::limit(EGRESS), maps::meter(EGRESS)) else { return PASS };
     let credit = flow.map(|flow| &mut flow.out);
-    if admit(&ctx, &limit, meter, socket, credit) { PASS } else { DROP }
+    if admit(&ctx, EGRESS, socket, credit) { PASS } else { DROP }
 }
 
 /// Called for every packet that reaches a socket of the pod, as a whole (GRO). Counts it on the clock.
@@ -73,12 +71,11 @@ pub fn count_ingress(ctx: SkBuffContext) -> i32 {
     if !is_ours(&ctx) {
         return PASS;
     }
-    let (Some(limit), Some(meter)) = (maps::limit(INGRESS), maps::meter(INGRESS)) else { return PASS };
     let socket = packet::full_socket(&ctx);
     // SAFETY: as in `count_egress`.
     let flow = socket.and_then(|socket| unsafe { maps::flow_or_new(socket) });
     let credit = flow.map(|flow| &mut flow.into);
-    if admit(&ctx, &limit, meter, socket, credit) { PASS } else { DROP_INGRESS }
+    if admit(&ctx, INGRESS, socket, credit) { PASS } else { DROP_INGRESS }
 }
 
 /// Called with the events of every TCP socket of the pod, the socket locked. Egress.
@@ -163,16 +160,11 @@ fn depart(ctx: &SkBuffContext, meter: *const Meter, limit: &Limit, now_ns: u64) 
 /// Counts a packet on a direction's clock; false if it must be dropped. TCP and sparse flows may go up to the horizon, others
 /// while the backlog is short. What is ECN-capable is told before that.
 #[inline(always)]
-fn admit(
-    ctx: &SkBuffContext,
-    limit: &Limit,
-    meter: *mut Meter,
-    socket: Option<NonNull<bpf_sock>>,
-    credit: Option<&mut Credit>,
-) -> bool {
+fn admit(ctx: &SkBuffContext, direction: u32, socket: Option<NonNull<bpf_sock>>, credit: Option<&mut Credit>) -> bool {
+    let (Some(limit), Some(meter)) = (maps::limit(direction), maps::meter(direction)) else { return true };
     let wire = Wire::of(ctx);
     let now_ns = clock::now_ns();
-    let backlog_ns = clock::backlog_with(meter, limit, now_ns, wire.bytes);
+    let backlog_ns = clock::backlog_with(meter, &limit, now_ns, wire.bytes);
     let is_paced = is_paced(socket);
     let has_credit = credit.is_some_and(|credit| credit.is_sparse(now_ns, backlog_ns, wire.bytes, limit.sparse_bytes));
     let is_sparse = has_credit && !is_paced && clock::has_room_for_sparse(meter, now_ns);
@@ -181,14 +173,15 @@ fn admit(
     } else if is_sparse {
         (limit.horizon_ns, limit.horizon_ns)
     } else if limit.departs != 0 {
-        depart(ctx, meter, limit, now_ns);
+        depart(ctx, meter, &limit, now_ns);
         (limit.horizon_ns, limit.unpaced_bound_ns / 2)
     } else {
         (limit.unpaced_bound_ns, limit.unpaced_bound_ns / 2)
     };
     // SAFETY: cgroup_skb programs may call it. It returns 1 where the packet is ECN-capable and now marked.
     let is_marked = backlog_ns > mark_ns && unsafe { bpf_skb_ecn_set_ce(ctx.skb.skb) } == 1;
-    clock::admit(meter, limit, now_ns, &wire, &Verdict { bound_ns, is_sparse, is_marked })
+    let flags = is_sparse as u64 * clock::IS_SPARSE + is_marked as u64 * clock::IS_MARKED;
+    clock::admit(direction.into(), wire.bytes, wire.segments, bound_ns, flags) == 1
 }
 
 #[inline(always)]
