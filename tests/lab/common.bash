@@ -91,7 +91,7 @@ finish() {
         if read -r -t 1 -u "$status" line; then
             :
         elif ! kill -0 "$kernel" 2>/dev/null; then
-            tail -n 20 "$work/console" >&2
+            tail -n 40 "$work/console" >&2
             die "the kernel died before the command ended; above is the end of its log"
         elif [[ $SECONDS -ge $deadline ]]; then
             tail -n 5 "$work/console" >&2
@@ -99,6 +99,6 @@ finish() {
             exit "$EXIT_LATE"
         fi
     done
-    [[ $line =~ ^[0-9]+$ ]] || { tail -n 20 "$work/console" >&2; die "$line"; }
+    [[ $line =~ ^[0-9]+$ ]] || { tail -n 40 "$work/console" >&2; die "$line"; }
     exit "$line"
 }
