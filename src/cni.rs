@@ -145,11 +145,18 @@ fn limit(request: &Request, attachment: &Attachment, plan: Plan) -> Result<()> {
     let mut owner = request.owner(attachment, &cgroup.path);
     owner.fq = has_fq;
     owner.ingress_by = ingress_by.map(|mechanism| mechanism.to_string());
-    let loaded = shaper::load(&Settings { ifindex, limits, has_fq, ingress_by }, &owner)?;
+    // Not returned yet: the qdiscs are on the interfaces by now, and a failed ADD takes them off again.
+    let loaded = shaper::load(&Settings { ifindex, limits, has_fq, ingress_by }, &owner);
     let place = place(attachment);
-    let pins = Pins::ensure(Path::new(BPFFS))?.lock()?;
+    let pins = match Pins::ensure(Path::new(BPFFS)).and_then(Pins::lock) {
+        Ok(pins) => pins,
+        Err(error) => {
+            ingress::undo(&owner);
+            return loaded.and(Err(error));
+        }
+    };
     let before = pins.find(&place).and_then(|directory| Pinned::at(&directory).owner().ok());
-    let attached = cgroup.open().and_then(|directory| loaded.attach(directory.as_fd()));
+    let attached = loaded.and_then(|loaded| loaded.attach(cgroup.open()?.as_fd()));
     let committed = attached.and_then(|attached| {
         let staged = pins.stage(&place)?;
         attached.pin(staged.directory())?;

@@ -201,6 +201,22 @@ fn no_qdisc_outlives_the_ingress_limit_it_was_put_there_for() {
     pod.call("DEL");
 }
 
+/// The qdiscs are put on before the programs are loaded, since they decide which; the refusal here comes in between.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn an_add_that_fails_while_loading_leaves_no_qdisc() {
+    let (netns, host_end) = netns_with_host_end();
+    let pod = Sandbox::with_netns(Arc::new(netns));
+    let path = &pod.stdin["runtimeConfig"]["cgroupPath"];
+    let asked = json!({ "bandwidth": { "ingressRate": RATE }, "cgroupPath": path });
+    let too_long = format!("{}{}", "/./".repeat(1200), pod.netns.path().display());
+    let stdin = pod.stdin_with(json!({ "runtimeConfig": asked, "name": "n".repeat(255) }));
+    let call = pod.cni("ADD").env("CNI_NETNS", too_long).stdin(stdin).call().unwrap();
+    assert_eq!(call.error_code(), Some(7), "{call}");
+    assert_eq!(own_qdiscs(&pod.netns, &host_end), 0);
+    pod.assert_unlimited();
+}
+
 /// A pod whose interface ends in a third namespace: the number of that end is here another pod's.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
