@@ -180,7 +180,8 @@ fn limit(request: &Request, attachment: &Attachment, plan: Plan) -> Result<()> {
 fn prepare_netns(ifname: &str, netns: &Path, limits: &Limits) -> Result<(u32, Inside)> {
     let index = netns::interface(ifname, netns)?.index;
     // Without it the rate holds and the latency does not: not worth a pod.
-    if let Err(error) = netns::make_packets_small() {
+    let single_segments = limits.egress.is_some_and(|limit| shaper::bulk_segments(limit.rate) == 1);
+    if let Err(error) = netns::make_packets_small(single_segments) {
         log::warn!("TCP may send large packets in bursts: {error}");
     }
     Ok((index, ingress::prepare(index, limits)))

@@ -16,7 +16,7 @@ use aya::{
     programs::{Program, ProgramError},
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use podshaper_abi::{EGRESS, INGRESS, Limit as AbiLimit, OWNER_SIZE};
+use podshaper_abi::{EGRESS, INGRESS, Limit as AbiLimit, OWNER_SIZE, SINGLE_SEGMENTS_BELOW_BITS_PER_S};
 
 use crate::{
     error::{Code, Error, Result},
@@ -25,6 +25,7 @@ use crate::{
     pod::Owner,
     request::{Limit, Limits},
     sys::{self, CgroupHook},
+    units::Rate,
 };
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/podshaper.bpf.o"));
@@ -275,8 +276,14 @@ fn abi_limit(limit: &Limit, paced_mark_ns: u64, horizon_ns: u64, unpaced_bound_n
         paced_mark_ns,
         horizon_ns,
         sparse_bytes: SPARSE_BYTES,
+        bulk_segments: bulk_segments(limit.rate),
         departs: 0,
     }
+}
+
+/// Segments of the packets that a bulk flow builds at this limit, at its slowest: as few as every congestion control can.
+pub fn bulk_segments(rate: Rate) -> u64 {
+    if rate.as_bits_per_s() < SINGLE_SEGMENTS_BELOW_BITS_PER_S { 1 } else { 2 }
 }
 
 fn owner_bytes(owner: &Owner) -> Result<[u8; OWNER_SIZE]> {

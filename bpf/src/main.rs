@@ -20,7 +20,7 @@ use aya_ebpf::{
     Global,
     bindings::{
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_HDR_OPT_LEN_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
-        BPF_SOCK_OPS_RWND_INIT, bpf_sock,
+        BPF_SOCK_OPS_RTT_CB, BPF_SOCK_OPS_RWND_INIT, bpf_sock,
     },
     helpers::bpf_skb_ecn_set_ce,
     macros::{cgroup_skb, cgroup_sockopt, sock_ops},
@@ -82,8 +82,11 @@ pub fn count_ingress(ctx: SkBuffContext) -> i32 {
 #[sock_ops]
 pub fn pace_tcp(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
-        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB | BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => tcp::ask_for_segments(&ctx),
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB | BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => {
+            tcp::ask_for(&ctx, tcp::SEGMENTS | tcp::ACKNOWLEDGEMENTS);
+        }
         BPF_SOCK_OPS_HDR_OPT_LEN_CB if tcp::is_segment(&ctx) => pace::pace_segment(&ctx),
+        BPF_SOCK_OPS_RTT_CB => pace::raise(&ctx),
         _ => {}
     }
     CONTINUE as u32
@@ -95,7 +98,7 @@ pub fn hold_acks(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
         BPF_SOCK_OPS_RWND_INIT => ctx.set_reply(window::FIRST_SEGMENTS as u32),
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB | BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => {
-            tcp::ask_for_segments(&ctx);
+            tcp::ask_for(&ctx, tcp::SEGMENTS);
             window::open(&ctx);
         }
         BPF_SOCK_OPS_HDR_OPT_LEN_CB if tcp::is_segment(&ctx) => window::acknowledge(&ctx),

@@ -34,6 +34,10 @@ const BIT_NANOS_PER_BYTE_SECOND: u64 = 8_000_000_000;
 /// before the backlog and no more, however many sockets a pod opens (each comes with new credit).
 pub const SPARSE_COST: u64 = 4;
 
+/// Below this rate TCP can be told to build single segments (net.ipv4.tcp_min_tso_segs): from here on bbr builds two all the same
+/// (`bbr_min_tso_rate`, net/ipv4/tcp_bbr.c).
+pub const SINGLE_SEGMENTS_BELOW_BITS_PER_S: u64 = 1_200_000;
+
 /// Largest packet the arithmetic is exact for. A GSO packet is at most 512 KiB (`GSO_MAX_SIZE`, 8 * 65535 with BIG TCP), and
 /// the headers of its segments do not double it.
 pub const MAX_PACKET_BYTES: u64 = 1 << 20;
@@ -54,6 +58,8 @@ pub struct Limit {
     pub horizon_ns: u64,
     /// What a flow that is not TCP may send as a sparse one: two full packets. (Of TCP it is two segments.)
     pub sparse_bytes: u64,
+    /// Segments of a packet that a bulk flow builds at its slowest, and so waits for the whole backlog: 1 or 2.
+    pub bulk_segments: u64,
     /// 1: what no socket paces gets a departure time, since fq is there to honour it, and is held by the horizon only.
     pub departs: u64,
 }
@@ -109,7 +115,7 @@ pub struct Counters {
 }
 
 // The sizes are part of LAYOUT: a padding byte or a new field must not slip in unseen.
-const _: () = assert!(size_of::<Limit>() == 56);
+const _: () = assert!(size_of::<Limit>() == 64);
 const _: () = assert!(size_of::<Clock>() == 16);
 const _: () = assert!(size_of::<Counters>() == 40 + 8 * BACKLOG_BUCKETS);
 const _: () = assert!(size_of::<Meter>() == 8 + 2 * size_of::<Clock>() + size_of::<Counters>());
