@@ -248,7 +248,8 @@ mod tests {
 
         // Read before, so that the host's file is in the dentry cache.
         let hosts = std::fs::read_to_string(TSO_RTT).ok();
-        let pods = in_netns(&path, || make_packets_small(false).map(|()| std::fs::read_to_string(TSO_RTT).ok())).unwrap();
+        let pods =
+            in_netns(&path, || make_packets_small(false).map(|()| std::fs::read_to_string(TSO_RTT).ok())).unwrap();
         assert_eq!(pods, hosts.as_ref().map(|_| "0\n".to_owned()));
         assert_eq!(std::fs::read_to_string(TSO_RTT).ok(), hosts, "the host's setting is untouched");
         let again = in_netns(&path, || Ok(std::fs::read_to_string(TSO_RTT).ok())).unwrap();

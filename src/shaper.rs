@@ -82,6 +82,7 @@ pub struct Settings {
 }
 
 impl Settings {
+    /// The largest first.
     fn programs(&self) -> Vec<Hooked> {
         let mut programs = Vec::new();
         if self.limits.egress.is_some() {
@@ -91,11 +92,11 @@ impl Settings {
             programs.push(COUNT_INGRESS);
         }
         if self.ingress_by == Some(IngressBy::HeldAcks) {
-            programs.push(HOLD_ACKS);
             // It is also what gives the acknowledgements their departure time.
             if self.limits.egress.is_none() {
-                programs.push(COUNT_EGRESS);
+                programs.insert(0, COUNT_EGRESS);
             }
+            programs.push(HOLD_ACKS);
         }
         programs
     }
@@ -305,11 +306,17 @@ fn load_programs(object: &mut Ebpf, wanted: &[Hooked]) -> Result<()> {
     if let Some((name, _)) = wanted.iter().find(|(name, _)| object.program(name).is_none()) {
         return Err(not_in_object(name));
     }
-    let is_wanted = |name: &str| wanted.iter().any(|(wanted, _)| *wanted == name);
+    let place = |name: &str| wanted.iter().position(|(wanted, _)| *wanted == name);
+    let mut programs: Vec<_> =
+        object.programs_mut().filter_map(|(name, program)| Some((place(name)?, name, program))).collect();
+    programs.sort_by_key(|(place, ..)| *place);
     thread::scope(|scope| {
-        let programs = object.programs_mut().filter(|(name, _)| is_wanted(name));
+        let mut programs = programs.into_iter();
+        // The first is the largest: it does not wait for a thread to be made.
+        let largest = programs.next();
         let loading: Vec<_> =
-            programs.map(|(name, program)| scope.spawn(move || load_program(name, program))).collect();
+            programs.map(|(_, name, program)| scope.spawn(move || load_program(name, program))).collect();
+        largest.map_or(Ok(()), |(_, name, program)| load_program(name, program))?;
         loading.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
     })
 }
