@@ -112,7 +112,6 @@ fn refuse_unsupported(config: &Config) -> Result<()> {
     };
     match config {
         Config { kubeconfig: Some(_), .. } => unsupported("kubeconfig"),
-        Config { exempt_subnets, .. } if !exempt_subnets.is_empty() => unsupported("exemptSubnets"),
         _ => Ok(()),
     }
 }
@@ -141,12 +140,13 @@ fn limit(request: &Request, attachment: &Attachment, plan: Plan) -> Result<()> {
     let Plan { limits, cgroup, netns } = plan;
     let (ifindex, inside) = netns::in_netns(&netns, || prepare_netns(&attachment.ifname, &netns, &limits))?;
     let has_fq = inside.has_fq();
-    let ingress_by = limits.ingress.map(|limit| inside.choose(ifindex, &limit));
+    let subnets = &request.config.subnets;
+    let ingress_by = limits.ingress.map(|limit| inside.choose(ifindex, &limit, subnets.is_empty()));
     let mut owner = request.owner(attachment, &cgroup.path);
     owner.fq = has_fq;
     owner.ingress_by = ingress_by.map(|mechanism| mechanism.to_string());
     // Not returned yet: the qdiscs are on the interfaces by now, and a failed ADD takes them off again.
-    let loaded = shaper::load(&Settings { ifindex, limits, has_fq, ingress_by }, &owner);
+    let loaded = shaper::load(&Settings { ifindex, limits, has_fq, ingress_by }, subnets, &owner);
     let place = place(attachment);
     let pins = match Pins::ensure(Path::new(BPFFS)).and_then(Pins::lock) {
         Ok(pins) => pins,

@@ -63,10 +63,15 @@ impl Inside {
         self.fq.is_ok()
     }
 
-    /// Takes the best mechanism there is, and prepares the host's side of it; says in the log why it is not a better one.
-    pub fn choose(self, ifindex: u32, limit: &Limit) -> IngressBy {
+    /// Takes the best mechanism there is, and prepares the host's side of it; says in the log why it is not a better one. A queue
+    /// is none if the limit is not for `all_traffic`: it cannot tell.
+    pub fn choose(self, ifindex: u32, limit: &Limit, all_traffic: bool) -> IngressBy {
         let Err(no_fq) = self.fq else { return IngressBy::HeldAcks };
         log::warn!("ingress is held by a queue or by drops, not by acknowledgements: {no_fq}");
+        if !all_traffic {
+            log::warn!("exemptSubnets and shapedSubnets leave drops: tbf would limit what they exempt");
+            return IngressBy::Drops;
+        }
         let tbf = self.peer.map(|peer| peer.map(|peer| qdisc::put_tbf(peer, ifindex, limit)));
         match tbf {
             Ok(Some(Ok(()))) => return IngressBy::Tbf,

@@ -12,23 +12,29 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, Map, MapData},
+    maps::{
+        Array, Map, MapData, MapError,
+        lpm_trie::{Key, LpmTrie},
+    },
     programs::{Program, ProgramError},
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use podshaper_abi::{EGRESS, INGRESS, Limit as AbiLimit, OWNER_SIZE, SINGLE_SEGMENTS_BELOW_BITS_PER_S};
+use podshaper_abi::{EGRESS, INGRESS, Limit as AbiLimit, OWNER_SIZE, SINGLE_SEGMENTS_BELOW_BITS_PER_S, SubnetAddress};
 
 use crate::{
     error::{Code, Error, Result},
     ingress::IngressBy,
     pins::{LIMITS, METERS, OWNER},
     pod::Owner,
-    request::{Limit, Limits},
+    request::{Limit, Limits, Subnets},
     sys::{self, CgroupHook},
     units::Rate,
 };
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/podshaper.bpf.o"));
+
+/// The map of subnets. It is not pinned: the programs hold it.
+const SUBNETS: &str = "SUBNETS";
 
 /// A program of the object, by the name that is also that of its link's pin, and where it is attached.
 type Hooked = (&'static str, CgroupHook);
@@ -121,9 +127,12 @@ impl Settings {
 ///
 /// # Errors
 /// [`Code::Kernel`]: the kernel refuses a map or program, and why.
-pub fn load(settings: &Settings, owner: &Owner) -> Result<Loaded> {
+pub fn load(settings: &Settings, subnets: &Subnets, owner: &Owner) -> Result<Loaded> {
     let mut object = without_kernel_btf(EbpfLoader::new)
         .override_global("IFINDEX", &settings.ifindex, true)
+        .override_global("SUBNETS_MODE", &subnets.mode(), true)
+        // A map of no entries is refused.
+        .map_max_entries(SUBNETS, subnets.len().max(1) as u32)
         .load(OBJECT)
         .map_err(|cause| refused("load podshaper's eBPF maps", &cause))?;
     let programs = settings.programs();
@@ -133,6 +142,7 @@ pub fn load(settings: &Settings, owner: &Owner) -> Result<Loaded> {
     for (direction, _, limit) in settings.abi_limits() {
         limits_map.set(direction, limit, 0).map_err(|cause| refused("write the limits", &cause))?;
     }
+    list_subnets(&mut object, subnets)?;
     let mut owner_map = array_mut::<[u8; OWNER_SIZE]>(&mut object, OWNER)?;
     owner_map.set(0, owner_bytes(owner)?, 0).map_err(|cause| refused("write the owner", &cause))?;
     Ok(Loaded { object, programs })
@@ -329,6 +339,16 @@ fn load_program(name: &str, program: &mut Program) -> Result<()> {
         _ => Err(ProgramError::UnexpectedProgramType),
     };
     loaded.map_err(|cause| refused(format!("load the eBPF program {name}"), &cause))
+}
+
+fn list_subnets(object: &mut Ebpf, subnets: &Subnets) -> Result<()> {
+    let failed = |cause: MapError| refused("write the subnets", &cause);
+    let map = object.map_mut(SUBNETS).ok_or_else(|| not_in_object(SUBNETS))?;
+    let mut trie = LpmTrie::<_, SubnetAddress, u32>::try_from(map).map_err(failed)?;
+    for (bits, address, kind) in subnets.entries() {
+        trie.insert(&Key::new(bits, address), kind, 0).map_err(failed)?;
+    }
+    Ok(())
 }
 
 fn array_mut<'a, V: aya::Pod>(object: &'a mut Ebpf, name: &str) -> Result<Array<&'a mut MapData, V>> {

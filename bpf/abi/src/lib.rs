@@ -27,6 +27,28 @@ pub const BACKLOG_FIRST_BUCKET_LOG2_NS: u32 = 10;
 /// Bytes of the `OWNER` map's single value: JSON text, padded with NUL bytes.
 pub const OWNER_SIZE: usize = 4096;
 
+/// Most subnets that can be listed, of both kinds together.
+pub const MOST_SUBNETS: usize = 1 << 14;
+/// `SUBNETS_MODE`: no subnet is listed.
+pub const SUBNETS_NONE: u32 = 0;
+/// `SUBNETS_MODE`: an address in no listed subnet is shaped.
+pub const SUBNETS_SHAPED_BY_DEFAULT: u32 = 1;
+/// `SUBNETS_MODE`: an address in no listed subnet is exempt.
+pub const SUBNETS_EXEMPT_BY_DEFAULT: u32 = 2;
+/// Value in the `SUBNETS` map: limited and counted.
+pub const SUBNET_SHAPED: u32 = 0;
+/// Value in the `SUBNETS` map: neither.
+pub const SUBNET_EXEMPT: u32 = 1;
+
+/// An address as the `SUBNETS` map has it: IPv6, in which IPv4 is `::ffff:a.b.c.d` (RFC 4291, 2.5.5.2).
+pub type SubnetAddress = [u8; 16];
+
+/// An IPv4 address as IPv6. A prefix of its becomes longer by 96.
+#[inline(always)]
+pub fn ipv4_mapped([a, b, c, d]: [u8; 4]) -> SubnetAddress {
+    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
+}
+
 /// Nanoseconds a second has, times bits a byte has: what turns bytes and bits/s into nanoseconds.
 const BIT_NANOS_PER_BYTE_SECOND: u64 = 8_000_000_000;
 
@@ -274,6 +296,12 @@ mod tests {
         assert_eq!(clock.next_ns, 1_000);
         clock.advance_sparse(1_000, &limit, transmit_time(100, limit.rate_bits_per_s), 1);
         assert_eq!(clock.next_ns, 1_400);
+    }
+
+    #[test]
+    fn ipv4_is_mapped_as_the_library_does() {
+        let ipv4 = std::net::Ipv4Addr::new(10, 1, 2, 3);
+        assert_eq!(ipv4_mapped(ipv4.octets()), ipv4.to_ipv6_mapped().octets());
     }
 
     #[test]
