@@ -236,7 +236,8 @@ fn check(request: &Request, attachment: &Attachment) -> Result<()> {
         return Err(Error::new(Code::Mismatch, text));
     }
     let ingress_by = owner.ingress_by.as_deref().and_then(|name| name.parse().ok());
-    pinned.check(Path::new(&owner.cgroup), &Settings { ifindex: 0, limits, has_fq: owner.fq, ingress_by })
+    pinned.check(Path::new(&owner.cgroup), &Settings { ifindex: 0, limits, has_fq: owner.fq, ingress_by })?;
+    ingress::check(&owner)
 }
 
 fn del(request: &Request, attachment: &Attachment) -> Result<()> {

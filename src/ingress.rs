@@ -6,7 +6,7 @@ use std::path::Path;
 use std::str::FromStr;
 
 use crate::{
-    error::Result,
+    error::{Code, Error, Result},
     netns,
     pod::Owner,
     qdisc,
@@ -80,6 +80,30 @@ impl Inside {
         }
         IngressBy::Drops
     }
+}
+
+/// Checks that what was put on the interfaces for an attachment is still there.
+///
+/// # Errors
+/// [`Code::Mismatch`] naming what is gone; [`Code::Netns`] or [`Code::Kernel`] where it cannot be looked at.
+pub fn check(owner: &Owner) -> Result<()> {
+    let tbf = owner.ingress_by.as_deref() == Some(&IngressBy::Tbf.to_string());
+    let Some(path) = owner.netns.as_ref().map(Path::new).filter(|_| owner.fq || tbf) else { return Ok(()) };
+    let gone = |what: &str| {
+        let text = format!("{what} has been taken off {} of {}: podshaper put it there", owner.ifname, path.display());
+        Err(Error::new(Code::Mismatch, text))
+    };
+    let (has_fq, peer) = netns::in_netns(path, || {
+        let index = netns::interface(&owner.ifname, path)?.index;
+        Ok((!owner.fq || qdisc::has(index, "fq")?, if tbf { qdisc::veth_peer(index)? } else { None }))
+    })?;
+    if !has_fq {
+        return gone("fq");
+    }
+    if tbf && !peer.map_or(Ok(false), |peer| qdisc::has(peer, "tbf"))? {
+        return gone("tbf, at the host's end,");
+    }
+    Ok(())
 }
 
 /// Takes off what was put on the interfaces for an attachment that ends before its namespace does: it would go on limiting.

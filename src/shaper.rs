@@ -384,7 +384,12 @@ fn refused(what: impl Into<String>, error: &(dyn std::error::Error + 'static)) -
         cause = source;
     }
     let errno = cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
+    let verifier = error.downcast_ref::<ProgramError>().map(verifier_says).unwrap_or_default();
     let remedy = match errno {
+        // With EACCES, too: but then it has said why.
+        _ if !verifier.is_empty() => {
+            " (this kernel's verifier does not accept it: please report this, with the kernel's version)"
+        }
         Some(libc::EPERM | libc::EACCES) => {
             " (podshaper must run with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON: as root, as container runtimes do)"
         }
@@ -394,7 +399,6 @@ fn refused(what: impl Into<String>, error: &(dyn std::error::Error + 'static)) -
         Some(libc::ENOMEM | libc::ENOSPC) => " (the node is out of memory, or of RLIMIT_MEMLOCK)",
         _ => "",
     };
-    let verifier = error.downcast_ref::<ProgramError>().map(verifier_says).unwrap_or_default();
     Error::because(Code::Kernel, what.into() + remedy, cause.to_string() + &verifier)
 }
 
