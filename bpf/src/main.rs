@@ -99,7 +99,7 @@ pub fn pace_tcp(ctx: SockOpsContext) -> u32 {
 #[sock_ops]
 pub fn hold_acks(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
-        BPF_SOCK_OPS_RWND_INIT => ctx.set_reply(window::FIRST_SEGMENTS as u32),
+        BPF_SOCK_OPS_RWND_INIT => ctx.set_reply(window::first_segments() as u32),
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB | BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => {
             tcp::ask_for(&ctx, tcp::SEGMENTS);
             window::open(&ctx);
