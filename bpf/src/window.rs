@@ -19,7 +19,6 @@ use podshaper_abi::{INGRESS, Limit};
 
 use crate::{clock, flow::Window, maps, tcp};
 
-const NANOS_PER_SECOND: u64 = 1_000_000_000;
 const IPPROTO_TCP: i32 = 6;
 /// uapi/linux/tcp.h. Taken from sock_ops since Linux 5.11.
 const TCP_WINDOW_CLAMP: i32 = 10;
@@ -50,8 +49,8 @@ const MOST_BYTES: u64 = 8 << 20;
 /// The first window, in segments.
 #[inline(always)]
 pub fn first_segments() -> u64 {
-    let rate_bits_per_s = maps::limit(INGRESS).map_or(0, |limit| limit.rate_bits_per_s);
-    let flight_bytes = rate_bits_per_s / 8 / (NANOS_PER_SECOND / FIRST_FLIGHT_NS);
+    let limit = maps::limit(INGRESS);
+    let flight_bytes = limit.map_or(0, |limit| link_bytes(&limit, FIRST_FLIGHT_NS));
     (flight_bytes / USUAL_MSS).clamp(FIRST_LEAST_SEGMENTS, FIRST_MOST_SEGMENTS)
 }
 
@@ -60,7 +59,7 @@ pub fn first_segments() -> u64 {
 pub fn open(ctx: &SockOpsContext) {
     let (Some(limit), Some(flow)) = (maps::limit(INGRESS), tcp::flow(ctx)) else { return };
     let mss = tcp::mss(ctx);
-    flow.window.bytes = (first_segments() * mss).min(most_bytes(&limit, tcp::rtt_ns(ctx))).max(LEAST_SEGMENTS * mss);
+    flow.window.bytes = (first_segments() * mss).min(link_bytes(&limit, SHORTEST_ROUND_NS)).max(LEAST_SEGMENTS * mss);
     flow.window.changed_ns = clock::now_ns();
     clamp(ctx, flow.window.bytes);
 }
@@ -114,13 +113,18 @@ fn resize(ctx: &SockOpsContext, limit: &Limit, window: &mut Window, now_ns: u64,
     window.received_bytes = received_bytes;
 }
 
-/// What a single flow has use for: what the link of the limit carries in two round trips (they are a guess) and twice the backlog
-/// aimed for. More would only grow in the time that an idle clock lags, and then be in flight all at once.
+/// What a single flow has use for: two round trips (they are a guess) and twice the backlog aimed for. More would only grow in the
+/// time that an idle clock lags, and then be in flight all at once.
 #[inline(always)]
 fn most_bytes(limit: &Limit, rtt_ns: u64) -> u64 {
-    let span_us = 2 * (rtt_ns + TARGET_NS) / 1_000;
-    // Of 1000 and of 1000 again, and not of a million: neither product may overflow, nor a low rate become nothing.
-    (limit.rate_bits_per_s / 8_000 * span_us / 1_000).min(MOST_BYTES)
+    link_bytes(limit, 2 * (rtt_ns + TARGET_NS)).min(MOST_BYTES)
+}
+
+/// What a link of the limit carries in a time.
+#[inline(always)]
+fn link_bytes(limit: &Limit, time_ns: u64) -> u64 {
+    // By 1000 and by 1000 again, and not by a million: neither may a product overflow, nor a low rate become nothing.
+    limit.rate_bits_per_s / 8_000 * (time_ns / 1_000) / 1_000
 }
 
 #[inline(always)]
