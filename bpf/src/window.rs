@@ -9,7 +9,7 @@
 //!
 //! ```text
 //!   backlog above TARGET:  window *= (rtt + TARGET) / (rtt + backlog), not below half
-//!   else, if it was used:  window *= 1.25 (2 until the first backlog)         once per max(rtt, backlog, 1 ms)
+//!   else, if it was used:  window *= 1.25 (2 until the first backlog)         once per max(rtt + backlog, 1 ms)
 //! ```
 //!
 //! It is set as TCP_WINDOW_CLAMP before each ACK chooses its window, since the kernel's autotuning raises it in between.
@@ -23,8 +23,8 @@ const IPPROTO_TCP: i32 = 6;
 /// uapi/linux/tcp.h. Taken from sock_ops since Linux 5.11.
 const TCP_WINDOW_CLAMP: i32 = 10;
 
-/// The backlog that windows aim for: enough that a late timer does not leave the clock idle.
-const TARGET_NS: u64 = 5_000_000;
+/// The backlog that windows aim for on a short path: enough that a late timer does not leave the clock idle.
+const SHORTEST_TARGET_NS: u64 = 5_000_000;
 /// How often a window may change at most: shorter than this a round trip is noise.
 const SHORTEST_ROUND_NS: u64 = 1_000_000;
 /// How much longer than twice the last one an acknowledgement may be held. The remote's retransmission timer (200 ms above its
@@ -92,17 +92,19 @@ fn hold(window: &mut Window, now_ns: u64, backlog_ns: u64, is_sparse: bool) {
 #[inline(always)]
 fn resize(ctx: &SockOpsContext, limit: &Limit, window: &mut Window, now_ns: u64, backlog_ns: u64) {
     let rtt_ns = tcp::rtt_ns(ctx);
-    let round_ns = rtt_ns.max(backlog_ns).max(SHORTEST_ROUND_NS);
+    let target_ns = target_ns(rtt_ns);
+    // What a change does is seen when all that is in flight has passed.
+    let round_ns = (rtt_ns + backlog_ns).max(SHORTEST_ROUND_NS);
     if now_ns - window.changed_ns <= round_ns {
         return;
     }
     let received_bytes = tcp::received_bytes(ctx);
     let used_bytes = received_bytes - window.received_bytes;
     let mut bytes = window.bytes;
-    if backlog_ns > TARGET_NS {
+    if backlog_ns > target_ns {
         window.met_backlog = 1;
-        // checked_div: the compiler does not see that the divisor is above TARGET_NS, and a panic has no place here.
-        let shrunk = (bytes * (rtt_ns + TARGET_NS)).checked_div(rtt_ns + backlog_ns).unwrap_or(bytes);
+        // checked_div: the compiler does not see that the divisor is above the target, and a panic has no place here.
+        let shrunk = (bytes * (rtt_ns + target_ns)).checked_div(rtt_ns + backlog_ns).unwrap_or(bytes);
         bytes = shrunk.max(bytes / 2);
     } else if used_bytes >= bytes / 2 {
         // A window that was not used says nothing about what the link would bear.
@@ -113,11 +115,18 @@ fn resize(ctx: &SockOpsContext, limit: &Limit, window: &mut Window, now_ns: u64,
     window.received_bytes = received_bytes;
 }
 
+/// The backlog that windows aim for. Part of a long round trip, since a window only finds its size by going past it by a quarter and
+/// back. It is no latency but in the acknowledgements.
+#[inline(always)]
+fn target_ns(rtt_ns: u64) -> u64 {
+    SHORTEST_TARGET_NS + rtt_ns / 4
+}
+
 /// What a single flow has use for: two round trips (they are a guess) and twice the backlog aimed for. More would only grow in the
 /// time that an idle clock lags, and then be in flight all at once.
 #[inline(always)]
 fn most_bytes(limit: &Limit, rtt_ns: u64) -> u64 {
-    link_bytes(limit, 2 * (rtt_ns + TARGET_NS)).min(MOST_BYTES)
+    link_bytes(limit, 2 * (rtt_ns + target_ns(rtt_ns))).min(MOST_BYTES)
 }
 
 /// What a link of the limit carries in a time.
