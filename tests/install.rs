@@ -11,6 +11,9 @@ use tempfile::TempDir;
 const PODSHAPER: &str = env!("CARGO_BIN_EXE_podshaper");
 const CAPABILITIES: [&str; 3] = ["bandwidth", "cgroupPath", "io.kubernetes.cri.pod-annotations"];
 
+const CAPABILITIES_LINE: &str =
+    r#""capabilities": { "bandwidth": true, "cgroupPath": true, "io.kubernetes.cri.pod-annotations": true }"#;
+
 /// /etc/cni/net.d and /opt/cni/bin of a node.
 struct Node {
     root: TempDir,
@@ -140,14 +143,11 @@ fn install_changes_the_first_network_and_uninstall_brings_it_back() {
 fn a_dry_run_shows_the_change_and_makes_none() {
     let node = Node::new(&[("10-flannel.conflist", FLANNEL)]);
     let said = node.ok("install", &["--dry-run", "--config", r#"{"max": {"egress": "1G"}}"#]);
-    let diff = "@@ -15,6 +15,11 @@\n         \"portMappings\": true\n       }\n     }\n+    ,";
-    // The comma goes behind the brace, on its line.
-    let diff = diff.replace("     }\n+    ,", "-    }\n+    },\n+    {\n+      \"type\": \"podshaper\",\n");
-    assert!(
-        said.contains(diff.split("@@\n").nth(1).unwrap())
-            && said.contains("+      \"max\": {\"egress\":\"1G\"}\n+    }\n   ]\n }\n"),
-        "{said}"
-    );
+    let lines = [
+        "       \"capabilities\": {\n         \"portMappings\": true\n       }\n+    },\n+    {\n+      \"type\": \"podshaper\",\n",
+        &format!("+      {CAPABILITIES_LINE},\n+      \"max\": {{\"egress\":\"1G\"}}\n     }}\n   ]\n }}\n"),
+    ];
+    assert!(said.contains(&format!("@@ -14,6 +14,11 @@\n{}", lines.concat())), "{said}");
     assert!(said.contains("bin/podshaper would be this program"), "{said}");
     assert_eq!(
         (node.read("10-flannel.conflist").as_str(), node.files()),
@@ -281,4 +281,42 @@ fn a_link_to_the_conflist_stays_one() {
     assert_eq!(types(&node.read("10-link.conflist")).last().unwrap(), "podshaper");
     node.ok("uninstall", &["--conflist", "10-link.conflist"]);
     assert_eq!(fs::read_to_string(node.path("real.conflist")).unwrap(), FLANNEL);
+}
+
+/// What the DaemonSet's init container runs.
+fn manifest(name: &str) -> (Value, Vec<String>) {
+    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("install").join(name)).unwrap();
+    let manifest: Value = serde_norway::from_str(&text).unwrap();
+    let arguments = manifest["spec"]["template"]["spec"]["initContainers"][0]["args"].as_array().unwrap();
+    let arguments = arguments.iter().map(|argument| argument.as_str().unwrap().to_owned()).collect();
+    (manifest, arguments)
+}
+
+#[test]
+fn the_manifests_install_and_uninstall_from_an_empty_root() {
+    let node = Node::new(&[("10-flannel.conflist", FLANNEL)]);
+    fs::create_dir(node.path("host")).unwrap();
+    for name in ["net.d", "bin"] {
+        fs::rename(node.path(name), node.path("host").join(name)).unwrap();
+    }
+    let run = |arguments: Vec<String>| {
+        let root = node.root.path().to_str().unwrap();
+        let arguments = arguments.iter().map(|argument| argument.replace("=/host/", &format!("={root}/host/")));
+        // As in a container of nothing but the program: no PATH, no HOME, no CNI_COMMAND.
+        let output = Command::new(PODSHAPER).args(arguments).env_clear().output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+    };
+    let ((installer, install), (uninstaller, uninstall)) = (manifest("podshaper.yaml"), manifest("uninstall.yaml"));
+    for key in ["apiVersion", "kind", "metadata"] {
+        assert_eq!(installer[key], uninstaller[key], "the one takes the other's place");
+    }
+    assert_eq!(installer["spec"]["selector"], uninstaller["spec"]["selector"]);
+    let list = node.path("host/net.d/10-flannel.conflist");
+    run(install.clone());
+    run(install);
+    assert_eq!(types(&fs::read_to_string(&list).unwrap()), ["flannel", "portmap", "podshaper"]);
+    assert!(node.path("host/bin/podshaper").exists());
+    run(uninstall.clone());
+    run(uninstall);
+    assert_eq!(fs::read_to_string(&list).unwrap(), FLANNEL);
 }
