@@ -162,7 +162,6 @@ fn the_kindnet_example_makes_a_limited_pod() {
     pod.add(&chain).unwrap();
     // ptp gives the node's end of the veth the gateway's address.
     assert_limited("kindnet", &pod, "10.244.0.1");
-    pod.check().unwrap();
     pod.del().unwrap();
     assert!(!meter::directory(&pod, INTERFACE).exists());
 }
