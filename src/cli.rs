@@ -41,6 +41,8 @@ Optional keys beside \"type\":
     rateKey                    the annotation in megabytes per second (default: rate; \"\": none)
     cgroupPath                 the pod's cgroup below the cgroup2 mount, where the runtime passes no pod UID;
                                {containerID} in it is replaced
+    kubeconfig                 whom to ask for the pod's annotations and labels (default: nobody)
+    onApiError                 fail|ignore: what becomes of a pod when there is no answer (default: fail)
     logFile, logLevel          where to log, and off|error|warn|info|debug|trace (default: stderr, info)
 
 Commands:
