@@ -21,7 +21,7 @@ use crate::{
     pins::{BPFFS, LockedPins, Pins, Place},
     pod::{Owner, PodKey},
     probe,
-    request::{Attachment, Config, Env, Limit, Limits, Request, Subject, declared_version, read_stdin},
+    request::{Attachment, Env, Limit, Limits, Request, Subject, declared_version, read_stdin},
     shaper::{self, Pinned, Settings},
 };
 
@@ -93,7 +93,6 @@ fn add(request: &Request, attachment: &Attachment) -> Result<Vec<u8>> {
              in the \"plugins\" list of a .conflist",
         )
     })?;
-    refuse_unsupported(&request.config)?;
     let limits = request.limits()?;
     if limits.is_empty() {
         forget_unlimited(attachment)?;
@@ -101,19 +100,6 @@ fn add(request: &Request, attachment: &Attachment) -> Result<Vec<u8>> {
         limit(request, attachment, resolve(request, attachment, limits)?)?;
     }
     Ok(reply.get().as_bytes().to_vec())
-}
-
-/// Keys that promise what this version does not do yet.
-fn refuse_unsupported(config: &Config) -> Result<()> {
-    let unsupported = |key| {
-        let text =
-            format!("configuration key {key:?} is not supported by podshaper {}: remove it", env!("CARGO_PKG_VERSION"));
-        Err(Error::new(Code::Config, text))
-    };
-    match config {
-        Config { kubeconfig: Some(_), .. } => unsupported("kubeconfig"),
-        _ => Ok(()),
-    }
 }
 
 fn resolve(request: &Request, attachment: &Attachment, limits: Limits) -> Result<Plan> {
