@@ -16,7 +16,7 @@ use aya::{
     programs::{Program, ProgramError},
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use podshaper_abi::{EGRESS, INGRESS, Limit as AbiLimit, OWNER_SIZE};
+use podshaper_abi::{EGRESS, INGRESS, Limit as AbiLimit, Meter, OWNER_SIZE};
 
 use crate::{
     error::{Code, Error, Result},
@@ -24,7 +24,7 @@ use crate::{
     pins::{LIMITS, METERS, OWNER},
     pod::Owner,
     request::{Limit, Limits},
-    sys::{self, CgroupHook},
+    sys::{self, CgroupHook, Read},
 };
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/podshaper.bpf.o"));
@@ -97,6 +97,11 @@ impl Settings {
             }
         }
         programs
+    }
+
+    /// The programs by name, which are also the pins of their links.
+    pub fn program_names(&self) -> impl Iterator<Item = &'static str> {
+        self.programs().into_iter().map(|(name, _)| name)
     }
 
     /// The limits as the programs read them, by direction.
@@ -192,13 +197,60 @@ impl<'a> Pinned<'a> {
     /// # Errors
     /// [`Code::Kernel`] where the record cannot be read: it is being removed, or not podshaper's.
     pub fn owner(&self) -> Result<Owner> {
-        let map = self.array::<[u8; OWNER_SIZE]>(OWNER)?;
-        let bytes = map.get(&0, 0).map_err(|cause| refused(self.reading(OWNER), &cause))?;
+        // Whatever its size: a record of another layout must be readable for its pins to be removed.
+        let bytes = self.map(OWNER).and_then(|map| sys::element_bytes(map.as_fd(), 0));
+        let bytes = bytes.map_err(|cause| refused(self.reading(OWNER), &cause))?;
         let json = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
         serde_json::from_slice(json).map_err(|cause| Error::because(Code::Kernel, self.reading(OWNER), cause))
     }
 
-    /// Checks that every link is live and on this cgroup, and that the limits are these.
+    /// The limit of a direction, as the programs read it.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] where it cannot be read.
+    pub fn limit(&self, direction: u32) -> Result<AbiLimit> {
+        let limit = self.map(LIMITS).and_then(|map| sys::element(map.as_fd(), direction, Read::Plain));
+        limit.map_err(|cause| refused(self.reading(LIMITS), &cause))
+    }
+
+    /// Clock and counters of a direction, of one moment.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] where they cannot be read.
+    pub fn meter(&self, direction: u32) -> Result<Meter> {
+        let meter = self.map(METERS).and_then(|map| sys::element(map.as_fd(), direction, Read::Locked));
+        meter.map_err(|cause| refused(self.reading(METERS), &cause))
+    }
+
+    /// The cgroup a program is on, by the inode number of its directory; `None` if the link is dead.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] where there is no such link.
+    pub fn linked_cgroup(&self, program: &str) -> Result<Option<u64>> {
+        let link = sys::open_pin(&self.directory.join(program)).and_then(|link| sys::cgroup_link(link.as_fd()));
+        let link = link.map_err(|cause| refused(self.reading(program), &cause))?;
+        Ok(Some(link.cgroup_id).filter(|id| *id != 0))
+    }
+
+    /// Writes the limits that the settings have, in force from the next packet on, and records that they are no longer what the
+    /// pod asked for. A direction without a limit stays as it is.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] with what the kernel says.
+    pub fn change(&self, settings: &Settings, owner: &Owner) -> Result<()> {
+        let writing = |name: &str| format!("write {}", self.directory.join(name).display());
+        let owner = owner_bytes(&Owner { changed: true, ..owner.clone() })?;
+        let written = self.map(OWNER).and_then(|map| sys::set_element(map.as_fd(), 0, &owner));
+        written.map_err(|cause| refused(writing(OWNER), &cause))?;
+        let limits = settings.abi_limits().into_iter().filter(|(.., limit)| limit.rate_bits_per_s != 0);
+        for (direction, _, limit) in limits {
+            let written = self.map(LIMITS).and_then(|map| sys::set_element(map.as_fd(), direction, &limit));
+            written.map_err(|cause| refused(writing(LIMITS), &cause))?;
+        }
+        Ok(())
+    }
+
+    /// Checks that every link is live and on this cgroup, and that the limits are these, unless an operator has set others.
     ///
     /// # Errors
     /// [`Code::Mismatch`] naming the first difference.
@@ -209,9 +261,11 @@ impl<'a> Pinned<'a> {
         for (name, _) in settings.programs() {
             self.check_link(name, cgroup, cgroup_id)?;
         }
-        let map = self.array::<AbiLimit>(LIMITS)?;
+        if self.owner()?.changed {
+            return Ok(());
+        }
         for (direction, name, asked) in settings.abi_limits() {
-            let found = map.get(&direction, 0).map_err(|cause| refused(self.reading(LIMITS), &cause))?;
+            let found = self.limit(direction)?;
             if found != asked {
                 let AbiLimit { rate_bits_per_s: rate, burst_ns: burst, .. } = found;
                 let AbiLimit { rate_bits_per_s: asked_rate, burst_ns: asked_burst, .. } = asked;
@@ -240,11 +294,8 @@ impl<'a> Pinned<'a> {
         }
     }
 
-    fn array<V: aya::Pod>(&self, name: &str) -> Result<Array<MapData, V>> {
-        MapData::from_pin(self.directory.join(name))
-            .map(Map::Array)
-            .and_then(Array::try_from)
-            .map_err(|cause| refused(self.reading(name), &cause))
+    fn map(&self, name: &str) -> std::io::Result<OwnedFd> {
+        sys::open_pin(&self.directory.join(name))
     }
 
     fn reading(&self, name: &str) -> String {

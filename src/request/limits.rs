@@ -67,6 +67,8 @@ pub enum Source {
     CniArgs,
     /// The plugin's configuration.
     Config,
+    /// A person's command.
+    Operator,
 }
 
 impl fmt::Display for Source {
@@ -77,6 +79,7 @@ impl fmt::Display for Source {
             Self::Args => "args.cni",
             Self::CniArgs => "CNI_ARGS",
             Self::Config => "configuration",
+            Self::Operator => "command line",
         })
     }
 }
