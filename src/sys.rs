@@ -1,4 +1,4 @@
-//! All the unsafe code of the plugin: cgroup links and array maps by bpf(2). aya 0.14 makes links, but lets none of a
+//! All the unsafe code of podshaper: cgroup links and array maps by bpf(2), and a signal handler. aya 0.14 makes links, but lets none of a
 //! cgroup/setsockopt program out to be pinned, and says of none which cgroup it is on. Of maps it allocates and asks more than a list
 //! of 500 attachments can afford, and it takes a map for what another podshaper pinned only if every size is as it knows it.
 #![expect(unsafe_code, reason = "bpf(2) is a raw system call")]
@@ -226,6 +226,18 @@ fn value_size(map: BorrowedFd<'_>) -> io::Result<usize> {
         MapInfo { map_type: BPF_MAP_TYPE_ARRAY, key_size: 4, value_size, .. } => Ok(value_size as usize),
         _ => Err(io::Error::new(io::ErrorKind::InvalidData, "it is no array map: not podshaper's")),
     }
+}
+
+/// Has a signal do nothing, where it would end the process. Unlike one that is ignored, it is back to normal in a program that is
+/// started.
+///
+/// # Errors
+/// What the kernel says.
+pub fn survive(signal: libc::c_int) -> io::Result<()> {
+    extern "C" fn nothing(_: libc::c_int) {}
+    // SAFETY: a handler that does nothing may interrupt anything.
+    let before = unsafe { libc::signal(signal, nothing as extern "C" fn(libc::c_int) as libc::sighandler_t) };
+    if before == libc::SIG_ERR { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// A command that opens a descriptor.

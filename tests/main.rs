@@ -8,6 +8,8 @@ mod conflists;
 mod harness;
 /// State and failure: pins, links and cgroups of the kernel, whatever order and company the calls come in.
 mod kernel;
+/// The commands for a person.
+mod operator;
 /// The protocol: what a runtime writes and reads, as far as it needs no privilege.
 mod plain;
 /// What real runtimes sent, call by call.

@@ -28,6 +28,7 @@ use crate::{
     cgroup::Hierarchies,
     error::{Code, Error, Result},
     pins::{BPFFS, Pins},
+    sys,
 };
 
 /// What the directory is called, before the process id of the podshaper that made it.
@@ -50,12 +51,12 @@ impl Arguments {
     /// Returns the command's exit status.
     pub fn run(self) -> Result<ExitCode> {
         // Before anything is made: from here on a signal ends the command, and what was made is removed after it.
-        let signals = block_signals()?;
+        let signals = Signals::block()?;
         let cgroup = RunCgroup::make()?;
         let target = Target::find(&cgroup.path, None, None)?;
         let limited = target.attach(&self.asked.limits()).map(|()| Limited { target: &target });
         let limited = limited?;
-        let child = cgroup.start(&self.command);
+        let child = cgroup.start(&self.command, &signals);
         let status = match child {
             Ok(child) => wait(child, &signals)?,
             Err(cause) if cause.kind() == io::ErrorKind::NotFound => {
@@ -104,10 +105,10 @@ impl RunCgroup {
         Ok(Self { path, home })
     }
 
-    fn start(&self, command: &[OsString]) -> io::Result<Child> {
+    fn start(&self, command: &[OsString], signals: &Signals) -> io::Result<Child> {
         let [program, arguments @ ..] = command else { return Err(io::ErrorKind::InvalidInput.into()) };
         move_self(&self.path)?;
-        let child = Command::new(program).args(arguments).spawn();
+        let child = signals.spawn(Command::new(program).args(arguments));
         move_self(&self.home)?;
         child
     }
@@ -169,40 +170,60 @@ fn kill_all(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether a cgroup is that of a `podshaper run` that does not live any more.
+/// Whether a cgroup is that of a `podshaper run` that was killed, and its command has ended too.
 pub fn is_of_the_dead(cgroup: &Path) -> bool {
     let name = cgroup.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     let maker = name.strip_prefix(PREFIX).and_then(|id| id.parse::<u32>().ok());
-    maker.is_some_and(|id| id == std::process::id() || !Path::new(&format!("/proc/{id}")).exists())
+    let is_dead = |id: u32| id == std::process::id() || !Path::new(&format!("/proc/{id}")).exists();
+    let is_empty = || fs::read_to_string(cgroup.join("cgroup.events")).is_ok_and(|text| text.contains("populated 0"));
+    maker.is_some_and(is_dead) && is_empty()
 }
 
 /// Removes such a cgroup; leaves any other alone.
 pub fn remove_cgroup_of_the_dead(cgroup: &Path) {
     if is_of_the_dead(cgroup)
-        && let Err(cause) = empty_and_remove(cgroup)
+        && let Err(cause) = fs::remove_dir(cgroup)
     {
         log::warn!("remove the cgroup {}: {cause}", cgroup.display());
     }
 }
 
-/// The signals that would end podshaper before it has cleaned up, and the one that says that the command has ended. The command
-/// starts with none of them blocked (`std::process` sees to that).
-fn block_signals() -> Result<SignalFd> {
-    let failed = |errno| Error::because(Code::Io, "block signals", errno);
-    let ending = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGCHLD];
-    let signals: SigSet = ending.into_iter().collect();
-    signals.thread_block().map_err(failed)?;
-    SignalFd::new(&signals).map_err(failed)
+/// The signals that would end podshaper before it has cleaned up, and the one that says that the command has ended.
+///
+/// A command inherits what is blocked, so for the moment of its start nothing is; a handler then keeps podshaper alive, and is not
+/// inherited.
+struct Signals {
+    set: SigSet,
+    file: SignalFd,
+}
+
+impl Signals {
+    fn block() -> Result<Self> {
+        let failed = |cause: io::Error| Error::because(Code::Io, "block signals", cause);
+        let ending = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGHUP];
+        ending.iter().try_for_each(|signal| sys::survive(*signal as libc::c_int)).map_err(failed)?;
+        let set: SigSet = ending.into_iter().chain([Signal::SIGCHLD]).collect();
+        set.thread_block().map_err(|errno| failed(errno.into()))?;
+        let file = SignalFd::new(&set).map_err(|errno| failed(errno.into()))?;
+        Ok(Self { set, file })
+    }
+
+    fn spawn(&self, command: &mut Command) -> io::Result<Child> {
+        self.set.thread_unblock()?;
+        let child = command.spawn();
+        self.set.thread_block()?;
+        child
+    }
 }
 
 /// Waits for the command, and passes on what other processes send. What the terminal sends (Ctrl-C) it has sent to the command, too.
-fn wait(mut child: Child, signals: &SignalFd) -> Result<ExitStatus> {
+fn wait(mut child: Child, signals: &Signals) -> Result<ExitStatus> {
     let failed = |cause: io::Error| Error::because(Code::Io, "wait for the command", cause);
     loop {
         if let Some(status) = child.try_wait().map_err(failed)? {
             return Ok(status);
         }
-        let Some(signal) = signals.read_signal().map_err(|errno| failed(errno.into()))? else { continue };
+        let Some(signal) = signals.file.read_signal().map_err(|errno| failed(errno.into()))? else { continue };
         let number = Signal::try_from(signal.ssi_signo as i32).ok().filter(|number| *number != Signal::SIGCHLD);
         if let Some(number) = number.filter(|_| signal.ssi_code <= libc::SI_USER) {
             // Gone already: SIGCHLD comes next.

@@ -77,11 +77,12 @@ impl Selector {
     }
 
     fn is(&self, attachment: &Attachment) -> bool {
-        let bare = self.pod.trim_end_matches('/');
-        self.any(attachment, |name| name == bare || name.trim_start_matches('/') == bare)
+        let meant = self.pod.trim_end_matches('/');
+        self.any(attachment, |name| name == meant || name.trim_start_matches('/') == meant)
     }
 
     fn begins(&self, attachment: &Attachment) -> bool {
-        self.is(attachment) || (!self.pod.is_empty() && self.any(attachment, |name| name.starts_with(&self.pod)))
+        let begins = |name: &str| name.starts_with(&self.pod) || name.trim_start_matches('/').starts_with(&self.pod);
+        self.is(attachment) || (!self.pod.is_empty() && self.any(attachment, begins))
     }
 }
