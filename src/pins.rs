@@ -111,6 +111,16 @@ impl Pins {
         list(&self.root)
     }
 
+    /// Whether this process may look into it; where not, there seems to be nothing.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] with what the kernel says.
+    pub fn check_readable(&self) -> Result<()> {
+        let failed =
+            |cause| Error::because(Code::Kernel, format!("look into {} (it takes root)", self.root.display()), cause);
+        fs::read_dir(&self.root).map(drop).map_err(failed)
+    }
+
     /// How many directories calls that were killed have left, or calls at work need just now.
     pub fn unfinished(&self) -> usize {
         let pods = layouts(&self.root).into_iter().flat_map(|layout| directories(&layout));

@@ -204,22 +204,20 @@ impl<'a> Pinned<'a> {
         serde_json::from_slice(json).map_err(|cause| Error::because(Code::Kernel, self.reading(OWNER), cause))
     }
 
-    /// The limit of a direction, as the programs read it.
-    ///
-    /// # Errors
-    /// [`Code::Kernel`] where it cannot be read.
-    pub fn limit(&self, direction: u32) -> Result<AbiLimit> {
-        let limit = self.map(LIMITS).and_then(|map| sys::element(map.as_fd(), direction, Read::Plain));
-        limit.map_err(|cause| refused(self.reading(LIMITS), &cause))
-    }
-
-    /// Clock and counters of a direction, of one moment.
+    /// The limits of both directions, as the programs read them.
     ///
     /// # Errors
     /// [`Code::Kernel`] where they cannot be read.
-    pub fn meter(&self, direction: u32) -> Result<Meter> {
-        let meter = self.map(METERS).and_then(|map| sys::element(map.as_fd(), direction, Read::Locked));
-        meter.map_err(|cause| refused(self.reading(METERS), &cause))
+    pub fn limits(&self) -> Result<[AbiLimit; 2]> {
+        self.both(LIMITS, Read::Plain)
+    }
+
+    /// Clocks and counters of both directions, each of one moment.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] where they cannot be read.
+    pub fn meters(&self) -> Result<[Meter; 2]> {
+        self.both(METERS, Read::Locked)
     }
 
     /// The cgroup a program is on, by the inode number of its directory; `None` if the link is dead.
@@ -264,8 +262,7 @@ impl<'a> Pinned<'a> {
         if self.owner()?.changed {
             return Ok(());
         }
-        for (direction, name, asked) in settings.abi_limits() {
-            let found = self.limit(direction)?;
+        for ((_, name, asked), found) in settings.abi_limits().into_iter().zip(self.limits()?) {
             if found != asked {
                 let AbiLimit { rate_bits_per_s: rate, burst_ns: burst, .. } = found;
                 let AbiLimit { rate_bits_per_s: asked_rate, burst_ns: asked_burst, .. } = asked;
@@ -292,6 +289,13 @@ impl<'a> Pinned<'a> {
                 cgroup.display()
             ))),
         }
+    }
+
+    fn both<V: aya::Pod + Default>(&self, name: &str, read: Read) -> Result<[V; 2]> {
+        let both = self
+            .map(name)
+            .and_then(|map| Ok([sys::element(map.as_fd(), EGRESS, read)?, sys::element(map.as_fd(), INGRESS, read)?]));
+        both.map_err(|cause| refused(self.reading(name), &cause))
     }
 
     fn map(&self, name: &str) -> std::io::Result<OwnedFd> {

@@ -126,10 +126,7 @@ impl Target {
         let ifindex = match (netns, interface.as_str()) {
             (_, EVERY_INTERFACE) => 0,
             (Some(netns), name) => netns::in_netns(netns, || netns::interface(name, netns))?.index,
-            (None, name) => if_nametoindex(name).map_err(|cause| {
-                let text = format!("find the interface {name:?} of this node (with --netns, of another namespace)");
-                Error::because(Code::Netns, text, cause)
-            })?,
+            (None, name) => index_on_this_node(&path, name)?,
         };
         let target = Self { path, directory, place, interface, ifindex, netns: netns.map(Path::to_path_buf) };
         match attachments::read()?.iter().find(|other| target.is_limited_by(other)) {
@@ -216,6 +213,25 @@ impl Target {
         let has_fq = inside.has_fq();
         Ok((has_fq, limits.ingress.map(|limit| inside.choose(self.ifindex, &limit))))
     }
+}
+
+/// Its number means another interface in another namespace.
+fn index_on_this_node(cgroup: &Path, name: &str) -> Result<u32> {
+    let processes = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    let namespace = |process: &str| fs::metadata(format!("/proc/{process}/ns/net")).map(|file| file.ino()).ok();
+    let is_elsewhere = |process: &&str| namespace(process).is_some_and(|there| Some(there) != namespace("self"));
+    if let Some(process) = processes.lines().find(is_elsewhere) {
+        let text = format!(
+            "limit the interface {name:?}: process {process} of {} is in a network namespace of its own; name it with \
+             --netns /proc/{process}/ns/net, or leave --interface out",
+            cgroup.display()
+        );
+        return Err(Error::new(Code::Netns, text));
+    }
+    if_nametoindex(name).map_err(|cause| {
+        let text = format!("find the interface {name:?} of this node (with --netns, of another namespace)");
+        Error::because(Code::Netns, text, cause)
+    })
 }
 
 /// The directory of a cgroup that is given as such, or by its path below the mount.

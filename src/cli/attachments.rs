@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use podshaper_abi::{Counters, EGRESS, INGRESS, Limit as AbiLimit};
+use podshaper_abi::{Counters, Limit as AbiLimit};
 use serde::{Serialize, Serializer, ser::SerializeMap};
 
 use super::chart;
@@ -73,6 +73,8 @@ pub struct Passing {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Links {
     live: usize,
+    /// Whose cgroup the kernel itself says is gone.
+    dead: usize,
     faults: Vec<String>,
 }
 
@@ -91,6 +93,7 @@ pub fn read() -> Result<Vec<Attachment>> {
             _ => Ok(Vec::new()),
         };
     };
+    pins.check_readable()?;
     let found = pins.list().into_iter().map(|(place, directory)| Attachment::read(place, directory));
     // One that went away while it was read has nothing to say.
     Ok(found.filter(|attachment| attachment.problem.is_none() || attachment.directory.exists()).collect())
@@ -124,7 +127,8 @@ pub fn compare(before: &[Attachment], after: &mut [Attachment]) {
 }
 
 impl Attachment {
-    fn read(place: Place, directory: PathBuf) -> Self {
+    /// Reads the one that is pinned in a directory.
+    pub fn read(place: Place, directory: PathBuf) -> Self {
         let pinned = Pinned::at(&directory);
         let (owner, mut problem) = match pinned.owner() {
             Ok(owner) => (owner, None),
@@ -207,7 +211,10 @@ impl Links {
                 Ok(Some(id)) if Some(id) == wanted => links.live += 1,
                 Ok(Some(_)) if wanted.is_none() => links.faults.push(format!("{name}: its cgroup is gone")),
                 Ok(Some(id)) => links.faults.push(format!("{name}: on another cgroup, with id {id}")),
-                Ok(None) => links.faults.push(format!("{name}: dead, its cgroup is gone")),
+                Ok(None) => {
+                    links.dead += 1;
+                    links.faults.push(format!("{name}: dead, its cgroup is gone"));
+                }
                 Err(error) => links.faults.push(format!("{name}: {error}")),
             }
         }
@@ -217,6 +224,11 @@ impl Links {
     /// Whether not one is live.
     pub fn are_dead(&self) -> bool {
         self.live == 0
+    }
+
+    /// Whether none can ever be again: a cgroup of the same name is not the same.
+    pub fn are_dead_for_good(&self) -> bool {
+        self.live == 0 && self.dead > 0 && self.dead == self.faults.len()
     }
 
     /// What is wrong, of each that is not live.
@@ -237,15 +249,15 @@ impl Links {
 fn read_directions(pinned: &Pinned<'_>, owner: &Owner) -> Result<[Option<Direction>; 2]> {
     let egress_by = if owner.fq { "paced+fq" } else { "paced" };
     let ingress_by = owner.ingress_by.as_deref().unwrap_or("?");
-    let read = |direction, by: &str| -> Result<Option<Direction>> {
-        let AbiLimit { rate_bits_per_s, burst_ns, .. } = pinned.limit(direction)?;
+    let [egress, ingress] = pinned.limits()?;
+    let [sent, received] = pinned.meters()?;
+    let direction = |limit: &AbiLimit, by: &str, counters| {
         // 0: no limit.
-        let Ok(rate) = Rate::bits_per_s(rate_bits_per_s) else { return Ok(None) };
-        let counters = pinned.meter(direction)?.counters;
-        let burst = Burst::of_ns_at(burst_ns, rate);
-        Ok(Some(Direction { rate, burst, by: by.to_owned(), counters, passing: None }))
+        let rate = Rate::bits_per_s(limit.rate_bits_per_s).ok()?;
+        let burst = Burst::of_ns_at(limit.burst_ns, rate);
+        Some(Direction { rate, burst, by: by.to_owned(), counters, passing: None })
     };
-    Ok([read(EGRESS, egress_by)?, read(INGRESS, ingress_by)?])
+    Ok([direction(&egress, egress_by, sent.counters), direction(&ingress, ingress_by, received.counters)])
 }
 
 fn limits_of([egress, ingress]: &[Option<Direction>; 2]) -> Limits {

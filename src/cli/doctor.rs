@@ -66,7 +66,9 @@ impl Arguments {
     pub fn run(self) -> Result<ExitCode> {
         let mut findings = kernel();
         findings.extend(conflists::check(&self.conf_dir, &self.bin_dir));
-        findings.extend(pinned()?);
+        findings.extend(
+            pinned().unwrap_or_else(|error| vec![Finding::new("attachments", State::Missing, error.to_string())]),
+        );
         self.output.print(&findings, || {
             let mut table = Table::new(&[("CHECK", Left), ("STATE", Left), ("FOUND", Left)]);
             for Finding { check, state, found } in &findings {

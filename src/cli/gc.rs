@@ -53,5 +53,6 @@ impl Arguments {
 fn is_stale(attachment: &Attachment) -> bool {
     let cgroup = Path::new(&attachment.owner.cgroup);
     let is_known = !attachment.owner.cgroup.is_empty();
-    is_known && ((attachment.links.are_dead() && !cgroup.exists()) || run::is_of_the_dead(cgroup))
+    let is_gone = attachment.links.are_dead_for_good() || (attachment.links.are_dead() && !cgroup.exists());
+    is_known && (is_gone || run::is_of_the_dead(cgroup))
 }

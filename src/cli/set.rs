@@ -60,7 +60,8 @@ impl Arguments {
             Error::new(Code::Mismatch, text)
         };
         let pins = Pins::existing(Path::new(BPFFS)).ok_or_else(gone)?.lock()?;
-        let found = attachments::read()?.into_iter().find(|attachment| attachment.place == place).ok_or_else(gone)?;
+        let directory = pins.find(&place).ok_or_else(gone)?;
+        let found = Attachment::read(place.clone(), directory);
         let changes = self.changes(&found)?;
         let after = |name| changes.iter().find(|change| change.direction == name).map(|change| change.after);
         let limits = Limits { egress: after("egress"), ingress: after("ingress") };

@@ -97,86 +97,77 @@ fn interval(text: &str) -> Result<Duration, String> {
 }
 
 /// One direction of an attachment, as the screen shows it.
-struct Row {
-    pod: String,
-    interface: String,
-    direction: &'static str,
-    is_dead: bool,
-    limit: String,
-    by: String,
-    bits_per_s: f64,
-    used: f64,
-    history: String,
-    bytes: u64,
-    drops: u64,
-    marks: u64,
-    p99_ns: Option<u64>,
+struct Row<'a> {
+    attachment: &'a Attachment,
+    name: &'static str,
+    direction: &'a Direction,
+    history: Option<&'a VecDeque<f64>>,
+}
+
+impl Row<'_> {
+    fn bits_per_s(&self) -> f64 {
+        self.direction.passing.as_ref().map_or(0.0, |passing| passing.bits_per_s)
+    }
+
+    fn used(&self) -> f64 {
+        self.direction.used().unwrap_or_default()
+    }
+
+    /// Of the last reading alone.
+    fn p99_ns(&self) -> Option<u64> {
+        let passing = self.direction.passing.as_ref();
+        passing.and_then(|passing| chart::percentile_ns(&passing.backlog, 0.99))
+    }
 }
 
 /// Readings, and what they were before.
 #[derive(Default)]
 struct Watch {
     last: Vec<Attachment>,
-    history: HashMap<(PathBuf, &'static str), VecDeque<f64>>,
+    history: HashMap<PathBuf, [VecDeque<f64>; 2]>,
 }
 
 impl Watch {
     fn read(&mut self) -> Result<()> {
         let mut now = attachments::read()?;
         attachments::compare(&self.last, &mut now);
-        let mut history = HashMap::new();
+        let mut before = std::mem::take(&mut self.history);
+        // What has gone is forgotten.
         for attachment in &now {
-            for (name, direction) in attachment.directions() {
-                let key = (attachment.directory.clone(), name);
-                let mut shares = self.history.remove(&key).unwrap_or_default();
-                shares.extend(direction.used());
-                while shares.len() > HISTORY {
+            let mut history = before.remove(&attachment.directory).unwrap_or_default();
+            for (shares, direction) in history.iter_mut().zip([&attachment.egress, &attachment.ingress]) {
+                shares.extend(direction.as_ref().and_then(Direction::used));
+                if shares.len() > HISTORY {
                     shares.pop_front();
                 }
-                history.insert(key, shares);
             }
+            self.history.insert(attachment.directory.clone(), history);
         }
-        // What has gone is forgotten.
-        self.history = history;
         self.last = now;
         Ok(())
     }
 
-    fn rows(&self, sort: Sort) -> Vec<Row> {
-        let directions =
-            self.last.iter().flat_map(|attachment| attachment.directions().map(move |found| (attachment, found)));
-        let mut rows: Vec<Row> =
-            directions.map(|(attachment, (name, direction))| self.row(attachment, name, direction)).collect();
-        // Stable: equals stay in the order of their names.
-        rows.sort_by(|a, b| (&a.pod, &a.interface, a.direction).cmp(&(&b.pod, &b.interface, b.direction)));
+    fn rows(&self, sort: Sort) -> Vec<Row<'_>> {
+        let rows = self.last.iter().flat_map(|attachment| {
+            let [sent, received] =
+                self.history.get(&attachment.directory).map_or([None, None], |[a, b]| [Some(a), Some(b)]);
+            attachment.directions().map(move |(name, direction)| Row {
+                attachment,
+                name,
+                direction,
+                history: if name == "egress" { sent } else { received },
+            })
+        });
+        let mut rows: Vec<Row<'_>> = rows.collect();
+        // Stable: equals stay in the order of their pins.
         match sort {
-            Sort::Now => rows.sort_by(|a, b| b.bits_per_s.total_cmp(&a.bits_per_s)),
-            Sort::Used => rows.sort_by(|a, b| b.used.total_cmp(&a.used)),
-            Sort::P99 => rows.sort_by_key(|row| std::cmp::Reverse(row.p99_ns)),
-            Sort::Drops => rows.sort_by_key(|row| std::cmp::Reverse(row.drops)),
-            Sort::Pod => {}
+            Sort::Now => rows.sort_by(|a, b| b.bits_per_s().total_cmp(&a.bits_per_s())),
+            Sort::Used => rows.sort_by(|a, b| b.used().total_cmp(&a.used())),
+            Sort::P99 => rows.sort_by_cached_key(|row| std::cmp::Reverse(row.p99_ns())),
+            Sort::Drops => rows.sort_by_key(|row| std::cmp::Reverse(row.direction.counters.drops)),
+            Sort::Pod => rows.sort_by_cached_key(|row| row.attachment.name()),
         }
         rows
-    }
-
-    fn row(&self, attachment: &Attachment, name: &'static str, direction: &Direction) -> Row {
-        let history = self.history.get(&(attachment.directory.clone(), name));
-        let passing = direction.passing.as_ref();
-        Row {
-            pod: attachment.name(),
-            interface: attachment.place.interface.clone(),
-            direction: name,
-            is_dead: !attachment.links.faults().is_empty(),
-            limit: direction.rate.to_string(),
-            by: direction.by.clone(),
-            bits_per_s: passing.map_or(0.0, |passing| passing.bits_per_s),
-            used: direction.used().unwrap_or_default(),
-            history: chart::sparkline(history.into_iter().flatten().copied()),
-            bytes: direction.counters.bytes,
-            drops: direction.counters.drops,
-            marks: direction.counters.marks,
-            p99_ns: passing.and_then(|passing| chart::percentile_ns(&passing.backlog, 0.99)),
-        }
     }
 }
 

@@ -9,7 +9,7 @@ use super::{call, limited_both_ways, listed, podshaper, refuses, says};
 use crate::chain::{Bed, MBIT, assert_rate};
 use crate::harness::cgroup::{self, PodCgroup};
 use crate::harness::limiter::Limiter;
-use crate::harness::measure::{self, Bulk};
+use crate::harness::measure::{self, Bulk, Way};
 use crate::harness::process::Running;
 use crate::harness::{traffic_program, unique};
 use crate::sandbox::within;
@@ -95,6 +95,40 @@ fn what_a_limited_cgroup_sends_has_its_rate_and_no_other_after_detach() {
     says(&["detach", "--cgroup", &path]);
     let free = send().timeline.steady_rate();
     assert!(free > 200e6, "{free} bit/s after detach");
+}
+
+/// As a container is limited: by the interface of its own namespace, which may then get a qdisc.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn a_container_with_a_namespace_of_its_own_is_limited_by_its_interface() {
+    let bed = Bed::new();
+    let pod = bed.pod(Limiter::Bare, MBIT);
+    let path = pod.cgroup.path().to_str().unwrap().to_owned();
+    let container = pod.cgroup.container("c1").unwrap();
+    let _process = Running::start(pod.command("sleep").unwrap().arg("60")).unwrap();
+    let in_netns = || {
+        let id = std::fs::read_to_string(container.join("cgroup.procs")).unwrap().trim().to_owned();
+        let comm = std::fs::read_to_string(format!("/proc/{id}/comm"));
+        comm.is_ok_and(|name| name.trim() == "sleep")
+    };
+    assert!(within(Duration::from_secs(5), in_netns));
+    let limits = ["--egress", "20M", "--ingress", "20M", "--interface"];
+    let text = refuses(&[&["attach", "--cgroup", container.to_str().unwrap()], &limits[..], &["lo"]].concat());
+    assert!(text.contains("--netns /proc/"), "{text}");
+    let netns = pod.netns.path().display().to_string();
+    says(&[&["attach", "--cgroup", &path], &limits[..], &["eth0", "--netns", &netns]].concat());
+    let by = listed(&key(&pod.cgroup)).unwrap()["ingress"]["by"].clone();
+    assert_ne!(by, "drops");
+    for way in [Way::Out, Way::In] {
+        let result = measure::bulk(&pod, &Bulk { way, flows: 2, seconds: 3.0, ..Bulk::default() }).unwrap();
+        let rate = result.timeline.steady_rate();
+        eprintln!("{way:?}: {rate} bit/s, ingress by {by}");
+        assert!((14e6..22e6).contains(&rate), "{way:?}: {rate} bit/s");
+    }
+    says(&["detach", "--cgroup", &path]);
+    let qdiscs =
+        bed.host.netns.run("tc", &["qdisc", "show"]).unwrap() + &pod.netns.run("tc", &["qdisc", "show"]).unwrap();
+    assert!(!qdiscs.contains(" 7064: "), "{qdiscs}");
 }
 
 #[test]

@@ -1,8 +1,10 @@
 use std::fs;
+use std::time::Duration;
 
 use serde_json::Value;
 
 use super::{alone, call, limited_both_ways, listed, says};
+use crate::sandbox::within;
 
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
@@ -33,6 +35,16 @@ fn gc_removes_what_has_no_cgroup_any_more() {
         kept.call("CHECK");
         kept.call("DEL");
         assert!(says_what(&["gc", "-o", "json"]).is_empty());
+
+        // A service that was restarted: its cgroup has the old one's name.
+        kept.call("ADD");
+        kept.cgroup.remove().unwrap();
+        kept.cgroup.make().unwrap();
+        assert!(
+            within(Duration::from_secs(20), || says_what(&["gc", "--dry-run", "-o", "json"]) == [kept.uid.as_str()])
+        );
+        says(&["gc"]);
+        assert!(!kept.pod_directory().exists());
     });
 }
 

@@ -13,7 +13,7 @@ use ratatui::{
 
 use super::{Arguments, Row, Sort, Watch};
 use crate::{
-    cli::{chart, table::NOTHING},
+    cli::{attachments::Direction, chart, table::NOTHING},
     error::{Code, Error, Result},
 };
 
@@ -94,13 +94,15 @@ impl View {
             Layout::vertical([Constraint::Length(1), Constraint::Min(0), Constraint::Length(1)]).areas(frame.area());
         let rows = self.watch.rows(self.sort);
         self.first = self.first.min(rows.len().saturating_sub(1));
-        let total: f64 = rows.iter().map(|row| row.bits_per_s).sum();
+        let total: f64 = rows.iter().map(Row::bits_per_s).sum();
         let pause = if self.paused { ", paused" } else { "" };
         let title = format!("podshaper: {} limits, {}bit/s through them{pause}", rows.len(), chart::short(total));
         frame.render_widget(Line::from(title), top);
         // Only what can be seen is made.
-        let seen = rows.iter().skip(self.first).take(middle.height.into()).map(line);
-        let table = Table::new(seen, widths(&rows)).header(header(self.sort)).column_spacing(1);
+        let height = usize::from(middle.height);
+        let seen = rows.get(self.first..).unwrap_or_default();
+        let seen = seen.get(..height).unwrap_or(seen);
+        let table = Table::new(seen.iter().map(line), widths(seen)).header(header(self.sort)).column_spacing(1);
         frame.render_widget(table, middle);
         frame.render_widget(Line::from("q ends   s sorts   p pauses   arrows scroll").style(Modifier::DIM), bottom);
     }
@@ -128,8 +130,8 @@ fn header(sort: Sort) -> Line_<'static> {
     Line_::new(columns.map(cell))
 }
 
-fn widths(rows: &[Row]) -> [Constraint; 12] {
-    let longest = rows.iter().map(|row| row.pod.chars().count()).max().unwrap_or_default().clamp(3, 40);
+fn widths(rows: &[Row<'_>]) -> [Constraint; 12] {
+    let longest = rows.iter().map(|row| row.attachment.name().chars().count()).max().unwrap_or_default().clamp(3, 40);
     [
         Constraint::Length(longest as u16),
         Constraint::Length(9),
@@ -146,23 +148,25 @@ fn widths(rows: &[Row]) -> [Constraint; 12] {
     ]
 }
 
-fn line(row: &Row) -> Line_<'static> {
+fn line(row: &Row<'_>) -> Line_<'static> {
+    let Direction { rate, burst: _, by, counters, passing: _ } = row.direction;
     let number = |text: String| Cell::from(Text::from(text).right_aligned());
-    let style = if row.is_dead { Style::new().add_modifier(Modifier::CROSSED_OUT) } else { Style::new() };
+    let is_whole = row.attachment.links.faults().is_empty();
+    let style = if is_whole { Style::new() } else { Style::new().add_modifier(Modifier::CROSSED_OUT) };
     Line_::new([
-        Cell::from(row.pod.clone()),
-        Cell::from(row.interface.clone()),
-        Cell::from(row.direction),
-        number(row.limit.clone()),
-        Cell::from(row.by.clone()),
-        number(chart::short(row.bits_per_s)),
-        Cell::from(format!("{} {:>3.0}%", chart::bar(row.used, BAR_WIDTH), row.used * 100.0)),
-        number(row.p99_ns.map_or(NOTHING.to_owned(), |ns| format!("<{}", chart::time(ns)))),
-        number(chart::short(row.drops as f64)),
-        number(chart::short(row.marks as f64)),
-        number(chart::short(row.bytes as f64)),
+        Cell::from(row.attachment.name()),
+        Cell::from(row.attachment.place.interface.clone()),
+        Cell::from(row.name),
+        number(rate.to_string()),
+        Cell::from(by.clone()),
+        number(chart::short(row.bits_per_s())),
+        Cell::from(format!("{} {:>3.0}%", chart::bar(row.used(), BAR_WIDTH), row.used() * 100.0)),
+        number(row.p99_ns().map_or(NOTHING.to_owned(), |ns| format!("<{}", chart::time(ns)))),
+        number(chart::short(counters.drops as f64)),
+        number(chart::short(counters.marks as f64)),
+        number(chart::short(counters.bytes as f64)),
         // The newest reading is on the right; a narrow screen cuts the oldest.
-        number(row.history.clone()),
+        number(chart::sparkline(row.history.into_iter().flatten().copied())),
     ])
     .style(style)
 }
