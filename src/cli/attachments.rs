@@ -247,7 +247,7 @@ impl Links {
 }
 
 fn read_directions(pinned: &Pinned<'_>, owner: &Owner) -> Result<[Option<Direction>; 2]> {
-    let egress_by = if owner.fq { "paced+fq" } else { "paced" };
+    let egress_by = if owner.fq { "pacing+fq" } else { "pacing" };
     let ingress_by = owner.ingress_by.as_deref().unwrap_or("?");
     let [egress, ingress] = pinned.limits()?;
     let [sent, received] = pinned.meters()?;

@@ -54,7 +54,7 @@ fn text(attachment: &Attachment) -> String {
     line("Key", &attachment.place.pod);
     line("Container", container_id);
     line("Network", network);
-    line("Namespace", netns.as_deref().unwrap_or_default());
+    line("Netns", netns.as_deref().unwrap_or_default());
     line("Cgroup", cgroup);
     line("Pins", &attachment.directory.display().to_string());
     line("Age", &attachment.age.map(chart::age).unwrap_or_default());

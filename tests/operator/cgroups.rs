@@ -10,7 +10,7 @@ use crate::chain::{Bed, MBIT, assert_rate};
 use crate::harness::cgroup::{self, PodCgroup};
 use crate::harness::limiter::Limiter;
 use crate::harness::measure::{self, Bulk, Way};
-use crate::harness::process::Running;
+use crate::harness::process::{self, Running};
 use crate::harness::{traffic_program, unique};
 use crate::sandbox::within;
 
@@ -116,7 +116,12 @@ fn a_container_with_a_namespace_of_its_own_is_limited_by_its_interface() {
     let text = refuses(&[&["attach", "--cgroup", container.to_str().unwrap()], &limits[..], &["lo"]].concat());
     assert!(text.contains("--netns /proc/"), "{text}");
     let netns = pod.netns.path().display().to_string();
-    says(&[&["attach", "--cgroup", &path], &limits[..], &["eth0", "--netns", &netns]].concat());
+    // On its node, where the other end of the veth is.
+    let on_node = |arguments: &[&str]| {
+        let mut command = bed.host.command(env!("CARGO_BIN_EXE_podshaper"));
+        process::run(command.args(arguments)).unwrap();
+    };
+    on_node(&[&["attach", "--cgroup", &path], &limits[..], &["eth0", "--netns", &netns]].concat());
     let by = listed(&key(&pod.cgroup)).unwrap()["ingress"]["by"].clone();
     assert_ne!(by, "drops");
     for way in [Way::Out, Way::In] {
@@ -125,7 +130,7 @@ fn a_container_with_a_namespace_of_its_own_is_limited_by_its_interface() {
         eprintln!("{way:?}: {rate} bit/s, ingress by {by}");
         assert!((14e6..22e6).contains(&rate), "{way:?}: {rate} bit/s");
     }
-    says(&["detach", "--cgroup", &path]);
+    on_node(&["detach", "--cgroup", &path]);
     let qdiscs =
         bed.host.netns.run("tc", &["qdisc", "show"]).unwrap() + &pod.netns.run("tc", &["qdisc", "show"]).unwrap();
     assert!(!qdiscs.contains(" 7064: "), "{qdiscs}");

@@ -14,19 +14,20 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::{alone, podshaper, says};
-use crate::harness::cgroup;
+use crate::harness::measure;
 use crate::harness::pod::container_id;
 use crate::harness::process;
 use crate::sandbox::{Objects, Sandbox, netns_with, ok, within};
 
 /// How many times a build without optimisation may take of what is promised.
-const SLACK: u32 = if cfg!(debug_assertions) { 5 } else { 1 };
+const SLACK: u32 = if cfg!(debug_assertions) { 10 } else { 1 };
 const PARALLEL: usize = 8;
 
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn five_hundred_attachments_are_listed_in_a_moment() {
     const PODS: usize = 500;
+    let _alone = measure::alone();
     alone(|| {
         let netns = Arc::new(netns_with(&["eth0"]));
         let pods: Vec<Sandbox> = (0..PODS).map(|_| Sandbox::with_netns(Arc::clone(&netns))).collect();
@@ -111,7 +112,8 @@ fn cpu_of_top() -> f64 {
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn a_thousand_adds_and_dels_leave_nothing() {
     const CALLS: usize = 1000;
-    let (programs, memory) = (loaded(), available_kib());
+    let _alone = measure::alone();
+    let (programs, memory) = (loaded(), kernel_kib());
     let netns = Arc::new(netns_with(&["eth0"]));
     let pods: Vec<Sandbox> = (0..PARALLEL).map(|_| Sandbox::with_netns(Arc::clone(&netns))).collect();
     let start = Instant::now();
@@ -134,17 +136,16 @@ fn a_thousand_adds_and_dels_leave_nothing() {
         }
     });
     let elapsed = start.elapsed();
-    // Of other tests at the same time some may be there; of a thousand not.
+    // Other tests and other people have some meanwhile, but not a thousand: those would be three thousand programs and 40 MB.
     let more = || loaded().difference(&programs).count();
-    within(Duration::from_secs(5), || more() == 0);
-    let (left, lost) = (more(), memory - available_kib());
+    let lost = || kernel_kib() - memory;
+    within(Duration::from_secs(10), || more() == 0 && lost() < 1024);
+    let (left, lost) = (more(), lost());
     eprintln!(
-        "{CALLS} ADDs and DELs, {PARALLEL} at once: {elapsed:?}, {left} programs more than before, {lost} KiB less memory"
+        "{CALLS} ADDs and DELs, {PARALLEL} at once: {elapsed:?}; {left} programs and {lost} KiB of the kernel's more than before"
     );
-    assert!(left < 100, "{left} programs are left");
-    assert!(lost < 200 * 1024, "{lost} KiB are lost");
-    let kubepods = cgroup::mount().unwrap().join("kubepods/burstable");
-    assert!(pods.iter().all(|pod| pod.cgroup.path().starts_with(&kubepods)));
+    assert!(left < 300, "{left} programs are left");
+    assert!(lost < 20 * 1024, "{lost} KiB are lost");
 }
 
 /// Ids of podshaper's programs in the kernel.
@@ -159,10 +160,14 @@ fn loaded() -> BTreeSet<u64> {
     all.as_array().unwrap().iter().filter(is_ours).map(|program| program["id"].as_u64().unwrap()).collect()
 }
 
-fn available_kib() -> i64 {
+/// What the kernel has for itself: objects, memory of every CPU, and pages such as those of programs and maps.
+fn kernel_kib() -> i64 {
     let text = fs::read_to_string("/proc/meminfo").unwrap();
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")).unwrap();
-    line.split_whitespace().next().unwrap().parse().unwrap()
+    let kib = |name: &str| -> i64 {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.split_whitespace().next().unwrap().parse().unwrap()
+    };
+    ["SUnreclaim:", "Percpu:", "VmallocUsed:"].map(kib).iter().sum()
 }
 
 /// `list` in the time it is asked for, however many others come and go.

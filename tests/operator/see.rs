@@ -45,7 +45,7 @@ fn a_pod_is_listed_with_its_limits_until_it_is_deleted() {
     // By UID, by its beginning, by the container's id; the name alone is many tests'.
     for name in [&pod.uid, &pod.uid[..13], &pod.container_id] {
         let shown = says(&["show", name, "--sample", "0"]);
-        assert!(shown.contains(&pod.container_id) && shown.contains("10Mbit/s, burst 120kbit, by paced"), "{shown}");
+        assert!(shown.contains(&pod.container_id) && shown.contains("10Mbit/s, burst 120kbit, by pacing"), "{shown}");
     }
     pod.call("DEL");
     assert_eq!(listed(&pod.uid), None);

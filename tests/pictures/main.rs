@@ -43,13 +43,14 @@ fn draw() -> Result<()> {
         Limiter::Podshaper.add(&mut pod, Limits { egress, ingress }, &programs)?;
         Ok(pod)
     };
-    let web = pod("web-7d4b9", Some(100 * MBIT), Some(20 * MBIT))?;
+    let web = pod("web-7d4b9", Some(100 * MBIT), None)?;
+    let crawler = pod("crawler-5", None, Some(20 * MBIT))?;
     let backup = pod("backup-0", Some(20 * MBIT), None)?;
     let telemetry = pod("telemetry-x2k", Some(2 * MBIT), None)?;
     let mail = pod("mail-1", Some(10 * MBIT), Some(10 * MBIT))?;
     thread::scope(|scope| {
         scope.spawn(|| keep(|seconds| bulk(&web, Way::Out, 4, seconds, None)));
-        scope.spawn(|| keep(|seconds| bulk(&web, Way::In, 2, seconds, None)));
+        scope.spawn(|| keep(|seconds| bulk(&crawler, Way::In, 2, seconds, None)));
         // Half of its limit, then nothing for a while.
         scope.spawn(|| waves(|| bulk(&backup, Way::Out, 1, 3.0, Some(10 * MBIT / 8))));
         scope.spawn(|| keep(|seconds| udp(&telemetry, seconds)));

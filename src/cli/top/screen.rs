@@ -109,21 +109,23 @@ impl View {
 }
 
 fn header(sort: Sort) -> Line_<'static> {
-    let columns = [
-        ("POD", Some(Sort::Pod)),
-        ("INTERFACE", None),
-        ("DIRECTION", None),
-        ("LIMIT", None),
-        ("BY", None),
-        ("NOW", Some(Sort::Now)),
-        ("USED", Some(Sort::Used)),
-        ("P99", Some(Sort::P99)),
-        ("DROPS", Some(Sort::Drops)),
-        ("MARKS", None),
-        ("BYTES", None),
-        ("LAST READINGS", None),
+    let text = |name, sorts| (Text::from(name), sorts);
+    let number = |name, sorts| (Text::from(name).right_aligned(), sorts);
+    let columns: [(Text<'static>, Option<Sort>); 12] = [
+        text("POD", Some(Sort::Pod)),
+        text("INTERFACE", None),
+        text("DIRECTION", None),
+        number("LIMIT", None),
+        text("BY", None),
+        number("NOW", Some(Sort::Now)),
+        text("USED", Some(Sort::Used)),
+        number("P99", Some(Sort::P99)),
+        number("DROPS", Some(Sort::Drops)),
+        number("MARKS", None),
+        number("BYTES", None),
+        number("LAST READINGS", None),
     ];
-    let cell = |(name, sorts): (&'static str, Option<Sort>)| {
+    let cell = |(name, sorts): (Text<'static>, Option<Sort>)| {
         let style = if sorts == Some(sort) { Modifier::BOLD | Modifier::REVERSED } else { Modifier::BOLD };
         Cell::from(name).style(Style::new().add_modifier(style))
     };
