@@ -292,9 +292,7 @@ impl<'a> Pinned<'a> {
     }
 
     fn both<V: aya::Pod + Default>(&self, name: &str, read: Read) -> Result<[V; 2]> {
-        let both = self
-            .map(name)
-            .and_then(|map| Ok([sys::element(map.as_fd(), EGRESS, read)?, sys::element(map.as_fd(), INGRESS, read)?]));
+        let both = self.map(name).and_then(|map| sys::both_elements(map.as_fd(), read));
         both.map_err(|cause| refused(self.reading(name), &cause))
     }
 

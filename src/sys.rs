@@ -159,15 +159,17 @@ pub fn cgroup_link(link: BorrowedFd<'_>) -> io::Result<CgroupLink> {
     Ok(info)
 }
 
-/// An element of an array map.
+/// The first two elements of an array map, which are all that podshaper's have.
 ///
 /// # Errors
 /// What the kernel says; `InvalidData` if the map's elements have another size: it is another podshaper's.
-pub fn element<V: aya::Pod + Default>(map: BorrowedFd<'_>, index: u32, read: Read) -> io::Result<V> {
+pub fn both_elements<V: aya::Pod + Default>(map: BorrowedFd<'_>, read: Read) -> io::Result<[V; 2]> {
     check_size::<V>(map)?;
-    let mut value = V::default();
-    look_up(map, index, (&raw mut value).cast(), read)?;
-    Ok(value)
+    let mut values = [V::default(), V::default()];
+    for (index, value) in (0..).zip(&mut values) {
+        look_up(map, index, (&raw mut *value).cast(), read)?;
+    }
+    Ok(values)
 }
 
 /// An element of an array map of any size of elements.

@@ -5,11 +5,13 @@
 
 use std::{
     fs,
+    iter::Peekable,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    slice::Iter,
     sync::OnceLock,
     thread,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use podshaper_abi::{Counters, Limit as AbiLimit};
@@ -34,8 +36,8 @@ pub struct Attachment {
     pub directory: PathBuf,
     /// Whose it is; empty where that cannot be read.
     pub owner: Owner,
-    /// How long it has been there.
-    pub age: Option<Duration>,
+    /// When it was made.
+    made_at: Option<SystemTime>,
     /// Whether its programs are attached.
     pub links: Links,
     /// What the pod sends; `None` without a limit.
@@ -83,6 +85,14 @@ pub struct Links {
 /// # Errors
 /// [`Code::Kernel`] where bpffs may not be looked into: it is root's.
 pub fn read() -> Result<Vec<Attachment>> {
+    read_after(&[])
+}
+
+/// The same at less cost: of what was there in an earlier reading and has not been replaced, owner and links are taken from that.
+///
+/// # Errors
+/// Those of [`read`].
+pub fn read_after(before: &[Attachment]) -> Result<Vec<Attachment>> {
     let bpffs = Path::new(BPFFS);
     let Some(pins) = Pins::existing(bpffs) else {
         // Without permission it looks like an empty one.
@@ -94,7 +104,12 @@ pub fn read() -> Result<Vec<Attachment>> {
         };
     };
     pins.check_readable()?;
-    let found = pins.list().into_iter().map(|(place, directory)| Attachment::read(place, directory));
+    // Both are in the order of their directories' names.
+    let mut earlier = before.iter().peekable();
+    let found = pins.list().into_iter().map(|(place, directory)| {
+        let earlier = earlier_of(&mut earlier, &directory).and_then(Attachment::read_again);
+        earlier.unwrap_or_else(|| Attachment::read(place, directory))
+    });
     // One that went away while it was read has nothing to say.
     Ok(found.filter(|attachment| attachment.problem.is_none() || attachment.directory.exists()).collect())
 }
@@ -116,14 +131,18 @@ pub fn read_for(sample: Duration) -> Result<Vec<Attachment>> {
 
 /// Notes in the later of two readings what passed between them.
 pub fn compare(before: &[Attachment], after: &mut [Attachment]) {
-    // Both are in the order of their directories' names.
     let mut earlier = before.iter().peekable();
     for attachment in after {
-        while earlier.next_if(|earlier| earlier.directory < attachment.directory).is_some() {}
-        if let Some(earlier) = earlier.peek().filter(|earlier| earlier.directory == attachment.directory) {
+        if let Some(earlier) = earlier_of(&mut earlier, &attachment.directory) {
             attachment.compare(earlier);
         }
     }
+}
+
+/// Goes on to the attachment in a directory.
+fn earlier_of<'a>(earlier: &mut Peekable<Iter<'a, Attachment>>, directory: &Path) -> Option<&'a Attachment> {
+    while earlier.next_if(|earlier| earlier.directory.as_path() < directory).is_some() {}
+    earlier.peek().copied().filter(|earlier| earlier.directory == directory)
 }
 
 impl Attachment {
@@ -152,9 +171,26 @@ impl Attachment {
         }
         let names = names.unwrap_or_else(|| pins::links(&directory));
         let links = Links::read(&pinned, &names, Path::new(&owner.cgroup));
-        let age = pins::made_at(&directory).and_then(|made| made.elapsed().ok());
+        let made_at = pins::made_at(&directory);
         let read_at = Instant::now();
-        Self { place, directory, owner, age, links, egress, ingress, problem, read_at }
+        Self { place, directory, owner, made_at, links, egress, ingress, problem, read_at }
+    }
+
+    /// Reads limits and counters anew, if it is still the same attachment.
+    fn read_again(&self) -> Option<Self> {
+        let Self { place, directory, owner, made_at, links, egress: _, ingress: _, problem, read_at: _ } = self;
+        if problem.is_some() || made_at.is_none() || *made_at != pins::made_at(directory) {
+            return None;
+        }
+        let [egress, ingress] = read_directions(&Pinned::at(directory), owner).ok()?;
+        let (place, directory, owner, links) = (place.clone(), directory.clone(), owner.clone(), links.clone());
+        let read_at = Instant::now();
+        Some(Self { place, directory, owner, made_at: *made_at, links, egress, ingress, problem: None, read_at })
+    }
+
+    /// How long it has been there.
+    pub fn age(&self) -> Option<Duration> {
+        self.made_at.and_then(|made| made.elapsed().ok())
     }
 
     /// What a person calls it: namespace/name, the cgroup of what is no pod, or what there is.
@@ -316,7 +352,7 @@ impl Serialize for Attachment {
         map.serialize_entry("network", network)?;
         map.serialize_entry("netns", netns)?;
         map.serialize_entry("cgroup", cgroup)?;
-        map.serialize_entry("ageSeconds", &self.age.map(|age| age.as_secs()))?;
+        map.serialize_entry("ageSeconds", &self.age().map(|age| age.as_secs()))?;
         map.serialize_entry("links", &self.links.text())?;
         map.serialize_entry("linkFaults", self.links.faults())?;
         map.serialize_entry("maxEgressBitsPerS", max_egress)?;

@@ -62,7 +62,7 @@ pub fn table(found: &[Attachment]) -> Table {
 }
 
 fn row(attachment: &Attachment, direction: &str, numbers: [String; 9]) -> Vec<String> {
-    let age = attachment.age.map_or(NOTHING.to_owned(), chart::age);
+    let age = attachment.age().map_or(NOTHING.to_owned(), chart::age);
     let cgroup = attachments::below_mount(&attachment.owner.cgroup);
     let mut cells = vec![attachment.name(), attachment.place.interface.clone(), direction.to_owned()];
     cells.extend(numbers);

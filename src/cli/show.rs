@@ -57,7 +57,7 @@ fn text(attachment: &Attachment) -> String {
     line("Netns", netns.as_deref().unwrap_or_default());
     line("Cgroup", cgroup);
     line("Pins", &attachment.directory.display().to_string());
-    line("Age", &attachment.age.map(chart::age).unwrap_or_default());
+    line("Age", &attachment.age().map(chart::age).unwrap_or_default());
     line("Links", &attachment.links.text());
     attachment.links.faults().iter().for_each(|fault| line("", fault));
     line("Problem", attachment.problem.as_deref().unwrap_or_default());

@@ -21,6 +21,8 @@ use crate::error::Result;
 
 /// Readings that are kept of each direction.
 const HISTORY: usize = 60;
+/// How often links and owners are read, too.
+const WHOLE_READING_EVERY: u64 = 10;
 /// Shorter ones would be all of what the command does.
 const SHORTEST: Duration = Duration::from_millis(100);
 
@@ -78,7 +80,7 @@ impl Arguments {
         let mut left = self.count;
         while left != Some(0) {
             thread::sleep(self.interval);
-            let mut now = attachments::read()?;
+            let mut now = attachments::read_after(&before)?;
             attachments::compare(&before, &mut now);
             // A reader that has gone away ends it.
             if !output::print_to_reader(&(list::table(&now).text() + "\n"))? {
@@ -124,12 +126,16 @@ impl Row<'_> {
 #[derive(Default)]
 struct Watch {
     last: Vec<Attachment>,
+    readings: u64,
     history: HashMap<PathBuf, [VecDeque<f64>; 2]>,
 }
 
 impl Watch {
     fn read(&mut self) -> Result<()> {
-        let mut now = attachments::read()?;
+        // Links do not die often.
+        let is_whole = self.readings.is_multiple_of(WHOLE_READING_EVERY);
+        let mut now = if is_whole { attachments::read()? } else { attachments::read_after(&self.last)? };
+        self.readings += 1;
         attachments::compare(&self.last, &mut now);
         let mut before = std::mem::take(&mut self.history);
         // What has gone is forgotten.
