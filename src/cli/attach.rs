@@ -21,12 +21,13 @@ use super::{
 };
 use crate::{
     cgroup::Hierarchies,
+    cni,
     error::{Code, Error, Result},
     ingress::{self, IngressBy},
     netns,
     pins::{BPFFS, Pins, Place},
     pod::Owner,
-    request::{Limit, Limits, Source},
+    request::{Limit, Limits, Source, Subnets},
     shaper::{self, Settings},
     units::{Burst, Rate},
 };
@@ -180,7 +181,7 @@ impl Target {
         owner.fq = has_fq;
         owner.ingress_by = ingress_by.map(|mechanism| mechanism.to_string());
         let settings = Settings { ifindex: self.ifindex, limits: *limits, has_fq, ingress_by };
-        let pinned = shaper::load(&settings, &owner).and_then(|loaded| {
+        let pinned = shaper::load(&settings, &Subnets::default(), &owner).and_then(|loaded| {
             let pins = Pins::ensure(Path::new(BPFFS))?.lock()?;
             let attached = loaded.attach(self.directory.as_fd())?;
             let staged = pins.stage(&self.place)?;
@@ -204,14 +205,9 @@ impl Target {
             }
             return Ok((false, limits.ingress.map(|_| IngressBy::Drops)));
         };
-        let inside = netns::in_netns(netns, || {
-            if let Err(error) = netns::make_packets_small() {
-                log::warn!("TCP may send large packets in bursts: {error}");
-            }
-            Ok(ingress::prepare(self.ifindex, limits))
-        })?;
+        let (_, inside) = netns::in_netns(netns, || cni::prepare_netns(&self.interface, netns, limits))?;
         let has_fq = inside.has_fq();
-        Ok((has_fq, limits.ingress.map(|limit| inside.choose(self.ifindex, &limit))))
+        Ok((has_fq, limits.ingress.map(|limit| inside.choose(self.ifindex, &limit, true))))
     }
 }
 

@@ -6,7 +6,7 @@
 //! | `egressBurst`, `ingressBurst` | their bursts: quantity or number, bits | 5 ms, 10 packets at least |
 //! | `max` | `{"egress", "ingress"}`: no pod gets more, whatever it asks for | none |
 //! | `rateKey` | annotation that holds whole megabytes/s; `""` for none | `rate` |
-//! | `exemptSubnets` | list of subnets that are not counted | none |
+//! | `exemptSubnets`, `shapedSubnets` | remote addresses that are not limited, that are: see `subnets.rs` | none, all |
 //! | `cgroupPath` | below the cgroup2 mount, for runtimes that pass no UID; `{containerID}` is replaced | none |
 //! | `kubeconfig` | where to ask for annotations and labels | not asked |
 //! | `logFile`, `logLevel` | absolute path; off, error, warn, info, debug, trace | stderr, info |
@@ -16,12 +16,12 @@
 
 use std::path::PathBuf;
 
-use ipnetwork::IpNetwork;
 use log::LevelFilter;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::limits::Direction;
+use super::subnets::Subnets;
 use super::{MAX_PATH_BYTES, NO_CGROUP_PATH, Tolerance, below_cgroup_mount, json};
 use crate::error::{Code, Error, Result, quoted};
 use crate::units::{Burst, Rate, UnitError};
@@ -46,8 +46,8 @@ pub struct Config {
     pub cgroup_path: Option<PathBuf>,
     /// `kubeconfig`; None to ask no API server.
     pub kubeconfig: Option<PathBuf>,
-    /// `exemptSubnets`.
-    pub exempt_subnets: Vec<IpNetwork>,
+    /// `exemptSubnets` and `shapedSubnets`.
+    pub subnets: Subnets,
     rates: Rates,
 }
 
@@ -61,6 +61,7 @@ pub(super) struct Keys {
     cgroup_path: Option<Box<RawValue>>,
     kubeconfig: Option<Box<RawValue>>,
     exempt_subnets: Option<Box<RawValue>>,
+    shaped_subnets: Option<Box<RawValue>>,
     // The aliases are the bandwidth plugin's keys, which mean the same; a conflist may be carried over from it.
     #[serde(alias = "egressRate")]
     egress: Option<Box<RawValue>>,
@@ -90,7 +91,8 @@ struct Max {
 impl Config {
     /// Decodes every key but the rates.
     pub(super) fn read(keys: Keys, container_id: Option<&str>, tolerance: &mut Tolerance) -> Result<Self> {
-        let Keys { log_file, log_level, rate_key, cgroup_path, kubeconfig, exempt_subnets, .. } = keys;
+        let Keys { log_file, log_level, rate_key, cgroup_path, kubeconfig, .. } = keys;
+        let Keys { exempt_subnets, shaped_subnets, .. } = keys;
         let Keys { egress, ingress, egress_burst, ingress_burst, max, .. } = keys;
 
         let level = |text: &str| text.parse::<LevelFilter>().ok();
@@ -109,7 +111,7 @@ impl Config {
                 .filter(|key| !key.is_empty()),
             cgroup_path: tolerance.weigh(read("cgroupPath", cgroup_path, NO_CGROUP_PATH, cgroup))?,
             kubeconfig: tolerance.weigh(read("kubeconfig", kubeconfig, NO_FILE, file))?,
-            exempt_subnets: tolerance.weigh(exempt_subnets.map_or(Ok(Vec::new()), |raw| subnets(&raw)))?,
+            subnets: tolerance.weigh(Subnets::read(exempt_subnets, shaped_subnets))?,
             rates: Rates { egress, ingress, egress_burst, ingress_burst, max },
         })
     }
@@ -159,15 +161,6 @@ fn read<T>(key: &str, raw: Option<Box<RawValue>>, wrong: &str, take: impl Fn(&st
     taken.map(Some).map_err(|shown| Error::new(Code::Config, format!("configuration key {key:?}: {shown} {wrong}")))
 }
 
-fn subnets(raw: &RawValue) -> Result<Vec<IpNetwork>> {
-    let wrong = |shown: String| {
-        let remedy = "is not a subnet; write a list such as [\"10.0.0.0/8\", \"fd00::/8\"]";
-        Error::new(Code::Config, format!("configuration key \"exemptSubnets\": {shown} {remedy}"))
-    };
-    let texts: Vec<String> = serde_json::from_str(raw.get()).map_err(|_| wrong(quoted(raw.get())))?;
-    texts.iter().map(|text| text.parse().map_err(|_| wrong(quoted(text)))).collect()
-}
-
 /// A number of bits, or a quantity in a string.
 fn number<T>(
     key: &str,
@@ -204,7 +197,7 @@ mod tests {
         assert_eq!(request.config.log_file.as_deref(), Some(Path::new("/var/log/p")));
         assert_eq!(request.config.kubeconfig.as_deref(), Some(Path::new("/etc/k")));
         assert_eq!((request.config.log_level, request.config.rate_key.as_deref()), (LevelFilter::Debug, None));
-        assert_eq!(request.config.exempt_subnets, ["10.0.0.0/8", "fd00::/8"].map(|text| text.parse().unwrap()));
+        assert_eq!(request.config.subnets.len(), 2);
         // The configured cgroup is for pods without a UID only.
         assert_eq!(request.cgroup_hint(), Some(Path::new("/machine.slice/libpod-c1.scope")));
         assert_eq!(add("K8S_POD_UID=u", &config(keys)).unwrap().cgroup_hint(), None);
