@@ -97,7 +97,7 @@ mod tests {
              default/web    10M  kubepods/burstable/pod1234\n\
              é            1500k  -\n"
         );
-        assert_eq!(table.text_within(Some(40)).lines().nth(1), Some("default/web    10M  kubepo…able/pod1234"));
-        assert_eq!(table.text_within(Some(10)).lines().nth(1), Some("default/web    10M  kubep…e/pod1234"));
+        assert_eq!(table.text_within(Some(40)).lines().nth(1), Some("default/web    10M  kubepo…table/pod1234"));
+        assert_eq!(table.text_within(Some(10)).lines().nth(1), Some("default/web    10M  kubep…le/pod1234"));
     }
 }
