@@ -15,6 +15,8 @@ const CHECK: &str = "conflist";
 /// Capabilities by which limits reach podshaper: one of them at least.
 const BANDWIDTH: &str = "bandwidth";
 const ANNOTATIONS: &str = "io.kubernetes.cri.pod-annotations";
+/// One that saves a search.
+const CGROUP_PATH: &str = "cgroupPath";
 
 /// The keys that are looked at.
 #[derive(Deserialize)]
@@ -87,7 +89,8 @@ fn check_file(rank: usize, path: &Path) -> Vec<Finding> {
     let Some(problems) = problems(&conflist.plugins) else { return Vec::new() };
     let mut findings: Vec<Finding> = problems.iter().map(|(state, text)| finding(*state, text)).collect();
     if rank > 0 {
-        let text = "is not the first file in its directory, and runtimes read the first only (unless told to read more): name it so that it sorts first";
+        let text = "is not the first file in its directory, and runtimes read the first only (unless told to read more): \
+                    name it so that it sorts first";
         findings.push(finding(State::Warn, text));
     }
     if findings.is_empty() {
@@ -121,37 +124,30 @@ fn problems(plugins: &[Plugin]) -> Option<Vec<(State, String)>> {
     if plugins.iter().any(|plugin| plugin.kind == "bandwidth") {
         say(State::Missing, "the bandwidth plugin limits the same pods a second time, by a queue: take it out");
     }
-    let has = |name: &str| {
-        podshaper.capabilities.as_ref().and_then(|all| all.get(name)).and_then(Value::as_bool) == Some(true)
-    };
-    match (has(BANDWIDTH), has(ANNOTATIONS)) {
-        (true, true) => {}
-        (false, false) => say(
-            State::Missing,
-            &format!(
-                "podshaper has neither the capability \"{BANDWIDTH}\" nor \"{ANNOTATIONS}\", so no pod's annotation reaches it: add \"capabilities\": {{\"{BANDWIDTH}\": true, \"{ANNOTATIONS}\": true, \"cgroupPath\": true}}"
-            ),
-        ),
-        (true, false) => say(
-            State::Warn,
-            &format!(
-                "podshaper has not the capability \"{ANNOTATIONS}\", by which it gets the annotation \"rate\": add it"
-            ),
-        ),
-        (false, true) => say(
-            State::Warn,
-            &format!(
-                "podshaper has not the capability \"{BANDWIDTH}\", by which kubelet's own reading of the annotations comes: add it"
-            ),
-        ),
-    }
-    if !has("cgroupPath") {
-        say(
-            State::Warn,
-            "podshaper has not the capability \"cgroupPath\", by which runtimes that know the pod's cgroup name it: add it",
-        );
-    }
+    problems.extend(lacks(podshaper));
     Some(problems)
+}
+
+/// The capabilities that podshaper has not in this conflist, and what that means.
+fn lacks(podshaper: &Plugin) -> Vec<(State, String)> {
+    let all = podshaper.capabilities.as_ref();
+    let has = |name: &str| all.and_then(|all| all.get(name)).and_then(Value::as_bool) == Some(true);
+    if !has(BANDWIDTH) && !has(ANNOTATIONS) {
+        let text = format!(
+            "podshaper has neither the capability \"{BANDWIDTH}\" nor \"{ANNOTATIONS}\", so no pod's annotation reaches it: add \
+             \"capabilities\": {{\"{BANDWIDTH}\": true, \"{ANNOTATIONS}\": true, \"{CGROUP_PATH}\": true}}"
+        );
+        return vec![(State::Missing, text)];
+    }
+    let wanted = [
+        (BANDWIDTH, "by which kubelet's own reading of the annotations comes"),
+        (ANNOTATIONS, "by which it gets the annotation \"rate\""),
+        (CGROUP_PATH, "by which runtimes that know the pod's cgroup name it"),
+    ];
+    let lacking = wanted.into_iter().filter(|(name, _)| !has(name));
+    lacking
+        .map(|(name, why)| (State::Warn, format!("podshaper has not the capability \"{name}\", {why}: add it")))
+        .collect()
 }
 
 fn binary(path: &Path) -> Vec<Finding> {
