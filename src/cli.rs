@@ -1,28 +1,42 @@
-//! podshaper called by a person: CNI_COMMAND is not set.
-#![expect(clippy::print_stdout, reason = "a person reads it")]
+//! podshaper called by a person: CNI_COMMAND is not set. The commands, one file each below `cli/`, and how a run of one ends.
+//!
+//! Reading commands take no lock and change nothing. All of them print through [`output`], where a reader that has gone away is a
+//! quiet end.
 
+mod attach;
+mod attachments;
+mod chart;
+mod completions;
+mod detach;
+mod doctor;
+mod gc;
 mod install;
+mod list;
+mod man;
+mod metrics;
+mod output;
+mod run;
+mod select;
+mod set;
+mod show;
+mod table;
+mod top;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::Result;
 
-/// The commands that take arguments.
-#[derive(Parser)]
-#[command(name = "podshaper")]
-enum Command {
-    /// Put podshaper on this node
-    Install(install::Install),
-    /// Take podshaper off this node
-    Uninstall(install::Uninstall),
-}
+/// Exit status of a command that was called wrongly.
+const EXIT_USAGE: u8 = 2;
 
-const HELP: &str = "\
+const ABOUT: &str = "\
 podshaper limits the bandwidth of Kubernetes pods. It is a chained CNI plugin: the container runtime calls it for
 each pod, with CNI_COMMAND in the environment and the configuration on stdin. There is nothing to start.
+The commands below are for the operator of a node: they show what is limited, and change it.";
 
+const AFTER: &str = "\
 To use it on a node, `podshaper install`, which copies the binary to /opt/cni/bin and adds to the end of the
 \"plugins\" list of the conflist in /etc/cni/net.d (`podshaper install --dry-run` shows it):
 
@@ -43,45 +57,165 @@ Optional keys beside \"type\":
                                {containerID} in it is replaced
     kubeconfig                 whom to ask for the pod's annotations and labels (default: nobody)
     onApiError                 fail|ignore: what becomes of a pod when there is no answer (default: fail)
+    exemptSubnets              [\"10.0.0.0/8\", ..]: what goes there and comes from there is not limited
+    shapedSubnets              the opposite: nothing else is limited; of both lists the longest prefix counts
     logFile, logLevel          where to log, and off|error|warn|info|debug|trace (default: stderr, info)
 
-Commands:
-    install      put podshaper on this node: --help shows how
-    uninstall    take it off again
-Options:
-    --help       this text
-    --version    the version of podshaper
-Exit status: 0 done, 1 failed, 2 called wrongly.
-";
+A POD is its name, namespace/name, UID or container id, or the beginning of one; or a cgroup's path.
+Exit status: 0 done, 1 failed, 2 called wrongly; of run: the command's own.";
 
-/// Answers `--help` and `--version`.
-pub fn run() -> ExitCode {
-    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
-    match arguments.iter().map(|argument| argument.to_str()).collect::<Vec<_>>()[..] {
-        [] | [Some("--help" | "-h" | "help")] => print!("{HELP}"),
-        [Some("--version" | "-V")] => println!("podshaper {}", env!("CARGO_PKG_VERSION")),
-        [Some("install" | "uninstall"), ..] => return command(),
-        _ => {
-            eprintln!(
-                "podshaper: it takes install, uninstall, --help or --version; a container runtime calls it with CNI_COMMAND set"
-            );
-            return ExitCode::from(2);
-        }
-    }
-    ExitCode::SUCCESS
+#[derive(Parser)]
+#[command(name = "podshaper", version, about = "Limits the bandwidth of Kubernetes pods", long_about = ABOUT)]
+#[command(after_long_help = AFTER, after_help = AFTER, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
 }
 
-fn command() -> ExitCode {
-    let done: Result<String> = match Command::parse() {
-        Command::Install(install) => install.run(),
-        Command::Uninstall(uninstall) => uninstall.run(),
-    };
-    match done {
-        Ok(report) => print!("{report}"),
-        Err(error) => {
-            eprintln!("podshaper: {error}");
-            return ExitCode::FAILURE;
+/// What a person can ask for.
+#[derive(Subcommand)]
+enum Command {
+    /// Show every attachment: limits, what they let pass now, and whether they are in force
+    #[command(visible_alias = "ls")]
+    List(list::Arguments),
+    /// Show all of one pod, with the histogram of its backlog
+    Show(show::Arguments),
+    /// Watch what the limits let pass; q ends it
+    Top(top::Arguments),
+    /// Change the limits of a running pod, until it gets a new sandbox
+    Set(set::Arguments),
+    /// Limit a cgroup: a systemd slice or service, a container
+    Attach(attach::Arguments),
+    /// Take a limit off
+    Detach(detach::Arguments),
+    /// Run a command in a cgroup of its own, limited
+    Run(run::Arguments),
+    /// Remove attachments whose cgroup is gone, and what killed calls left
+    Gc(gc::Arguments),
+    /// Check whether this node can limit pods and its conflists make it
+    Doctor(doctor::Arguments),
+    /// Print everything for Prometheus
+    Metrics(metrics::Arguments),
+    /// Put podshaper on this node
+    Install(install::Install),
+    /// Take podshaper off this node
+    Uninstall(install::Uninstall),
+    /// Print the completions of a shell
+    Completions(completions::Arguments),
+    /// Print the manual page, of podshaper or of a command
+    Man(man::Arguments),
+}
+
+impl Command {
+    fn run(self) -> Result<ExitCode> {
+        let done = |()| ExitCode::SUCCESS;
+        match self {
+            Self::List(arguments) => arguments.run().map(done),
+            Self::Show(arguments) => arguments.run().map(done),
+            Self::Top(arguments) => arguments.run().map(done),
+            Self::Set(arguments) => arguments.run().map(done),
+            Self::Attach(arguments) => arguments.run().map(done),
+            Self::Detach(arguments) => arguments.run().map(done),
+            Self::Run(arguments) => arguments.run(),
+            Self::Gc(arguments) => arguments.run().map(done),
+            Self::Doctor(arguments) => arguments.run(),
+            Self::Metrics(arguments) => arguments.run().map(done),
+            Self::Install(arguments) => arguments.run().and_then(|report| output::print(&report)).map(done),
+            Self::Uninstall(arguments) => arguments.run().and_then(|report| output::print(&report)).map(done),
+            Self::Completions(arguments) => arguments.run().map(done),
+            Self::Man(arguments) => arguments.run().map(done),
         }
     }
-    ExitCode::SUCCESS
+}
+
+/// Reads the arguments and does what they ask for.
+pub fn run() -> ExitCode {
+    let ended = match Cli::try_parse() {
+        Ok(cli) => {
+            log_to_stderr();
+            cli.command.run()
+        }
+        Err(_) if std::env::args_os().len() < 2 => help().map(|()| ExitCode::SUCCESS),
+        Err(error) => answer(&error),
+    };
+    ended.unwrap_or_else(|error| {
+        output::complain(&error.to_string());
+        ExitCode::FAILURE
+    })
+}
+
+fn help() -> Result<()> {
+    output::print(&Cli::command().render_long_help().to_string())
+}
+
+/// What clap calls an error may be what was asked for: `--help`, `--version`.
+fn answer(error: &clap::Error) -> Result<ExitCode> {
+    let text = error.render().to_string();
+    if error.use_stderr() {
+        output::complain(text.strip_prefix("error: ").unwrap_or(&text).trim_end());
+        return Ok(ExitCode::from(EXIT_USAGE));
+    }
+    output::print(&text).map(|()| ExitCode::SUCCESS)
+}
+
+/// The parts that commands share with the plugin warn in the log; a person reads warnings as they come.
+fn log_to_stderr() {
+    struct Stderr;
+    impl log::Log for Stderr {
+        fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+            metadata.level() <= log::Level::Warn
+        }
+        fn log(&self, record: &log::Record<'_>) {
+            if self.enabled(record.metadata()) {
+                output::complain(&record.args().to_string());
+            }
+        }
+        fn flush(&self) {}
+    }
+    // The only error is a second logger, and there is none.
+    let _ = log::set_logger(&Stderr).map(|()| log::set_max_level(log::LevelFilter::Warn));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn each(command: &clap::Command, path: &str, check: &mut impl FnMut(&clap::Command, &str)) {
+        check(command, path);
+        command.get_subcommands().for_each(|sub| each(sub, &format!("{path} {}", sub.get_name()), check));
+    }
+
+    #[test]
+    fn every_command_and_every_argument_has_help() {
+        Cli::command().debug_assert();
+        each(&Cli::command(), "podshaper", &mut |command, path| {
+            assert!(command.get_about().is_some(), "{path} has no help");
+            for argument in command.get_arguments() {
+                assert!(argument.get_help().is_some(), "{path} {} has no help", argument.get_id());
+            }
+        });
+    }
+
+    #[test]
+    fn what_is_wrong_with_the_arguments_is_found_before_anything_is_done() {
+        for words in [
+            "",
+            "frobnicate",
+            "list -o xml",
+            "set web",
+            "set --egress 10M",
+            "set web --egress 10MB",
+            "set web --egress 0",
+            "attach --cgroup /a",
+            "attach --egress 10M",
+            "run --egress 10M",
+            "run -- true",
+            "top --interval 0",
+            "detach",
+            "metrics extra",
+        ] {
+            let words = std::iter::once("podshaper").chain(words.split_whitespace());
+            assert!(Cli::try_parse_from(words.clone()).is_err(), "{:?}", words.collect::<Vec<_>>());
+        }
+    }
 }

@@ -163,7 +163,10 @@ fn limit(request: &Request, attachment: &Attachment, plan: Plan) -> Result<()> {
 }
 
 /// The interface's index, and the namespace set so that small pacing rates make small packets and acknowledgements can be held.
-fn prepare_netns(ifname: &str, netns: &Path, limits: &Limits) -> Result<(u32, Inside)> {
+///
+/// # Errors
+/// [`Code::Netns`]: there is no such interface.
+pub fn prepare_netns(ifname: &str, netns: &Path, limits: &Limits) -> Result<(u32, Inside)> {
     let index = netns::interface(ifname, netns)?.index;
     // Without it the rate holds and the latency does not: not worth a pod.
     let single_segments = limits.egress.is_some_and(|limit| shaper::bulk_segments(limit.rate) == 1);

@@ -82,6 +82,23 @@ impl Inside {
     }
 }
 
+/// Sets another rate where tbf holds an attachment's ingress; nothing to do where it does not.
+///
+/// # Errors
+/// [`Code::Kernel`] or [`Code::Netns`]: the tbf cannot be found or changed.
+pub fn change(owner: &Owner, limit: &Limit) -> Result<()> {
+    if owner.ingress_by.as_deref() != Some(&IngressBy::Tbf.to_string()) {
+        return Ok(());
+    }
+    let path = owner.netns.as_deref().map(Path::new).unwrap_or(Path::new(""));
+    let (index, peer) = netns::in_netns(path, || {
+        let index = netns::interface(&owner.ifname, path)?.index;
+        Ok((index, qdisc::veth_peer(index)?))
+    })?;
+    let no_peer = || Error::new(Code::Kernel, "change tbf: the pod's interface has no end on this host any more");
+    qdisc::put_tbf(peer.ok_or_else(no_peer)?, index, limit)
+}
+
 /// Checks that what was put on the interfaces for an attachment is still there.
 ///
 /// # Errors

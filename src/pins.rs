@@ -126,6 +126,28 @@ impl Pins {
     pub fn find(&self, place: &Place) -> Option<PathBuf> {
         find(&self.root, place)
     }
+
+    /// All attachments, of every layout. Unlocked: one may go before it is looked at.
+    pub fn list(&self) -> Vec<(Place, PathBuf)> {
+        list(&self.root)
+    }
+
+    /// Whether this process may look into it; where not, there seems to be nothing.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] with what the kernel says.
+    pub fn check_readable(&self) -> Result<()> {
+        let failed =
+            |cause| Error::because(Code::Kernel, format!("look into {} (it takes root)", self.root.display()), cause);
+        fs::read_dir(&self.root).map(drop).map_err(failed)
+    }
+
+    /// How many directories calls that were killed have left, or calls at work need just now.
+    pub fn unfinished(&self) -> usize {
+        let pods = layouts(&self.root).into_iter().flat_map(|layout| directories(&layout));
+        let names = pods.flat_map(|(_, pod)| directories(&pod)).map(|(name, _)| name);
+        names.filter(|name| [NEW, OLD].iter().any(|suffix| name.ends_with(suffix))).count()
+    }
 }
 
 impl LockedPins {
@@ -255,6 +277,31 @@ impl Drop for Staged<'_> {
             log::warn!("{error}");
         }
     }
+}
+
+/// The layout an attachment is pinned in: `v1`.
+pub fn layout_of(directory: &Path) -> &str {
+    let layout = directory.ancestors().nth(2).and_then(Path::file_name);
+    layout.and_then(|name| name.to_str()).unwrap_or_default()
+}
+
+/// Whether an attachment's maps are laid out as this podshaper knows them.
+pub fn is_current(directory: &Path) -> bool {
+    layout_of(directory) == format!("v{LAYOUT}")
+}
+
+/// The links of an attachment of any layout, by name.
+pub fn links(directory: &Path) -> Vec<String> {
+    let names =
+        fs::read_dir(directory).into_iter().flatten().flatten().filter_map(|pin| pin.file_name().into_string().ok());
+    let mut links: Vec<_> = names.filter(|name| ![OWNER, LIMITS, METERS].contains(&name.as_str())).collect();
+    links.sort();
+    links
+}
+
+/// When an attachment was made: a pin bears the time of its making, and OWNER's is made with it.
+pub fn made_at(directory: &Path) -> Option<std::time::SystemTime> {
+    fs::metadata(directory.join(OWNER)).and_then(|pin| pin.modified()).ok()
 }
 
 /// Whether bpffs is mounted there.

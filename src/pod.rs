@@ -185,6 +185,15 @@ pub struct Owner {
     /// What holds the ingress limit, if there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ingress_by: Option<String>,
+    /// The administrator's `max` at ADD, in bits per second: what `set` does not go beyond.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_egress: Option<u64>,
+    /// The same for ingress.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_ingress: Option<u64>,
+    /// Whether `set` has changed the limits since: they are not what the pod asked for any more.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub changed: bool,
 }
 
 impl Owner {

@@ -25,6 +25,7 @@ use serde_json::value::RawValue;
 
 use crate::error::{Code, Error, Result, quoted};
 use crate::pod::{NetworkName, Owner, PodKey};
+use crate::units::Rate;
 pub use config::Config;
 pub use env::Env;
 pub use limits::{Limit, Limits, Source};
@@ -198,9 +199,15 @@ impl Request {
             pod_name: self.pod_name.clone(),
             uid: attachment.key.uid().map(|uid| uid.to_string()),
             cgroup: cgroup.to_string_lossy().into_owned(),
-            fq: false,
-            ingress_by: None,
+            max_egress: self.max_recorded(limits::Direction::Egress),
+            max_ingress: self.max_recorded(limits::Direction::Ingress),
+            ..Owner::default()
         }
+    }
+
+    /// What is malformed has been refused when the limits were asked for.
+    fn max_recorded(&self, direction: limits::Direction) -> Option<u64> {
+        self.config.max(direction).ok().flatten().map(Rate::as_bits_per_s)
     }
 }
 

@@ -19,7 +19,9 @@ use aya::{
     programs::{Program, ProgramError},
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use podshaper_abi::{EGRESS, INGRESS, Limit as AbiLimit, OWNER_SIZE, SINGLE_SEGMENTS_BELOW_BITS_PER_S, SubnetAddress};
+use podshaper_abi::{
+    EGRESS, INGRESS, Limit as AbiLimit, Meter, OWNER_SIZE, SINGLE_SEGMENTS_BELOW_BITS_PER_S, SubnetAddress,
+};
 
 use crate::{
     error::{Code, Error, Result},
@@ -27,7 +29,7 @@ use crate::{
     pins::{LIMITS, METERS, OWNER},
     pod::Owner,
     request::{Limit, Limits, Subnets},
-    sys::{self, CgroupHook},
+    sys::{self, CgroupHook, Read},
     units::Rate,
 };
 
@@ -105,6 +107,11 @@ impl Settings {
             programs.push(HOLD_ACKS);
         }
         programs
+    }
+
+    /// The programs by name, which are also the pins of their links.
+    pub fn program_names(&self) -> impl Iterator<Item = &'static str> {
+        self.programs().into_iter().map(|(name, _)| name)
     }
 
     /// The limits as the programs read them, by direction.
@@ -204,13 +211,58 @@ impl<'a> Pinned<'a> {
     /// # Errors
     /// [`Code::Kernel`] where the record cannot be read: it is being removed, or not podshaper's.
     pub fn owner(&self) -> Result<Owner> {
-        let map = self.array::<[u8; OWNER_SIZE]>(OWNER)?;
-        let bytes = map.get(&0, 0).map_err(|cause| refused(self.reading(OWNER), &cause))?;
+        // Whatever its size: a record of another layout must be readable for its pins to be removed.
+        let bytes = self.map(OWNER).and_then(|map| sys::element_bytes(map.as_fd(), 0));
+        let bytes = bytes.map_err(|cause| refused(self.reading(OWNER), &cause))?;
         let json = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
         serde_json::from_slice(json).map_err(|cause| Error::because(Code::Kernel, self.reading(OWNER), cause))
     }
 
-    /// Checks that every link is live and on this cgroup, and that the limits are these.
+    /// The limits of both directions, as the programs read them.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] where they cannot be read.
+    pub fn limits(&self) -> Result<[AbiLimit; 2]> {
+        self.both(LIMITS, Read::Plain)
+    }
+
+    /// Clocks and counters of both directions, each of one moment.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] where they cannot be read.
+    pub fn meters(&self) -> Result<[Meter; 2]> {
+        self.both(METERS, Read::Locked)
+    }
+
+    /// The cgroup a program is on, by the inode number of its directory; `None` if the link is dead.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] where there is no such link.
+    pub fn linked_cgroup(&self, program: &str) -> Result<Option<u64>> {
+        let link = sys::open_pin(&self.directory.join(program)).and_then(|link| sys::cgroup_link(link.as_fd()));
+        let link = link.map_err(|cause| refused(self.reading(program), &cause))?;
+        Ok(Some(link.cgroup_id).filter(|id| *id != 0))
+    }
+
+    /// Writes the limits that the settings have, in force from the next packet on, and records that they are no longer what the
+    /// pod asked for. A direction without a limit stays as it is.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] with what the kernel says.
+    pub fn change(&self, settings: &Settings, owner: &Owner) -> Result<()> {
+        let writing = |name: &str| format!("write {}", self.directory.join(name).display());
+        let owner = owner_bytes(&Owner { changed: true, ..owner.clone() })?;
+        let written = self.map(OWNER).and_then(|map| sys::set_element(map.as_fd(), 0, &owner));
+        written.map_err(|cause| refused(writing(OWNER), &cause))?;
+        let limits = settings.abi_limits().into_iter().filter(|(.., limit)| limit.rate_bits_per_s != 0);
+        for (direction, _, limit) in limits {
+            let written = self.map(LIMITS).and_then(|map| sys::set_element(map.as_fd(), direction, &limit));
+            written.map_err(|cause| refused(writing(LIMITS), &cause))?;
+        }
+        Ok(())
+    }
+
+    /// Checks that every link is live and on this cgroup, and that the limits are these, unless an operator has set others.
     ///
     /// # Errors
     /// [`Code::Mismatch`] naming the first difference.
@@ -221,9 +273,10 @@ impl<'a> Pinned<'a> {
         for (name, _) in settings.programs() {
             self.check_link(name, cgroup, cgroup_id)?;
         }
-        let map = self.array::<AbiLimit>(LIMITS)?;
-        for (direction, name, asked) in settings.abi_limits() {
-            let found = map.get(&direction, 0).map_err(|cause| refused(self.reading(LIMITS), &cause))?;
+        if self.owner()?.changed {
+            return Ok(());
+        }
+        for ((_, name, asked), found) in settings.abi_limits().into_iter().zip(self.limits()?) {
             if found != asked {
                 let AbiLimit { rate_bits_per_s: rate, burst_ns: burst, .. } = found;
                 let AbiLimit { rate_bits_per_s: asked_rate, burst_ns: asked_burst, .. } = asked;
@@ -252,11 +305,13 @@ impl<'a> Pinned<'a> {
         }
     }
 
-    fn array<V: aya::Pod>(&self, name: &str) -> Result<Array<MapData, V>> {
-        MapData::from_pin(self.directory.join(name))
-            .map(Map::Array)
-            .and_then(Array::try_from)
-            .map_err(|cause| refused(self.reading(name), &cause))
+    fn both<V: aya::Pod + Default>(&self, name: &str, read: Read) -> Result<[V; 2]> {
+        let both = self.map(name).and_then(|map| sys::both_elements(map.as_fd(), read));
+        both.map_err(|cause| refused(self.reading(name), &cause))
+    }
+
+    fn map(&self, name: &str) -> std::io::Result<OwnedFd> {
+        sys::open_pin(&self.directory.join(name))
     }
 
     fn reading(&self, name: &str) -> String {

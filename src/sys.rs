@@ -1,5 +1,6 @@
-//! All the unsafe code of the plugin: cgroup links by bpf(2). aya 0.14 makes them, but lets no link of a cgroup/setsockopt
-//! program out to be pinned, and says of no link which cgroup it is on.
+//! All the unsafe code of podshaper: cgroup links and array maps by bpf(2), and a signal handler. aya 0.14 makes links, but lets none of a
+//! cgroup/setsockopt program out to be pinned, and says of none which cgroup it is on. Of maps it allocates and asks more than a list
+//! of 500 attachments can afford, and it takes a map for what another podshaper pinned only if every size is as it knows it.
 #![expect(unsafe_code, reason = "bpf(2) is a raw system call")]
 
 use std::{
@@ -11,6 +12,8 @@ use std::{
 };
 
 /// Commands of bpf(2) (uapi/linux/bpf.h, `enum bpf_cmd`).
+const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
+const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
@@ -76,6 +79,37 @@ pub struct CgroupLink {
     reserved_too: u32,
 }
 
+/// `union bpf_attr`, the part for BPF_MAP_LOOKUP_ELEM and BPF_MAP_UPDATE_ELEM.
+#[repr(C)]
+#[derive(Default)]
+struct ElementAttr {
+    map_fd: u32,
+    reserved: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+/// `struct bpf_map_info`, its beginning.
+#[repr(C)]
+#[derive(Default)]
+struct MapInfo {
+    map_type: u32,
+    id: u32,
+    key_size: u32,
+    value_size: u32,
+}
+
+/// How an element of a map is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+pub enum Read {
+    /// As it is.
+    Plain = 0,
+    /// All of one moment: under the `bpf_spin_lock` that is in it (`BPF_F_LOCK`), for as long as it takes to copy it.
+    Locked = 4,
+}
+
 /// Opens a pinned object.
 ///
 /// # Errors
@@ -123,6 +157,89 @@ pub fn cgroup_link(link: BorrowedFd<'_>) -> io::Result<CgroupLink> {
     };
     bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
     Ok(info)
+}
+
+/// The first two elements of an array map, which are all that podshaper's have.
+///
+/// # Errors
+/// What the kernel says; `InvalidData` if the map's elements have another size: it is another podshaper's.
+pub fn both_elements<V: aya::Pod + Default>(map: BorrowedFd<'_>, read: Read) -> io::Result<[V; 2]> {
+    check_size::<V>(map)?;
+    let mut values = [V::default(), V::default()];
+    for (index, value) in (0..).zip(&mut values) {
+        look_up(map, index, (&raw mut *value).cast(), read)?;
+    }
+    Ok(values)
+}
+
+/// An element of an array map of any size of elements.
+///
+/// # Errors
+/// What the kernel says.
+pub fn element_bytes(map: BorrowedFd<'_>, index: u32) -> io::Result<Vec<u8>> {
+    // The kernel copies elements in units of eight bytes.
+    let mut value = vec![0; value_size(map)?.next_multiple_of(8)];
+    look_up(map, index, value.as_mut_ptr(), Read::Plain)?;
+    Ok(value)
+}
+
+/// Writes an element of an array map.
+///
+/// # Errors
+/// What the kernel says; `InvalidData` if the map's elements have another size.
+pub fn set_element<V: aya::Pod>(map: BorrowedFd<'_>, index: u32, value: &V) -> io::Result<()> {
+    check_size::<V>(map)?;
+    let mut attr = ElementAttr {
+        map_fd: map.as_raw_fd() as u32,
+        key: &raw const index as u64,
+        value: &raw const *value as u64,
+        ..ElementAttr::default()
+    };
+    bpf(BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
+}
+
+/// `value` has room for an element.
+fn look_up(map: BorrowedFd<'_>, index: u32, value: *mut u8, read: Read) -> io::Result<()> {
+    let map_fd = map.as_raw_fd() as u32;
+    let mut attr =
+        ElementAttr { map_fd, key: &raw const index as u64, value: value as u64, flags: read as u64, reserved: 0 };
+    bpf(BPF_MAP_LOOKUP_ELEM, &mut attr).map(drop)
+}
+
+/// The kernel trusts the caller with the size.
+fn check_size<V>(map: BorrowedFd<'_>) -> io::Result<()> {
+    match value_size(map)? {
+        size if size == size_of::<V>() => Ok(()),
+        size => {
+            let text = format!("its elements have {size} bytes and not {}: it is another podshaper's", size_of::<V>());
+            Err(io::Error::new(io::ErrorKind::InvalidData, text))
+        }
+    }
+}
+
+/// Bytes of an element, from the kernel; that the object is an array map with 32-bit keys is checked with it.
+fn value_size(map: BorrowedFd<'_>) -> io::Result<usize> {
+    const BPF_MAP_TYPE_ARRAY: u32 = 2;
+    let mut info = MapInfo::default();
+    let info_len = size_of::<MapInfo>() as u32;
+    let mut attr = InfoAttr { bpf_fd: map.as_raw_fd() as u32, info_len, info: &raw mut info as u64 };
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
+    match info {
+        MapInfo { map_type: BPF_MAP_TYPE_ARRAY, key_size: 4, value_size, .. } => Ok(value_size as usize),
+        _ => Err(io::Error::new(io::ErrorKind::InvalidData, "it is no array map: not podshaper's")),
+    }
+}
+
+/// Has a signal do nothing, where it would end the process. Unlike one that is ignored, it is back to normal in a program that is
+/// started.
+///
+/// # Errors
+/// What the kernel says.
+pub fn survive(signal: libc::c_int) -> io::Result<()> {
+    extern "C" fn nothing(_: libc::c_int) {}
+    // SAFETY: a handler that does nothing may interrupt anything.
+    let before = unsafe { libc::signal(signal, nothing as extern "C" fn(libc::c_int) as libc::sighandler_t) };
+    if before == libc::SIG_ERR { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// A command that opens a descriptor.

@@ -87,12 +87,17 @@ impl FromStr for Rate {
 impl fmt::Display for Rate {
     /// The shortest quantity that is exactly this rate: `10M`, `1500k`, `1234567`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let units = [(1_000_000_000_000_000, "P"), (1_000_000_000_000, "T"), (1_000_000_000, "G"), (1_000_000, "M")];
-        let fits = |(unit, _): &(u64, &str)| self.bits_per_s.is_multiple_of(*unit);
-        let (unit, suffix) = units.into_iter().chain([(1_000, "k")]).find(fits).unwrap_or((1, ""));
         // pad() and not write!(): a table's column width is given in the format string.
-        f.pad(&format!("{}{suffix}", self.bits_per_s / unit))
+        f.pad(&quantity_of(self.bits_per_s))
     }
+}
+
+/// The shortest quantity that is exactly this number.
+fn quantity_of(number: u64) -> String {
+    let units = [(1_000_000_000_000_000, "P"), (1_000_000_000_000, "T"), (1_000_000_000, "G"), (1_000_000, "M")];
+    let fits = |(unit, _): &(u64, &str)| number.is_multiple_of(*unit);
+    let (unit, suffix) = units.into_iter().chain([(1_000, "k")]).find(fits).unwrap_or((1, ""));
+    format!("{}{suffix}", number / unit)
 }
 
 /// How much an idle pod may send at once before its rate binds.
@@ -137,6 +142,12 @@ impl Burst {
         }
     }
 
+    /// What lasts `ns` nanoseconds at a rate: the inverse of [`Burst::as_ns_at`], as far as whole nanoseconds tell it.
+    pub fn of_ns_at(ns: u64, rate: Rate) -> Self {
+        let bytes = (u128::from(ns) * u128::from(rate.as_bits_per_s())).div_ceil(8 * 1_000_000_000);
+        Self { bytes: u64::try_from(bytes).unwrap_or(u64::MAX) }
+    }
+
     /// The burst in bytes.
     pub fn as_bytes(self) -> u64 {
         self.bytes
@@ -146,6 +157,22 @@ impl Burst {
     pub fn as_ns_at(self, rate: Rate) -> u64 {
         let ns = u128::from(self.bytes) * 8 * 1_000_000_000 / u128::from(rate.as_bits_per_s());
         u64::try_from(ns).unwrap_or(u64::MAX)
+    }
+}
+
+impl FromStr for Burst {
+    type Err = UnitError;
+
+    /// [`Burst::from_quantity`], the form in which bursts are also printed.
+    fn from_str(text: &str) -> Result<Self, UnitError> {
+        Self::from_quantity(text)
+    }
+}
+
+impl fmt::Display for Burst {
+    /// In bits, as a burst is asked for.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&quantity_of(self.bytes.saturating_mul(8)))
     }
 }
 
@@ -329,6 +356,11 @@ mod tests {
         ] {
             let burst = Burst::default_for(rate(text));
             assert_eq!((burst.as_bytes(), burst.as_ns_at(rate(text))), (bytes, ns), "{text}");
+        }
+        for (text, shown) in [("10M", "120k"), ("100M", "500k"), ("1G", "5M"), ("1234567", "120k")] {
+            let burst = Burst::default_for(rate(text));
+            assert_eq!(Burst::of_ns_at(burst.as_ns_at(rate(text)), rate(text)), burst, "{text}");
+            assert_eq!(burst.to_string(), shown, "{text}");
         }
         assert_eq!(Burst::bits(9).map(Burst::as_bytes), Ok(2));
         assert_eq!(Burst::from_quantity("80k").map(Burst::as_bytes), Ok(10_000));

@@ -4,6 +4,6 @@
 mod attach;
 mod cgroups;
 mod failures;
-mod mounts;
+pub mod mounts;
 mod races;
 mod verbs;

@@ -12,6 +12,8 @@ mod install;
 mod kernel;
 /// Labels and annotations from an API server.
 mod labels;
+/// The commands for a person.
+mod operator;
 /// The protocol: what a runtime writes and reads, as far as it needs no privilege.
 mod plain;
 /// What real runtimes sent, call by call.

@@ -362,12 +362,29 @@ fn a_person_gets_help_and_a_wrong_argument_a_2() {
     let help = call(&["--help"]);
     assert!(help.0 == 0 && help.1.contains("chained CNI plugin") && help.2.is_empty(), "{help:?}");
     assert_eq!(call(&[]), help);
-    assert_eq!(call(&["-h"]), help);
-    for arguments in [&["frobnicate"][..], &["--help", "--version"], &["--colour"], &[""]] {
+    assert!(call(&["-h"]).1.contains("doctor"));
+    for arguments in
+        [&["frobnicate"][..], &["--colour"], &[""], &["list", "-o", "xml"], &["set", "web"], &["run", "true"]]
+    {
         let (code, stdout, stderr) = call(arguments);
         assert_eq!((code, stdout.as_str()), (2, ""), "{arguments:?}");
         assert!(stderr.starts_with("podshaper: "), "{stderr}");
     }
+}
+
+#[test]
+fn a_reader_that_has_seen_enough_is_no_error() {
+    for arguments in [&["--help"][..], &["man"], &["man", "list"], &["completions", "bash"], &["completions", "zsh"]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = Command::new(PODSHAPER).args(arguments).env_clear().stdout(writer).output().unwrap();
+        assert_eq!((output.status.code(), &*output.stderr), (Some(0), &b""[..]), "{arguments:?}");
+    }
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let output = Command::new(PODSHAPER).arg("--help").env_clear().stdout(full).output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(stderr, "podshaper: write to stdout: No space left on device (os error 28)\n");
 }
 
 #[test]

@@ -73,6 +73,8 @@ pub enum Source {
     ApiLabel,
     /// The plugin's configuration.
     Config,
+    /// A person's command.
+    Operator,
 }
 
 impl fmt::Display for Source {
@@ -85,6 +87,7 @@ impl fmt::Display for Source {
             Self::ApiAnnotation => "API server's pod annotation",
             Self::ApiLabel => "API server's pod label",
             Self::Config => "configuration",
+            Self::Operator => "command line",
         })
     }
 }

@@ -1,0 +1,251 @@
+//! `podshaper attach`: a limit for any cgroup v2, pod or not.
+//!
+//! What runs in such a cgroup most often shares the node's network namespace. The node's interfaces get no qdisc from podshaper then:
+//! what is received is held by drops alone, which is said. With `--netns` the interface is the cgroup's own, as a pod's is.
+
+use std::{
+    fs::{self, File},
+    os::{fd::AsFd, unix::fs::MetadataExt},
+    path::{Path, PathBuf},
+};
+
+use clap::Args;
+use nix::{
+    net::if_::if_nametoindex,
+    sys::statfs::{CGROUP2_SUPER_MAGIC, statfs},
+};
+
+use super::{
+    attachments::{self, Attachment},
+    output,
+};
+use crate::{
+    cgroup::Hierarchies,
+    cni,
+    error::{Code, Error, Result},
+    ingress::{self, IngressBy},
+    netns,
+    pins::{BPFFS, Pins, Place},
+    pod::Owner,
+    request::{Limit, Limits, Source, Subnets},
+    shaper::{self, Settings},
+    units::{Burst, Rate},
+};
+
+/// What stands for the interface of an attachment that is on all but loopback.
+const EVERY_INTERFACE: &str = "*";
+
+#[derive(Args)]
+pub struct Arguments {
+    /// The cgroup's directory, or its path below the cgroup2 mount
+    #[arg(long, value_name = "PATH")]
+    cgroup: PathBuf,
+    /// Limit only what passes this interface [default: every one but loopback]
+    #[arg(long, value_name = "NAME")]
+    interface: Option<String>,
+    /// The network namespace of what runs in the cgroup, if it has one of its own; the interface in it may get a qdisc
+    #[arg(long, value_name = "PATH", requires = "interface")]
+    netns: Option<PathBuf>,
+    #[command(flatten)]
+    asked: Asked,
+}
+
+/// Limits, as they are asked for on the command line.
+#[derive(Args)]
+pub struct Asked {
+    #[command(flatten)]
+    rates: Rates,
+    /// What may be sent at once, in bits [default: 5 ms of the rate, at least 10 packets of 1500 bytes]
+    #[arg(long, value_name = "BITS")]
+    burst: Option<Burst>,
+}
+
+#[derive(Args)]
+#[group(required = true, multiple = true)]
+struct Rates {
+    /// Limit of what is sent, in bits per second: 10M, 1.5G, 512Ki
+    #[arg(long, value_name = "RATE")]
+    egress: Option<Rate>,
+    /// Limit of what is received
+    #[arg(long, value_name = "RATE")]
+    ingress: Option<Rate>,
+}
+
+impl Asked {
+    pub fn limits(&self) -> Limits {
+        let limit = |rate: Rate| {
+            let limit = Limit::of(rate, Source::Operator);
+            Limit { burst: self.burst.unwrap_or(limit.burst), ..limit }
+        };
+        Limits { egress: self.rates.egress.map(limit), ingress: self.rates.ingress.map(limit) }
+    }
+}
+
+impl Arguments {
+    pub fn run(self) -> Result<()> {
+        let Self { cgroup, interface, netns, asked } = self;
+        let limits = asked.limits();
+        let target = Target::find(&cgroup, interface.as_deref(), netns.as_deref())?;
+        target.attach(&limits)?;
+        if limits.egress.is_some() {
+            output::complain("connections that exist already are counted but not paced; new ones are");
+        }
+        let both = [("egress", limits.egress), ("ingress", limits.ingress)];
+        let lines = both.into_iter().filter_map(|(name, limit)| {
+            let Limit { rate, burst, .. } = limit?;
+            let Target { path, interface, .. } = &target;
+            Some(format!("{} {interface}: {name} {rate}bit/s, burst {burst}bit\n", path.display()))
+        });
+        output::print(&lines.collect::<String>())
+    }
+}
+
+/// A cgroup to limit.
+pub struct Target {
+    /// Its directory.
+    path: PathBuf,
+    directory: File,
+    place: Place,
+    interface: String,
+    ifindex: u32,
+    netns: Option<PathBuf>,
+}
+
+impl Target {
+    /// Finds everything that an attachment needs; changes nothing.
+    ///
+    /// # Errors
+    /// No such cgroup or interface, or another limit on the same traffic.
+    pub fn find(cgroup: &Path, interface: Option<&str>, netns: Option<&Path>) -> Result<Self> {
+        let path = cgroup_directory(cgroup)?;
+        let failed = |cause| Error::because(Code::Cgroup, format!("open the cgroup {}", path.display()), cause);
+        let directory = File::open(&path).map_err(failed)?;
+        // An id is not given to another cgroup before the next boot, and a path may be longer than the name of a directory.
+        let id = directory.metadata().map_err(failed)?.ino();
+        let interface = interface.unwrap_or(EVERY_INTERFACE).to_owned();
+        let place = Place { pod: format!("cgroup-{id}"), interface: interface.clone() };
+        let ifindex = match (netns, interface.as_str()) {
+            (_, EVERY_INTERFACE) => 0,
+            (Some(netns), name) => netns::in_netns(netns, || netns::interface(name, netns))?.index,
+            (None, name) => index_on_this_node(&path, name)?,
+        };
+        let target = Self { path, directory, place, interface, ifindex, netns: netns.map(Path::to_path_buf) };
+        match attachments::read()?.iter().find(|other| target.is_limited_by(other)) {
+            Some(other) => Err(target.overlaps(other)),
+            None => Ok(target),
+        }
+    }
+
+    /// Where it will be pinned.
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// Whether another attachment limits the same traffic. Cgroup programs run for all that is below their cgroup.
+    fn is_limited_by(&self, other: &Attachment) -> bool {
+        let theirs = Path::new(&other.owner.cgroup);
+        if other.place == self.place || other.owner.cgroup.is_empty() || other.links.are_dead() {
+            return false;
+        }
+        let interfaces = [self.interface.as_str(), other.place.interface.as_str()];
+        let share_interfaces = interfaces[0] == interfaces[1] || interfaces.contains(&EVERY_INTERFACE);
+        match (self.path.starts_with(theirs), theirs.starts_with(&self.path)) {
+            (true, true) => share_interfaces,
+            (above, below) => above || below,
+        }
+    }
+
+    fn overlaps(&self, other: &Attachment) -> Error {
+        let (path, theirs) = (self.path.display(), &other.owner.cgroup);
+        let text = format!(
+            "limit the cgroup {path}: {theirs} is limited already ({} {}), and two limits would set each socket's pace in turn; \
+             change that one (podshaper set) or take it off (podshaper detach)",
+            other.name(),
+            other.place.interface
+        );
+        Error::new(Code::Cgroup, text)
+    }
+
+    /// Loads, attaches and pins.
+    ///
+    /// # Errors
+    /// What the kernel says. Nothing is left then.
+    pub fn attach(&self, limits: &Limits) -> Result<()> {
+        let mut owner = Owner {
+            ifname: self.interface.clone(),
+            netns: self.netns.as_ref().map(|netns| netns.to_string_lossy().into_owned()),
+            cgroup: self.path.to_string_lossy().into_owned(),
+            ..Owner::default()
+        };
+        let (has_fq, ingress_by) = self.prepare(limits)?;
+        owner.fq = has_fq;
+        owner.ingress_by = ingress_by.map(|mechanism| mechanism.to_string());
+        let settings = Settings { ifindex: self.ifindex, limits: *limits, has_fq, ingress_by };
+        let pinned = shaper::load(&settings, &Subnets::default(), &owner).and_then(|loaded| {
+            let pins = Pins::ensure(Path::new(BPFFS))?.lock()?;
+            let attached = loaded.attach(self.directory.as_fd())?;
+            let staged = pins.stage(&self.place)?;
+            attached.pin(staged.directory())?;
+            staged.commit()
+        });
+        if pinned.is_err() {
+            ingress::undo(&owner);
+        }
+        pinned
+    }
+
+    /// Whether departure times are honoured, and what holds ingress.
+    fn prepare(&self, limits: &Limits) -> Result<(bool, Option<IngressBy>)> {
+        let Some(netns) = &self.netns else {
+            if limits.ingress.is_some() {
+                log::warn!(
+                    "what is received is limited by drops: podshaper puts no qdisc on the node's own interfaces; TCP may get much \
+                     less than the limit (an own network namespace, given with --netns and --interface, has more)"
+                );
+            }
+            return Ok((false, limits.ingress.map(|_| IngressBy::Drops)));
+        };
+        let (_, inside) = netns::in_netns(netns, || cni::prepare_netns(&self.interface, netns, limits))?;
+        let has_fq = inside.has_fq();
+        Ok((has_fq, limits.ingress.map(|limit| inside.choose(self.ifindex, &limit, true))))
+    }
+}
+
+/// Its number means another interface in another namespace.
+fn index_on_this_node(cgroup: &Path, name: &str) -> Result<u32> {
+    let processes = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    let namespace = |process: &str| fs::metadata(format!("/proc/{process}/ns/net")).map(|file| file.ino()).ok();
+    let is_elsewhere = |process: &&str| namespace(process).is_some_and(|there| Some(there) != namespace("self"));
+    if let Some(process) = processes.lines().find(is_elsewhere) {
+        let text = format!(
+            "limit the interface {name:?}: process {process} of {} is in a network namespace of its own; name it with \
+             --netns /proc/{process}/ns/net, or leave --interface out",
+            cgroup.display()
+        );
+        return Err(Error::new(Code::Netns, text));
+    }
+    if_nametoindex(name).map_err(|cause| {
+        let text = format!("find the interface {name:?} of this node (with --netns, of another namespace)");
+        Error::because(Code::Netns, text, cause)
+    })
+}
+
+/// The directory of a cgroup that is given as such, or by its path below the mount.
+fn cgroup_directory(given: &Path) -> Result<PathBuf> {
+    let mount = Hierarchies::of_this_host()?.unified;
+    let below = if given.starts_with(&mount) {
+        given.to_path_buf()
+    } else {
+        mount.join(given.strip_prefix("/").unwrap_or(given))
+    };
+    let failed = |cause| Error::because(Code::Cgroup, format!("find the cgroup {}", below.display()), cause);
+    let path = fs::canonicalize(&below).map_err(failed)?;
+    if statfs(&path).map_err(|errno| failed(errno.into()))?.filesystem_type() != CGROUP2_SUPER_MAGIC {
+        return Err(Error::new(Code::Cgroup, format!("limit {}: it is not on cgroup v2", path.display())));
+    }
+    if path == mount {
+        let text = format!("limit {}: it is the whole node, with all its pods; name a cgroup below it", path.display());
+        return Err(Error::new(Code::Cgroup, text));
+    }
+    Ok(path)
+}

@@ -1,0 +1,387 @@
+//! What is attached, as read from the pins: limits, counters and links of each attachment, and what passed between two readings.
+//!
+//! A reading takes no lock of podshaper's: an attachment that comes or goes meanwhile is there or is not. Of each it takes some ten
+//! system calls, so that 500 are read in milliseconds.
+
+use std::{
+    fs,
+    iter::Peekable,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    slice::Iter,
+    sync::OnceLock,
+    thread,
+    time::{Duration, Instant, SystemTime},
+};
+
+use podshaper_abi::{Counters, Limit as AbiLimit};
+use serde::{Serialize, Serializer, ser::SerializeMap};
+
+use super::chart;
+use crate::{
+    cgroup::Hierarchies,
+    error::{Code, Error, Result},
+    pins::{self, BPFFS, Pins, Place},
+    pod::Owner,
+    request::{Limit, Limits, Source},
+    shaper::{Pinned, Settings},
+    units::{Burst, Rate},
+};
+
+/// One attachment as it was found.
+pub struct Attachment {
+    /// Where it is pinned: pod and interface.
+    pub place: Place,
+    /// Its directory of pins.
+    pub directory: PathBuf,
+    /// Whose it is; empty where that cannot be read.
+    pub owner: Owner,
+    /// When it was made.
+    made_at: Option<SystemTime>,
+    /// Whether its programs are attached.
+    pub links: Links,
+    /// What the pod sends; `None` without a limit.
+    pub egress: Option<Direction>,
+    /// What the pod receives.
+    pub ingress: Option<Direction>,
+    /// What could not be read, and why.
+    pub problem: Option<String>,
+    read_at: Instant,
+}
+
+/// One direction of an attachment.
+pub struct Direction {
+    /// The limit's rate.
+    pub rate: Rate,
+    /// Its burst.
+    pub burst: Burst,
+    /// The mechanism in force.
+    pub by: String,
+    /// What passed since ADD.
+    pub counters: Counters,
+    /// What passed between the last two readings.
+    pub passing: Option<Passing>,
+}
+
+/// What passed in a time.
+pub struct Passing {
+    /// Bits per second.
+    pub bits_per_s: f64,
+    /// The packets by the backlog they found.
+    pub backlog: [u64; podshaper_abi::BACKLOG_BUCKETS],
+}
+
+/// Whether an attachment's programs are on its cgroup.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Links {
+    live: usize,
+    /// Whose cgroup the kernel itself says is gone.
+    dead: usize,
+    faults: Vec<String>,
+}
+
+/// Everything that is attached on this node.
+///
+/// # Errors
+/// [`Code::Kernel`] where bpffs may not be looked into: it is root's.
+pub fn read() -> Result<Vec<Attachment>> {
+    read_after(&[])
+}
+
+/// The same at less cost: of what was there in an earlier reading and has not been replaced, owner and links are taken from that.
+///
+/// # Errors
+/// Those of [`read`].
+pub fn read_after(before: &[Attachment]) -> Result<Vec<Attachment>> {
+    let bpffs = Path::new(BPFFS);
+    let Some(pins) = Pins::existing(bpffs) else {
+        // Without permission it looks like an empty one.
+        return match fs::read_dir(bpffs) {
+            Err(cause) if cause.kind() == std::io::ErrorKind::PermissionDenied => {
+                Err(Error::because(Code::Kernel, format!("look into {} (it takes root)", bpffs.display()), cause))
+            }
+            _ => Ok(Vec::new()),
+        };
+    };
+    pins.check_readable()?;
+    // Both are in the order of their directories' names.
+    let mut earlier = before.iter().peekable();
+    let found = pins.list().into_iter().map(|(place, directory)| {
+        let earlier = earlier_of(&mut earlier, &directory).and_then(Attachment::read_again);
+        earlier.unwrap_or_else(|| Attachment::read(place, directory))
+    });
+    // One that went away while it was read has nothing to say.
+    Ok(found.filter(|attachment| attachment.problem.is_none() || attachment.directory.exists()).collect())
+}
+
+/// The same after `sample`, with what passed meanwhile; at once if `sample` is nothing.
+///
+/// # Errors
+/// Those of [`read`].
+pub fn read_for(sample: Duration) -> Result<Vec<Attachment>> {
+    let before = read()?;
+    if sample.is_zero() || before.is_empty() {
+        return Ok(before);
+    }
+    thread::sleep(sample);
+    let mut after = read()?;
+    compare(&before, &mut after);
+    Ok(after)
+}
+
+/// Notes in the later of two readings what passed between them.
+pub fn compare(before: &[Attachment], after: &mut [Attachment]) {
+    let mut earlier = before.iter().peekable();
+    for attachment in after {
+        if let Some(earlier) = earlier_of(&mut earlier, &attachment.directory) {
+            attachment.compare(earlier);
+        }
+    }
+}
+
+/// Goes on to the attachment in a directory.
+fn earlier_of<'a>(earlier: &mut Peekable<Iter<'a, Attachment>>, directory: &Path) -> Option<&'a Attachment> {
+    while earlier.next_if(|earlier| earlier.directory.as_path() < directory).is_some() {}
+    earlier.peek().copied().filter(|earlier| earlier.directory == directory)
+}
+
+impl Attachment {
+    /// Reads the one that is pinned in a directory.
+    pub fn read(place: Place, directory: PathBuf) -> Self {
+        let pinned = Pinned::at(&directory);
+        let (owner, mut problem) = match pinned.owner() {
+            Ok(owner) => (owner, None),
+            Err(error) => (Owner::default(), Some(error.to_string())),
+        };
+        let mut names = None;
+        let (mut egress, mut ingress) = (None, None);
+        if !pins::is_current(&directory) {
+            problem.get_or_insert_with(|| {
+                format!("pinned in layout {}: its numbers are not read", pins::layout_of(&directory))
+            });
+        } else if problem.is_none() {
+            match read_directions(&pinned, &owner) {
+                Ok(directions) => {
+                    let settings = settings(&owner, limits_of(&directions));
+                    names = Some(settings.program_names().map(str::to_owned).collect());
+                    [egress, ingress] = directions;
+                }
+                Err(error) => problem = Some(error.to_string()),
+            }
+        }
+        let names = names.unwrap_or_else(|| pins::links(&directory));
+        let links = Links::read(&pinned, &names, Path::new(&owner.cgroup));
+        let made_at = pins::made_at(&directory);
+        let read_at = Instant::now();
+        Self { place, directory, owner, made_at, links, egress, ingress, problem, read_at }
+    }
+
+    /// Reads limits and counters anew, if it is still the same attachment.
+    fn read_again(&self) -> Option<Self> {
+        let Self { place, directory, owner, made_at, links, egress: _, ingress: _, problem, read_at: _ } = self;
+        if problem.is_some() || made_at.is_none() || *made_at != pins::made_at(directory) {
+            return None;
+        }
+        let [egress, ingress] = read_directions(&Pinned::at(directory), owner).ok()?;
+        let (place, directory, owner, links) = (place.clone(), directory.clone(), owner.clone(), links.clone());
+        let read_at = Instant::now();
+        Some(Self { place, directory, owner, made_at: *made_at, links, egress, ingress, problem: None, read_at })
+    }
+
+    /// How long it has been there.
+    pub fn age(&self) -> Option<Duration> {
+        self.made_at.and_then(|made| made.elapsed().ok())
+    }
+
+    /// What a person calls it: namespace/name, the cgroup of what is no pod, or what there is.
+    pub fn name(&self) -> String {
+        match &self.owner {
+            Owner { pod_name: Some(name), pod_namespace, .. } => {
+                format!("{}/{name}", pod_namespace.as_deref().unwrap_or("?"))
+            }
+            Owner { network, cgroup, .. } if network.is_empty() && !cgroup.is_empty() => below_mount(cgroup),
+            _ => self.place.pod.clone(),
+        }
+    }
+
+    /// Its directions with their names, egress first.
+    pub fn directions(&self) -> impl Iterator<Item = (&'static str, &Direction)> {
+        let both = [("egress", &self.egress), ("ingress", &self.ingress)];
+        both.into_iter().filter_map(|(name, direction)| Some((name, direction.as_ref()?)))
+    }
+
+    /// Its limits, as an ADD would have them.
+    pub fn limits(&self) -> Limits {
+        let limit = |direction: &Option<Direction>| direction.as_ref().map(Direction::limit);
+        Limits { egress: limit(&self.egress), ingress: limit(&self.ingress) }
+    }
+
+    fn compare(&mut self, earlier: &Self) {
+        let elapsed = self.read_at.duration_since(earlier.read_at);
+        for (now, before) in [(&mut self.egress, &earlier.egress), (&mut self.ingress, &earlier.ingress)] {
+            if let (Some(now), Some(before)) = (now, before) {
+                now.passing = passing(&before.counters, &now.counters, elapsed);
+            }
+        }
+    }
+}
+
+impl Direction {
+    /// The limit, as it would have been asked for.
+    pub fn limit(&self) -> Limit {
+        Limit { burst: self.burst, ..Limit::of(self.rate, Source::Operator) }
+    }
+
+    /// The part of the limit that is used.
+    pub fn used(&self) -> Option<f64> {
+        self.passing.as_ref().map(|passing| passing.bits_per_s / self.rate.as_bits_per_s() as f64)
+    }
+}
+
+impl Links {
+    fn read(pinned: &Pinned<'_>, names: &[String], cgroup: &Path) -> Self {
+        let wanted = fs::metadata(cgroup).map(|directory| directory.ino()).ok();
+        let mut links = Self::default();
+        for name in names {
+            match pinned.linked_cgroup(name) {
+                Ok(Some(id)) if Some(id) == wanted => links.live += 1,
+                Ok(Some(_)) if wanted.is_none() => links.faults.push(format!("{name}: its cgroup is gone")),
+                Ok(Some(id)) => links.faults.push(format!("{name}: on another cgroup, with id {id}")),
+                Ok(None) => {
+                    links.dead += 1;
+                    links.faults.push(format!("{name}: dead, its cgroup is gone"));
+                }
+                Err(error) => links.faults.push(format!("{name}: {error}")),
+            }
+        }
+        links
+    }
+
+    /// Whether not one is live.
+    pub fn are_dead(&self) -> bool {
+        self.live == 0
+    }
+
+    /// Whether none can ever be again: a cgroup of the same name is not the same.
+    pub fn are_dead_for_good(&self) -> bool {
+        self.live == 0 && self.dead > 0 && self.dead == self.faults.len()
+    }
+
+    /// What is wrong, of each that is not live.
+    pub fn faults(&self) -> &[String] {
+        &self.faults
+    }
+
+    /// `live`, `dead`, or how many are.
+    pub fn text(&self) -> String {
+        match (self.live, self.faults.len()) {
+            (0, _) => "dead".to_owned(),
+            (_, 0) => "live".to_owned(),
+            (live, faults) => format!("{live} of {} live", live + faults),
+        }
+    }
+}
+
+fn read_directions(pinned: &Pinned<'_>, owner: &Owner) -> Result<[Option<Direction>; 2]> {
+    let egress_by = if owner.fq { "pacing+fq" } else { "pacing" };
+    let ingress_by = owner.ingress_by.as_deref().unwrap_or("?");
+    let [egress, ingress] = pinned.limits()?;
+    let [sent, received] = pinned.meters()?;
+    let direction = |limit: &AbiLimit, by: &str, counters| {
+        // 0: no limit.
+        let rate = Rate::bits_per_s(limit.rate_bits_per_s).ok()?;
+        let burst = Burst::of_ns_at(limit.burst_ns, rate);
+        Some(Direction { rate, burst, by: by.to_owned(), counters, passing: None })
+    };
+    Ok([direction(&egress, egress_by, sent.counters), direction(&ingress, ingress_by, received.counters)])
+}
+
+fn limits_of([egress, ingress]: &[Option<Direction>; 2]) -> Limits {
+    let limit = |direction: &Option<Direction>| direction.as_ref().map(Direction::limit);
+    Limits { egress: limit(egress), ingress: limit(ingress) }
+}
+
+/// The settings of an attachment, but for its interface's index, which only its programs know.
+pub fn settings(owner: &Owner, limits: Limits) -> Settings {
+    let ingress_by = owner.ingress_by.as_deref().and_then(|name| name.parse().ok());
+    Settings { ifindex: 0, limits, has_fq: owner.fq, ingress_by }
+}
+
+/// `None` if it was another attachment's counters: they only ever grow.
+fn passing(before: &Counters, now: &Counters, elapsed: Duration) -> Option<Passing> {
+    let bytes = now.bytes.checked_sub(before.bytes)?;
+    let mut backlog = now.backlog;
+    for (bucket, before) in backlog.iter_mut().zip(before.backlog) {
+        *bucket = bucket.checked_sub(before)?;
+    }
+    Some(Passing { bits_per_s: bytes as f64 * 8.0 / elapsed.as_secs_f64(), backlog })
+}
+
+/// A cgroup's path as short as it is clear: below the mount.
+pub fn below_mount(cgroup: &str) -> String {
+    static MOUNT: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let mount = MOUNT.get_or_init(|| Hierarchies::of_this_host().ok().map(|hierarchies| hierarchies.unified));
+    let below = mount.as_ref().and_then(|mount| Path::new(cgroup).strip_prefix(mount).ok());
+    below.map_or_else(|| cgroup.to_owned(), |below| format!("/{}", below.display()))
+}
+
+impl Serialize for Attachment {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        // The interface is in `place`, the mechanisms are in the directions.
+        let Owner {
+            container_id,
+            network,
+            netns,
+            pod_namespace,
+            pod_name,
+            uid,
+            cgroup,
+            max_egress,
+            max_ingress,
+            changed,
+            ..
+        } = &self.owner;
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("name", &self.name())?;
+        map.serialize_entry("namespace", pod_namespace)?;
+        map.serialize_entry("pod", pod_name)?;
+        map.serialize_entry("uid", uid)?;
+        map.serialize_entry("key", &self.place.pod)?;
+        map.serialize_entry("interface", &self.place.interface)?;
+        map.serialize_entry("containerId", container_id)?;
+        map.serialize_entry("network", network)?;
+        map.serialize_entry("netns", netns)?;
+        map.serialize_entry("cgroup", cgroup)?;
+        map.serialize_entry("ageSeconds", &self.age().map(|age| age.as_secs()))?;
+        map.serialize_entry("links", &self.links.text())?;
+        map.serialize_entry("linkFaults", self.links.faults())?;
+        map.serialize_entry("maxEgressBitsPerS", max_egress)?;
+        map.serialize_entry("maxIngressBitsPerS", max_ingress)?;
+        map.serialize_entry("changed", changed)?;
+        map.serialize_entry("pins", &self.directory)?;
+        map.serialize_entry("problem", &self.problem)?;
+        map.serialize_entry("egress", &self.egress)?;
+        map.serialize_entry("ingress", &self.ingress)?;
+        map.end()
+    }
+}
+
+impl Serialize for Direction {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let Counters { bytes, packets, drops, marks, max_backlog_ns, backlog } = &self.counters;
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("limitBitsPerS", &self.rate.as_bits_per_s())?;
+        map.serialize_entry("burstBits", &self.burst.as_bytes().saturating_mul(8))?;
+        map.serialize_entry("by", &self.by)?;
+        map.serialize_entry("currentBitsPerS", &self.passing.as_ref().map(|passing| passing.bits_per_s.round()))?;
+        map.serialize_entry("utilisation", &self.used())?;
+        map.serialize_entry("bytes", bytes)?;
+        map.serialize_entry("packets", packets)?;
+        map.serialize_entry("drops", drops)?;
+        map.serialize_entry("marks", marks)?;
+        map.serialize_entry("maxBacklogNs", max_backlog_ns)?;
+        map.serialize_entry("backlogP99Ns", &chart::percentile_ns(backlog, 0.99))?;
+        map.serialize_entry("backlogPackets", backlog)?;
+        map.end()
+    }
+}

@@ -1,0 +1,122 @@
+//! `podshaper doctor`: what this node needs, has and lacks, and what to do about it, a line each. The checks of the kernel are those
+//! behind the CNI verb STATUS ([`probe`]).
+
+mod conflists;
+
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use clap::Args;
+use serde::Serialize;
+
+use super::{
+    attachments,
+    output::Output,
+    table::{Left, Table},
+};
+use crate::{
+    error::Result,
+    pins::{self, BPFFS, Pins},
+    probe,
+};
+
+#[derive(Args)]
+pub struct Arguments {
+    /// Where the runtime reads its network configuration
+    #[arg(long, value_name = "DIRECTORY", default_value = "/etc/cni/net.d")]
+    conf_dir: PathBuf,
+    /// Where the runtime finds its plugins
+    #[arg(long, value_name = "DIRECTORY", default_value = "/opt/cni/bin")]
+    bin_dir: PathBuf,
+    #[command(flatten)]
+    output: Output,
+}
+
+/// What a check found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum State {
+    /// As it should be.
+    Ok,
+    /// It works, and could work better.
+    Warn,
+    /// It does not work.
+    Missing,
+}
+
+/// One line.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Finding {
+    check: String,
+    state: State,
+    /// What was found and, if that is not well, what to do.
+    found: String,
+}
+
+impl Finding {
+    fn new(check: impl Into<String>, state: State, found: impl Into<String>) -> Self {
+        Self { check: check.into(), state, found: found.into() }
+    }
+}
+
+impl Arguments {
+    /// The exit status says whether something is missing.
+    pub fn run(self) -> Result<ExitCode> {
+        let mut findings = kernel();
+        findings.extend(conflists::check(&self.conf_dir, &self.bin_dir));
+        findings.extend(
+            pinned().unwrap_or_else(|error| vec![Finding::new("attachments", State::Missing, error.to_string())]),
+        );
+        self.output.print(&findings, || {
+            let mut table = Table::new(&[("CHECK", Left), ("STATE", Left), ("FOUND", Left)]);
+            for Finding { check, state, found } in &findings {
+                let state = match state {
+                    State::Ok => "ok",
+                    State::Warn => "warn",
+                    State::Missing => "MISSING",
+                };
+                table.row(vec![check.clone(), state.to_owned(), found.clone()]);
+            }
+            table.whole_text()
+        })?;
+        let is_missing = findings.iter().any(|finding| finding.state == State::Missing);
+        Ok(if is_missing { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    }
+}
+
+fn kernel() -> Vec<Finding> {
+    let bpffs = Path::new(BPFFS);
+    let run = |otherwise: State| {
+        move |(name, check): &probe::Check| match check(bpffs) {
+            Ok(found) => Finding::new(*name, State::Ok, found),
+            Err(error) => Finding::new(*name, otherwise, error.to_string()),
+        }
+    };
+    let needs = probe::NEEDS.iter().map(run(State::Missing));
+    needs.chain(probe::WISHES.iter().map(run(State::Warn))).collect()
+}
+
+/// What is attached, and what should not be there any more.
+fn pinned() -> Result<Vec<Finding>> {
+    let all = attachments::read()?;
+    let old = all.iter().filter(|attachment| !pins::is_current(&attachment.directory)).count();
+    let (dead, live): (Vec<_>, Vec<_>) = all.iter().partition(|attachment| attachment.links.are_dead());
+    let partial = live.iter().filter(|attachment| !attachment.links.faults().is_empty()).count();
+    let unfinished = Pins::existing(Path::new(BPFFS)).map_or(0, |pins| pins.unfinished());
+    let mut findings = vec![Finding::new("attachments", State::Ok, format!("{} live", live.len()))];
+    let mut warn = |count: usize, text: &str| {
+        if count > 0 {
+            findings.push(Finding::new("attachments", State::Warn, format!("{count} {text}")));
+        }
+    };
+    warn(dead.len(), "dead, their cgroups gone: podshaper gc removes them");
+    warn(
+        partial,
+        "with programs that are not attached, which do not limit as they should: podshaper show says which; restart the pod",
+    );
+    warn(old, "of another podshaper's layout: they limit, and a new sandbox of the pod replaces them");
+    warn(unfinished, "unfinished, left by calls that were killed (or at work just now): podshaper gc removes them");
+    Ok(findings)
+}

@@ -1,0 +1,249 @@
+//! The runtime's network configuration: whether podshaper is called, with what it needs, and is the only one to limit.
+
+use std::{
+    fs, io,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+};
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use super::{Finding, State};
+
+const CHECK: &str = "conflist";
+/// Capabilities by which limits reach podshaper: one of them at least.
+const BANDWIDTH: &str = "bandwidth";
+const ANNOTATIONS: &str = "io.kubernetes.cri.pod-annotations";
+/// One that saves a search.
+const CGROUP_PATH: &str = "cgroupPath";
+
+/// The keys that are looked at.
+#[derive(Deserialize)]
+struct Conflist {
+    #[serde(default)]
+    plugins: Vec<Plugin>,
+}
+
+#[derive(Deserialize)]
+struct Plugin {
+    #[serde(rename = "type", default)]
+    kind: String,
+    #[serde(default)]
+    capabilities: Option<Map<String, Value>>,
+}
+
+/// What is found in the directories of configurations and of plugins.
+pub fn check(conf_dir: &Path, bin_dir: &Path) -> Vec<Finding> {
+    let files = match files(conf_dir) {
+        Ok(files) if !files.is_empty() => files,
+        Ok(_) => return vec![none(conf_dir, "it is empty")],
+        Err(cause) => return vec![none(conf_dir, &cause.to_string())],
+    };
+    let mut findings: Vec<Finding> = files.iter().enumerate().flat_map(|(rank, path)| check_file(rank, path)).collect();
+    if findings.is_empty() {
+        let text = format!(
+            "no file in {} names podshaper: add it to the end of the \"plugins\" list of {}",
+            conf_dir.display(),
+            files.first().map(|path| path.display().to_string()).unwrap_or_default()
+        );
+        findings.push(Finding::new(CHECK, State::Missing, text));
+        return findings;
+    }
+    findings.extend(binary(&bin_dir.join("podshaper")));
+    findings
+}
+
+fn none(conf_dir: &Path, why: &str) -> Finding {
+    let text =
+        format!("{}: {why}: no runtime makes pods by it (--conf-dir names another directory)", conf_dir.display());
+    Finding::new(CHECK, State::Warn, text)
+}
+
+/// In the order in which a runtime takes the first one it can.
+fn files(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    let is_configuration = |path: &PathBuf| {
+        path.extension()
+            .and_then(|extension| extension.to_str())
+            .is_some_and(|name| ["conf", "conflist", "json"].contains(&name))
+    };
+    let mut files: Vec<PathBuf> =
+        fs::read_dir(directory)?.flatten().map(|entry| entry.path()).filter(is_configuration).collect();
+    files.sort();
+    Ok(files)
+}
+
+/// Findings of one file; none if it has nothing to do with podshaper.
+fn check_file(rank: usize, path: &Path) -> Vec<Finding> {
+    let shown = path.display();
+    let finding = |state, text: &str| Finding::new(CHECK, state, format!("{shown}: {text}"));
+    let conflist = match read(path) {
+        Ok(conflist) => conflist,
+        Err(cause) => {
+            return vec![finding(
+                State::Missing,
+                &format!("cannot be parsed ({cause}), and a runtime stops at it: correct it or move it away"),
+            )];
+        }
+    };
+    let Some(problems) = problems(&conflist.plugins) else { return Vec::new() };
+    let mut findings: Vec<Finding> = problems.iter().map(|(state, text)| finding(*state, text)).collect();
+    if rank > 0 {
+        let text = "is not the first file in its directory, and runtimes read the first only (unless told to read more): \
+                    name it so that it sorts first";
+        findings.push(finding(State::Warn, text));
+    }
+    if findings.is_empty() {
+        findings.push(finding(State::Ok, "podshaper is in it, last and with its capabilities"));
+    }
+    findings
+}
+
+fn read(path: &Path) -> Result<Conflist, String> {
+    let text = fs::read_to_string(path).map_err(|cause| cause.to_string())?;
+    serde_json::from_str(&text).map_err(|cause| cause.to_string())
+}
+
+/// What is wrong with a chain that has podshaper in it; `None` if it has not.
+fn problems(plugins: &[Plugin]) -> Option<Vec<(State, String)>> {
+    let place = plugins.iter().position(|plugin| plugin.kind == "podshaper")?;
+    let podshaper = plugins.get(place)?;
+    let mut problems = Vec::new();
+    let mut say = |state, text: &str| problems.push((state, text.to_owned()));
+    if place == 0 {
+        say(State::Missing, "podshaper is the first plugin, and there is no interface to limit yet: put it last");
+    } else if place + 1 < plugins.len() {
+        say(
+            State::Warn,
+            "podshaper is not the last plugin: what comes after it may change what it has prepared; put it last",
+        );
+    }
+    if plugins.iter().filter(|plugin| plugin.kind == "podshaper").count() > 1 {
+        say(State::Warn, "podshaper is in it twice, and the last one counts: take one out");
+    }
+    if plugins.iter().any(|plugin| plugin.kind == "bandwidth") {
+        say(State::Missing, "the bandwidth plugin limits the same pods a second time, by a queue: take it out");
+    }
+    problems.extend(lacks(podshaper));
+    Some(problems)
+}
+
+/// The capabilities that podshaper has not in this conflist, and what that means.
+fn lacks(podshaper: &Plugin) -> Vec<(State, String)> {
+    let all = podshaper.capabilities.as_ref();
+    let has = |name: &str| all.and_then(|all| all.get(name)).and_then(Value::as_bool) == Some(true);
+    if !has(BANDWIDTH) && !has(ANNOTATIONS) {
+        let text = format!(
+            "podshaper has neither the capability \"{BANDWIDTH}\" nor \"{ANNOTATIONS}\", so no pod's annotation reaches it: add \
+             \"capabilities\": {{\"{BANDWIDTH}\": true, \"{ANNOTATIONS}\": true, \"{CGROUP_PATH}\": true}}"
+        );
+        return vec![(State::Missing, text)];
+    }
+    let wanted = [
+        (BANDWIDTH, "by which kubelet's own reading of the annotations comes"),
+        (ANNOTATIONS, "by which it gets the annotation \"rate\""),
+        (CGROUP_PATH, "by which runtimes that know the pod's cgroup name it"),
+    ];
+    let lacking = wanted.into_iter().filter(|(name, _)| !has(name));
+    lacking
+        .map(|(name, why)| (State::Warn, format!("podshaper has not the capability \"{name}\", {why}: add it")))
+        .collect()
+}
+
+fn binary(path: &Path) -> Vec<Finding> {
+    let text = match fs::metadata(path) {
+        Ok(file) if file.is_file() && file.permissions().mode() & 0o111 != 0 => {
+            return vec![Finding::new("plugin", State::Ok, format!("{} is there", path.display()))];
+        }
+        Ok(_) => "is no executable file: install -m 755 puts one there".to_owned(),
+        Err(cause) => format!(
+            "{cause}: copy podshaper there, or no pod is made by a conflist that names it (--bin-dir names another directory)"
+        ),
+    };
+    vec![Finding::new("plugin", State::Missing, format!("{}: {text}", path.display()))]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: &str =
+        r#""capabilities": {"bandwidth": true, "cgroupPath": true, "io.kubernetes.cri.pod-annotations": true}"#;
+
+    fn directory(files: &[(&str, String)]) -> tempfile::TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        files.iter().for_each(|(name, text)| fs::write(directory.path().join(name), text).unwrap());
+        directory
+    }
+
+    fn chain(plugins: &str) -> String {
+        format!(r#"{{"cniVersion": "1.0.0", "name": "net", "plugins": [{plugins}]}}"#)
+    }
+
+    fn found(files: &[(&str, String)]) -> Vec<(State, String)> {
+        let directory = directory(files);
+        let bin = self::directory(&[("podshaper", String::new())]);
+        fs::set_permissions(bin.path().join("podshaper"), fs::Permissions::from_mode(0o755)).unwrap();
+        let findings = check(directory.path(), bin.path()).into_iter().filter(|finding| finding.check == CHECK);
+        let prefix = format!("{}/", directory.path().display());
+        findings.map(|finding| (finding.state, finding.found.replace(&prefix, ""))).collect()
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_chain_is_said_with_its_file() {
+        let podshaper = format!(r#"{{"type": "podshaper", {ALL}}}"#);
+        let bridge = r#"{"type": "bridge"}"#;
+        for (plugins, state, text) in [
+            (format!("{bridge}, {podshaper}"), State::Ok, "podshaper is in it, last and with its capabilities"),
+            (podshaper.clone(), State::Missing, "podshaper is the first plugin"),
+            (
+                format!(r#"{bridge}, {podshaper}, {{"type": "portmap"}}"#),
+                State::Warn,
+                "podshaper is not the last plugin",
+            ),
+            (
+                format!(r#"{bridge}, {{"type": "bandwidth"}}, {podshaper}"#),
+                State::Missing,
+                "the bandwidth plugin limits the same pods",
+            ),
+            (
+                format!(r#"{bridge}, {{"type": "podshaper"}}"#),
+                State::Missing,
+                "podshaper has neither the capability \"bandwidth\" nor",
+            ),
+            (
+                format!(
+                    r#"{bridge}, {{"type": "podshaper", "capabilities": {{"bandwidth": true, "cgroupPath": true}}}}"#
+                ),
+                State::Warn,
+                "podshaper has not the capability \"io.kubernetes.cri.pod-annotations\"",
+            ),
+        ] {
+            let found = found(&[("10-net.conflist", chain(&plugins))]);
+            assert_eq!(found[0].0, state, "{found:?}");
+            assert!(found[0].1.starts_with(&format!("10-net.conflist: {text}")), "{found:?}");
+        }
+    }
+
+    #[test]
+    fn files_that_hide_or_break_it_are_named() {
+        let good = chain(&format!(r#"{{"type": "bridge"}}, {{"type": "podshaper", {ALL}}}"#));
+        let other = chain(r#"{"type": "bridge"}"#);
+        let second = found(&[("10-a.conflist", other.clone()), ("20-b.conflist", good.clone())]);
+        assert!(
+            second[0].0 == State::Warn && second[0].1.starts_with("20-b.conflist: is not the first file"),
+            "{second:?}"
+        );
+        let broken = found(&[("10-a.conflist", "{".into()), ("20-b.conflist", good)]);
+        assert!(
+            broken[0].0 == State::Missing && broken[0].1.starts_with("10-a.conflist: cannot be parsed"),
+            "{broken:?}"
+        );
+        let absent = found(&[("10-a.conflist", other)]);
+        assert!(
+            absent.len() == 1 && absent[0].0 == State::Missing && absent[0].1.starts_with("no file in"),
+            "{absent:?}"
+        );
+        assert_eq!(found(&[("README", String::new())])[0].0, State::Warn);
+    }
+}

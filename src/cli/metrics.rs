@@ -1,0 +1,205 @@
+//! `podshaper metrics`: every attachment for Prometheus, in its text format, most often for node_exporter's textfile collector.
+
+use std::{
+    fs::{self, File},
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use clap::Args;
+use podshaper_abi::{BACKLOG_BUCKETS, Counters, backlog_bucket_end_ns};
+
+use super::{
+    attachments::{self, Attachment, Direction},
+    output,
+};
+use crate::error::{Code, Error, Result};
+
+/// The histogram's buckets that are told of, by number: 0.13 ms, 1, 4, 8, 17, 67, 268 ms and 1.1 s. All would be 32 series a direction.
+const BUCKETS: [usize; 8] = [7, 10, 12, 13, 14, 16, 18, 20];
+/// Nanoseconds of a second.
+const SECOND: f64 = 1e9;
+
+#[derive(Args)]
+pub struct Arguments {
+    /// Write to this file, all at once, instead of stdout: a *.prom in the directory of node_exporter's textfile collector
+    #[arg(long, value_name = "FILE")]
+    textfile: Option<PathBuf>,
+}
+
+impl Arguments {
+    pub fn run(self) -> Result<()> {
+        let found = attachments::read()?;
+        for attachment in &found {
+            if let Some(problem) = &attachment.problem {
+                log::warn!("leave out {} {}: {problem}", attachment.place.pod, attachment.place.interface);
+            }
+        }
+        let text = text(&found);
+        match &self.textfile {
+            None => output::print(&text),
+            Some(path) => write(path, &text),
+        }
+    }
+}
+
+/// One metric: its name without "podshaper_", what it is, and its value of a direction.
+type Metric = (&'static str, &'static str, &'static str, fn(&Direction) -> f64);
+
+const METRICS: [Metric; 7] = [
+    ("limit_bytes_per_second", "gauge", "Rate of the limit, in bytes at layer 3.", |direction| {
+        direction.rate.as_bits_per_s() as f64 / 8.0
+    }),
+    ("burst_bytes", "gauge", "What may be sent at once.", |direction| direction.burst.as_bytes() as f64),
+    ("bytes_total", "counter", "Bytes at layer 3 that passed.", |direction| direction.counters.bytes as f64),
+    ("packets_total", "counter", "Packets that passed.", |direction| direction.counters.packets as f64),
+    ("dropped_packets_total", "counter", "Packets dropped for being over the limit.", |direction| {
+        direction.counters.drops as f64
+    }),
+    ("marked_packets_total", "counter", "Packets that passed with a congestion mark.", |direction| {
+        direction.counters.marks as f64
+    }),
+    ("max_backlog_seconds", "gauge", "Largest virtual backlog a packet found.", |direction| {
+        direction.counters.max_backlog_ns as f64 / SECOND
+    }),
+];
+
+fn text(found: &[Attachment]) -> String {
+    let mut text = String::new();
+    let head = |text: &mut String, name: &str, kind: &str, help: &str| {
+        *text += &format!("# HELP podshaper_{name} {help}\n# TYPE podshaper_{name} {kind}\n");
+    };
+    head(&mut text, "build_info", "gauge", "The podshaper that wrote this.");
+    text += &format!("podshaper_build_info{{version=\"{}\"}} 1\n", env!("CARGO_PKG_VERSION"));
+    head(&mut text, "attachment_info", "gauge", "What is attached, with what holds it.");
+    found.iter().for_each(|attachment| text += &info(attachment));
+    head(&mut text, "attachment_live", "gauge", "Whether all programs of the attachment are attached to its cgroup.");
+    for attachment in found {
+        let is_live = u8::from(!attachment.links.are_dead() && attachment.links.faults().is_empty());
+        text += &format!("podshaper_attachment_live{{{}}} {is_live}\n", labels(attachment));
+    }
+    for (name, kind, help, value) in METRICS {
+        head(&mut text, name, kind, help);
+        for (labels, direction) in directions(found) {
+            text += &format!("podshaper_{name}{{{labels}}} {}\n", value(direction));
+        }
+    }
+    let help = "Virtual backlog that packets found; the sum is reckoned from the middles of the kernel's buckets.";
+    head(&mut text, "backlog_seconds", "histogram", help);
+    directions(found).for_each(|(labels, direction)| text += &histogram(&labels, &direction.counters));
+    text
+}
+
+fn directions(found: &[Attachment]) -> impl Iterator<Item = (String, &Direction)> {
+    found.iter().flat_map(|attachment| {
+        attachment
+            .directions()
+            .map(|(name, direction)| (format!("{},direction=\"{name}\"", labels(attachment)), direction))
+    })
+}
+
+/// The UID is among them since a pod that is made anew may have the name of one that has not gone yet.
+fn labels(attachment: &Attachment) -> String {
+    let owner = &attachment.owner;
+    let namespace = owner.pod_namespace.as_deref().unwrap_or_default();
+    let name = attachment.name();
+    let pod = owner.pod_name.as_deref().unwrap_or(&name);
+    let labels = [
+        ("namespace", namespace),
+        ("pod", pod),
+        ("uid", &attachment.place.pod),
+        ("interface", &attachment.place.interface),
+    ];
+    labels.map(|(name, value)| format!("{name}=\"{}\"", escape(value))).join(",")
+}
+
+fn info(attachment: &Attachment) -> String {
+    let by =
+        |direction: &Option<Direction>| direction.as_ref().map(|direction| direction.by.clone()).unwrap_or_default();
+    format!(
+        "podshaper_attachment_info{{{},network=\"{}\",cgroup=\"{}\",egress_by=\"{}\",ingress_by=\"{}\"}} 1\n",
+        labels(attachment),
+        escape(&attachment.owner.network),
+        escape(&attachment.owner.cgroup),
+        escape(&by(&attachment.egress)),
+        escape(&by(&attachment.ingress)),
+    )
+}
+
+fn histogram(labels: &str, counters: &Counters) -> String {
+    let name = "podshaper_backlog_seconds";
+    let packets: u64 = counters.backlog.iter().sum();
+    let mut text = String::new();
+    for bucket in BUCKETS {
+        let below: u64 = counters.backlog.iter().take(bucket + 1).sum();
+        let end = backlog_bucket_end_ns(bucket).map_or(f64::INFINITY, |ns| ns as f64 / SECOND);
+        text += &format!("{name}_bucket{{{labels},le=\"{end}\"}} {below}\n");
+    }
+    let middles =
+        (0..BACKLOG_BUCKETS).map(|bucket| backlog_bucket_end_ns(bucket).map_or(1 << 41, |end_ns| end_ns * 3 / 4));
+    let sum: f64 = counters.backlog.iter().zip(middles).map(|(count, ns)| *count as f64 * ns as f64 / SECOND).sum();
+    text += &format!("{name}_bucket{{{labels},le=\"+Inf\"}} {packets}\n");
+    text + &format!("{name}_sum{{{labels}}} {sum}\n{name}_count{{{labels}}} {packets}\n")
+}
+
+/// A label's value, as the text format has it.
+fn escape(value: &str) -> String {
+    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}
+
+/// Under another name, which the collector does not read, then renamed: nobody sees a part of it.
+fn write(path: &Path, text: &str) -> Result<()> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".{}", std::process::id()));
+    let beside = PathBuf::from(name);
+    let written = write_whole(&beside, text).and_then(|()| fs::rename(&beside, path));
+    written.map_err(|cause| {
+        let _ = fs::remove_file(&beside);
+        Error::because(Code::Io, format!("write {} (its directory must exist)", path.display()), cause)
+    })
+}
+
+fn write_whole(path: &Path, text: &str) -> io::Result<()> {
+    let mut file = File::create(path)?;
+    file.write_all(text.as_bytes())?;
+    // After a power cut the new name must not stand for an empty file.
+    file.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn label_values_cannot_end_early() {
+        assert_eq!(escape("a\"b\\c\nd"), r#"a\"b\\c\nd"#);
+    }
+
+    #[test]
+    fn the_histogram_is_cumulative_and_ends_with_all() {
+        let mut counters = Counters::default();
+        counters.backlog[0] = 3;
+        counters.backlog[13] = 4;
+        counters.backlog[BACKLOG_BUCKETS - 1] = 1;
+        let text = histogram("pod=\"a\"", &counters);
+        let values: Vec<_> = text.lines().filter_map(|line| line.rsplit(' ').next()).collect();
+        assert_eq!(values[..9], ["3", "3", "3", "7", "7", "7", "7", "7", "8"], "{text}");
+        assert_eq!(values[10], "8");
+        assert!(text.starts_with("podshaper_backlog_seconds_bucket{pod=\"a\",le=\"0.000131072\"} 3\n"), "{text}");
+    }
+
+    #[test]
+    fn a_file_is_replaced_whole_and_nothing_is_left_beside_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("podshaper.prom");
+        write(&path, "old").unwrap();
+        write(&path, "new").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "new");
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+        let nowhere = directory.path().join("none/podshaper.prom");
+        assert_eq!(
+            write(&nowhere, "").unwrap_err().to_string(),
+            format!("write {} (its directory must exist): No such file or directory (os error 2)", nowhere.display())
+        );
+    }
+}

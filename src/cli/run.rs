@@ -1,0 +1,233 @@
+//! `podshaper run -- COMMAND`: a command in a cgroup of its own, limited; both are gone when it ends.
+//!
+//! The cgroup is a child of podshaper's own, so that whatever accounts for that one goes on doing so. podshaper steps into it, starts
+//! the command there and steps out again: the command is limited from its first packet, without any code between fork and exec.
+
+use std::{
+    ffi::OsString,
+    fs, io,
+    os::unix::process::ExitStatusExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitCode, ExitStatus},
+    thread,
+    time::Duration,
+};
+
+use clap::Args;
+use nix::{
+    errno::Errno,
+    sys::{
+        signal::{SigSet, Signal, kill},
+        signalfd::SignalFd,
+    },
+    unistd::Pid,
+};
+
+use super::attach::{Asked, Target};
+use crate::{
+    cgroup::Hierarchies,
+    error::{Code, Error, Result},
+    pins::{BPFFS, Pins},
+    sys,
+};
+
+/// What the directory is called, before the process id of the podshaper that made it.
+const PREFIX: &str = "podshaper-run-";
+/// How a shell reports a command that a signal ended: 128 and the signal.
+const EXIT_SIGNALLED: i32 = 128;
+/// What a shell reports of a command it cannot find.
+const EXIT_NOT_FOUND: u8 = 127;
+
+#[derive(Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    asked: Asked,
+    /// The command and its arguments, after --
+    #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
+    command: Vec<OsString>,
+}
+
+impl Arguments {
+    /// Returns the command's exit status.
+    pub fn run(self) -> Result<ExitCode> {
+        // Before anything is made: from here on a signal ends the command, and what was made is removed after it.
+        let signals = Signals::block()?;
+        let cgroup = RunCgroup::make()?;
+        let target = Target::find(&cgroup.path, None, None)?;
+        let limited = target.attach(&self.asked.limits()).map(|()| Limited { target: &target });
+        let limited = limited?;
+        let child = cgroup.start(&self.command, &signals);
+        let status = match child {
+            Ok(child) => wait(child, &signals)?,
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => {
+                log::error!(
+                    "run {}: {cause}",
+                    self.command.first().map(|name| name.to_string_lossy()).unwrap_or_default()
+                );
+                return Ok(ExitCode::from(EXIT_NOT_FOUND));
+            }
+            Err(cause) => return Err(Error::because(Code::Io, "start the command in its cgroup", cause)),
+        };
+        drop(limited);
+        let code = status.code().unwrap_or_else(|| EXIT_SIGNALLED + status.signal().unwrap_or_default());
+        Ok(ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX)))
+    }
+}
+
+/// The attachment, removed when dropped.
+struct Limited<'a> {
+    target: &'a Target,
+}
+
+impl Drop for Limited<'_> {
+    fn drop(&mut self) {
+        let removed = Pins::existing(Path::new(BPFFS)).map_or(Ok(()), |pins| pins.lock()?.remove(self.target.place()));
+        if let Err(error) = removed {
+            log::error!("{error}");
+        }
+    }
+}
+
+/// The command's cgroup. What is left in it is killed and the directory removed when it is dropped.
+struct RunCgroup {
+    path: PathBuf,
+    home: PathBuf,
+}
+
+impl RunCgroup {
+    fn make() -> Result<Self> {
+        let home = own_cgroup()?;
+        let path = home.join(format!("{PREFIX}{}", std::process::id()));
+        // Of a podshaper that had this process id before and was killed.
+        remove_cgroup_of_the_dead(&path);
+        fs::create_dir(&path)
+            .map_err(|cause| Error::because(Code::Cgroup, format!("make the cgroup {}", path.display()), cause))?;
+        Ok(Self { path, home })
+    }
+
+    fn start(&self, command: &[OsString], signals: &Signals) -> io::Result<Child> {
+        let [program, arguments @ ..] = command else { return Err(io::ErrorKind::InvalidInput.into()) };
+        move_self(&self.path)?;
+        let child = signals.spawn(Command::new(program).args(arguments));
+        move_self(&self.home)?;
+        child
+    }
+}
+
+impl Drop for RunCgroup {
+    fn drop(&mut self) {
+        if let Err(cause) = empty_and_remove(&self.path) {
+            log::error!("remove the cgroup {}: {cause}", self.path.display());
+        }
+    }
+}
+
+/// The directory of the cgroup podshaper is in; of the mount's root, if it is above what is mounted here.
+fn own_cgroup() -> Result<PathBuf> {
+    const FILE: &str = "/proc/self/cgroup";
+    let failed = |cause| Error::because(Code::Cgroup, format!("find podshaper's own cgroup in {FILE}"), cause);
+    let text = fs::read_to_string(FILE).map_err(failed)?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+    let mount = Hierarchies::of_this_host()?.unified;
+    let own = mount.join(path);
+    Ok(if own.join("cgroup.procs").exists() { own } else { mount })
+}
+
+/// "0" is the process that writes it.
+fn move_self(cgroup: &Path) -> io::Result<()> {
+    fs::write(cgroup.join("cgroup.procs"), "0")
+}
+
+/// What the command started and left running ends with it: nothing would limit it any more.
+fn empty_and_remove(path: &Path) -> io::Result<()> {
+    const ATTEMPTS: u32 = 100;
+    let mut result = Ok(());
+    for _ in 0..ATTEMPTS {
+        result = fs::remove_dir(path);
+        match &result {
+            Err(cause) if cause.raw_os_error() == Some(libc::EBUSY) => {
+                kill_all(path)?;
+                thread::sleep(Duration::from_millis(10));
+            }
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(()),
+            _ => return result,
+        }
+    }
+    result
+}
+
+fn kill_all(path: &Path) -> io::Result<()> {
+    // Linux 5.14 and later; before that one by one, until none is left.
+    if fs::write(path.join("cgroup.kill"), "1").is_ok() {
+        return Ok(());
+    }
+    for id in fs::read_to_string(path.join("cgroup.procs"))?.lines().filter_map(|line| line.parse().ok()) {
+        match kill(Pid::from_raw(id), Signal::SIGKILL) {
+            Ok(()) | Err(Errno::ESRCH) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Whether a cgroup is that of a `podshaper run` that was killed, and its command has ended too.
+pub fn is_of_the_dead(cgroup: &Path) -> bool {
+    let name = cgroup.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let maker = name.strip_prefix(PREFIX).and_then(|id| id.parse::<u32>().ok());
+    let is_dead = |id: u32| id == std::process::id() || !Path::new(&format!("/proc/{id}")).exists();
+    let is_empty = || fs::read_to_string(cgroup.join("cgroup.events")).is_ok_and(|text| text.contains("populated 0"));
+    maker.is_some_and(is_dead) && is_empty()
+}
+
+/// Removes such a cgroup; leaves any other alone.
+pub fn remove_cgroup_of_the_dead(cgroup: &Path) {
+    if is_of_the_dead(cgroup)
+        && let Err(cause) = fs::remove_dir(cgroup)
+    {
+        log::warn!("remove the cgroup {}: {cause}", cgroup.display());
+    }
+}
+
+/// The signals that would end podshaper before it has cleaned up, and the one that says that the command has ended.
+///
+/// A command inherits what is blocked, so for the moment of its start nothing is; a handler then keeps podshaper alive, and is not
+/// inherited.
+struct Signals {
+    set: SigSet,
+    file: SignalFd,
+}
+
+impl Signals {
+    fn block() -> Result<Self> {
+        let failed = |cause: io::Error| Error::because(Code::Io, "block signals", cause);
+        let ending = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGHUP];
+        ending.iter().try_for_each(|signal| sys::survive(*signal as libc::c_int)).map_err(failed)?;
+        let set: SigSet = ending.into_iter().chain([Signal::SIGCHLD]).collect();
+        set.thread_block().map_err(|errno| failed(errno.into()))?;
+        let file = SignalFd::new(&set).map_err(|errno| failed(errno.into()))?;
+        Ok(Self { set, file })
+    }
+
+    fn spawn(&self, command: &mut Command) -> io::Result<Child> {
+        self.set.thread_unblock()?;
+        let child = command.spawn();
+        self.set.thread_block()?;
+        child
+    }
+}
+
+/// Waits for the command, and passes on what other processes send. What the terminal sends (Ctrl-C) it has sent to the command, too.
+fn wait(mut child: Child, signals: &Signals) -> Result<ExitStatus> {
+    let failed = |cause: io::Error| Error::because(Code::Io, "wait for the command", cause);
+    loop {
+        if let Some(status) = child.try_wait().map_err(failed)? {
+            return Ok(status);
+        }
+        let Some(signal) = signals.file.read_signal().map_err(|errno| failed(errno.into()))? else { continue };
+        let number = Signal::try_from(signal.ssi_signo as i32).ok().filter(|number| *number != Signal::SIGCHLD);
+        if let Some(number) = number.filter(|_| signal.ssi_code <= libc::SI_USER) {
+            // Gone already: SIGCHLD comes next.
+            let _ = kill(Pid::from_raw(child.id() as i32), number);
+        }
+    }
+}

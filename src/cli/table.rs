@@ -1,0 +1,103 @@
+//! The one printer of tables: aligned columns under a header, no colour, no lines.
+
+use super::output;
+
+/// Which side of its column a cell is on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Align {
+    /// Text.
+    Left,
+    /// Numbers.
+    Right,
+}
+pub use Align::{Left, Right};
+
+/// What stands in a cell that has nothing to say.
+pub const NOTHING: &str = "-";
+
+const GAP: &str = "  ";
+/// What a cut cell is not made narrower than.
+const NARROWEST: usize = 16;
+
+/// A table under construction.
+pub struct Table {
+    header: Vec<(&'static str, Align)>,
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    /// An empty one.
+    pub fn new(header: &[(&'static str, Align)]) -> Self {
+        Self { header: header.to_vec(), rows: Vec::new() }
+    }
+
+    /// Adds a row, with a cell for each column.
+    pub fn row(&mut self, cells: Vec<String>) {
+        self.rows.push(cells);
+    }
+
+    /// The table as text for stdout. On a terminal that is too narrow the cells of the last column lose their middle.
+    pub fn text(&self) -> String {
+        self.text_within(output::terminal_width())
+    }
+
+    /// The table with nothing cut.
+    pub fn whole_text(&self) -> String {
+        self.text_within(None)
+    }
+
+    fn text_within(&self, limit: Option<usize>) -> String {
+        let mut widths: Vec<usize> = self.header.iter().map(|(name, _)| name.len()).collect();
+        for row in &self.rows {
+            widths.iter_mut().zip(row).for_each(|(width, cell)| *width = (*width).max(cell.chars().count()));
+        }
+        if let (Some(limit), Some((last, others))) = (limit, widths.split_last_mut()) {
+            let before = others.iter().map(|width| width + GAP.len()).sum();
+            *last = (*last).min(limit.saturating_sub(before).max(NARROWEST));
+        }
+        let header = self.header.iter().map(|(name, _)| (*name).to_owned()).collect();
+        let lines = std::iter::once(&header).chain(&self.rows).map(|row| self.line(row, &widths));
+        lines.collect()
+    }
+
+    fn line(&self, cells: &[String], widths: &[usize]) -> String {
+        let cells = cells.iter().zip(widths).zip(&self.header).map(|((cell, &width), (_, align))| {
+            let cell = without_middle(cell, width);
+            match align {
+                Left => format!("{cell:<width$}"),
+                Right => format!("{cell:>width$}"),
+            }
+        });
+        cells.collect::<Vec<_>>().join(GAP).trim_end().to_owned() + "\n"
+    }
+}
+
+/// A text no longer than `width`: of a path the beginning and the end tell most.
+fn without_middle(text: &str, width: usize) -> String {
+    let count = text.chars().count();
+    if count <= width || width == 0 {
+        return text.to_owned();
+    }
+    let (head, tail) = ((width - 1) / 3, width - 1 - (width - 1) / 3);
+    text.chars().take(head).chain(['…']).chain(text.chars().skip(count - tail)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_aligned_and_the_last_one_gives_way() {
+        let mut table = Table::new(&[("POD", Left), ("RATE", Right), ("CGROUP", Left)]);
+        table.row(vec!["default/web".into(), "10M".into(), "kubepods/burstable/pod1234".into()]);
+        table.row(vec!["é".into(), "1500k".into(), NOTHING.into()]);
+        assert_eq!(
+            table.text_within(None),
+            "POD           RATE  CGROUP\n\
+             default/web    10M  kubepods/burstable/pod1234\n\
+             é            1500k  -\n"
+        );
+        assert_eq!(table.text_within(Some(40)).lines().nth(1), Some("default/web    10M  kubepo…table/pod1234"));
+        assert_eq!(table.text_within(Some(10)).lines().nth(1), Some("default/web    10M  kubep…le/pod1234"));
+    }
+}

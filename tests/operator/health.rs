@@ -1,0 +1,86 @@
+use std::fs;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::{alone, call, limited_both_ways, listed, says};
+use crate::sandbox::within;
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn gc_removes_what_has_no_cgroup_any_more() {
+    alone(|| {
+        let (kept, gone) = (limited_both_ways(None), limited_both_ways(None));
+        kept.call("ADD");
+        gone.call("ADD");
+        let objects = gone.objects();
+        // What a killed call leaves.
+        fs::create_dir(gone.pod_directory().join("net1%new")).unwrap();
+        assert_eq!(says(&["gc", "--dry-run"]).lines().count(), 1);
+        gone.cgroup.remove().unwrap();
+        let says_what = |arguments: &[&str]| {
+            let found: Value = serde_json::from_str(&says(arguments)).unwrap();
+            found.as_array().unwrap().iter().map(|entry| entry["key"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(says_what(&["gc", "--dry-run", "-o", "json"]), [gone.uid.as_str()]);
+        assert!(gone.pod_directory().exists());
+        let (_, doctor, _) = call(&["doctor"]);
+        assert!(
+            doctor.contains("1 dead") && doctor.contains("1 unfinished") && doctor.contains("podshaper gc"),
+            "{doctor}"
+        );
+        assert_eq!(says_what(&["gc", "-o", "json"]), [gone.uid.as_str()]);
+        assert!(!gone.pod_directory().exists() && listed(&kept.uid).is_some());
+        objects.assert_freed();
+        kept.call("CHECK");
+        kept.call("DEL");
+        assert!(says_what(&["gc", "-o", "json"]).is_empty());
+
+        // A service that was restarted: its cgroup has the old one's name.
+        kept.call("ADD");
+        kept.cgroup.remove().unwrap();
+        kept.cgroup.make().unwrap();
+        assert!(
+            within(Duration::from_secs(20), || says_what(&["gc", "--dry-run", "-o", "json"]) == [kept.uid.as_str()])
+        );
+        says(&["gc"]);
+        assert!(!kept.pod_directory().exists());
+    });
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn doctor_finds_this_node_fit_and_a_bad_conflist_not() {
+    let directory = tempfile::tempdir().unwrap();
+    let [conf, bin] = ["conf", "bin"].map(|name| directory.path().join(name));
+    [&conf, &bin].iter().for_each(|path| fs::create_dir(path).unwrap());
+    fs::copy(env!("CARGO_BIN_EXE_podshaper"), bin.join("podshaper")).unwrap();
+    let example = concat!(env!("CARGO_MANIFEST_DIR"), "/conflist-examples/10-flannel.conflist");
+    fs::copy(example, conf.join("10-flannel.conflist")).unwrap();
+    let doctor = || {
+        let directories = ["--conf-dir", conf.to_str().unwrap(), "--bin-dir", bin.to_str().unwrap()];
+        let (code, stdout, _) = call(&[&["doctor", "-o", "json"], &directories[..]].concat());
+        let found: Value = serde_json::from_str(&stdout).unwrap();
+        let missing = |finding: &&Value| finding["state"] == "missing";
+        let missing = found.as_array().unwrap().iter().filter(missing).map(|finding| finding["check"].to_string());
+        (code, missing.collect::<Vec<_>>())
+    };
+    assert_eq!(doctor(), (0, vec![]));
+    fs::remove_file(bin.join("podshaper")).unwrap();
+    assert_eq!(doctor(), (1, vec!["\"plugin\"".to_owned()]));
+    fs::write(conf.join("05-broken.conflist"), "{\"plugins\": [").unwrap();
+    assert_eq!(doctor(), (1, vec!["\"conflist\"".to_owned(), "\"plugin\"".to_owned()]));
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn doctor_without_the_capabilities_says_which() {
+    let output = std::process::Command::new("setpriv")
+        .args(["--bounding-set=-bpf,-sys_admin", "--inh-caps=-all", env!("CARGO_BIN_EXE_podshaper"), "doctor"])
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let programs = text.lines().find(|line| line.starts_with("eBPF programs")).unwrap();
+    assert!(programs.contains("MISSING") && programs.contains("must run with CAP_BPF"), "{text}");
+}

@@ -1,0 +1,101 @@
+//! A node that was upgraded: pods of before have pins of an older layout, whose maps this podshaper does not know, beside which new ones
+//! are made. Only OWNER, in JSON, is the same in all.
+
+use std::fs;
+use std::process::Command;
+
+use serde_json::{Value, json};
+
+use super::{alone, listed, says};
+use crate::harness::pod::container_id;
+use crate::harness::process;
+use crate::sandbox::{PROGRAMS, RATE, Sandbox, ok};
+
+const OLD: &str = "/sys/fs/bpf/podshaper/v0";
+
+/// Makes the pod's attachment one of layout 0: with a smaller record, and a map of limits of another size.
+fn age(pod: &Sandbox) {
+    let (new, old) = (pod.pod_directory().join("eth0"), format!("{OLD}/{}/eth0", pod.uid));
+    let owner = pod.owner("eth0").to_string();
+    fs::create_dir_all(format!("{OLD}/{}", pod.uid)).unwrap();
+    fs::rename(&new, &old).unwrap();
+    fs::remove_dir(pod.pod_directory()).unwrap();
+    for (name, size) in [("OWNER", 1000), ("LIMITS", 24)] {
+        let path = format!("{old}/{name}");
+        fs::remove_file(&path).unwrap();
+        let size = size.to_string();
+        let map = ["type", "array", "key", "4", "value", &size, "entries", "1", "name", name];
+        process::run(Command::new("bpftool").args(["map", "create", &path]).args(map)).unwrap();
+    }
+    let mut bytes: Vec<String> = owner.bytes().map(|byte| byte.to_string()).collect();
+    bytes.resize(1000, "0".to_owned());
+    let path = format!("{old}/OWNER");
+    let update = ["map", "update", "pinned", &path, "key", "0", "0", "0", "0", "value"];
+    process::run(Command::new("bpftool").args(update).args(&bytes)).unwrap();
+}
+
+fn is_old(pod: &Sandbox) -> bool {
+    fs::exists(format!("{OLD}/{}", pod.uid)).unwrap()
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn an_older_layout_is_listed_deleted_and_collected() {
+    alone(|| {
+        let pods: Vec<Sandbox> = (0..3).map(|_| Sandbox::new()).collect();
+        for pod in &pods {
+            pod.call("ADD");
+            age(pod);
+            let entry = listed(&pod.uid).unwrap();
+            assert_eq!((&entry["name"], &entry["links"]), (&json!("default/web"), &json!("live")));
+            assert!(entry["problem"].as_str().unwrap().contains("layout v0"), "{entry}");
+            assert!(says(&["list", "--sample", "0"]).contains("live, unread"));
+            assert!(says(&["show", &pod.uid, "--sample", "0"]).contains("layout v0"));
+            assert_eq!(pod.attached().len(), 3);
+        }
+        let (_, doctor, _) = super::call(&["doctor"]);
+        assert!(doctor.contains("3 of another podshaper's layout"), "{doctor}");
+
+        // A DEL of another sandbox removes nothing, as ever.
+        ok(&pods[0].cni_of("DEL", &container_id().unwrap()));
+        assert!(is_old(&pods[0]));
+        pods[0].call("DEL");
+        pods[0].assert_unlimited();
+        assert!(!is_old(&pods[0]));
+
+        pods[1].cgroup.remove().unwrap();
+        let gone: Value = serde_json::from_str(&says(&["gc", "-o", "json"])).unwrap();
+        assert!(gone.as_array().unwrap().len() == 1 && gone[0]["key"] == pods[1].uid.as_str(), "{gone}");
+        assert!(!is_old(&pods[1]) && is_old(&pods[2]));
+
+        // The runtime's GC: nothing of this network is in use any more.
+        let gc = json!({ "cniVersion": "1.1.0", "name": pods[2].network, "type": "podshaper", "cni.dev/valid-attachments": [] });
+        ok(&pods[2].cni("GC").stdin(gc.to_string()));
+        pods[2].assert_unlimited();
+        assert!(!is_old(&pods[2]));
+    });
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn a_new_add_moves_a_pod_to_the_new_layout_and_it_is_never_unlimited() {
+    alone(|| {
+        let pod = Sandbox::new();
+        for _ in 0..10 {
+            pod.call("ADD");
+            age(&pod);
+            let (id, old) = (container_id().unwrap(), pod.program("count_egress"));
+            std::thread::scope(|scope| {
+                let adding = scope.spawn(|| ok(&pod.cni_of("ADD", &id).stdin(pod.stdin_at(2 * RATE))));
+                while !adding.is_finished() {
+                    let attached = pod.attached();
+                    assert!(attached.len() >= PROGRAMS.len(), "unlimited for a moment: {attached:?}");
+                }
+            });
+            pod.assert_limited(&id, 2 * RATE);
+            assert!(!is_old(&pod) && pod.program("count_egress") != old);
+            ok(&pod.cni_of("DEL", &id));
+            pod.assert_unlimited();
+        }
+    });
+}
