@@ -14,6 +14,7 @@ fn main() {
         println!("cargo::rerun-if-changed={source}");
     }
     println!("cargo::rerun-if-env-changed=PODSHAPER_BUILD_BPF");
+    leave_out_unwind_tables();
 
     let output = Path::new(&env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("podshaper.bpf.o");
     if env::var_os("PODSHAPER_BUILD_BPF").is_some_and(|asked| asked == "1") {
@@ -23,6 +24,17 @@ fn main() {
         assert!(build(&output), "cannot build the changed sources in bpf/: see the messages above, or restore them");
     } else {
         fs::copy(COMMITTED, &output).expect("copy the committed eBPF object");
+    }
+}
+
+/// In release builds, which abort on a panic; tests unwind. On the machine it was tried on.
+fn leave_out_unwind_tables() {
+    const SCRIPT: &str = "bpf/no-unwind.ld";
+    println!("cargo::rerun-if-changed={SCRIPT}");
+    let is = |name: &str, value: &str| env::var_os(name).is_some_and(|found| found == value);
+    if is("PROFILE", "release") && is("CARGO_CFG_TARGET_ARCH", "x86_64") && is("CARGO_CFG_TARGET_ENV", "gnu") {
+        let directory = env::var("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR");
+        println!("cargo::rustc-link-arg-bin=podshaper=-Wl,-T,{directory}/{SCRIPT},--no-eh-frame-hdr");
     }
 }
 
