@@ -133,12 +133,14 @@ fn header(sort: Sort) -> Line_<'static> {
 }
 
 fn widths(rows: &[Row<'_>]) -> [Constraint; 12] {
-    let longest = rows.iter().map(|row| row.attachment.name().chars().count()).max().unwrap_or_default().clamp(3, 40);
+    let longest = |length: &dyn Fn(&Row<'_>) -> usize| rows.iter().map(length).max().unwrap_or_default() as u16;
+    let pod = longest(&|row| row.attachment.name().chars().count()).clamp(3, 40);
+    let limit = longest(&|row| row.direction.rate.to_string().len()).clamp(6, 16);
     [
-        Constraint::Length(longest as u16),
+        Constraint::Length(pod),
         Constraint::Length(9),
         Constraint::Length(9),
-        Constraint::Length(6),
+        Constraint::Length(limit),
         Constraint::Length(9),
         Constraint::Length(6),
         Constraint::Length(BAR_WIDTH as u16 + 5),
