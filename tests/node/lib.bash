@@ -1,0 +1,245 @@
+# Shared by the tests of this directory, which source it: a node made of containerd and kubelet, what its pods are made of, how their
+# rates are measured, and how the tests are counted. $run is the directory of everything that is written.
+# shellcheck shell=bash
+
+node=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+parts=${PODSHAPER_LAB:-${XDG_CACHE_HOME:-$HOME/.cache}/podshaper-lab}/node
+passed=0 failed=0
+# What tells who waits for what: a kubelet in User Mode Linux on a busy machine is slow.
+PATIENCE=${PATIENCE:-120}
+# Rates may be off by this: TCP payload over 5 s, on a machine that does other things.
+LOW=0.90 HIGH=1.04
+
+# it CLAIM COMMAND..: a test. It fails with the first command that fails, and says what that printed.
+it() {
+    local claim=$1 status=0 start=$SECONDS
+    shift
+    # A subshell with -e of its own: where a function is a condition, bash ignores -e in it.
+    set +e
+    (
+        set -e
+        "$@"
+    ) >"$run/test.log" 2>&1
+    status=$?
+    set -e
+    if [[ $status -eq 0 ]]; then
+        passed=$((passed + 1))
+        echo "test $claim ... ok ($((SECONDS - start)) s)"
+    else
+        failed=$((failed + 1))
+        echo "test $claim ... FAILED ($((SECONDS - start)) s)"
+    fi
+    sed 's/^/    /' "$run/test.log"
+    [[ $status -eq 0 ]] || explain
+}
+
+# Whoever has to find out why gets the ends of the logs.
+explain() {
+    local log
+    for log in "$run"/{podshaper,kubelet,containerd}.log; do
+        [[ ! -s $log ]] || { echo "    -- the end of ${log##*/}:" && grep -vE '^I[0-9]|level=info' "$log" | tail -n 12 | cut -c 1-600 | sed 's/^/    /'; }
+    done
+}
+
+# The last line of a run, as cargo's own tests write it: tests/run adds them up.
+results() {
+    echo "test result: $([[ $failed -eq 0 ]] && echo ok || echo FAILED). $passed passed; $failed failed; 0 ignored"
+    [[ $failed -eq 0 ]]
+}
+
+# combination RUNTIME DRIVER QOS PLUGIN SPEC RESULT: something that passed, for the table at the end.
+combination() {
+    local IFS=$'\t'
+    echo "$*" >>"$run/combinations"
+}
+
+combinations() {
+    [[ -s $run/combinations ]] || return 0
+    echo "what passed:"
+    { printf 'runtime\tcgroup driver\tQoS class\tprimary plugin\tspec\tmeasured\n' && cat "$run/combinations"; } |
+        awk -F '\t' '{ printf "  %-18s %-13s %-11s %-15s %-6s %s\n", $1, $2, $3, $4, $5, $6 }'
+}
+
+# until_true SECONDS COMMAND..: waits for it, and says what it waited for in vain.
+until_true() {
+    local deadline=$((SECONDS + $1))
+    shift
+    until "$@" >/dev/null 2>&1; do
+        [[ $SECONDS -lt $deadline ]] || { echo "in vain waited for: $*" && return 1; }
+        sleep 0.5
+    done
+}
+
+fail() {
+    echo "$*"
+    return 1
+}
+
+# The plugins of all parts in one directory, podshaper among them, as on a node.
+lay_out_plugins() {
+    mkdir -p "$run/cni-bin" "$run/net.d"
+    ln -sf "$parts"/cni-0.9/usr/lib/cni/flannel "$parts"/cni/usr/lib/cni/* "$run/cni-bin/"
+    install -m 755 "$podshaper" "$run/cni-bin/podshaper"
+}
+
+# conflist PLUGIN VERSION: what the node's pods are attached by. Changing it needs no restart.
+conflist() {
+    local plugin=$1 version=$2 ipam primary subnet=10.244.1.0/24
+    # A pod of macvlan or ipvlan reaches everyone on the uplink but the node itself: the node's own place there is in the same subnet.
+    [[ $plugin != *vlan ]] || subnet=10.244.3.0/24
+    ipam='{"type": "host-local", "ranges": [[{"subnet": "'$subnet'"}]], "routes": [{"dst": "0.0.0.0/0"}]}'
+    case $plugin in
+    bridge) primary='{"type": "bridge", "bridge": "podshaper0", "isGateway": true, "hairpinMode": true, "ipam": '$ipam'}' ;;
+    ptp) primary='{"type": "ptp", "ipam": '$ipam'}' ;;
+    macvlan | ipvlan) primary='{"type": "'$plugin'", "master": "'$uplink'", "ipam": '$ipam'}' ;;
+    flannel) primary='{"type": "flannel", "subnetFile": "'$run'/subnet.env", "dataDir": "'$run'/flannel",
+        "delegate": {"bridge": "flannel0", "hairpinMode": true, "isDefaultGateway": true}}' ;;
+    esac
+    printf '%s\n' FLANNEL_{NETWORK=10.244.0.0/16,SUBNET=10.244.2.1/24,MTU=1450,IPMASQ=false} >"$run/subnet.env"
+    # The directory of addresses is the run's own.
+    jq --null-input --arg name "$plugin" --arg version "$version" --argjson primary "$primary" --arg log "$run/podshaper.log" \
+        --arg addresses "$run/addresses" --argjson own "${3:-"{}"}" '{
+        cniVersion: $version, name: $name, plugins: [
+            ($primary | if .ipam then .ipam.dataDir = $addresses elif .delegate then .delegate.ipam = {dataDir: $addresses} else . end),
+            {type: "portmap", capabilities: {portMappings: true}},
+            ({type: "podshaper", logFile: $log, logLevel: "debug",
+              capabilities: {bandwidth: true, cgroupPath: true, "io.kubernetes.cri.pod-annotations": true}} + $own)]}' >"$run/conflist.new"
+    mv "$run/conflist.new" "$run/net.d/10-pods.conflist"
+}
+
+# start_containerd VERSION DRIVER
+start_containerd() {
+    local version=$1 driver=$2 pause
+    containerd=$parts/containerd-$version/usr/bin
+    case $version in
+    1.6) pause=registry.k8s.io/pause:3.6 ;;
+    1.7) pause=registry.k8s.io/pause:3.8 ;;
+    2.1) pause=registry.k8s.io/pause:3.10 ;;
+    esac
+    cat >"$run/containerd.toml" <<TOML
+version = 2
+root = "$run/containerd"
+state = "$run/containerd-state"
+disabled_plugins = ["io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.nri.v1.nri"]
+[grpc]
+  address = "$run/containerd.sock"
+[ttrpc]
+  address = "$run/containerd.ttrpc"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "$pause"
+  restrict_oom_score_adj = true
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "$run/cni-bin"
+    conf_dir = "$run/net.d"
+  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+    runtime_type = "io.containerd.runc.v2"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
+      BinaryName = "$(echo "$parts"/runc/usr/*bin/runc)"
+      SystemdCgroup = $([[ $driver == systemd ]] && echo true || echo false)
+TOML
+    PATH=$containerd:$PATH "$containerd/containerd" --config "$run/containerd.toml" >"$run/containerd.log" 2>&1 &
+    until_true 60 ctr version || return
+    ctr images import "$parts/image/image.tar" >/dev/null
+    runtime="containerd $(ctr version | sed -n '/Server/,$s/.*Version: *v\?\([0-9.]*\).*/\1/p' | head -n 1)"
+}
+
+ctr() {
+    "$containerd/ctr" --address "$run/containerd.sock" --namespace k8s.io "$@"
+}
+
+# kubelet_configuration DRIVER [LINE..]
+kubelet_configuration() {
+    local driver=$1
+    shift
+    cat >"$run/kubelet.yaml" <<YAML
+apiVersion: kubelet.config.k8s.io/v1beta1
+kind: KubeletConfiguration
+authentication: {anonymous: {enabled: true}, webhook: {enabled: false}}
+authorization: {mode: AlwaysAllow}
+readOnlyPort: 10255
+cgroupDriver: $driver
+failSwapOn: false
+enableControllerAttachDetach: false
+makeIPTablesUtilChains: false
+resolvConf: ""
+syncFrequency: 5s
+fileCheckFrequency: 1s
+evictionHard: {}
+imageGCHighThresholdPercent: 100
+YAML
+    printf '%s\n' "$@" >>"$run/kubelet.yaml"
+}
+
+# start_kubelet [ARGUMENT..]. Version 3 of its log has the events.
+start_kubelet() {
+    "$parts/kubelet/kubelet" --config="$run/kubelet.yaml" --container-runtime=remote \
+        --container-runtime-endpoint="unix://$run/containerd.sock" --hostname-override=node1 --node-ip=10.99.0.1 \
+        --root-dir="$run/kubelet" -v=3 "$@" >"$run/kubelet.log" 2>&1 &
+    kubelet=$!
+    until_true 60 curl --silent --fail http://127.0.0.1:10255/pods
+}
+
+# template QOS: what the specification of a pod is in these tests. It sends on 5201 to who connects, and receives on 5202; what it
+# has received it writes to its log.
+template() {
+    local resources='{}'
+    case $1 in
+    guaranteed) resources='{limits: {cpu: 500m, memory: 100Mi}}' ;;
+    burstable) resources='{requests: {cpu: 10m}}' ;;
+    esac
+    cat <<YAML
+terminationGracePeriodSeconds: 1
+automountServiceAccountToken: false
+volumes: [{name: traffic, hostPath: {path: "$traffic", type: File}}]
+containers:
+- name: main
+  image: localhost/busybox:1
+  imagePullPolicy: Never
+  resources: $resources
+  volumeMounts: [{name: traffic, mountPath: /traffic}]
+  command:
+  - /bin/sh
+  - -c
+  - |
+    (while :; do /traffic serve --listen 0.0.0.0:5201 --seconds 30; done) &
+    while :; do /traffic sink --listen 0.0.0.0:5202 --seconds 5 --wait 86400; done
+YAML
+}
+
+# mbit MTU: from traffic's report on stdin to Mbit/s on the wire, the first second left out. 52 bytes of each packet are headers.
+mbit() {
+    jq --raw-output --argjson mtu "$1" '([.sample_us[] | select(. < 1000000)] | length) as $from |
+        (.payload_bytes[-1] - .payload_bytes[$from]) * 8 / (.sample_us[-1] - .sample_us[$from]) * $mtu / ($mtu - 52) * 100 | round / 100'
+}
+
+# within RATE LIMIT
+within() {
+    awk -v rate="$1" -v limit="$2" -v low="$LOW" -v high="$HIGH" 'BEGIN { exit !(rate >= low * limit && rate <= high * limit) }'
+}
+
+# sends ADDRESS LIMIT [MTU]: what the pod there sends is at that many Mbit/s.
+sends() {
+    local address=$1 limit=$2 mtu=${3:-1500} rate
+    rate=$("$traffic" fetch --from "$address:5201" --seconds 5 | mbit "$mtu")
+    echo "egress $limit Mbit/s: $rate on the wire"
+    within "$rate" "$limit"
+}
+
+# receives ADDRESS LIMIT LOG [MTU]: what it receives, by its own account in the log of its container.
+receives() {
+    local address=$1 limit=$2 log=$3 mtu=${4:-1500} before rate
+    before=$(reports "$log")
+    "$traffic" send --to "$address:5202" --seconds 6 --flows 2 >/dev/null
+    until_true 20 more_reports "$log" "$before" || return
+    rate=$(grep sample_us "$log" | tail -n 1 | sed 's/^[^{]*//' | mbit "$mtu")
+    echo "ingress $limit Mbit/s: $rate on the wire"
+    within "$rate" "$limit"
+}
+
+reports() {
+    grep --count sample_us "$1" || true
+}
+
+more_reports() {
+    [[ $(reports "$1") -gt $2 ]]
+}
