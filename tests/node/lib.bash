@@ -2,7 +2,8 @@
 # rates are measured, and how the tests are counted. $run is the directory of everything that is written.
 # shellcheck shell=bash
 
-node=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# What the scripts that source this say: their directory, the programs to test, the network interface that leads away.
+: "${run:?} ${podshaper:?} ${traffic:?} ${uplink:?}"
 parts=${PODSHAPER_LAB:-${XDG_CACHE_HOME:-$HOME/.cache}/podshaper-lab}/node
 passed=0 failed=0
 # What tells who waits for what: a kubelet in User Mode Linux on a busy machine is slow.
@@ -37,7 +38,7 @@ it() {
 explain() {
     local log
     for log in "$run"/{podshaper,kubelet,containerd}.log; do
-        [[ ! -s $log ]] || { echo "    -- the end of ${log##*/}:" && grep -vE '^I[0-9]|level=info' "$log" | tail -n 12 | cut -c 1-600 | sed 's/^/    /'; }
+        [[ ! -s $log ]] || { echo "    -- the end of ${log##*/}:" && grep -vE '^I[0-9]|level=info|DEBUG. aya' "$log" | tail -n 8 | cut -c 1-400 | sed 's/^/    /'; }
     done
 }
 
@@ -73,6 +74,20 @@ until_true() {
 fail() {
     echo "$*"
     return 1
+}
+
+# What the node's network is made of: the uplink with its address, and its own place beside pods of macvlan on that uplink.
+make_uplink() {
+    ip link set lo up
+    ip link add "$uplink" type veth peer name far0
+    ip link set far0 up
+    ip address add 10.99.0.1/24 dev "$uplink"
+    ip link set "$uplink" up
+    ip route add default via 10.99.0.2 dev "$uplink"
+    ip link add link "$uplink" name node0 type macvlan mode bridge
+    ip address add 10.244.3.1/24 dev node0
+    ip link set node0 up
+    sysctl --quiet --write net.ipv4.ip_forward=1
 }
 
 # The plugins of all parts in one directory, podshaper among them, as on a node.
@@ -123,6 +138,8 @@ state = "$run/containerd-state"
 disabled_plugins = ["io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.nri.v1.nri"]
 [grpc]
   address = "$run/containerd.sock"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "$run/opt"
 [ttrpc]
   address = "$run/containerd.ttrpc"
 [plugins."io.containerd.grpc.v1.cri"]
@@ -134,12 +151,14 @@ disabled_plugins = ["io.containerd.snapshotter.v1.zfs", "io.containerd.snapshott
   [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
     runtime_type = "io.containerd.runc.v2"
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
-      BinaryName = "$(echo "$parts"/runc/usr/*bin/runc)"
+      BinaryName = "$parts/runc/usr/sbin/runc"
       SystemdCgroup = $([[ $driver == systemd ]] && echo true || echo false)
 TOML
     PATH=$containerd:$PATH "$containerd/containerd" --config "$run/containerd.toml" >"$run/containerd.log" 2>&1 &
     until_true 60 ctr version || return
     ctr images import "$parts/image/image.tar" >/dev/null
+    # For the table of combinations.
+    # shellcheck disable=SC2034
     runtime="containerd $(ctr version | sed -n '/Server/,$s/.*Version: *v\?\([0-9.]*\).*/\1/p' | head -n 1)"
 }
 
@@ -170,12 +189,11 @@ YAML
     printf '%s\n' "$@" >>"$run/kubelet.yaml"
 }
 
-# start_kubelet [ARGUMENT..]. Version 3 of its log has the events.
+# start_kubelet ARGUMENT..: --v=3 has it log the events, too.
 start_kubelet() {
     "$parts/kubelet/kubelet" --config="$run/kubelet.yaml" --container-runtime=remote \
         --container-runtime-endpoint="unix://$run/containerd.sock" --hostname-override=node1 --node-ip=10.99.0.1 \
-        --root-dir="$run/kubelet" -v=3 "$@" >"$run/kubelet.log" 2>&1 &
-    kubelet=$!
+        --root-dir="$run/kubelet" "$@" >"$run/kubelet.log" 2>&1 &
     until_true 60 curl --silent --fail http://127.0.0.1:10255/pods
 }
 
@@ -234,6 +252,11 @@ receives() {
     rate=$(grep sample_us "$log" | tail -n 1 | sed 's/^[^{]*//' | mbit "$mtu")
     echo "ingress $limit Mbit/s: $rate on the wire"
     within "$rate" "$limit"
+}
+
+# The rates that this test has printed so far.
+measured() {
+    sed -n 's/ Mbit\/s: \(.*\) on the wire/M: \1/p' "$run/test.log" | paste -sd , | sed 's/,/, /g'
 }
 
 reports() {
