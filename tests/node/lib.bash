@@ -38,7 +38,9 @@ it() {
 explain() {
     local log
     for log in "$run"/{podshaper,kubelet,containerd}.log; do
-        [[ ! -s $log ]] || { echo "    -- the end of ${log##*/}:" && grep -vE '^I[0-9]|level=info|DEBUG. aya' "$log" | tail -n 8 | cut -c 1-400 | sed 's/^/    /'; }
+        [[ -s $log ]] || continue
+        echo "    -- the end of ${log##*/}:"
+        { grep -vE '^I[0-9]|level=info' "$log" || true; } | tail -n 8 | cut -c 1-500 | sed 's/^/    /'
     done
 }
 
@@ -163,7 +165,8 @@ TOML
 }
 
 ctr() {
-    "$containerd/ctr" --address "$run/containerd.sock" --namespace k8s.io "$@"
+    # It warns of the deprecated version of the CRI that this kubelet speaks, each time.
+    "$containerd/ctr" --address "$run/containerd.sock" --namespace k8s.io "$@" 2> >(grep -v DEPRECATION >&2)
 }
 
 # kubelet_configuration DRIVER [LINE..]
@@ -207,6 +210,7 @@ template() {
     esac
     cat <<YAML
 terminationGracePeriodSeconds: 1
+dnsPolicy: Default
 automountServiceAccountToken: false
 volumes: [{name: traffic, hostPath: {path: "$traffic", type: File}}]
 containers:
@@ -235,23 +239,43 @@ within() {
     awk -v rate="$1" -v limit="$2" -v low="$LOW" -v high="$HIGH" 'BEGIN { exit !(rate >= low * limit && rate <= high * limit) }'
 }
 
+# attempts LIMIT DIRECTION COMMAND..: the rate it prints is that many Mbit/s. Above it is a failure at once; below it is measured again,
+# as it may be that the machine was busy.
+attempts() {
+    local limit=$1 direction=$2 rate
+    shift 2
+    for _ in 1 2 3; do
+        rate=$("$@")
+        if within "$rate" "$limit"; then
+            echo "$direction $limit Mbit/s: $rate on the wire"
+            return
+        fi
+        echo "$direction of $limit Mbit/s was $rate on the wire"
+        awk -v rate="$rate" -v limit="$limit" 'BEGIN { exit !(rate < limit) }' || return
+    done
+    return 1
+}
+
 # sends ADDRESS LIMIT [MTU]: what the pod there sends is at that many Mbit/s.
 sends() {
-    local address=$1 limit=$2 mtu=${3:-1500} rate
-    rate=$("$traffic" fetch --from "$address:5201" --seconds 5 | mbit "$mtu")
-    echo "egress $limit Mbit/s: $rate on the wire"
-    within "$rate" "$limit"
+    attempts "$2" egress sent_by "$1" "${3:-1500}"
+}
+
+sent_by() {
+    "$traffic" fetch --from "$1:5201" --seconds 5 | mbit "$2"
 }
 
 # receives ADDRESS LIMIT LOG [MTU]: what it receives, by its own account in the log of its container.
 receives() {
-    local address=$1 limit=$2 log=$3 mtu=${4:-1500} before rate
+    attempts "$2" ingress received_by "$1" "$3" "${4:-1500}"
+}
+
+received_by() {
+    local address=$1 log=$2 mtu=$3 before
     before=$(reports "$log")
     "$traffic" send --to "$address:5202" --seconds 6 --flows 2 >/dev/null
-    until_true 20 more_reports "$log" "$before" || return
-    rate=$(grep sample_us "$log" | tail -n 1 | sed 's/^[^{]*//' | mbit "$mtu")
-    echo "ingress $limit Mbit/s: $rate on the wire"
-    within "$rate" "$limit"
+    until_true 20 more_reports "$log" "$before" >&2
+    grep sample_us "$log" | tail -n 1 | sed 's/^[^{]*//' | mbit "$mtu"
 }
 
 # The rates that this test has printed so far.
