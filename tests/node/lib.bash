@@ -60,7 +60,7 @@ combinations() {
     [[ -s $run/combinations ]] || return 0
     echo "what passed:"
     { printf 'runtime\tcgroup driver\tQoS class\tprimary plugin\tspec\tmeasured\n' && cat "$run/combinations"; } |
-        awk -F '\t' '{ printf "  %-18s %-13s %-11s %-15s %-6s %s\n", $1, $2, $3, $4, $5, $6 }'
+        awk -F '\t' '{ printf "  %-18s %-16s %-11s %-15s %-6s %s\n", $1, $2, $3, $4, $5, $6 }'
 }
 
 # until_true SECONDS COMMAND..: waits for it, and says what it waited for in vain.
@@ -92,14 +92,16 @@ make_uplink() {
     sysctl --quiet --write net.ipv4.ip_forward=1
 }
 
-# The plugins of all parts in one directory, podshaper among them, as on a node.
+# lay_out_plugins PART: its plugins, flannel's and podshaper where they are on a node, and nothing that was there.
 lay_out_plugins() {
-    mkdir -p "$run/cni-bin" "$run/net.d"
-    ln -sf "$parts"/cni-0.9/usr/lib/cni/flannel "$parts"/cni/usr/lib/cni/* "$run/cni-bin/"
-    install -m 755 "$podshaper" "$run/cni-bin/podshaper"
+    mkdir -p /opt/cni/bin /etc/cni/net.d
+    mount -t tmpfs plugins /opt/cni/bin
+    mount -t tmpfs conflists /etc/cni/net.d
+    ln -s "$parts"/cni-0.9/usr/lib/cni/flannel "$parts/$1"/usr/lib/cni/* /opt/cni/bin/
+    install -m 755 "$podshaper" /opt/cni/bin/podshaper
 }
 
-# conflist PLUGIN VERSION: what the node's pods are attached by. Changing it needs no restart.
+# conflist PLUGIN VERSION [KEYS]: what the node's pods are attached by. Changing it needs no restart. KEYS: more of podshaper's own.
 conflist() {
     local plugin=$1 version=$2 ipam primary subnet=10.244.1.0/24
     # A pod of macvlan or ipvlan reaches everyone on the uplink but the node itself: the node's own place there is in the same subnet.
@@ -121,7 +123,8 @@ conflist() {
             {type: "portmap", capabilities: {portMappings: true}},
             ({type: "podshaper", logFile: $log, logLevel: "debug",
               capabilities: {bandwidth: true, cgroupPath: true, "io.kubernetes.cri.pod-annotations": true}} + $own)]}' >"$run/conflist.new"
-    mv "$run/conflist.new" "$run/net.d/10-pods.conflist"
+    cp "$run/conflist.new" /etc/cni/net.d/new
+    mv /etc/cni/net.d/new /etc/cni/net.d/10-pods.conflist
 }
 
 # start_containerd VERSION DRIVER
@@ -148,19 +151,21 @@ disabled_plugins = ["io.containerd.snapshotter.v1.zfs", "io.containerd.snapshott
   sandbox_image = "$pause"
   restrict_oom_score_adj = true
   [plugins."io.containerd.grpc.v1.cri".cni]
-    bin_dir = "$run/cni-bin"
-    conf_dir = "$run/net.d"
+    bin_dir = "/opt/cni/bin"
+    conf_dir = "/etc/cni/net.d"
   [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
     runtime_type = "io.containerd.runc.v2"
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
       BinaryName = "$parts/runc/usr/sbin/runc"
       SystemdCgroup = $([[ $driver == systemd ]] && echo true || echo false)
 TOML
+    if [[ $version == 2.1 ]]; then
+        "$containerd/containerd" --config "$run/containerd.toml" config migrate >"$run/containerd-3.toml"
+        sed "s#^\( *sandbox = \).*#\1'$pause'#" "$run/containerd-3.toml" >"$run/containerd.toml"
+    fi
     PATH=$containerd:$PATH "$containerd/containerd" --config "$run/containerd.toml" >"$run/containerd.log" 2>&1 &
     until_true 60 ctr version || return
     ctr images import "$parts/image/image.tar" >/dev/null
-    # For the table of combinations.
-    # shellcheck disable=SC2034
     runtime="containerd $(ctr version | sed -n '/Server/,$s/.*Version: *v\?\([0-9.]*\).*/\1/p' | head -n 1)"
 }
 
@@ -194,7 +199,9 @@ YAML
 
 # start_kubelet ARGUMENT..: --v=3 has it log the events, too.
 start_kubelet() {
-    "$parts/kubelet/kubelet" --config="$run/kubelet.yaml" --container-runtime=remote \
+    local program=$parts/kubelet/kubelet
+    [[ $runtime != containerd\ 2.* ]] || program=$parts/kubelet-cri-v1/kubelet
+    "$program" --config="$run/kubelet.yaml" --container-runtime=remote \
         --container-runtime-endpoint="unix://$run/containerd.sock" --hostname-override=node1 --node-ip=10.99.0.1 \
         --root-dir="$run/kubelet" "$@" >"$run/kubelet.log" 2>&1 &
     until_true 60 curl --silent --fail http://127.0.0.1:10255/pods
@@ -230,8 +237,8 @@ YAML
 
 # mbit MTU: from traffic's report on stdin to Mbit/s on the wire, the first second left out. 52 bytes of each packet are headers.
 mbit() {
-    jq --raw-output --argjson mtu "$1" '([.sample_us[] | select(. < 1000000)] | length) as $from |
-        (.payload_bytes[-1] - .payload_bytes[$from]) * 8 / (.sample_us[-1] - .sample_us[$from]) * $mtu / ($mtu - 52) * 100 | round / 100'
+    printf '%.2f' "$(jq --argjson mtu "$1" '([.sample_us[] | select(. < 1000000)] | length) as $from |
+        (.payload_bytes[-1] - .payload_bytes[$from]) * 8 / (.sample_us[-1] - .sample_us[$from]) * $mtu / ($mtu - 52)')"
 }
 
 # within RATE LIMIT
