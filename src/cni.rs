@@ -111,7 +111,6 @@ fn refuse_unsupported(config: &Config) -> Result<()> {
         Err(Error::new(Code::Config, text))
     };
     match config {
-        Config { kubeconfig: Some(_), .. } => unsupported("kubeconfig"),
         Config { exempt_subnets, .. } if !exempt_subnets.is_empty() => unsupported("exemptSubnets"),
         _ => Ok(()),
     }

@@ -30,6 +30,8 @@ pub enum Code {
     Kernel,
     /// 102: CHECK found the attachment other than it was asked for.
     Mismatch,
+    /// 103: the API server, which is to be asked for labels, gave none.
+    ApiServer,
 }
 
 /// A failed operation. `text` says verb, object and remedy; the cause is in `source` and never repeated in `text`.
@@ -78,6 +80,7 @@ impl Error {
             Code::Cgroup => CniError::Custom(100, "podshaper: no cgroup to limit".into(), details),
             Code::Kernel => CniError::Custom(101, "podshaper: the kernel refused".into(), details),
             Code::Mismatch => CniError::Custom(102, "podshaper: not as asked for".into(), details),
+            Code::ApiServer => CniError::Custom(103, "podshaper: labels not known".into(), details),
         }
     }
 }
@@ -163,6 +166,7 @@ mod tests {
             (Code::Cgroup, 100),
             (Code::Kernel, 101),
             (Code::Mismatch, 102),
+            (Code::ApiServer, 103),
         ] {
             assert_eq!(u32::from(&Error::new(code, "x").to_cni()), number, "{code:?}");
         }

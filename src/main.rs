@@ -9,6 +9,7 @@ mod cli;
 mod cni;
 mod error;
 mod ingress;
+mod kube;
 mod logging;
 mod netlink;
 mod netns;

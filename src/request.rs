@@ -5,6 +5,7 @@
 //! so limits are not looked at before [`Request::limits`] is called: a DEL must succeed whatever they hold. For the same
 //! reason a DEL or GC forgives what an ADD refuses ([`Request::forgiven`]), but for stdin that is no configuration at all.
 
+mod api;
 mod bandwidth;
 mod config;
 mod env;
@@ -350,6 +351,7 @@ mod tests {
             ("", r#""rateKey": 1"#.to_owned(), Code::Config),
             ("", format!(r#""rateKey": "{long}""#), Code::Config),
             ("", r#""kubeconfig": []"#.to_owned(), Code::Config),
+            ("", r#""onApiError": "retry""#.to_owned(), Code::Config),
             ("", r#""exemptSubnets": "10.0.0.0/8""#.to_owned(), Code::Config),
             ("", r#""exemptSubnets": ["10.0.0.0/33"]"#.to_owned(), Code::Config),
             ("", r#""cgroupPath": "/a/../b""#.to_owned(), Code::Config),

@@ -23,7 +23,20 @@ fn example(name: &str) -> Chain {
         .unwrap()
 }
 
-/// What the primary plugin of an example answers.
+/// The conflist in the NetworkAttachmentDefinition.
+fn multus_example() -> Chain {
+    let text = fs::read_to_string(directory("conflist-examples/multus-macvlan.yaml")).unwrap();
+    let definition: Value = serde_norway::from_str(&text).unwrap();
+    assert_eq!(definition["kind"], "NetworkAttachmentDefinition");
+    let podshaper = podshaper_program().unwrap();
+    let dirs = [podshaper.parent().unwrap(), Path::new(PLUGIN_DIR)];
+    let chain = Chain::parse(definition["spec"]["config"].as_str().unwrap(), &dirs).unwrap();
+    assert_eq!(definition["metadata"]["name"], chain.name);
+    chain
+}
+
+/// What the primary plugin of an example answers. Flannel's was recorded. Calico's, Cilium's and Weave's are written from their
+/// sources (cni-plugin/pkg/plugin/plugin.go; plugins/cilium-cni/cmd/cmd.go: Add, prepareIP): their daemons are not to be had here.
 fn recorded(primary: &str) -> String {
     fs::read_to_string(directory("tests/records").join(format!("{primary}.result.json"))).unwrap()
 }
@@ -38,10 +51,16 @@ fn every_example_ends_with_podshaper_and_its_capabilities() {
     let mut names: Vec<String> = names.map(|entry| entry.file_name().into_string().unwrap()).collect();
     names.retain(|name| name != "README.md");
     names.sort();
-    assert_eq!(names, ["10-bridge.conflist", "10-flannel.conflist", "10-weave.conflist"]);
+    let lists = ["05-cilium", "10-bridge", "10-calico", "10-flannel", "10-kindnet", "10-weave"];
+    let mut expected: Vec<String> = lists.map(|list| format!("{list}.conflist")).to_vec();
+    expected.push("multus-macvlan.yaml".into());
+    assert_eq!(names, expected);
     let readme = fs::read_to_string(directory("conflist-examples/README.md")).unwrap();
     for name in names {
         assert!(readme.contains(&format!("[{name}]({name})")), "the README does not say where {name} goes");
+        if name == "multus-macvlan.yaml" {
+            continue;
+        }
         let chain = example(&name);
         let wanted = json!({ "bandwidth": true, "cgroupPath": true, "io.kubernetes.cri.pod-annotations": true });
         let podshaper = podshaper(&chain);
@@ -53,8 +72,8 @@ fn every_example_ends_with_podshaper_and_its_capabilities() {
 /// Other plugins' results have fields and layouts of their own, and Weave's has no interfaces.
 #[test]
 fn without_a_limit_the_primary_plugins_result_comes_out_byte_for_byte() {
-    for primary in ["flannel", "weave"] {
-        let (chain, result) = (example(&format!("10-{primary}.conflist")), recorded(primary));
+    for (number, primary) in [("10", "flannel"), ("10", "weave"), ("10", "calico"), ("05", "cilium")] {
+        let (chain, result) = (example(&format!("{number}-{primary}.conflist")), recorded(primary));
         let version: Value = serde_json::from_str(&result).unwrap();
         assert_eq!(version["cniVersion"], chain.cni_version, "the example and the record of {primary}");
         let mut config = podshaper(&chain).clone();
@@ -106,19 +125,21 @@ fn the_bridge_example_makes_a_limited_pod() {
     assert!(!meter::directory(&pod, INTERFACE).exists());
 }
 
-/// Neither plugin runs without its daemon: a pod of the bridge plugin stands in for theirs, and their own results tell
+/// None of them runs without its daemon: a pod of the bridge plugin stands in for theirs, and their own results tell
 /// podshaper of it. The second way a limit is asked for is by annotation alone.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
-fn the_flannel_and_weave_examples_make_limited_pods() {
+fn the_flannel_weave_calico_and_cilium_examples_make_limited_pods() {
     let bed = Bed::new();
-    for primary in ["flannel", "weave"] {
-        let chain = example(&format!("10-{primary}.conflist"));
+    for (file, primary) in
+        [("10-flannel", "flannel"), ("10-weave", "weave"), ("10-calico", "calico"), ("05-cilium", "cilium")]
+    {
+        let chain = example(&format!("{file}.conflist"));
         let result: Value = serde_json::from_str(&recorded(primary)).unwrap();
         let mut pod = bed.pod(Limiter::Bare, 0);
         pod.offers.remove("bandwidth");
         match primary {
-            "flannel" => pod.offer_bandwidth(Some(LIMIT), None, None),
+            "flannel" | "calico" => pod.offer_bandwidth(Some(LIMIT), None, None),
             _ => offer_annotation(&mut pod),
         }
         let call = chain.call(podshaper(&chain), "ADD", &pod.offers, Some(&result)).unwrap();
@@ -127,4 +148,48 @@ fn the_flannel_and_weave_examples_make_limited_pods() {
         drop(attachment);
         assert!(!meter::directory(&pod, INTERFACE).exists(), "{primary}");
     }
+}
+
+/// kindnet's plugins are those of the containernetworking project: its own daemon only writes the file.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn the_kindnet_example_makes_a_limited_pod() {
+    let bed = Bed::new();
+    let mut chain = example("10-kindnet.conflist");
+    chain.plugins[0]["ipam"]["dataDir"] = json!(bed.host.state());
+    let mut pod = Pod::new(&bed.host, "kindnet").unwrap();
+    pod.offer_bandwidth(Some(LIMIT), None, None);
+    pod.add(&chain).unwrap();
+    // ptp gives the node's end of the veth the gateway's address.
+    assert_limited("kindnet", &pod, "10.244.0.1");
+    pod.del().unwrap();
+    assert!(!meter::directory(&pod, INTERFACE).exists());
+}
+
+/// As Multus calls it: a second interface, no annotations and no cgroupPath.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn the_multus_example_limits_the_second_interface_alone() {
+    const SECOND: &str = "net1";
+    let bed = Bed::new();
+    let mut chain = multus_example();
+    // The node of the tests has no other interface than its bridge.
+    chain.plugins[0]["master"] = json!("cni0");
+    chain.plugins[0]["ipam"]["dataDir"] = json!(bed.host.state());
+    let mut pod = bed.pod(Limiter::Bare, 0);
+    pod.offers.clear();
+    let mut calls = Vec::new();
+    let mut result = None;
+    for plugin in &chain.plugins {
+        let call = chain.call(plugin, "ADD", &pod.offers, result.as_ref()).unwrap();
+        let call = pod.environment(call).env("CNI_IFNAME", SECOND);
+        result = Some(pod.call(&call).unwrap().json().unwrap());
+        calls.push(call);
+    }
+    assert_eq!(meter::egress_limit(&pod, SECOND).unwrap().rate_bits_per_s, 50 * MBIT);
+    assert!(!meter::directory(&pod, INTERFACE).exists());
+    for call in calls.into_iter().rev() {
+        pod.call(&call.env("CNI_COMMAND", "DEL")).unwrap().success().unwrap();
+    }
+    assert!(!meter::directory(&pod, SECOND).exists());
 }

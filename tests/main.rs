@@ -6,8 +6,12 @@ mod chain;
 /// The conflists in conflist-examples/.
 mod conflists;
 mod harness;
+/// `podshaper install`, `uninstall`, and what is in install/.
+mod install;
 /// State and failure: pins, links and cgroups of the kernel, whatever order and company the calls come in.
 mod kernel;
+/// Labels and annotations from an API server.
+mod labels;
 /// The protocol: what a runtime writes and reads, as far as it needs no privilege.
 mod plain;
 /// What real runtimes sent, call by call.

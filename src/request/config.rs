@@ -8,7 +8,8 @@
 //! | `rateKey` | annotation that holds whole megabytes/s; `""` for none | `rate` |
 //! | `exemptSubnets` | list of subnets that are not counted | none |
 //! | `cgroupPath` | below the cgroup2 mount, for runtimes that pass no UID; `{containerID}` is replaced | none |
-//! | `kubeconfig` | where to ask for annotations and labels | not asked |
+//! | `kubeconfig` | whom to ask for annotations and labels: absolute path | nobody |
+//! | `onApiError` | what an ADD does that gets no answer: fail, ignore | fail |
 //! | `logFile`, `logLevel` | absolute path; off, error, warn, info, debug, trace | stderr, info |
 //!
 //! Other keys are other people's and are left alone, except in `max`, where a misspelled key would lift the cap in silence.
@@ -46,9 +47,22 @@ pub struct Config {
     pub cgroup_path: Option<PathBuf>,
     /// `kubeconfig`; None to ask no API server.
     pub kubeconfig: Option<PathBuf>,
+    /// `onApiError`.
+    pub on_api_error: OnApiError,
     /// `exemptSubnets`.
     pub exempt_subnets: Vec<IpNetwork>,
     rates: Rates,
+}
+
+/// What a call does that the API server does not answer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnApiError {
+    /// It fails. The default: a pod that asks for a limit by label must not run without one because nobody could be asked, and
+    /// kubelet tries again.
+    #[default]
+    Fail,
+    /// It goes on as if the pod had neither labels nor annotations there.
+    Ignore,
 }
 
 /// The keys as they stand in stdin; null is like absent.
@@ -60,6 +74,7 @@ pub(super) struct Keys {
     rate_key: Option<Box<RawValue>>,
     cgroup_path: Option<Box<RawValue>>,
     kubeconfig: Option<Box<RawValue>>,
+    on_api_error: Option<Box<RawValue>>,
     exempt_subnets: Option<Box<RawValue>>,
     // The aliases are the bandwidth plugin's keys, which mean the same; a conflist may be carried over from it.
     #[serde(alias = "egressRate")]
@@ -90,7 +105,7 @@ struct Max {
 impl Config {
     /// Decodes every key but the rates.
     pub(super) fn read(keys: Keys, container_id: Option<&str>, tolerance: &mut Tolerance) -> Result<Self> {
-        let Keys { log_file, log_level, rate_key, cgroup_path, kubeconfig, exempt_subnets, .. } = keys;
+        let Keys { log_file, log_level, rate_key, cgroup_path, kubeconfig, on_api_error, exempt_subnets, .. } = keys;
         let Keys { egress, ingress, egress_burst, ingress_burst, max, .. } = keys;
 
         let level = |text: &str| text.parse::<LevelFilter>().ok();
@@ -101,6 +116,11 @@ impl Config {
         };
         let rate_key =
             read("rateKey", rate_key, "is not an annotation's key (a string, 317 bytes at most)", annotation);
+        let policy = |text: &str| match text {
+            "fail" => Some(OnApiError::Fail),
+            "ignore" => Some(OnApiError::Ignore),
+            _ => None,
+        };
         let levels = "is not a log level (off, error, warn, info, debug, trace)";
         Ok(Self {
             log_file: tolerance.weigh(read("logFile", log_file, NO_FILE, file))?,
@@ -109,6 +129,9 @@ impl Config {
                 .filter(|key| !key.is_empty()),
             cgroup_path: tolerance.weigh(read("cgroupPath", cgroup_path, NO_CGROUP_PATH, cgroup))?,
             kubeconfig: tolerance.weigh(read("kubeconfig", kubeconfig, NO_FILE, file))?,
+            on_api_error: tolerance
+                .weigh(read("onApiError", on_api_error, "is not \"fail\" or \"ignore\"", policy))?
+                .unwrap_or_default(),
             exempt_subnets: tolerance.weigh(exempt_subnets.map_or(Ok(Vec::new()), |raw| subnets(&raw)))?,
             rates: Rates { egress, ingress, egress_burst, ingress_burst, max },
         })
@@ -198,11 +221,12 @@ mod tests {
             (plain.log_file, plain.log_level, plain.rate_key.as_deref()),
             (None, LevelFilter::Info, Some("rate"))
         );
-        let keys = r#""logFile": "/var/log/p", "logLevel": "Debug", "rateKey": "", "kubeconfig": "/etc/k",
+        let keys = r#""logFile": "/var/log/p", "logLevel": "Debug", "rateKey": "", "kubeconfig": "/etc/k", "onApiError": "ignore",
                       "exemptSubnets": ["10.0.0.0/8", "fd00::/8"], "cgroupPath": "/machine.slice/libpod-{containerID}.scope""#;
         let request = add("", &config(keys)).unwrap();
         assert_eq!(request.config.log_file.as_deref(), Some(Path::new("/var/log/p")));
         assert_eq!(request.config.kubeconfig.as_deref(), Some(Path::new("/etc/k")));
+        assert_eq!((plain.on_api_error, request.config.on_api_error), (OnApiError::Fail, OnApiError::Ignore));
         assert_eq!((request.config.log_level, request.config.rate_key.as_deref()), (LevelFilter::Debug, None));
         assert_eq!(request.config.exempt_subnets, ["10.0.0.0/8", "fd00::/8"].map(|text| text.parse().unwrap()));
         // The configured cgroup is for pods without a UID only.

@@ -3,10 +3,11 @@
 //! 1. `runtimeConfig.bandwidth`, what kubelet made of the two standard annotations
 //! 2. the pod's annotations, where the runtime passes them
 //! 3. `args.cni`, 4. `CNI_ARGS`: the same keys
-//! 5. `egress` and `ingress` of the configuration
+//! 5. the pod's annotations, then its labels, as the API server has them, if `kubeconfig` says to ask it
+//! 6. `egress` and `ingress` of the configuration
 //!
 //! A source below the first one that is set is not looked at: a tenant cannot break a pod by writing nonsense into a key
-//! that does not count. The keys of 2 to 4 are [`Direction::key`], in bits per second, and the ancestor's `rate`.
+//! that does not count. The keys of 2 to 5 are [`Direction::key`], in bits per second, and the ancestor's `rate`.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -16,6 +17,7 @@ use serde_json::value::RawValue;
 
 use super::{Request, bandwidth, env, json};
 use crate::error::{Code, Error, Result, quoted};
+use crate::kube::Metadata;
 use crate::units::{Burst, Rate, UnitError};
 
 /// The limits of one attachment; None is unlimited.
@@ -65,6 +67,10 @@ pub enum Source {
     Args,
     /// `CNI_ARGS`
     CniArgs,
+    /// An annotation, asked for by podshaper.
+    ApiAnnotation,
+    /// A label, likewise.
+    ApiLabel,
     /// The plugin's configuration.
     Config,
 }
@@ -76,6 +82,8 @@ impl fmt::Display for Source {
             Self::Annotation => "pod annotation",
             Self::Args => "args.cni",
             Self::CniArgs => "CNI_ARGS",
+            Self::ApiAnnotation => "API server's pod annotation",
+            Self::ApiLabel => "API server's pod label",
             Self::Config => "configuration",
         })
     }
@@ -125,8 +133,15 @@ impl Request {
     /// # Errors
     /// [`Code::Config`], naming source, key, value, reason and remedy.
     pub fn limits(&self) -> Result<Limits> {
-        let complete = |direction| -> Result<Option<Limit>> {
-            let asked = match self.called_for(direction)? {
+        let called_for = [self.called_for(Direction::Egress)?, self.called_for(Direction::Ingress)?];
+        // Nobody is asked for what is known.
+        let pod = if called_for.iter().all(Option::is_some) { None } else { self.ask_api_server()? };
+        let complete = |direction, called_for| -> Result<Option<Limit>> {
+            let asked = match (called_for, &pod) {
+                (None, Some(pod)) => self.on_pod(direction, pod)?,
+                (called_for, _) => called_for,
+            };
+            let asked = match asked {
                 None => {
                     self.config.default(direction)?.map(|(rate, burst)| Asked { rate, burst, source: Source::Config })
                 }
@@ -138,7 +153,17 @@ impl Request {
                 Limit { rate, burst: burst.unwrap_or_else(|| Burst::default_for(rate)), asked, source }
             }))
         };
-        Ok(Limits { egress: complete(Direction::Egress)?, ingress: complete(Direction::Ingress)? })
+        let [egress, ingress] = called_for;
+        Ok(Limits { egress: complete(Direction::Egress, egress)?, ingress: complete(Direction::Ingress, ingress)? })
+    }
+
+    /// Source 5.
+    fn on_pod(&self, direction: Direction, pod: &Metadata) -> Result<Option<Asked>> {
+        let asked = self.keys(direction, Source::ApiAnnotation, |key| Ok(pod.annotations.get(key).cloned()))?;
+        if asked.is_some() {
+            return Ok(asked);
+        }
+        self.keys(direction, Source::ApiLabel, |key| Ok(pod.labels.get(key).cloned()))
     }
 
     /// Sources 1 to 4, which the call brings along.
@@ -161,7 +186,7 @@ impl Request {
         self.keys(direction, Source::CniArgs, |key| Ok(env::value(cni_args, key).map(str::to_owned)))
     }
 
-    /// The keys that sources 2 to 4 have in common. `value` errs with what stands there instead of a string.
+    /// The keys that sources 2 to 5 have in common. `value` errs with what stands there instead of a string.
     fn keys(
         &self,
         direction: Direction,

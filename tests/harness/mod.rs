@@ -8,6 +8,7 @@
 //! programs of iproute2 and util-linux.
 #![allow(dead_code, reason = "the tests, the demo and the benchmark each use a part")]
 
+pub mod api;
 pub mod cgroup;
 pub mod cni;
 pub mod host;

@@ -1,0 +1,118 @@
+//! The files of a node that install changes: which one the runtime reads, and how one is replaced so that the runtime reads the old
+//! or the new one, whole.
+
+use std::ffi::OsString;
+use std::fs::{self, File, Metadata, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
+use std::path::{Path, PathBuf};
+
+use crate::error::{Code, Error, Result};
+
+/// What libcni, and so every runtime, looks for.
+const EXTENSIONS: [&str; 3] = ["conf", "conflist", "json"];
+/// Behind the name of a file as it was before install. No runtime reads such a name.
+const BACKUP: &str = ".before-podshaper";
+
+/// Every network of the directory, in the order in which runtimes try them.
+pub(super) fn networks(directory: &Path) -> Result<Vec<PathBuf>> {
+    let doing = |cause| {
+        Error::because(Code::Io, format!("list {} (--conf-dir names another directory)", directory.display()), cause)
+    };
+    let mut found = Vec::new();
+    for entry in fs::read_dir(directory).map_err(doing)? {
+        let path = entry.map_err(doing)?.path();
+        let network = path.extension().is_some_and(|extension| EXTENSIONS.iter().any(|known| extension == *known));
+        if network && path.is_file() {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Whether the file is a list of plugins, and not one plugin alone; runtimes tell them apart by the name.
+pub(super) fn is_list(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "conflist")
+}
+
+pub(super) fn read(path: &Path) -> Result<String> {
+    fs::read_to_string(path).map_err(|cause| Error::because(Code::Io, format!("read {}", path.display()), cause))
+}
+
+/// What is in a file, or None if there is no such file.
+pub(super) fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(cause) => Err(Error::because(Code::Io, format!("read {}", path.display()), cause)),
+    }
+}
+
+/// Where the file is kept as it was.
+pub(super) fn backup(path: &Path) -> PathBuf {
+    let mut name = OsString::from(path);
+    name.push(BACKUP);
+    PathBuf::from(name)
+}
+
+/// Makes `path` a file of these bytes, in one step, with the mode and owner of `like`.
+pub(super) fn replace(path: &Path, bytes: &[u8], like: &Path) -> Result<()> {
+    let metadata =
+        fs::metadata(like).map_err(|cause| Error::because(Code::Io, format!("look at {}", like.display()), cause))?;
+    put(path, bytes, metadata.mode(), Some(&metadata))
+}
+
+/// Makes `path` a program of these bytes, in one step: a runtime may be starting it.
+pub(super) fn replace_program(path: &Path, bytes: &[u8]) -> Result<()> {
+    put(path, bytes, 0o755, None)
+}
+
+fn put(path: &Path, bytes: &[u8], mode: u32, owner: Option<&Metadata>) -> Result<()> {
+    let mut name = OsString::from(".");
+    name.push(path.file_name().unwrap_or_default());
+    name.push(format!(".podshaper-{}", std::process::id()));
+    let temporary = path.with_file_name(name);
+    let written = write(&temporary, bytes, mode, owner).and_then(|()| fs::rename(&temporary, path));
+    written.map_err(|cause| {
+        let _ = fs::remove_file(&temporary);
+        Error::because(Code::Io, format!("write {} (through {})", path.display(), temporary.display()), cause)
+    })?;
+    // The rename is lasting once the directory is; without it the node has the old file after a power cut, which is no harm.
+    let _ = File::open(path.parent().unwrap_or(Path::new("/"))).and_then(|directory| directory.sync_all());
+    Ok(())
+}
+
+fn write(path: &Path, bytes: &[u8], mode: u32, owner: Option<&Metadata>) -> io::Result<()> {
+    // In a container the process has the same id each time: a file that a killed one left is in the way, and ours.
+    match fs::remove_file(path) {
+        Err(cause) if cause.kind() != io::ErrorKind::NotFound => return Err(cause),
+        _ => {}
+    }
+    // A conflist may hold a token: nobody reads it before it has its mode.
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    let own = file.metadata()?;
+    // Only if it has to be: in a container without capabilities it may not.
+    if let Some(owner) = owner.filter(|owner| (owner.uid(), owner.gid()) != (own.uid(), own.gid())) {
+        fchown(&file, Some(owner.uid()), Some(owner.gid()))?;
+    }
+    file.set_permissions(fs::Permissions::from_mode(mode & 0o7777))?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+/// Gives a file another name in its directory.
+pub(super) fn rename(from: &Path, to: &Path) -> Result<()> {
+    let doing = || format!("rename {} to {}", from.display(), to.display());
+    fs::rename(from, to).map_err(|cause| Error::because(Code::Io, doing(), cause))
+}
+
+/// Removes a file that may not be there.
+pub(super) fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(cause) if cause.kind() != io::ErrorKind::NotFound => {
+            Err(Error::because(Code::Io, format!("remove {}", path.display()), cause))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,142 @@
+//! The pod as the API server knows it: its labels and annotations, where the configuration names a `kubeconfig`.
+//!
+//! No runtime passes labels, so this is the only way to them. One GET within [`TIME`], of the pod the call is about and of no other:
+//! a pod deleted and made again under its name is told by the UID. An ADD that needs none of this starts none of it.
+//!
+//! rustls and httparse, and not a client library: `kube` brings an async runtime, and `ureq` three times the code, for one request
+//! in a process that lives for milliseconds. What is left out is in `kube/tls.rs` and `kube/resolve.rs`, with the reason.
+
+mod http;
+mod kubeconfig;
+mod resolve;
+mod tls;
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde::Deserialize;
+
+use crate::error::{Code, Error, Result, quoted};
+use http::{Answer, Timed};
+use kubeconfig::Server;
+
+/// All the time there is for an answer, name, handshake and body included: kubelet starts no other container of the pod meanwhile.
+const TIME: Duration = Duration::from_secs(2);
+/// How a kubelet tells the API server which static pod an object mirrors: the UID the runtime knows it by.
+const MIRROR: &str = "kubernetes.io/config.mirror";
+
+/// Which pod.
+#[derive(Clone, Copy, Debug)]
+pub struct Pod<'a> {
+    /// Its namespace, checked to be no more than a name.
+    pub namespace: &'a str,
+    /// Its name, likewise.
+    pub name: &'a str,
+    /// The UID that the runtime was told.
+    pub uid: &'a str,
+}
+
+/// What people write on a pod.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Metadata {
+    /// `metadata.labels`
+    pub labels: BTreeMap<String, String>,
+    /// `metadata.annotations`
+    pub annotations: BTreeMap<String, String>,
+}
+
+#[derive(Deserialize)]
+struct Object {
+    metadata: ObjectMeta,
+}
+
+#[derive(Deserialize)]
+struct ObjectMeta {
+    uid: String,
+    labels: Option<BTreeMap<String, String>>,
+    annotations: Option<BTreeMap<String, String>>,
+}
+
+/// Asks the API server that the kubeconfig names.
+///
+/// # Errors
+/// [`Code::Config`] for the kubeconfig, [`Code::ApiServer`] for everything after it.
+pub fn metadata(kubeconfig: &Path, pod: Pod<'_>) -> Result<Metadata> {
+    let deadline = Instant::now() + TIME;
+    let server = Server::read(kubeconfig)?;
+    let asked = || format!("ask {} for pod {}/{}", server.url, pod.namespace, pod.name);
+    let answer = get(&server, pod, deadline).map_err(|error| Error::because(Code::ApiServer, asked(), error))?;
+    let found =
+        understand(&answer, pod.uid).map_err(|text| Error::new(Code::ApiServer, format!("{}: {text}", asked())));
+    log::debug!("{} took {:?}", asked(), TIME.saturating_sub(deadline.saturating_duration_since(Instant::now())));
+    found
+}
+
+fn get(server: &Server, pod: Pod<'_>, deadline: Instant) -> Result<Answer> {
+    let path = format!("{}/api/v1/namespaces/{}/pods/{}", server.path, pod.namespace, pod.name);
+    let tls = tls::session(server)?;
+    let tcp = connect(&server.host, server.port, deadline)?;
+    let mut stream = rustls::StreamOwned::new(tls, Timed::new(tcp, deadline));
+    http::get(&mut stream, &server.authority(), &path, server.token.as_deref()).map_err(|cause| {
+        let text = match cause.kind() {
+            std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut => format!("no whole answer within {TIME:?}"),
+            _ => "talk to it".to_owned(),
+        };
+        Error::because(Code::ApiServer, text, tls::explained(cause))
+    })
+}
+
+/// To the first address that takes the connection. One that does not answer leaves the others their time.
+fn connect(host: &str, port: u16, deadline: Instant) -> Result<TcpStream> {
+    let literal = host.parse::<IpAddr>().ok();
+    let addresses = literal.map_or_else(|| resolve::addresses(host, deadline), |address| Ok(vec![address]))?;
+    let mut failed = Vec::new();
+    for (tried, address) in addresses.iter().enumerate() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let share = left / u32::try_from(addresses.len() - tried).unwrap_or(u32::MAX);
+        if share.is_zero() {
+            break;
+        }
+        match TcpStream::connect_timeout(&SocketAddr::new(*address, port), share) {
+            Ok(stream) => return Ok(stream),
+            Err(cause) => failed.push(format!("{address}: {cause}")),
+        }
+    }
+    Err(Error::new(Code::ApiServer, format!("connect: {}", failed.join("; "))))
+}
+
+/// The metadata in an answer, if it is about this very pod.
+fn understand(answer: &Answer, uid: &str) -> Result<Metadata, String> {
+    if answer.status != 200 {
+        return Err(refusal(answer));
+    }
+    let object: Object =
+        serde_json::from_slice(&answer.body).map_err(|cause| format!("its answer is no pod: {cause}"))?;
+    let ObjectMeta { uid: found, labels, annotations } = object.metadata;
+    let (labels, annotations) = (labels.unwrap_or_default(), annotations.unwrap_or_default());
+    if found != uid && annotations.get(MIRROR).is_none_or(|mirrored| mirrored != uid) {
+        return Err(format!(
+            "it has another pod of this name by now: UID {}, and the runtime makes {uid}; kubelet will give it up or try again",
+            quoted(&found)
+        ));
+    }
+    Ok(Metadata { labels, annotations })
+}
+
+fn refusal(answer: &Answer) -> String {
+    #[derive(Deserialize)]
+    struct Status {
+        message: String,
+    }
+    let said = serde_json::from_slice(&answer.body).map(|Status { message }| message).unwrap_or_default();
+    let said: String = said.chars().take(200).flat_map(char::escape_default).collect();
+    let remedy = match answer.status {
+        401 => "the credentials in the kubeconfig are not (or no longer) valid",
+        403 => "its user must be allowed to get pods (install/labels-rbac.yaml)",
+        404 => "there is no such pod (any more), or it is another cluster's API server",
+        _ => "is it an API server, and well?",
+    };
+    format!("it answered {} \"{said}\": {remedy}", answer.status)
+}

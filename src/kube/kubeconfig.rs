@@ -1,0 +1,353 @@
+//! A kubeconfig: where the API server is, how to know it, and what to show it.
+//!
+//! As client-go reads it (`staging/src/k8s.io/client-go/tools/clientcmd/api/v1/types.go`), less what would start programs in the
+//! middle of an ADD (exec, auth-provider) or speak for somebody else.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+
+use crate::error::{Code, Error, Result, quoted};
+
+/// Most that is read of the kubeconfig, and of each file it names.
+const MAX_FILE_BYTES: u64 = 1 << 20;
+
+/// The API server, and this node's credentials.
+pub(super) struct Server {
+    /// As it stands in the kubeconfig, for messages.
+    pub(super) url: String,
+    /// Name or address, without brackets.
+    pub(super) host: String,
+    pub(super) port: u16,
+    /// What the URL has behind the authority, without a slash at the end.
+    pub(super) path: String,
+    /// The name in its certificate, where that is not `host`.
+    pub(super) tls_name: Option<String>,
+    /// PEM. None: any certificate will do (`insecure-skip-tls-verify`).
+    pub(super) authority_pem: Option<Vec<u8>>,
+    /// PEM of certificate and key.
+    pub(super) client: Option<(Vec<u8>, Vec<u8>)>,
+    pub(super) token: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Kubeconfig {
+    current_context: Option<String>,
+    #[serde(default)]
+    clusters: Vec<NamedCluster>,
+    #[serde(default)]
+    users: Vec<NamedUser>,
+    #[serde(default)]
+    contexts: Vec<NamedContext>,
+}
+
+#[derive(Deserialize)]
+struct NamedCluster {
+    name: String,
+    cluster: Cluster,
+}
+
+#[derive(Deserialize)]
+struct NamedUser {
+    name: String,
+    #[serde(default)]
+    user: User,
+}
+
+#[derive(Deserialize)]
+struct NamedContext {
+    name: String,
+    context: Context,
+}
+
+#[derive(Deserialize)]
+struct Context {
+    cluster: String,
+    #[serde(default)]
+    user: String,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Cluster {
+    server: String,
+    tls_server_name: Option<String>,
+    #[serde(default)]
+    insecure_skip_tls_verify: bool,
+    certificate_authority: Option<String>,
+    certificate_authority_data: Option<String>,
+    proxy_url: Option<IgnoredAny>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct User {
+    client_certificate: Option<String>,
+    client_certificate_data: Option<String>,
+    client_key: Option<String>,
+    client_key_data: Option<String>,
+    token: Option<String>,
+    #[serde(rename = "tokenFile")]
+    token_file: Option<String>,
+    exec: Option<IgnoredAny>,
+    auth_provider: Option<IgnoredAny>,
+    username: Option<IgnoredAny>,
+    #[serde(rename = "as")]
+    impersonated: Option<IgnoredAny>,
+}
+
+impl Server {
+    /// # Errors
+    /// [`Code::Config`], naming the file and the key.
+    pub(super) fn read(path: &Path) -> Result<Self> {
+        let named = |error| Error::because(Code::Config, format!("kubeconfig {}", path.display()), error);
+        let bytes = file(path).map_err(named)?;
+        Self::parse(&bytes, path.parent().unwrap_or(Path::new("/"))).map_err(named)
+    }
+
+    /// Files that the text names are relative to `directory`.
+    pub(super) fn parse(text: &[u8], directory: &Path) -> Result<Self> {
+        let decoded =
+            serde_norway::from_slice(text).map_err(|cause| Error::because(Code::Config, "it is no kubeconfig", cause));
+        let Kubeconfig { current_context, clusters, users, contexts } = decoded?;
+        let wanted = current_context.unwrap_or_default();
+        let missing = |what: &str, name: &str| wrong(format!("it has no {what} named {}", quoted(name)));
+        let context = contexts.into_iter().find(|context| context.name == wanted);
+        let context = context.ok_or_else(|| missing("context (current-context)", &wanted))?.context;
+        let cluster = clusters.into_iter().find(|cluster| cluster.name == context.cluster);
+        let cluster = cluster.ok_or_else(|| missing("cluster", &context.cluster))?.cluster;
+        let user = users.into_iter().find(|user| user.name == context.user);
+        let user = user.ok_or_else(|| missing("user", &context.user))?.user;
+        Self::of(cluster, user, directory)
+    }
+
+    fn of(cluster: Cluster, user: User, directory: &Path) -> Result<Self> {
+        refuse(&cluster, &user)?;
+        let (host, port, path) = split(&cluster.server)?;
+        let authority = material(
+            "certificate-authority",
+            cluster.certificate_authority_data,
+            cluster.certificate_authority,
+            directory,
+        )?;
+        if authority.is_none() && !cluster.insecure_skip_tls_verify {
+            return Err(wrong(
+                "its cluster has no certificate-authority; for one of the system's: /etc/ssl/certs/ca-certificates.crt",
+            ));
+        }
+        let certificate =
+            material("client-certificate", user.client_certificate_data, user.client_certificate, directory)?;
+        let client = match (certificate, material("client-key", user.client_key_data, user.client_key, directory)?) {
+            (Some(certificate), Some(key)) => Some((certificate, key)),
+            (None, None) => None,
+            _ => return Err(wrong("its user has one of client-certificate and client-key, and not the other")),
+        };
+        Ok(Self {
+            url: cluster.server,
+            host,
+            port,
+            path,
+            tls_name: cluster.tls_server_name.filter(|name| !name.is_empty()),
+            authority_pem: authority.filter(|_| !cluster.insecure_skip_tls_verify),
+            client,
+            token: token(user.token, user.token_file, directory)?,
+        })
+    }
+
+    /// Host and port as HTTP writes them.
+    pub(super) fn authority(&self) -> String {
+        let Self { host, port, .. } = self;
+        if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+    }
+}
+
+fn wrong(text: impl Into<String>) -> Error {
+    Error::new(Code::Config, text)
+}
+
+/// What would be silently left out, and is not the same without it.
+fn refuse(cluster: &Cluster, user: &User) -> Result<()> {
+    let advice =
+        "give podshaper a kubeconfig of its own with a token or a client certificate (install/labels-rbac.yaml)";
+    for (key, there) in [
+        ("exec", user.exec.is_some()),
+        ("auth-provider", user.auth_provider.is_some()),
+        ("username", user.username.is_some()),
+        ("as", user.impersonated.is_some()),
+    ] {
+        if there {
+            return Err(wrong(format!("its user has {key:?}, which podshaper does not do: {advice}")));
+        }
+    }
+    if cluster.proxy_url.is_some() {
+        return Err(wrong("its cluster has \"proxy-url\", and podshaper asks no proxy"));
+    }
+    Ok(())
+}
+
+/// `https://host[:port][/path]`. Whatever else a URL can hold has no meaning here.
+fn split(url: &str) -> Result<(String, u16, String)> {
+    let no_url = || wrong(format!("its server {} is not of the form https://HOST:PORT", quoted(url)));
+    let rest = url.strip_prefix("https://").ok_or_else(no_url)?;
+    let (authority, path) = rest.find('/').map_or((rest, ""), |slash| rest.split_at(slash));
+    let (host, port) = match authority.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((host, port)) => (host, port.strip_prefix(':').or(port.is_empty().then_some("443"))),
+        None => authority.split_once(':').map_or((authority, Some("443")), |(host, port)| (host, Some(port))),
+    };
+    let port = port.and_then(|port| port.parse().ok()).ok_or_else(no_url)?;
+    let plain = |text: &str, more: &str| {
+        text.bytes().all(|byte| byte.is_ascii_alphanumeric() || more.as_bytes().contains(&byte))
+    };
+    if host.is_empty() || !plain(host, "-._:") || !plain(path, "-._~/:%") {
+        return Err(no_url());
+    }
+    Ok((host.to_owned(), port, path.trim_end_matches('/').to_owned()))
+}
+
+/// PEM from base64 in the kubeconfig, which counts first, or from a file.
+fn material(key: &str, data: Option<String>, path: Option<String>, directory: &Path) -> Result<Option<Vec<u8>>> {
+    let data = data.filter(|data| !data.is_empty());
+    if let Some(data) = data {
+        let decoded = STANDARD.decode(data.split_ascii_whitespace().collect::<String>());
+        return decoded
+            .map(Some)
+            .map_err(|cause| Error::because(Code::Config, format!("its {key}-data is not base64"), cause));
+    }
+    let path = path.filter(|path| !path.is_empty());
+    let read = |path: String| file(&directory.join(path)).map_err(|error| Error::because(Code::Config, key, error));
+    path.map(read).transpose()
+}
+
+/// A file counts before what is written in the kubeconfig, since tokens are renewed in files.
+fn token(text: Option<String>, path: Option<String>, directory: &Path) -> Result<Option<String>> {
+    let text = match path.filter(|path| !path.is_empty()) {
+        Some(path) => {
+            let bytes =
+                file(&directory.join(path)).map_err(|error| Error::because(Code::Config, "tokenFile", error))?;
+            Some(String::from_utf8(bytes).map_err(|_| wrong("its tokenFile is not text"))?)
+        }
+        None => text,
+    };
+    let token = text.map(|text| text.trim().to_owned()).filter(|token| !token.is_empty());
+    // It becomes a part of a header's line.
+    if token.as_ref().is_some_and(|token| !token.bytes().all(|byte| byte.is_ascii_graphic())) {
+        return Err(wrong("its token has other than printable characters"));
+    }
+    Ok(token)
+}
+
+fn file(path: &Path) -> Result<Vec<u8>> {
+    let reading = |cause| Error::because(Code::Config, format!("read {}", path.display()), cause);
+    let mut bytes = Vec::new();
+    File::open(path).and_then(|file| file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)).map_err(reading)?;
+    if bytes.len() as u64 > MAX_FILE_BYTES {
+        return Err(wrong(format!("read {}: it has more than {MAX_FILE_BYTES} bytes", path.display())));
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(cluster: &str, user: &str) -> Result<Server, String> {
+        let text = format!(
+            "apiVersion: v1\nkind: Config\ncurrent-context: c\ncontexts:\n- name: c\n  context: {{cluster: k, user: u, namespace: x}}\n\
+             clusters:\n- name: k\n  cluster: {{{cluster}}}\nusers:\n- name: u\n  user: {{{user}}}\npreferences: {{}}\n"
+        );
+        Server::parse(text.as_bytes(), Path::new("/nowhere")).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_server_is_a_host_a_port_and_a_path() {
+        for (url, expected) in [
+            ("https://10.96.0.1", Ok(("10.96.0.1:443", ""))),
+            ("https://[fd00::1]:6443/", Ok(("[fd00::1]:6443", ""))),
+            ("https://[fd00::1]", Ok(("[fd00::1]:443", ""))),
+            ("https://api.example.org:8443/k8s/clusters/c-1", Ok(("api.example.org:8443", "/k8s/clusters/c-1"))),
+            ("http://10.0.0.1", Err(())),
+            ("https://", Err(())),
+            ("https://a:b", Err(())),
+            ("https://a:70000", Err(())),
+            ("https://u@a", Err(())),
+            ("https://a/x y", Err(())),
+            ("https://a/\\r\\nX: y", Err(())),
+            ("https://[a", Err(())),
+            ("10.0.0.1:443", Err(())),
+        ] {
+            let found = parse(&format!("server: \"{url}\", insecure-skip-tls-verify: true"), "");
+            match (&found, expected) {
+                (Ok(server), Ok((authority, path))) => {
+                    assert_eq!((server.authority().as_str(), server.path.as_str()), (authority, path))
+                }
+                (Err(error), Err(())) => assert!(error.contains("is not of the form https://HOST:PORT"), "{error}"),
+                _ => panic!("{url}: {}", found.is_ok()),
+            }
+        }
+    }
+
+    #[test]
+    fn what_podshaper_does_not_do_is_said() {
+        let ca = "server: https://a, certificate-authority-data: Y2E=";
+        let advice = "which podshaper does not do: give podshaper a kubeconfig of its own with a token or a client certificate (install/labels-rbac.yaml)";
+        for (cluster, user, expected) in [
+            (ca, "exec: {command: aws}", format!("its user has \"exec\", {advice}")),
+            (ca, "auth-provider: {name: gcp}", format!("its user has \"auth-provider\", {advice}")),
+            (ca, "username: a, password: b", format!("its user has \"username\", {advice}")),
+            (ca, "as: admin", format!("its user has \"as\", {advice}")),
+            (
+                "server: https://a, proxy-url: x",
+                "",
+                "its cluster has \"proxy-url\", and podshaper asks no proxy".into(),
+            ),
+            (
+                "server: https://a",
+                "",
+                "its cluster has no certificate-authority; for one of the system's: /etc/ssl/certs/ca-certificates.crt"
+                    .into(),
+            ),
+            (
+                ca,
+                "client-key-data: Y2E=",
+                "its user has one of client-certificate and client-key, and not the other".into(),
+            ),
+            (ca, "token: \"a\\nb\"", "its token has other than printable characters".into()),
+            (ca, "tokenFile: t", "tokenFile: read /nowhere/t: No such file or directory (os error 2)".into()),
+            (
+                "server: https://a, certificate-authority-data: '?'",
+                "",
+                "its certificate-authority-data is not base64: Invalid symbol 63, offset 0.".into(),
+            ),
+        ] {
+            assert_eq!(parse(cluster, user).err(), Some(expected), "{cluster} {user}");
+        }
+        for (text, expected) in [
+            ("current-context: x", "it has no context (current-context) named \"x\""),
+            ("{}", "it has no context (current-context) named \"\""),
+            (
+                "contexts: 1",
+                "it is no kubeconfig: contexts: invalid type: integer `1`, expected a sequence at line 1 column 11",
+            ),
+        ] {
+            let error = Server::parse(text.as_bytes(), Path::new("/")).err().unwrap().to_string();
+            assert_eq!(error, expected);
+        }
+    }
+
+    #[test]
+    fn data_counts_before_files_and_token_files_before_tokens() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join("t"), "from-file\n").unwrap();
+        let text = "{current-context: c, contexts: [{name: c, context: {cluster: k, user: u}}], \
+                    clusters: [{name: k, cluster: {server: 'https://a', certificate-authority-data: Y2E=, certificate-authority: nowhere}}], \
+                    users: [{name: u, user: {token: x, tokenFile: t}}]}";
+        let server = Server::parse(text.as_bytes(), directory.path()).unwrap();
+        assert_eq!((server.token.as_deref(), server.authority_pem.as_deref()), (Some("from-file"), Some(&b"ca"[..])));
+    }
+}
