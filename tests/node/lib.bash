@@ -111,19 +111,19 @@ conflist() {
     bridge) primary='{"type": "bridge", "bridge": "podshaper0", "isGateway": true, "hairpinMode": true, "ipam": '$ipam'}' ;;
     ptp) primary='{"type": "ptp", "ipam": '$ipam'}' ;;
     macvlan | ipvlan) primary='{"type": "'$plugin'", "master": "'$uplink'", "ipam": '$ipam'}' ;;
-    flannel) primary='{"type": "flannel", "subnetFile": "'$run'/subnet.env", "dataDir": "'$run'/flannel",
+    flannel) primary='{"type": "flannel", "subnetFile": "'$run'/subnet.env",
         "delegate": {"bridge": "flannel0", "hairpinMode": true, "isDefaultGateway": true}}' ;;
     esac
     printf '%s\n' FLANNEL_{NETWORK=10.244.0.0/16,SUBNET=10.244.2.1/24,MTU=1450,IPMASQ=false} >"$run/subnet.env"
-    # The directory of addresses is the run's own.
     jq --null-input --arg name "$plugin" --arg version "$version" --argjson primary "$primary" --arg log "$run/podshaper.log" \
-        --arg addresses "$run/addresses" --argjson own "${3:-"{}"}" '{
+        --argjson own "${3:-"{}"}" '{
         cniVersion: $version, name: $name, plugins: [
-            ($primary | if .ipam then .ipam.dataDir = $addresses elif .delegate then .delegate.ipam = {dataDir: $addresses} else . end),
+            $primary,
             {type: "portmap", capabilities: {portMappings: true}},
             ({type: "podshaper", logFile: $log, logLevel: "debug",
               capabilities: {bandwidth: true, cgroupPath: true, "io.kubernetes.cri.pod-annotations": true}} + $own)]}' >"$run/conflist.new"
     cp "$run/conflist.new" /etc/cni/net.d/new
+    # Within the directory: containerd takes no notice of a file that is moved in from elsewhere.
     mv /etc/cni/net.d/new /etc/cni/net.d/10-pods.conflist
 }
 
@@ -290,10 +290,20 @@ measured() {
     sed -n 's/ Mbit\/s: \(.*\) on the wire/M: \1/p' "$run/test.log" | paste -sd , | sed 's/,/, /g'
 }
 
+# added_to NETWORK UID: fails unless the pod was attached to that network, and not to one that the runtime knew before.
+added_to() {
+    grep -q "ADD of network $1,.*$2" "$run/podshaper.log" || fail "there was no ADD of network $1"
+}
+
 reports() {
     grep --count sample_us "$1" || true
 }
 
-more_reports() {
+more_# added_to NETWORK UID: fails unless the pod was attached to that network, and not to one that the runtime knew before.
+added_to() {
+    grep -q "ADD of network $1,.*$2" "$run/podshaper.log" || fail "there was no ADD of network $1"
+}
+
+reports() {
     [[ $(reports "$1") -gt $2 ]]
 }
