@@ -299,11 +299,6 @@ reports() {
     grep --count sample_us "$1" || true
 }
 
-more_# added_to NETWORK UID: fails unless the pod was attached to that network, and not to one that the runtime knew before.
-added_to() {
-    grep -q "ADD of network $1,.*$2" "$run/podshaper.log" || fail "there was no ADD of network $1"
-}
-
-reports() {
+more_reports() {
     [[ $(reports "$1") -gt $2 ]]
 }
