@@ -21,7 +21,7 @@ use crate::{
     pins::{BPFFS, LockedPins, Pins, Place},
     pod::{Owner, PodKey},
     probe,
-    request::{Attachment, Config, Env, Limit, Limits, Request, Subject, declared_version, read_stdin},
+    request::{Attachment, Env, Limit, Limits, Request, Subject, declared_version, read_stdin},
     shaper::{self, Pinned, Settings},
 };
 
@@ -93,7 +93,6 @@ fn add(request: &Request, attachment: &Attachment) -> Result<Vec<u8>> {
              in the \"plugins\" list of a .conflist",
         )
     })?;
-    refuse_unsupported(&request.config)?;
     let limits = request.limits()?;
     if limits.is_empty() {
         forget_unlimited(attachment)?;
@@ -101,19 +100,6 @@ fn add(request: &Request, attachment: &Attachment) -> Result<Vec<u8>> {
         limit(request, attachment, resolve(request, attachment, limits)?)?;
     }
     Ok(reply.get().as_bytes().to_vec())
-}
-
-/// Keys that promise what this version does not do yet.
-fn refuse_unsupported(config: &Config) -> Result<()> {
-    let unsupported = |key| {
-        let text =
-            format!("configuration key {key:?} is not supported by podshaper {}: remove it", env!("CARGO_PKG_VERSION"));
-        Err(Error::new(Code::Config, text))
-    };
-    match config {
-        Config { exempt_subnets, .. } if !exempt_subnets.is_empty() => unsupported("exemptSubnets"),
-        _ => Ok(()),
-    }
 }
 
 fn resolve(request: &Request, attachment: &Attachment, limits: Limits) -> Result<Plan> {
@@ -140,12 +126,13 @@ fn limit(request: &Request, attachment: &Attachment, plan: Plan) -> Result<()> {
     let Plan { limits, cgroup, netns } = plan;
     let (ifindex, inside) = netns::in_netns(&netns, || prepare_netns(&attachment.ifname, &netns, &limits))?;
     let has_fq = inside.has_fq();
-    let ingress_by = limits.ingress.map(|limit| inside.choose(ifindex, &limit));
+    let subnets = &request.config.subnets;
+    let ingress_by = limits.ingress.map(|limit| inside.choose(ifindex, &limit, subnets.is_empty()));
     let mut owner = request.owner(attachment, &cgroup.path);
     owner.fq = has_fq;
     owner.ingress_by = ingress_by.map(|mechanism| mechanism.to_string());
     // Not returned yet: the qdiscs are on the interfaces by now, and a failed ADD takes them off again.
-    let loaded = shaper::load(&Settings { ifindex, limits, has_fq, ingress_by }, &owner);
+    let loaded = shaper::load(&Settings { ifindex, limits, has_fq, ingress_by }, subnets, &owner);
     let place = place(attachment);
     let pins = match Pins::ensure(Path::new(BPFFS)).and_then(Pins::lock) {
         Ok(pins) => pins,
@@ -179,7 +166,8 @@ fn limit(request: &Request, attachment: &Attachment, plan: Plan) -> Result<()> {
 fn prepare_netns(ifname: &str, netns: &Path, limits: &Limits) -> Result<(u32, Inside)> {
     let index = netns::interface(ifname, netns)?.index;
     // Without it the rate holds and the latency does not: not worth a pod.
-    if let Err(error) = netns::make_packets_small() {
+    let single_segments = limits.egress.is_some_and(|limit| shaper::bulk_segments(limit.rate) == 1);
+    if let Err(error) = netns::make_packets_small(single_segments) {
         log::warn!("TCP may send large packets in bursts: {error}");
     }
     Ok((index, ingress::prepare(index, limits)))
@@ -234,7 +222,8 @@ fn check(request: &Request, attachment: &Attachment) -> Result<()> {
         return Err(Error::new(Code::Mismatch, text));
     }
     let ingress_by = owner.ingress_by.as_deref().and_then(|name| name.parse().ok());
-    pinned.check(Path::new(&owner.cgroup), &Settings { ifindex: 0, limits, has_fq: owner.fq, ingress_by })
+    pinned.check(Path::new(&owner.cgroup), &Settings { ifindex: 0, limits, has_fq: owner.fq, ingress_by })?;
+    ingress::check(&owner)
 }
 
 fn del(request: &Request, attachment: &Attachment) -> Result<()> {

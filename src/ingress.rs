@@ -6,7 +6,7 @@ use std::path::Path;
 use std::str::FromStr;
 
 use crate::{
-    error::Result,
+    error::{Code, Error, Result},
     netns,
     pod::Owner,
     qdisc,
@@ -63,10 +63,15 @@ impl Inside {
         self.fq.is_ok()
     }
 
-    /// Takes the best mechanism there is, and prepares the host's side of it; says in the log why it is not a better one.
-    pub fn choose(self, ifindex: u32, limit: &Limit) -> IngressBy {
+    /// Takes the best mechanism there is, and prepares the host's side of it; says in the log why it is not a better one. A queue
+    /// is none if the limit is not for `all_traffic`: it cannot tell.
+    pub fn choose(self, ifindex: u32, limit: &Limit, all_traffic: bool) -> IngressBy {
         let Err(no_fq) = self.fq else { return IngressBy::HeldAcks };
         log::warn!("ingress is held by a queue or by drops, not by acknowledgements: {no_fq}");
+        if !all_traffic {
+            log::warn!("exemptSubnets and shapedSubnets leave drops: tbf would limit what they exempt");
+            return IngressBy::Drops;
+        }
         let tbf = self.peer.map(|peer| peer.map(|peer| qdisc::put_tbf(peer, ifindex, limit)));
         match tbf {
             Ok(Some(Ok(()))) => return IngressBy::Tbf,
@@ -75,6 +80,30 @@ impl Inside {
         }
         IngressBy::Drops
     }
+}
+
+/// Checks that what was put on the interfaces for an attachment is still there.
+///
+/// # Errors
+/// [`Code::Mismatch`] naming what is gone; [`Code::Netns`] or [`Code::Kernel`] where it cannot be looked at.
+pub fn check(owner: &Owner) -> Result<()> {
+    let tbf = owner.ingress_by.as_deref() == Some(&IngressBy::Tbf.to_string());
+    let Some(path) = owner.netns.as_ref().map(Path::new).filter(|_| owner.fq || tbf) else { return Ok(()) };
+    let gone = |what: &str| {
+        let text = format!("{what} has been taken off {} of {}: podshaper put it there", owner.ifname, path.display());
+        Err(Error::new(Code::Mismatch, text))
+    };
+    let (has_fq, peer) = netns::in_netns(path, || {
+        let index = netns::interface(&owner.ifname, path)?.index;
+        Ok((!owner.fq || qdisc::has(index, "fq")?, if tbf { qdisc::veth_peer(index)? } else { None }))
+    })?;
+    if !has_fq {
+        return gone("fq");
+    }
+    if tbf && !peer.map_or(Ok(false), |peer| qdisc::has(peer, "tbf"))? {
+        return gone("tbf, at the host's end,");
+    }
+    Ok(())
 }
 
 /// Takes off what was put on the interfaces for an attachment that ends before its namespace does: it would go on limiting.

@@ -100,7 +100,11 @@ fn connect(host: &str, port: u16, deadline: Instant) -> Result<TcpStream> {
             break;
         }
         match TcpStream::connect_timeout(&SocketAddr::new(*address, port), share) {
-            Ok(stream) => return Ok(stream),
+            Ok(stream) => {
+                // Else the request, which follows the handshake's last packet, waits for that one's acknowledgement: 40 ms.
+                let _ = stream.set_nodelay(true);
+                return Ok(stream);
+            }
             Err(cause) => failed.push(format!("{address}: {cause}")),
         }
     }

@@ -1,7 +1,7 @@
 //! The log: to the configured file, or stderr, which runtimes keep. Never stdout: it carries the result.
 
 use std::fs::OpenOptions;
-use std::io::{Write, stderr};
+use std::io::{LineWriter, Write, stderr};
 
 use log::LevelFilter;
 use simplelog::{ConfigBuilder, WriteLogger};
@@ -23,8 +23,9 @@ pub fn start(config: &Config) {
         Ok(None) => (Box::new(stderr()), None),
         Err(error) => (Box::new(stderr()), Some(error)),
     };
+    // The logger writes a line piece by piece; the lines of calls that run at the same time must stay whole.
     // The only error is a second start, and there is none.
-    let _ = WriteLogger::init(config.log_level, format, output);
+    let _ = WriteLogger::init(config.log_level, format, LineWriter::new(output));
     if let (Some(error), Some(path)) = (failed, &config.log_file) {
         log::warn!("open logFile {}: {error}; logging to stderr", path.display());
     }

@@ -89,9 +89,14 @@ pub fn interface(ifname: &str, netns: &Path) -> Result<Interface> {
 /// turns off that flows with a short round trip build 64 KiB whatever their rate (since Linux 5.18, tcp_tso_autosize() in
 /// net/ipv4/tcp_output.c), 52 ms of a 10 Mbit/s link in one packet.
 ///
+/// With `single_segments` it may build packets of one segment, else of two at least: at very low rates two are long.
+///
 /// # Errors
-/// [`Code::Netns`] if the kernel has the setting but refuses it. Lacking it is no error.
-pub fn make_packets_small() -> Result<()> {
+/// [`Code::Netns`] if the kernel has a setting but refuses it. Lacking it is no error.
+pub fn make_packets_small(single_segments: bool) -> Result<()> {
+    if single_segments {
+        write_sysctl(Path::new("/proc/sys/net/ipv4/tcp_min_tso_segs"), "1")?;
+    }
     write_sysctl(Path::new("/proc/sys/net/ipv4/tcp_tso_rtt_log"), "0").map(drop)
 }
 
@@ -243,7 +248,8 @@ mod tests {
 
         // Read before, so that the host's file is in the dentry cache.
         let hosts = std::fs::read_to_string(TSO_RTT).ok();
-        let pods = in_netns(&path, || make_packets_small().map(|()| std::fs::read_to_string(TSO_RTT).ok())).unwrap();
+        let pods =
+            in_netns(&path, || make_packets_small(false).map(|()| std::fs::read_to_string(TSO_RTT).ok())).unwrap();
         assert_eq!(pods, hosts.as_ref().map(|_| "0\n".to_owned()));
         assert_eq!(std::fs::read_to_string(TSO_RTT).ok(), hosts, "the host's setting is untouched");
         let again = in_netns(&path, || Ok(std::fs::read_to_string(TSO_RTT).ok())).unwrap();

@@ -17,8 +17,10 @@
 use std::{
     fs::{self, File},
     io,
-    os::unix::fs::DirBuilderExt,
+    os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
 };
 
 use nix::{
@@ -40,6 +42,11 @@ pub const OWNER: &str = "OWNER";
 pub const LIMITS: &str = "LIMITS";
 /// The map of clocks and counters.
 pub const METERS: &str = "METERS";
+/// How long a call waits for another one. All of a node's pods may start at once, and each needs a few milliseconds; a runtime gives
+/// up after minutes, without a word of why.
+const LOCK_WAIT: Duration = Duration::from_secs(30);
+const LOCK_RETRY: Duration = Duration::from_millis(1);
+
 /// Name parts of unfinished attachments. Neither can come out of [`encode`]: '%' is followed by two hexadecimal digits there.
 const NEW: &str = "%new";
 const OLD: &str = "%old";
@@ -87,18 +94,32 @@ impl Pins {
         mount_bpffs(bpffs)?;
         let root = bpffs.join(DIRECTORY);
         make_directory(&root)?;
+        refuse_strangers(&root)?;
         Ok(Self { root })
     }
 
-    /// Waits for the lock.
+    /// Waits for the lock, up to [`LOCK_WAIT`].
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with what the kernel says, or that somebody does not let go of it.
     pub fn lock(self) -> Result<LockedPins> {
         let failed = |cause: io::Error| Error::because(Code::Kernel, format!("lock {}", self.root.display()), cause);
-        let directory = File::open(&self.root).map_err(failed)?;
-        let lock = Flock::lock(directory, FlockArg::LockExclusive).map_err(|(_, errno)| failed(errno.into()))?;
-        Ok(LockedPins { root: self.root, _lock: lock })
+        let mut directory = File::open(&self.root).map_err(failed)?;
+        let start = Instant::now();
+        loop {
+            directory = match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => return Ok(LockedPins { root: self.root, _lock: lock }),
+                Err((directory, Errno::EWOULDBLOCK | Errno::EINTR)) if start.elapsed() < LOCK_WAIT => directory,
+                Err((_, Errno::EWOULDBLOCK)) => {
+                    let (path, waited) = (self.root.display(), LOCK_WAIT.as_secs());
+                    let text =
+                        format!("lock {path}: another process has held it for {waited} s (fuser -v {path} shows it)");
+                    return Err(Error::new(Code::Kernel, text));
+                }
+                Err((_, errno)) => return Err(failed(errno.into())),
+            };
+            thread::sleep(LOCK_RETRY);
+        }
     }
 
     /// Directory of an attachment, if there is one.
@@ -309,6 +330,22 @@ fn make_directory(path: &Path) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// A bpffs that everybody may write to lets everybody make podshaper's directory first, and then lock it or remove from it.
+fn refuse_strangers(path: &Path) -> Result<()> {
+    let failed = |cause: io::Error| Error::because(Code::Kernel, format!("look at {}", path.display()), cause);
+    let found = fs::symlink_metadata(path).map_err(failed)?;
+    if found.uid() == 0 && found.is_dir() && found.mode() & 0o022 == 0 {
+        return Ok(());
+    }
+    let text = format!(
+        "use {}: it is not a directory that root alone may write to (uid {}, mode {:o}); remove it and find out who made it",
+        path.display(),
+        found.uid(),
+        found.mode() & 0o7777
+    );
+    Err(Error::new(Code::Kernel, text))
 }
 
 /// Leaves of an attachment what is finished: its own directory, or nothing.

@@ -9,7 +9,7 @@ use crate::{
     ingress::IngressBy,
     pins,
     pod::Owner,
-    request::{Limit, Limits, Source},
+    request::{Limit, Limits, Source, Subnets},
     shaper::{self, Settings},
     units::Rate,
 };
@@ -26,6 +26,6 @@ pub fn node(bpffs: &Path) -> Result<()> {
     let limit = Limit::of(Rate::MAX, Source::Config);
     let limits = Limits { egress: Some(limit), ingress: Some(limit) };
     let settings = Settings { ifindex: 0, limits, has_fq: true, ingress_by: Some(IngressBy::HeldAcks) };
-    shaper::load(&settings, &Owner::default()).map_err(unavailable)?;
+    shaper::load(&settings, &Subnets::default(), &Owner::default()).map_err(unavailable)?;
     Ok(())
 }

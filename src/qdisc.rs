@@ -110,6 +110,16 @@ pub fn put_tbf(ifindex: u32, pod_ifindex: u32, limit: &Limit) -> Result<()> {
     replace_root(ifindex, "tbf", tbf_options(limit)).map_err(failed)
 }
 
+/// Whether the root qdisc of an interface, in the calling thread's namespace, is of this kind.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn has(ifindex: u32, kind: &str) -> Result<bool> {
+    let root =
+        root_qdisc(ifindex).map_err(|cause| Error::because(Code::Kernel, "list the qdiscs of the pod", cause))?;
+    Ok(root.is_some_and(|(found, _)| found == kind))
+}
+
 /// `tc qdisc del dev IFINDEX root`, in the calling thread's namespace, if the qdisc is one that podshaper put there.
 ///
 /// # Errors

@@ -13,6 +13,7 @@ mod json;
 mod limits;
 #[cfg(test)]
 mod records;
+mod subnets;
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -27,6 +28,7 @@ use crate::pod::{NetworkName, Owner, PodKey};
 pub use config::Config;
 pub use env::Env;
 pub use limits::{Limit, Limits, Source};
+pub use subnets::Subnets;
 
 /// Most that is read from stdin. An API server holds a pod's annotations under 256 KiB; the rest is the configuration.
 const MAX_STDIN_BYTES: u64 = 1 << 20;

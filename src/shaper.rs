@@ -12,22 +12,29 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, Map, MapData},
+    maps::{
+        Array, Map, MapData, MapError,
+        lpm_trie::{Key, LpmTrie},
+    },
     programs::{Program, ProgramError},
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use podshaper_abi::{EGRESS, INGRESS, Limit as AbiLimit, OWNER_SIZE};
+use podshaper_abi::{EGRESS, INGRESS, Limit as AbiLimit, OWNER_SIZE, SINGLE_SEGMENTS_BELOW_BITS_PER_S, SubnetAddress};
 
 use crate::{
     error::{Code, Error, Result},
     ingress::IngressBy,
     pins::{LIMITS, METERS, OWNER},
     pod::Owner,
-    request::{Limit, Limits},
+    request::{Limit, Limits, Subnets},
     sys::{self, CgroupHook},
+    units::Rate,
 };
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/podshaper.bpf.o"));
+
+/// The map of subnets. It is not pinned: the programs hold it.
+const SUBNETS: &str = "SUBNETS";
 
 /// A program of the object, by the name that is also that of its link's pin, and where it is attached.
 type Hooked = (&'static str, CgroupHook);
@@ -81,6 +88,7 @@ pub struct Settings {
 }
 
 impl Settings {
+    /// The largest first.
     fn programs(&self) -> Vec<Hooked> {
         let mut programs = Vec::new();
         if self.limits.egress.is_some() {
@@ -90,11 +98,11 @@ impl Settings {
             programs.push(COUNT_INGRESS);
         }
         if self.ingress_by == Some(IngressBy::HeldAcks) {
-            programs.push(HOLD_ACKS);
             // It is also what gives the acknowledgements their departure time.
             if self.limits.egress.is_none() {
-                programs.push(COUNT_EGRESS);
+                programs.insert(0, COUNT_EGRESS);
             }
+            programs.push(HOLD_ACKS);
         }
         programs
     }
@@ -119,9 +127,12 @@ impl Settings {
 ///
 /// # Errors
 /// [`Code::Kernel`]: the kernel refuses a map or program, and why.
-pub fn load(settings: &Settings, owner: &Owner) -> Result<Loaded> {
+pub fn load(settings: &Settings, subnets: &Subnets, owner: &Owner) -> Result<Loaded> {
     let mut object = without_kernel_btf(EbpfLoader::new)
         .override_global("IFINDEX", &settings.ifindex, true)
+        .override_global("SUBNETS_MODE", &subnets.mode(), true)
+        // A map of no entries is refused.
+        .map_max_entries(SUBNETS, subnets.len().max(1) as u32)
         .load(OBJECT)
         .map_err(|cause| refused("load podshaper's eBPF maps", &cause))?;
     let programs = settings.programs();
@@ -131,6 +142,7 @@ pub fn load(settings: &Settings, owner: &Owner) -> Result<Loaded> {
     for (direction, _, limit) in settings.abi_limits() {
         limits_map.set(direction, limit, 0).map_err(|cause| refused("write the limits", &cause))?;
     }
+    list_subnets(&mut object, subnets)?;
     let mut owner_map = array_mut::<[u8; OWNER_SIZE]>(&mut object, OWNER)?;
     owner_map.set(0, owner_bytes(owner)?, 0).map_err(|cause| refused("write the owner", &cause))?;
     Ok(Loaded { object, programs })
@@ -275,8 +287,14 @@ fn abi_limit(limit: &Limit, paced_mark_ns: u64, horizon_ns: u64, unpaced_bound_n
         paced_mark_ns,
         horizon_ns,
         sparse_bytes: SPARSE_BYTES,
+        bulk_segments: bulk_segments(limit.rate),
         departs: 0,
     }
+}
+
+/// Segments of the packets that a bulk flow builds at this limit, at its slowest: as few as every congestion control can.
+pub fn bulk_segments(rate: Rate) -> u64 {
+    if rate.as_bits_per_s() < SINGLE_SEGMENTS_BELOW_BITS_PER_S { 1 } else { 2 }
 }
 
 fn owner_bytes(owner: &Owner) -> Result<[u8; OWNER_SIZE]> {
@@ -298,11 +316,17 @@ fn load_programs(object: &mut Ebpf, wanted: &[Hooked]) -> Result<()> {
     if let Some((name, _)) = wanted.iter().find(|(name, _)| object.program(name).is_none()) {
         return Err(not_in_object(name));
     }
-    let is_wanted = |name: &str| wanted.iter().any(|(wanted, _)| *wanted == name);
+    let place = |name: &str| wanted.iter().position(|(wanted, _)| *wanted == name);
+    let mut programs: Vec<_> =
+        object.programs_mut().filter_map(|(name, program)| Some((place(name)?, name, program))).collect();
+    programs.sort_by_key(|(place, ..)| *place);
     thread::scope(|scope| {
-        let programs = object.programs_mut().filter(|(name, _)| is_wanted(name));
+        let mut programs = programs.into_iter();
+        // The first is the largest: it does not wait for a thread to be made.
+        let largest = programs.next();
         let loading: Vec<_> =
-            programs.map(|(name, program)| scope.spawn(move || load_program(name, program))).collect();
+            programs.map(|(_, name, program)| scope.spawn(move || load_program(name, program))).collect();
+        largest.map_or(Ok(()), |(_, name, program)| load_program(name, program))?;
         loading.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
     })
 }
@@ -315,6 +339,16 @@ fn load_program(name: &str, program: &mut Program) -> Result<()> {
         _ => Err(ProgramError::UnexpectedProgramType),
     };
     loaded.map_err(|cause| refused(format!("load the eBPF program {name}"), &cause))
+}
+
+fn list_subnets(object: &mut Ebpf, subnets: &Subnets) -> Result<()> {
+    let failed = |cause: MapError| refused("write the subnets", &cause);
+    let map = object.map_mut(SUBNETS).ok_or_else(|| not_in_object(SUBNETS))?;
+    let mut trie = LpmTrie::<_, SubnetAddress, u32>::try_from(map).map_err(failed)?;
+    for (bits, address, kind) in subnets.entries() {
+        trie.insert(&Key::new(bits, address), kind, 0).map_err(failed)?;
+    }
+    Ok(())
 }
 
 fn array_mut<'a, V: aya::Pod>(object: &'a mut Ebpf, name: &str) -> Result<Array<&'a mut MapData, V>> {
@@ -350,7 +384,12 @@ fn refused(what: impl Into<String>, error: &(dyn std::error::Error + 'static)) -
         cause = source;
     }
     let errno = cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
+    let verifier = error.downcast_ref::<ProgramError>().map(verifier_says).unwrap_or_default();
     let remedy = match errno {
+        // With EACCES, too: but then it has said why.
+        _ if !verifier.is_empty() => {
+            " (this kernel's verifier does not accept it: please report this, with the kernel's version)"
+        }
         Some(libc::EPERM | libc::EACCES) => {
             " (podshaper must run with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON: as root, as container runtimes do)"
         }
@@ -360,7 +399,6 @@ fn refused(what: impl Into<String>, error: &(dyn std::error::Error + 'static)) -
         Some(libc::ENOMEM | libc::ENOSPC) => " (the node is out of memory, or of RLIMIT_MEMLOCK)",
         _ => "",
     };
-    let verifier = error.downcast_ref::<ProgramError>().map(verifier_says).unwrap_or_default();
     Error::because(Code::Kernel, what.into() + remedy, cause.to_string() + &verifier)
 }
 

@@ -344,7 +344,9 @@ pub fn links_on(cgroup: &Path) -> Vec<u64> {
 
 fn links(cgroup: &Path) -> Result<Vec<Value>, String> {
     let id = fs::metadata(cgroup).map_err(|error| error.to_string())?.ino();
-    let links = bpftool(&["link", "show"])?;
+    // bpftool gives up where a link of another test goes away between being listed and being looked at.
+    let links = (0..5).find_map(|_| bpftool(&["link", "show"]).ok());
+    let links = links.map_or_else(|| bpftool(&["link", "show"]), Ok)?;
     Ok(links.as_array().into_iter().flatten().filter(|link| link["cgroup_id"].as_u64() == Some(id)).cloned().collect())
 }
 

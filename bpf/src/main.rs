@@ -1,5 +1,6 @@
 //! podshaper's eBPF programs: hook, what each is called for, and what its return value means. How they work is in the modules:
-//! [`clock`] (the pod clock), [`pace`] (TCP out), [`window`] (TCP in), [`flow`] (sparse flows), [`packet`] (bytes on the wire), [`maps`].
+//! [`clock`] (the pod clock), [`pace`] (TCP out), [`window`] (TCP in), [`flow`] (sparse flows), [`packet`] (bytes on the wire),
+//! [`subnets`] (what is exempt), [`maps`].
 //!
 //! Every attachment is a load of its own, with its own maps. All programs run in the context of whoever sends, on any CPU, many
 //! at once; what they share is in `METERS`, under its lock.
@@ -11,6 +12,7 @@ mod flow;
 mod maps;
 mod pace;
 mod packet;
+mod subnets;
 mod tcp;
 mod window;
 
@@ -20,7 +22,7 @@ use aya_ebpf::{
     Global,
     bindings::{
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_HDR_OPT_LEN_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
-        BPF_SOCK_OPS_RWND_INIT, bpf_sock,
+        BPF_SOCK_OPS_RTT_CB, BPF_SOCK_OPS_RWND_INIT, bpf_sock,
     },
     helpers::bpf_skb_ecn_set_ce,
     macros::{cgroup_skb, cgroup_sockopt, sock_ops},
@@ -31,6 +33,7 @@ use podshaper_abi::{EGRESS, INGRESS, LOOPBACK_IFINDEX, Limit, Meter};
 use crate::{
     flow::{Credit, Flow},
     packet::Wire,
+    subnets::Remote,
 };
 
 /// The attachment's interface, in the pod's network namespace. 0: every interface but loopback.
@@ -51,7 +54,7 @@ const CONTINUE: i32 = 1;
 #[cgroup_skb(egress)]
 pub fn count_egress(ctx: SkBuffContext) -> i32 {
     let socket = packet::full_socket(&ctx);
-    if !is_ours(&ctx) {
+    if !is_ours(&ctx, Remote::DESTINATION) {
         leave(socket);
         return PASS;
     }
@@ -68,7 +71,7 @@ pub fn count_egress(ctx: SkBuffContext) -> i32 {
 /// Called for every packet that reaches a socket of the pod, as a whole (GRO). Counts it on the clock.
 #[cgroup_skb(ingress)]
 pub fn count_ingress(ctx: SkBuffContext) -> i32 {
-    if !is_ours(&ctx) {
+    if !is_ours(&ctx, Remote::SOURCE) {
         return PASS;
     }
     let socket = packet::full_socket(&ctx);
@@ -82,8 +85,11 @@ pub fn count_ingress(ctx: SkBuffContext) -> i32 {
 #[sock_ops]
 pub fn pace_tcp(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
-        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB | BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => tcp::ask_for_segments(&ctx),
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB | BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => {
+            tcp::ask_for(&ctx, tcp::SEGMENTS | tcp::ACKNOWLEDGEMENTS);
+        }
         BPF_SOCK_OPS_HDR_OPT_LEN_CB if tcp::is_segment(&ctx) => pace::pace_segment(&ctx),
+        BPF_SOCK_OPS_RTT_CB => pace::raise(&ctx),
         _ => {}
     }
     CONTINUE as u32
@@ -93,9 +99,9 @@ pub fn pace_tcp(ctx: SockOpsContext) -> u32 {
 #[sock_ops]
 pub fn hold_acks(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
-        BPF_SOCK_OPS_RWND_INIT => ctx.set_reply(window::FIRST_SEGMENTS as u32),
+        BPF_SOCK_OPS_RWND_INIT => ctx.set_reply(window::first_segments() as u32),
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB | BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => {
-            tcp::ask_for_segments(&ctx);
+            tcp::ask_for(&ctx, tcp::SEGMENTS);
             window::open(&ctx);
         }
         BPF_SOCK_OPS_HDR_OPT_LEN_CB if tcp::is_segment(&ctx) => window::acknowledge(&ctx),
@@ -113,16 +119,17 @@ pub fn note_setsockopt(ctx: SockoptContext) -> i32 {
     CONTINUE
 }
 
-/// Whether the packet leaves by the attachment's interface. Loopback never counts: the pod talks to itself.
+/// Whether the packet is this attachment's: it goes by its interface, and its remote address is not exempt. Loopback never counts:
+/// the pod talks to itself.
 #[inline(always)]
-fn is_ours(ctx: &SkBuffContext) -> bool {
+fn is_ours(ctx: &SkBuffContext, remote: Remote) -> bool {
     // SAFETY: cgroup_skb programs may read ifindex; at egress it is that of the interface the route chose.
     let ifindex = unsafe { (*ctx.skb.skb).ifindex };
     let wanted = IFINDEX.load();
-    ifindex != LOOPBACK_IFINDEX && (wanted == 0 || ifindex == wanted)
+    ifindex != LOOPBACK_IFINDEX && (wanted == 0 || ifindex == wanted) && !subnets::are_exempt(ctx, remote)
 }
 
-/// The socket now sends by another interface: it is not paced for this one any more.
+/// The socket now sends what is not this attachment's: it is not paced for it any more.
 #[inline(always)]
 fn leave(socket: Option<NonNull<bpf_sock>>) {
     // SAFETY: as in `count_egress`.

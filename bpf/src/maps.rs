@@ -10,11 +10,11 @@ use aya_ebpf::{
     bindings::{
         BPF_F_CLONE, BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_map_type::BPF_MAP_TYPE_SK_STORAGE, bpf_sock,
     },
-    btf_maps::Array,
+    btf_maps::{Array, LpmTrie, lpm_trie::Key},
     helpers::bpf_sk_storage_get,
     macros::btf_map,
 };
-use podshaper_abi::{DIRECTIONS, Limit, Meter, OWNER_SIZE};
+use podshaper_abi::{DIRECTIONS, Limit, MOST_SUBNETS, Meter, OWNER_SIZE, SUBNET_SHAPED, SubnetAddress};
 
 use crate::flow::Flow;
 
@@ -25,6 +25,9 @@ static METERS: Array<Meter, { DIRECTIONS as usize }> = Array::new();
 /// Not used by any program: whose attachment this is, in JSON, written and read by user space. It lives and dies with the pins.
 #[btf_map]
 static OWNER: Array<[u8; OWNER_SIZE], 1> = Array::new();
+/// The subnets of the configuration. Made with room for as many as there are.
+#[btf_map]
+static SUBNETS: LpmTrie<SubnetAddress, u32, MOST_SUBNETS> = LpmTrie::new();
 #[btf_map]
 static FLOWS: FlowStorage = FlowStorage::new();
 
@@ -55,6 +58,12 @@ impl FlowStorage {
 #[inline(always)]
 pub fn limit(direction: u32) -> Option<Limit> {
     LIMITS.get(direction).copied().filter(|limit| limit.rate_bits_per_s != 0)
+}
+
+/// Whether the longest listed subnet around an address is exempt; `None` where there is none.
+#[inline(always)]
+pub fn subnet(address: &Key<SubnetAddress>) -> Option<bool> {
+    SUBNETS.get(address).map(|kind| *kind != SUBNET_SHAPED)
 }
 
 /// The meter of a direction. Whoever changes it holds its lock; see `clock`.

@@ -13,7 +13,7 @@
 //! wait for their part of it, so that a flow of small messages gets the bytes of its share and not only the packets.
 //!
 //! The value is an upper bound to the kernel (SO_MAX_PACING_RATE), so congestion control goes on below it. It is lowered at
-//! once and raised with the next ACK (`tcp_update_pacing_rate`, bbr's `bbr_set_pacing_rate`).
+//! once and raised with an ACK only (`tcp_update_pacing_rate`, bbr's `bbr_set_pacing_rate`): see [`raise`].
 
 use aya_ebpf::{helpers::bpf_setsockopt, programs::SockOpsContext};
 use podshaper_abi::{EGRESS, Limit, Meter};
@@ -29,9 +29,14 @@ pub const SO_MAX_PACING_RATE: i32 = 47;
 /// the flow has a backlog, its pace is below that again.
 const NOT_PACED: u64 = u32::MAX as u64;
 
-/// Segments of a bulk flow at its slowest: TCP builds two at least (net.ipv4.tcp_min_tso_segs), but for bbr at times. What is
-/// smaller waits in proportion, so that flows share evenly whatever they build.
-const FULL_SEGMENTS: u64 = 2;
+/// Segments that a sparse flow may send before it waits.
+const SPARSE_SEGMENTS: u64 = 2;
+
+/// Until the next segment the pace is raised to this many times the last one ..
+const RAISE: u64 = 2;
+/// .. or, if that is more, to this many full packets a second: up to there the pace does not change how large TCP builds them (a
+/// millisecond's worth, `tcp_tso_autosize`, but no fewer than the least), so that nothing is lost by raising it at once.
+const RAISE_AT_LEAST_PACKETS_PER_S: u64 = 1_000;
 
 /// Waits shorter than this are not worth a timer: the segment may go.
 const SHORTEST_WAIT_NS: u64 = 1_000;
@@ -47,7 +52,25 @@ pub fn pace_segment(ctx: &SockOpsContext) {
     let (Some(limit), Some(meter), Some(flow)) = (maps::limit(EGRESS), maps::meter(EGRESS), tcp::flow(ctx)) else {
         return;
     };
-    set_max_pacing_rate(ctx, pace(ctx, &limit, meter, flow, payload));
+    flow.paced_bytes_per_s = pace(ctx, &limit, meter, flow, payload);
+    set_max_pacing_rate(ctx, flow.paced_bytes_per_s, flow);
+}
+
+/// An acknowledgement has come: lets the kernel raise the pacing rate of the socket, which it does with acknowledgements only,
+/// right after this callback. Without it a shorter wait would begin one segment late, and a pod that waits for the longer of its
+/// last two backlogs loses rate. The next segment, which is told before it leaves, lowers it to what it then is.
+#[inline(always)]
+pub fn raise(ctx: &SockOpsContext) {
+    let (Some(limit), Some(flow)) = (maps::limit(EGRESS), tcp::flow(ctx)) else { return };
+    let paced_bytes_per_s = flow.paced_bytes_per_s;
+    if paced_bytes_per_s == 0 {
+        return;
+    }
+    // Once for each segment, not for each acknowledgement.
+    flow.paced_bytes_per_s = 0;
+    let at_least = limit.bulk_segments * tcp::mss(ctx) * RAISE_AT_LEAST_PACKETS_PER_S;
+    let raised = (RAISE * paced_bytes_per_s).max(at_least).min(limit.rate_bits_per_s / 8);
+    set_max_pacing_rate(ctx, raised, flow);
 }
 
 /// The pacing rate, in bytes/s.
@@ -57,21 +80,20 @@ fn pace(ctx: &SockOpsContext, limit: &Limit, meter: *const Meter, flow: &mut Flo
     let wire_bytes = packet::wire_bytes_of_tcp(payload, mss, tcp::is_ipv6(ctx));
     let now_ns = clock::now_ns();
     let backlog_ns = clock::backlog_with(meter, limit, now_ns, wire_bytes).max(SHORTEST_WAIT_NS);
-    let full_bytes = FULL_SEGMENTS * mss;
-    let bytes_per_s = if flow.out.is_sparse(now_ns, backlog_ns, wire_bytes, full_bytes) {
-        limit.rate_bits_per_s / 8
-    } else {
-        payload.max(full_bytes) * NANOS_PER_SECOND / backlog_ns
-    };
-    // The lower of the two wins: an application may pace itself.
-    match flow.application_bytes_per_s {
-        0 => bytes_per_s,
-        own => bytes_per_s.min(own),
+    if flow.out.is_sparse(now_ns, backlog_ns, wire_bytes, SPARSE_SEGMENTS * mss) {
+        return limit.rate_bits_per_s / 8;
     }
+    // Packets smaller than those of a bulk flow wait in proportion, so that flows share evenly whatever they build.
+    payload.max(limit.bulk_segments * mss) * NANOS_PER_SECOND / backlog_ns
 }
 
 #[inline(always)]
-fn set_max_pacing_rate(ctx: &SockOpsContext, bytes_per_s: u64) {
+fn set_max_pacing_rate(ctx: &SockOpsContext, bytes_per_s: u64, flow: &Flow) {
+    // The lower of the two wins: an application may pace itself.
+    let bytes_per_s = match flow.application_bytes_per_s {
+        0 => bytes_per_s,
+        own => bytes_per_s.min(own),
+    };
     // 0 would turn pacing off (`tcp_update_skb_after_send`).
     let mut value = bytes_per_s.clamp(1, NOT_PACED) as u32;
     // SAFETY: sock_ops programs may set this option on the locked socket of their context; the value is on the stack. It cannot

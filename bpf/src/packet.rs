@@ -66,10 +66,10 @@ pub extern "C" fn bytes_with_headers(bytes: u64, segments: u64, headers: u64, da
 /// Reads from the packet; zeros where it ends before (the helper fills them in). To look at the helper's answer would double what
 /// the verifier has to check of all that follows.
 #[inline(always)]
-fn load<T: Copy>(ctx: &SkBuffContext, offset: u64) -> T {
+pub fn load<T: Copy>(ctx: &SkBuffContext, offset: u64) -> T {
     let mut value = MaybeUninit::<T>::uninit();
     let (skb, size) = (ctx.skb.skb.cast(), size_of::<T>() as u32);
-    // SAFETY: `value` has room for as many bytes, all of which the helper writes; used for integers only, which take any.
+    // SAFETY: `value` has room for as many bytes, all of which the helper writes; used for integers and arrays of them, which take any.
     unsafe {
         bpf_skb_load_bytes(skb, offset as u32, value.as_mut_ptr().cast(), size);
         value.assume_init()

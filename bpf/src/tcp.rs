@@ -6,7 +6,7 @@
 use core::ptr::NonNull;
 
 use aya_ebpf::{
-    bindings::{BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG, bpf_sock},
+    bindings::{BPF_SOCK_OPS_RTT_CB_FLAG, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG, bpf_sock},
     programs::SockOpsContext,
 };
 
@@ -18,11 +18,16 @@ const AF_INET6: u32 = 10;
 /// FIN, SYN and RST of the flags byte.
 const OPENS_OR_CLOSES: u32 = 0b111;
 
-/// Asks for the callback at every segment of a connection that was just established.
+/// The callback at every segment that leaves.
+pub const SEGMENTS: u32 = BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
+/// The callback at every acknowledgement that a round trip is measured by, which most of them are.
+pub const ACKNOWLEDGEMENTS: u32 = BPF_SOCK_OPS_RTT_CB_FLAG;
+
+/// Asks for callbacks of a connection that was just established.
 #[inline(always)]
-pub fn ask_for_segments(ctx: &SockOpsContext) {
-    // A socket that cannot have it (none is known) would be held by the horizon alone.
-    let _ = ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG) as i32);
+pub fn ask_for(ctx: &SockOpsContext, callbacks: u32) {
+    // A socket that cannot have them (none is known) would be held by the horizon alone.
+    let _ = ctx.set_cb_flags((ctx.cb_flags() | callbacks) as i32);
 }
 
 /// Whether the callback is for a segment. tcp_current_mss() asks too, to learn the length of the options; nothing is sent then.

@@ -15,10 +15,11 @@
 //! It is set as TCP_WINDOW_CLAMP before each ACK chooses its window, since the kernel's autotuning raises it in between.
 
 use aya_ebpf::{helpers::bpf_setsockopt, programs::SockOpsContext};
-use podshaper_abi::INGRESS;
+use podshaper_abi::{INGRESS, Limit};
 
 use crate::{clock, flow::Window, maps, tcp};
 
+const NANOS_PER_SECOND: u64 = 1_000_000_000;
 const IPPROTO_TCP: i32 = 6;
 /// uapi/linux/tcp.h. Taken from sock_ops since Linux 5.11.
 const TCP_WINDOW_CLAMP: i32 = 10;
@@ -29,19 +30,37 @@ const TARGET_NS: u64 = 5_000_000;
 const SHORTEST_ROUND_NS: u64 = 1_000_000;
 /// How much longer than twice the last one an acknowledgement may be held. The remote's retransmission timer (200 ms above its
 /// round-trip estimate at least) must see the round trip grow, not jump.
-const HOLD_STEP_NS: u64 = 50_000_000;
-/// The first window, in segments. The sender's first flight then is no larger than what two flows may have queued.
-pub const FIRST_SEGMENTS: u64 = 4;
-/// A sender with less than two segments in flight waits for the receiver's delayed ACK.
-const LEAST_SEGMENTS: u64 = 2;
+const HOLD_STEP_NS: u64 = 150_000_000;
+/// How long the first flight may take at the limit, if that is between [`FIRST_LEAST_SEGMENTS`] and [`FIRST_MOST_SEGMENTS`]: the backlog of a
+/// few flows that begin together is then not longer than their senders will wait.
+const FIRST_FLIGHT_NS: u64 = 4_000_000;
+/// A sender never builds segments of more than half the largest window it has seen (`tcp_bound_to_half_wnd`).
+const FIRST_LEAST_SEGMENTS: u64 = 2;
+/// The first flight of a sender that nobody limits (RFC 6928).
+const FIRST_MOST_SEGMENTS: u64 = 10;
+/// Payload of a full packet, where the connection's own is not known yet.
+const USUAL_MSS: u64 = 1448;
+/// One segment in flight is what a sender waits 200 ms for before it sends it again; for two it would wait two ticks and two round
+/// trips (`tcp_schedule_loss_probe`). And it need not wait for a delayed ACK: with a window that was used up the application's read
+/// is answered at once (`__tcp_cleanup_rbuf`).
+const LEAST_SEGMENTS: u64 = 1;
 /// Above this the clamp limits nothing: 8 MB in 5 ms are 13 Gbit/s.
 const MOST_BYTES: u64 = 8 << 20;
 
-/// A connection is established: its window starts small.
+/// The first window, in segments.
+#[inline(always)]
+pub fn first_segments() -> u64 {
+    let rate_bits_per_s = maps::limit(INGRESS).map_or(0, |limit| limit.rate_bits_per_s);
+    let flight_bytes = rate_bits_per_s / 8 / (NANOS_PER_SECOND / FIRST_FLIGHT_NS);
+    (flight_bytes / USUAL_MSS).clamp(FIRST_LEAST_SEGMENTS, FIRST_MOST_SEGMENTS)
+}
+
+/// A connection is established: its window starts small. From the first acknowledgement on it may be smaller than the first flight.
 #[inline(always)]
 pub fn open(ctx: &SockOpsContext) {
-    let Some(flow) = tcp::flow(ctx) else { return };
-    flow.window.bytes = FIRST_SEGMENTS * tcp::mss(ctx);
+    let (Some(limit), Some(flow)) = (maps::limit(INGRESS), tcp::flow(ctx)) else { return };
+    let mss = tcp::mss(ctx);
+    flow.window.bytes = (first_segments() * mss).min(most_bytes(&limit, tcp::rtt_ns(ctx))).max(LEAST_SEGMENTS * mss);
     flow.window.changed_ns = clock::now_ns();
     clamp(ctx, flow.window.bytes);
 }
@@ -59,7 +78,7 @@ pub fn acknowledge(ctx: &SockOpsContext) {
     let now_ns = clock::now_ns();
     let backlog_ns = clock::backlog_with(meter, &limit, now_ns, 0);
     hold(&mut flow.window, now_ns, backlog_ns, flow.into.is_left());
-    resize(ctx, &mut flow.window, now_ns, backlog_ns);
+    resize(ctx, &limit, &mut flow.window, now_ns, backlog_ns);
     clamp(ctx, flow.window.bytes);
 }
 
@@ -72,7 +91,7 @@ fn hold(window: &mut Window, now_ns: u64, backlog_ns: u64, is_sparse: bool) {
 }
 
 #[inline(always)]
-fn resize(ctx: &SockOpsContext, window: &mut Window, now_ns: u64, backlog_ns: u64) {
+fn resize(ctx: &SockOpsContext, limit: &Limit, window: &mut Window, now_ns: u64, backlog_ns: u64) {
     let rtt_ns = tcp::rtt_ns(ctx);
     let round_ns = rtt_ns.max(backlog_ns).max(SHORTEST_ROUND_NS);
     if now_ns - window.changed_ns <= round_ns {
@@ -90,9 +109,18 @@ fn resize(ctx: &SockOpsContext, window: &mut Window, now_ns: u64, backlog_ns: u6
         // A window that was not used says nothing about what the link would bear.
         bytes += if window.met_backlog == 0 { bytes } else { bytes / 4 };
     }
-    window.bytes = bytes.min(MOST_BYTES).max(LEAST_SEGMENTS * tcp::mss(ctx));
+    window.bytes = bytes.min(most_bytes(limit, rtt_ns)).max(LEAST_SEGMENTS * tcp::mss(ctx));
     window.changed_ns = now_ns;
     window.received_bytes = received_bytes;
+}
+
+/// What a single flow has use for: what the link of the limit carries in two round trips (they are a guess) and twice the backlog
+/// aimed for. More would only grow in the time that an idle clock lags, and then be in flight all at once.
+#[inline(always)]
+fn most_bytes(limit: &Limit, rtt_ns: u64) -> u64 {
+    let span_us = 2 * (rtt_ns + TARGET_NS) / 1_000;
+    // Of 1000 and of 1000 again, and not of a million: neither product may overflow, nor a low rate become nothing.
+    (limit.rate_bits_per_s / 8_000 * span_us / 1_000).min(MOST_BYTES)
 }
 
 #[inline(always)]

@@ -6,7 +6,7 @@
 //! | `egressBurst`, `ingressBurst` | their bursts: quantity or number, bits | 5 ms, 10 packets at least |
 //! | `max` | `{"egress", "ingress"}`: no pod gets more, whatever it asks for | none |
 //! | `rateKey` | annotation that holds whole megabytes/s; `""` for none | `rate` |
-//! | `exemptSubnets` | list of subnets that are not counted | none |
+//! | `exemptSubnets`, `shapedSubnets` | remote addresses that are not limited, that are: see `subnets.rs` | none, all |
 //! | `cgroupPath` | below the cgroup2 mount, for runtimes that pass no UID; `{containerID}` is replaced | none |
 //! | `kubeconfig` | whom to ask for annotations and labels: absolute path | nobody |
 //! | `onApiError` | what an ADD does that gets no answer: fail, ignore | fail |
@@ -17,12 +17,12 @@
 
 use std::path::PathBuf;
 
-use ipnetwork::IpNetwork;
 use log::LevelFilter;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::limits::Direction;
+use super::subnets::Subnets;
 use super::{MAX_PATH_BYTES, NO_CGROUP_PATH, Tolerance, below_cgroup_mount, json};
 use crate::error::{Code, Error, Result, quoted};
 use crate::units::{Burst, Rate, UnitError};
@@ -49,8 +49,8 @@ pub struct Config {
     pub kubeconfig: Option<PathBuf>,
     /// `onApiError`.
     pub on_api_error: OnApiError,
-    /// `exemptSubnets`.
-    pub exempt_subnets: Vec<IpNetwork>,
+    /// `exemptSubnets` and `shapedSubnets`.
+    pub subnets: Subnets,
     rates: Rates,
 }
 
@@ -76,6 +76,7 @@ pub(super) struct Keys {
     kubeconfig: Option<Box<RawValue>>,
     on_api_error: Option<Box<RawValue>>,
     exempt_subnets: Option<Box<RawValue>>,
+    shaped_subnets: Option<Box<RawValue>>,
     // The aliases are the bandwidth plugin's keys, which mean the same; a conflist may be carried over from it.
     #[serde(alias = "egressRate")]
     egress: Option<Box<RawValue>>,
@@ -105,7 +106,8 @@ struct Max {
 impl Config {
     /// Decodes every key but the rates.
     pub(super) fn read(keys: Keys, container_id: Option<&str>, tolerance: &mut Tolerance) -> Result<Self> {
-        let Keys { log_file, log_level, rate_key, cgroup_path, kubeconfig, on_api_error, exempt_subnets, .. } = keys;
+        let Keys { log_file, log_level, rate_key, cgroup_path, kubeconfig, on_api_error, .. } = keys;
+        let Keys { exempt_subnets, shaped_subnets, .. } = keys;
         let Keys { egress, ingress, egress_burst, ingress_burst, max, .. } = keys;
 
         let level = |text: &str| text.parse::<LevelFilter>().ok();
@@ -132,7 +134,7 @@ impl Config {
             on_api_error: tolerance
                 .weigh(read("onApiError", on_api_error, "is not \"fail\" or \"ignore\"", policy))?
                 .unwrap_or_default(),
-            exempt_subnets: tolerance.weigh(exempt_subnets.map_or(Ok(Vec::new()), |raw| subnets(&raw)))?,
+            subnets: tolerance.weigh(Subnets::read(exempt_subnets, shaped_subnets))?,
             rates: Rates { egress, ingress, egress_burst, ingress_burst, max },
         })
     }
@@ -182,15 +184,6 @@ fn read<T>(key: &str, raw: Option<Box<RawValue>>, wrong: &str, take: impl Fn(&st
     taken.map(Some).map_err(|shown| Error::new(Code::Config, format!("configuration key {key:?}: {shown} {wrong}")))
 }
 
-fn subnets(raw: &RawValue) -> Result<Vec<IpNetwork>> {
-    let wrong = |shown: String| {
-        let remedy = "is not a subnet; write a list such as [\"10.0.0.0/8\", \"fd00::/8\"]";
-        Error::new(Code::Config, format!("configuration key \"exemptSubnets\": {shown} {remedy}"))
-    };
-    let texts: Vec<String> = serde_json::from_str(raw.get()).map_err(|_| wrong(quoted(raw.get())))?;
-    texts.iter().map(|text| text.parse().map_err(|_| wrong(quoted(text)))).collect()
-}
-
 /// A number of bits, or a quantity in a string.
 fn number<T>(
     key: &str,
@@ -228,7 +221,7 @@ mod tests {
         assert_eq!(request.config.kubeconfig.as_deref(), Some(Path::new("/etc/k")));
         assert_eq!((plain.on_api_error, request.config.on_api_error), (OnApiError::Fail, OnApiError::Ignore));
         assert_eq!((request.config.log_level, request.config.rate_key.as_deref()), (LevelFilter::Debug, None));
-        assert_eq!(request.config.exempt_subnets, ["10.0.0.0/8", "fd00::/8"].map(|text| text.parse().unwrap()));
+        assert_eq!(request.config.subnets.len(), 2);
         // The configured cgroup is for pods without a UID only.
         assert_eq!(request.cgroup_hint(), Some(Path::new("/machine.slice/libpod-c1.scope")));
         assert_eq!(add("K8S_POD_UID=u", &config(keys)).unwrap().cgroup_hint(), None);

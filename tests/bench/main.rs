@@ -8,9 +8,10 @@ mod harness;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
+use serde_json::{Value, json};
 
-use harness::host::Host;
+use harness::host::{Host, podshaper_plugin};
 use harness::limiter::{Limiter, Limits, Programs};
 use harness::measure::{self, Bulk, BulkResult, Udp, UdpResult, Way};
 use harness::pod::Pod;
@@ -43,12 +44,27 @@ struct Options {
     /// Limit what the pod receives, and send to it
     #[arg(long)]
     ingress: bool,
+    /// Which tables
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Part::Tcp, Part::Udp, Part::AboveTheLink, Part::Calls])]
+    parts: Vec<Part>,
+    /// Make the path this many milliseconds longer (with netem, where the kernel has it), after the pod and before the node
+    #[arg(long, default_value_t = 0)]
+    rtt_ms: u32,
     /// Fewer and shorter: 10 and 100 Mbit/s, cubic, 3 seconds
     #[arg(long)]
     quick: bool,
     /// The plugin to measure [default: the one built with this program]
     #[arg(long)]
     podshaper: Option<PathBuf>,
+}
+
+/// One table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Part {
+    Tcp,
+    Udp,
+    AboveTheLink,
+    Calls,
 }
 
 fn main() -> ExitCode {
@@ -82,9 +98,14 @@ fn run(options: &Options) -> Result<bool> {
     }
     let programs = Programs::find(options.podshaper.as_deref(), &options.limiters)?;
     let mut complete = true;
-    for part in [tcp, udp, above_the_link] {
+    for part in &options.parts {
         let mut table = Table { programs: programs.clone(), rows: vec![], complete: true };
-        let (title, header) = part(options, &mut table)?;
+        let (title, header) = match part {
+            Part::Tcp => tcp(options, &mut table)?,
+            Part::Udp => udp(options, &mut table)?,
+            Part::AboveTheLink => above_the_link(options, &mut table)?,
+            Part::Calls => calls(&mut table)?,
+        };
         complete &= table.complete;
         let text = format!("### {title}\n\n{}\n", table::markdown(header, &table.rows));
         table::print(&text).context("print the table")?;
@@ -117,6 +138,7 @@ impl Table {
         let measured = Host::new().and_then(|host| {
             let mut pod = Pod::new(&host, "bench")?;
             limiter.add(&mut pod, limits, &self.programs)?;
+            options.lengthen(&pod)?;
             measure(&pod)
         });
         // A stop shows up as a failure of whatever was running.
@@ -134,6 +156,20 @@ impl Table {
 impl Options {
     fn way(&self) -> Way {
         if self.ingress { Way::In } else { Way::Out }
+    }
+
+    /// `tc qdisc add dev VETH root netem delay`, at the node's end: what goes to the pod is late, data or acknowledgements.
+    fn lengthen(&self, pod: &Pod) -> Result<()> {
+        if self.rtt_ms == 0 {
+            return Ok(());
+        }
+        let veth = pod
+            .host
+            .netns
+            .run("sh", &["-c", "ip -o link show type veth | sed 's/^[0-9]*: \\([^@:]*\\).*/\\1/' | head -1"])?;
+        let delay = format!("{}ms", self.rtt_ms);
+        let arguments = ["qdisc", "replace", "dev", veth.trim(), "root", "netem", "delay", &delay, "limit", "100000"];
+        pod.host.netns.run("tc", &arguments).map(drop)
     }
 
     fn bulk(&self, flows: usize, congestion: Option<String>, limit: u64) -> Bulk {
@@ -216,6 +252,57 @@ fn above_the_link(options: &Options, table: &mut Table) -> Result<Title> {
     Ok((
         format!("A limit of {}, above what the link gives", table::limit(limit)),
         &["flows", "limiter", "on the wire", "first second", "retransmits", "reply p50", "p99"],
+    ))
+}
+
+/// Whole processes, as a runtime calls them, one after the other on a pod that bridge and host-local made.
+fn calls(table: &mut Table) -> Result<Title> {
+    const CALLS: usize = 60;
+    const SUBNETS: usize = 2_000;
+    let limit = json!(100_000_000);
+    let egress = json!({ "egressRate": limit });
+    let both = json!({ "egressRate": limit, "ingressRate": limit });
+    let subnets: Vec<String> = (0..SUBNETS).map(|i| format!("172.{}.{}.0/24", 16 + i / 256, i % 256)).collect();
+    let cases = [
+        ("egress".to_owned(), egress.clone(), json!({})),
+        ("both directions".to_owned(), both, json!({})),
+        (format!("egress, {SUBNETS} exemptSubnets"), egress, json!({ "exemptSubnets": subnets })),
+        ("no limit".to_owned(), Value::Null, json!({})),
+    ];
+    for (name, bandwidth, keys) in cases {
+        check_stop()?;
+        note(format_args!("ADD and DEL, {name} .."));
+        let host = Host::new()?;
+        let mut pod = Pod::new(&host, "bench")?;
+        let result = pod.add(&host.bridge_chain()?)?;
+        pod.offer("bandwidth", bandwidth);
+        let mut plugin = podshaper_plugin();
+        plugin
+            .as_object_mut()
+            .into_iter()
+            .for_each(|plugin| plugin.extend(keys.as_object().cloned().unwrap_or_default()));
+        let chain = host.bridge_chain()?.then(plugin.clone()).with_dir(table.programs.directory()?);
+        let plugin = plugin.as_object().cloned().unwrap_or_default();
+        let mut timed = [vec![], vec![]];
+        let mut peak_bytes = 0;
+        for _ in 0..CALLS {
+            for (verb, elapsed) in ["ADD", "DEL"].into_iter().zip(&mut timed) {
+                let call =
+                    pod.environment(chain.call(&plugin, verb, &pod.offers, Some(&result))?).call_in(&host.netns)?;
+                peak_bytes = peak_bytes.max(call.success()?.peak_rss_bytes);
+                elapsed.push(call.elapsed);
+            }
+        }
+        let cells = timed.map(|mut elapsed| {
+            elapsed.sort();
+            [CALLS / 2, CALLS * 95 / 100].map(|at| table::millis(elapsed[at].as_secs_f64() * 1e6))
+        });
+        let memory = format!("{:.1} MB", peak_bytes as f64 / 1e6);
+        table.rows.push([vec![name], cells.concat(), vec![memory]].concat());
+    }
+    Ok((
+        format!("Calls: median and 95th percentile of {CALLS}, whole processes"),
+        &["limits", "ADD p50", "p95", "DEL p50", "p95", "peak memory"],
     ))
 }
 

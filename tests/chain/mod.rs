@@ -7,21 +7,30 @@
 mod counters;
 /// What a pod may do against its limit, and what it must still be able to do.
 mod foes;
+/// What a pod receives.
+mod ingress;
+/// Interfaces that are no veth, and packets of other sizes.
+mod links;
 /// Rate, first second, retransmits, fairness, latency of TCP.
 mod rate;
 /// Which traffic is this attachment's, and what is not touched at all.
 mod scope;
+/// Remote addresses that are exempt.
+mod subnets;
 /// UDP and ICMP.
 mod unpaced;
 
 use std::sync::MutexGuard;
 use std::thread;
 
-use super::harness::cni::Cni;
-use super::harness::host::Host;
+use serde_json::Value;
+
+use super::harness::cni::{Chain, Cni};
+use super::harness::host::{Host, podshaper_plugin};
 use super::harness::limiter::{Limiter, Limits, Programs};
 use super::harness::measure;
-use super::harness::pod::Pod;
+use super::harness::pod::{INTERFACE, Pod};
+use super::harness::podshaper_program;
 
 pub const MBIT: u64 = 1_000_000;
 const GBIT: u64 = 1_000 * MBIT;
@@ -45,12 +54,28 @@ impl Bed {
         pod
     }
 
+    /// A pod of another network than the bridge's, or with other keys in podshaper's configuration.
+    pub fn pod_of(&self, network: Chain, keys: Value, limits: Limits) -> Pod<'_> {
+        let mut pod = Pod::new(&self.host, "chain").unwrap();
+        let mut podshaper = podshaper_plugin();
+        podshaper.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+        let directory = podshaper_program().unwrap().parent().unwrap().to_owned();
+        pod.offer_bandwidth(limits.egress, limits.ingress, None);
+        pod.add(&network.then(podshaper).with_dir(directory)).unwrap();
+        pod
+    }
+
     /// Sets a sysctl of both ends.
     fn set(&self, pod: &Pod, key: &str, value: u64) {
         for netns in [&self.host.netns, &pod.netns] {
             netns.run("sysctl", &["-q", &format!("{key}={value}")]).unwrap();
         }
     }
+}
+
+/// Whether podshaper found fq in the kernel: packets that no socket paces then wait for their departure time.
+fn has_fq(pod: &Pod) -> bool {
+    pod.netns.run("tc", &["qdisc", "show", "dev", INTERFACE]).unwrap().contains("qdisc fq ")
 }
 
 /// An attachment that no chain of the harness made; removed on drop.

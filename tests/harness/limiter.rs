@@ -57,11 +57,7 @@ impl Limiter {
         pod.offer_bandwidth(limits.egress, limits.ingress, burst);
         let chain: Chain = match self {
             Self::Bare => bridge,
-            Self::Podshaper => {
-                let dir = programs.podshaper_dir.as_ref();
-                let dir = dir.ok_or_else(|| Failure::new("podshaper was not among the limiters looked for"))?;
-                bridge.then(podshaper_plugin()).with_dir(dir)
-            }
+            Self::Podshaper => bridge.then(podshaper_plugin()).with_dir(programs.directory()?),
             Self::Bandwidth => bridge.then(bandwidth_plugin()),
         };
         pod.add(&chain).map(drop)
@@ -75,6 +71,12 @@ pub struct Programs {
 }
 
 impl Programs {
+    /// The directory of the podshaper that is measured.
+    pub fn directory(&self) -> Result<&Path> {
+        let directory = self.podshaper_dir.as_deref();
+        directory.ok_or_else(|| Failure::new("podshaper was not among the limiters looked for"))
+    }
+
     /// Looks for what these limiters need before anything is measured: the `podshaper` named, or the one of this build.
     pub fn find(podshaper: Option<&Path>, limiters: &[Limiter]) -> Result<Self> {
         if !limiters.contains(&Limiter::Podshaper) {

@@ -181,6 +181,34 @@ fn bpffs_is_mounted_where_it_is_missing_unless_that_is_forbidden() {
     });
 }
 
+/// Where everybody may write to bpffs, everybody can make the directory first, and would then hold the lock of every pod's ADD.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn a_directory_of_pins_that_is_not_roots_alone_is_not_used() {
+    let pod = Sandbox::new();
+    mounts::with_own(|| {
+        mounts::without(Path::new(BPFFS));
+        let mode_of = Some("mode=1777");
+        nix::mount::mount(Some("bpf"), BPFFS, Some("bpf"), nix::mount::MsFlags::empty(), mode_of).unwrap();
+        let directory = Path::new(BPFFS).join("podshaper");
+        fs::create_dir(&directory).unwrap();
+        let refusal = |uid: u32, mode: &str| {
+            let what = "it is not a directory that root alone may write to";
+            let remedy = "remove it and find out who made it";
+            (KERNEL, format!("use {}: {what} (uid {uid}, mode {mode}); {remedy}", directory.display()))
+        };
+        fs::set_permissions(&directory, fs::Permissions::from_mode(0o777)).unwrap();
+        assert_eq!(refused(&pod.cni("ADD")), refusal(0, "777"));
+        fs::set_permissions(&directory, fs::Permissions::from_mode(0o700)).unwrap();
+        std::os::unix::fs::chown(&directory, Some(1000), None).unwrap();
+        assert_eq!(refused(&pod.cni("ADD")), refusal(1000, "700"));
+        fs::remove_dir(&directory).unwrap();
+        pod.call("ADD");
+        pod.call("DEL");
+    });
+    pod.assert_unlimited();
+}
+
 /// A kernel without bpffs, or a container in which /sys is read-only.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]

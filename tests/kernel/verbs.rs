@@ -1,11 +1,13 @@
 use std::fs;
+use std::process::Command;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
 
 use crate::harness::cni::Cni;
 use crate::harness::pod::container_id;
-use crate::sandbox::{RATE, Sandbox, netns_with, ok, refused};
+use crate::harness::process;
+use crate::sandbox::{RATE, Sandbox, netns_with, netns_with_host_end, ok, refused};
 
 const MISMATCH: u64 = 102;
 
@@ -53,6 +55,35 @@ fn check_names_what_is_not_as_asked_for() {
     assert!(code == MISMATCH && (details == dead || details.starts_with(&elsewhere)), "{details}");
     pod.call("DEL");
     assert_eq!(refused(&pod.cni("CHECK")), (MISMATCH, nothing));
+}
+
+/// What holds the limit is not the programs alone, and somebody else's `tc` may take a part of it away.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn check_misses_a_qdisc_that_was_taken_off() {
+    let (netns, host_end) = netns_with_host_end();
+    let pod = Sandbox::with_netns(Arc::new(netns));
+    let path = &pod.stdin["runtimeConfig"]["cgroupPath"];
+    let asked = json!({ "bandwidth": { "ingressRate": RATE }, "cgroupPath": path });
+    let stdin = pod.stdin_with(json!({ "runtimeConfig": asked }));
+    ok(&pod.cni("ADD").stdin(&stdin));
+    ok(&pod.cni("CHECK").stdin(&stdin));
+    let delete = ["qdisc", "del", "root", "dev"];
+    let what = match pod.owner("eth0")["ingressBy"].as_str() {
+        Some("tbf") => {
+            process::run(Command::new("tc").args(delete).arg(&host_end)).unwrap();
+            "tbf, at the host's end,"
+        }
+        _ => {
+            pod.netns.run("tc", &[&delete[..], &["eth0"]].concat()).unwrap();
+            "fq"
+        }
+    };
+    let gone = format!("{what} has been taken off eth0 of {}: podshaper put it there", pod.netns.path().display());
+    assert_eq!(refused(&pod.cni("CHECK").stdin(&stdin)), (MISMATCH, gone));
+    ok(&pod.cni("ADD").stdin(&stdin));
+    ok(&pod.cni("CHECK").stdin(&stdin));
+    pod.call("DEL");
 }
 
 #[test]

@@ -27,12 +27,38 @@ pub const BACKLOG_FIRST_BUCKET_LOG2_NS: u32 = 10;
 /// Bytes of the `OWNER` map's single value: JSON text, padded with NUL bytes.
 pub const OWNER_SIZE: usize = 4096;
 
+/// Most subnets that can be listed, of both kinds together.
+pub const MOST_SUBNETS: usize = 1 << 14;
+/// `SUBNETS_MODE`: no subnet is listed.
+pub const SUBNETS_NONE: u32 = 0;
+/// `SUBNETS_MODE`: an address in no listed subnet is shaped.
+pub const SUBNETS_SHAPED_BY_DEFAULT: u32 = 1;
+/// `SUBNETS_MODE`: an address in no listed subnet is exempt.
+pub const SUBNETS_EXEMPT_BY_DEFAULT: u32 = 2;
+/// Value in the `SUBNETS` map: limited and counted.
+pub const SUBNET_SHAPED: u32 = 0;
+/// Value in the `SUBNETS` map: neither.
+pub const SUBNET_EXEMPT: u32 = 1;
+
+/// An address as the `SUBNETS` map has it: IPv6, in which IPv4 is `::ffff:a.b.c.d` (RFC 4291, 2.5.5.2).
+pub type SubnetAddress = [u8; 16];
+
+/// An IPv4 address as IPv6. A prefix of its becomes longer by 96.
+#[inline(always)]
+pub fn ipv4_mapped([a, b, c, d]: [u8; 4]) -> SubnetAddress {
+    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
+}
+
 /// Nanoseconds a second has, times bits a byte has: what turns bytes and bits/s into nanoseconds.
 const BIT_NANOS_PER_BYTE_SECOND: u64 = 8_000_000_000;
 
 /// Bytes of sparse flows that no socket paces count this many times on their own clock: together they get a quarter of the rate
 /// before the backlog and no more, however many sockets a pod opens (each comes with new credit).
 pub const SPARSE_COST: u64 = 4;
+
+/// Below this rate TCP can be told to build single segments (net.ipv4.tcp_min_tso_segs): from here on bbr builds two all the same
+/// (`bbr_min_tso_rate`, net/ipv4/tcp_bbr.c).
+pub const SINGLE_SEGMENTS_BELOW_BITS_PER_S: u64 = 1_200_000;
 
 /// Largest packet the arithmetic is exact for. A GSO packet is at most 512 KiB (`GSO_MAX_SIZE`, 8 * 65535 with BIG TCP), and
 /// the headers of its segments do not double it.
@@ -54,6 +80,8 @@ pub struct Limit {
     pub horizon_ns: u64,
     /// What a flow that is not TCP may send as a sparse one: two full packets. (Of TCP it is two segments.)
     pub sparse_bytes: u64,
+    /// Segments of a packet that a bulk flow builds at its slowest, and so waits for the whole backlog: 1 or 2.
+    pub bulk_segments: u64,
     /// 1: what no socket paces gets a departure time, since fq is there to honour it, and is held by the horizon only.
     pub departs: u64,
 }
@@ -109,7 +137,7 @@ pub struct Counters {
 }
 
 // The sizes are part of LAYOUT: a padding byte or a new field must not slip in unseen.
-const _: () = assert!(size_of::<Limit>() == 56);
+const _: () = assert!(size_of::<Limit>() == 64);
 const _: () = assert!(size_of::<Clock>() == 16);
 const _: () = assert!(size_of::<Counters>() == 40 + 8 * BACKLOG_BUCKETS);
 const _: () = assert!(size_of::<Meter>() == 8 + 2 * size_of::<Clock>() + size_of::<Counters>());
@@ -268,6 +296,12 @@ mod tests {
         assert_eq!(clock.next_ns, 1_000);
         clock.advance_sparse(1_000, &limit, transmit_time(100, limit.rate_bits_per_s), 1);
         assert_eq!(clock.next_ns, 1_400);
+    }
+
+    #[test]
+    fn ipv4_is_mapped_as_the_library_does() {
+        let ipv4 = std::net::Ipv4Addr::new(10, 1, 2, 3);
+        assert_eq!(ipv4_mapped(ipv4.octets()), ipv4.to_ipv6_mapped().octets());
     }
 
     #[test]

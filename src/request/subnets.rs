@@ -1,0 +1,145 @@
+//! `exemptSubnets` and `shapedSubnets`: which remote addresses a limit is for. An address belongs to the longest listed subnet around
+//! it; one that is in none is shaped, unless `shapedSubnets` says which ones are.
+
+use std::collections::BTreeMap;
+
+use ipnetwork::IpNetwork;
+use podshaper_abi::{
+    MOST_SUBNETS, SUBNET_EXEMPT, SUBNET_SHAPED, SUBNETS_EXEMPT_BY_DEFAULT, SUBNETS_NONE, SUBNETS_SHAPED_BY_DEFAULT,
+    SubnetAddress, ipv4_mapped,
+};
+use serde_json::value::RawValue;
+
+use crate::error::{Code, Error, Result, quoted};
+
+/// Bits of an IPv4 address that the mapping to IPv6 puts before it.
+const MAPPED_BITS: u32 = 96;
+
+/// The listed subnets as the eBPF programs have them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Subnets {
+    listed: BTreeMap<(u32, SubnetAddress), u32>,
+    unlisted_are_exempt: bool,
+}
+
+impl Subnets {
+    /// Reads both lists.
+    ///
+    /// # Errors
+    /// [`Code::Config`]: not a list of subnets, too many, or one that is in both lists.
+    pub(super) fn read(exempt: Option<Box<RawValue>>, shaped: Option<Box<RawValue>>) -> Result<Self> {
+        let mut subnets = Self { unlisted_are_exempt: shaped.is_some(), ..Self::default() };
+        for (key, raw, kind) in [("exemptSubnets", exempt, SUBNET_EXEMPT), ("shapedSubnets", shaped, SUBNET_SHAPED)] {
+            for network in raw.map_or(Ok(Vec::new()), |raw| list(key, &raw))? {
+                if subnets.listed.insert(prefix(network), kind).is_some_and(|other| other != kind) {
+                    let text =
+                        format!("configuration keys \"exemptSubnets\" and \"shapedSubnets\": {network} is in both");
+                    return Err(Error::new(Code::Config, text));
+                }
+            }
+        }
+        match subnets.listed.len() {
+            0..=MOST_SUBNETS => Ok(subnets),
+            count => {
+                let text = format!("configuration keys \"exemptSubnets\" and \"shapedSubnets\": {count} subnets");
+                Err(Error::new(Code::Config, format!("{text}, more than the {MOST_SUBNETS} there can be")))
+            }
+        }
+    }
+
+    /// Whether every address is shaped, there being no list.
+    pub fn is_empty(&self) -> bool {
+        self.mode() == SUBNETS_NONE
+    }
+
+    /// What `SUBNETS_MODE` in the programs is to be.
+    pub fn mode(&self) -> u32 {
+        match self {
+            Self { unlisted_are_exempt: true, .. } => SUBNETS_EXEMPT_BY_DEFAULT,
+            Self { listed, .. } if listed.is_empty() => SUBNETS_NONE,
+            _ => SUBNETS_SHAPED_BY_DEFAULT,
+        }
+    }
+
+    /// Number of listed subnets.
+    pub fn len(&self) -> usize {
+        self.listed.len()
+    }
+
+    /// Prefix length in bits, address and kind of each listed subnet.
+    pub fn entries(&self) -> impl Iterator<Item = (u32, SubnetAddress, u32)> {
+        self.listed.iter().map(|(&(bits, address), &kind)| (bits, address, kind))
+    }
+}
+
+fn list(key: &str, raw: &RawValue) -> Result<Vec<IpNetwork>> {
+    let wrong = |shown: String| {
+        let remedy = "is not a subnet; write a list such as [\"10.0.0.0/8\", \"fd00::/8\"]";
+        Error::new(Code::Config, format!("configuration key {key:?}: {shown} {remedy}"))
+    };
+    let texts: Vec<String> = serde_json::from_str(raw.get()).map_err(|_| wrong(quoted(raw.get())))?;
+    texts.iter().map(|text| text.parse().map_err(|_| wrong(quoted(text)))).collect()
+}
+
+/// Bits after the prefix do not count: 10.1.2.3/8 is 10.0.0.0/8.
+fn prefix(network: IpNetwork) -> (u32, SubnetAddress) {
+    match network {
+        IpNetwork::V4(v4) => (u32::from(v4.prefix()) + MAPPED_BITS, ipv4_mapped(v4.network().octets())),
+        IpNetwork::V6(v6) => (v6.prefix().into(), v6.network().octets()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn raw(text: &str) -> Option<Box<RawValue>> {
+        (!text.is_empty()).then(|| serde_json::from_str(text).unwrap())
+    }
+
+    fn read(exempt: &str, shaped: &str) -> Result<Subnets> {
+        Subnets::read(raw(exempt), raw(shaped))
+    }
+
+    #[test]
+    fn an_address_in_no_list_is_shaped_unless_it_is_said_which_are() {
+        for (exempt, shaped, mode) in [
+            ("", "", SUBNETS_NONE),
+            ("[]", "", SUBNETS_NONE),
+            (r#"["10.0.0.0/8"]"#, "", SUBNETS_SHAPED_BY_DEFAULT),
+            ("", r#"["0.0.0.0/0"]"#, SUBNETS_EXEMPT_BY_DEFAULT),
+            ("", "[]", SUBNETS_EXEMPT_BY_DEFAULT),
+            (r#"["10.0.0.0/8"]"#, r#"["10.1.0.0/16"]"#, SUBNETS_EXEMPT_BY_DEFAULT),
+        ] {
+            assert_eq!(read(exempt, shaped).unwrap().mode(), mode, "{exempt} {shaped}");
+        }
+    }
+
+    #[test]
+    fn prefixes_are_of_ipv6_and_without_the_bits_behind_them() {
+        let subnets = read(r#"["10.1.2.3/8", "10.0.0.0/8", "fd00::1/8", "192.0.2.1"]"#, r#"["fd00:1::/32"]"#).unwrap();
+        let entries: Vec<_> = subnets.entries().collect();
+        let address = |text: &str| text.parse::<std::net::Ipv6Addr>().unwrap().octets();
+        let expected = [
+            (8, address("fd00::"), SUBNET_EXEMPT),
+            (32, address("fd00:1::"), SUBNET_SHAPED),
+            (104, address("::ffff:10.0.0.0"), SUBNET_EXEMPT),
+            (128, address("::ffff:192.0.2.1"), SUBNET_EXEMPT),
+        ];
+        assert_eq!(entries, expected);
+    }
+
+    #[test]
+    fn what_is_no_list_of_subnets_is_named() {
+        let too_many: Vec<String> = (0..=MOST_SUBNETS).map(|i| format!("10.{}.{}.0/24", i / 256, i % 256)).collect();
+        for (exempt, shaped, why) in [
+            (r#""10.0.0.0/8""#, "", r#"key "exemptSubnets": "\"10.0.0.0/8\"" is not a subnet"#),
+            ("", r#"["10.0.0.0/33"]"#, r#"key "shapedSubnets": "10.0.0.0/33" is not a subnet"#),
+            (r#"["10.0.0.0/8"]"#, r#"["10.1.0.0/8"]"#, "10.1.0.0/8 is in both"),
+            (&serde_json::to_string(&too_many).unwrap(), "", "16385 subnets, more than the 16384 there can be"),
+        ] {
+            let error = read(exempt, shaped).unwrap_err().to_string();
+            assert!(error.contains(why), "{error}");
+        }
+    }
+}

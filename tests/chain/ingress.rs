@@ -1,0 +1,54 @@
+use std::thread;
+
+use serde_json::json;
+
+use super::{Bed, MBIT, assert_rate, has_fq};
+use crate::harness::limiter::Limits;
+use crate::harness::measure::{self, Bulk, Way};
+
+/// What a full TCP packet has of payload: 1448 bytes of 1500.
+const PAYLOAD_OF_WIRE: f64 = 1448.0 / 1500.0;
+/// The mechanisms that hold ingress without fq are coarser, and on a busy machine held acknowledgements leave late.
+const TOLERANCE: f64 = 0.10;
+
+fn limited(bed: &Bed, egress: Option<u64>, ingress: u64) -> crate::harness::pod::Pod<'_> {
+    bed.pod_of(bed.host.bridge_chain().unwrap(), json!({}), Limits { egress, ingress: Some(ingress) })
+}
+
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn what_a_pod_receives_is_held_to_its_limit() {
+    for (rate, flows, ipv6) in
+        [(10 * MBIT, 1, false), (10 * MBIT, 8, false), (100 * MBIT, 1, true), (100 * MBIT, 8, false)]
+    {
+        let bed = Bed::new();
+        let pod = limited(&bed, None, rate);
+        let bulk = Bulk { way: Way::In, flows, ipv6, seconds: 4.0, ..Bulk::default() };
+        let result = measure::bulk(&pod, &bulk).unwrap();
+        let what = format!("{flows} flows in at {} Mbit/s, {} retransmits", rate / MBIT, result.retransmits);
+        assert_rate(&what, result.timeline.steady_rate(), rate, TOLERANCE);
+        // By acknowledgements nothing is lost but a first flight that is longer than anybody could have known.
+        assert!(!has_fq(&pod) || result.retransmits <= 2 * flows as u64, "{what}");
+    }
+}
+
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn both_directions_at_once_hold_their_own_limits() {
+    const OUT: u64 = 20 * MBIT;
+    const IN: u64 = 50 * MBIT;
+    let bed = Bed::new();
+    let pod = limited(&bed, Some(OUT), IN);
+    let run = |way, flows| measure::bulk(&pod, &Bulk { way, flows, seconds: 4.0, ..Bulk::default() }).unwrap();
+    let (sent, received) = thread::scope(|scope| {
+        let received = scope.spawn(|| run(Way::In, 4));
+        (run(Way::Out, 4), received.join().unwrap())
+    });
+    // The acknowledgements of one direction are traffic of the other: 26 of every 1500 bytes at most, and counted.
+    for (what, result, limit, other) in [("out", sent, OUT, IN), ("in", received, IN, OUT)] {
+        let acknowledgements = other as f64 * 52.0 / 3000.0;
+        let payload = result.timeline.payload_rate(1.0, f64::INFINITY);
+        let wanted = (limit as f64 - acknowledgements) * PAYLOAD_OF_WIRE;
+        assert_rate(&format!("payload {what}"), payload, wanted as u64, TOLERANCE);
+    }
+}
