@@ -251,7 +251,7 @@ within() {
 attempts() {
     local limit=$1 direction=$2 rate
     shift 2
-    for _ in 1 2 3; do
+    for _ in {1..5}; do
         rate=$("$@")
         if within "$rate" "$limit"; then
             echo "$direction $limit Mbit/s: $rate on the wire"
