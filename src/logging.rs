@@ -10,7 +10,12 @@ use crate::request::Config;
 
 /// Starts logging as the configuration says. A log file that cannot be opened is said on stderr and costs no pod.
 pub fn start(config: &Config) {
-    let format = ConfigBuilder::new().set_time_format_rfc3339().set_thread_level(LevelFilter::Off).build();
+    let format = ConfigBuilder::new()
+        .set_time_format_rfc3339()
+        .set_thread_level(LevelFilter::Off)
+        // The loader's own debug lines are 500 for each ADD.
+        .add_filter_allow_str(env!("CARGO_PKG_NAME"))
+        .build();
     let opened =
         config.log_file.as_ref().map(|path| OpenOptions::new().append(true).create(true).open(path)).transpose();
     let (output, failed): (Box<dyn Write + Send>, _) = match opened {

@@ -6,7 +6,7 @@
 #![cfg_attr(not(test), no_std)]
 
 /// Version of the structures below and of the set of maps and programs that are pinned.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 /// Index of the egress direction in the `LIMITS` and `METERS` maps: what the pod sends.
 pub const EGRESS: u32 = 0;

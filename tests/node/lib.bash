@@ -1,0 +1,312 @@
+# Shared by the tests of this directory, which source it: a node made of containerd and kubelet, what its pods are made of, how their
+# rates are measured, and how the tests are counted. $run is the directory of everything that is written.
+# shellcheck shell=bash
+
+# What the scripts that source this say: their directory, the programs to test, the network interface that leads away.
+: "${run:?} ${podshaper:?} ${traffic:?} ${uplink:?}"
+parts=${PODSHAPER_LAB:-${XDG_CACHE_HOME:-$HOME/.cache}/podshaper-lab}/node
+passed=0 failed=0
+# What tells who waits for what: a kubelet in User Mode Linux on a busy machine is slow.
+PATIENCE=${PATIENCE:-120}
+# Rates may be off by this: TCP payload over 5 s, on a machine that does other things.
+LOW=0.90 HIGH=1.04
+
+# it CLAIM COMMAND..: a test. It fails with the first command that fails, and says what that printed.
+it() {
+    local claim=$1 status=0 start=$SECONDS
+    shift
+    # A subshell with -e of its own: where a function is a condition, bash ignores -e in it.
+    set +e
+    (
+        set -e
+        "$@"
+    ) >"$run/test.log" 2>&1
+    status=$?
+    set -e
+    if [[ $status -eq 0 ]]; then
+        passed=$((passed + 1))
+        echo "test $claim ... ok ($((SECONDS - start)) s)"
+    else
+        failed=$((failed + 1))
+        echo "test $claim ... FAILED ($((SECONDS - start)) s)"
+    fi
+    sed 's/^/    /' "$run/test.log"
+    [[ $status -eq 0 ]] || explain
+}
+
+# Whoever has to find out why gets the ends of the logs.
+explain() {
+    local log
+    for log in "$run"/{podshaper,kubelet,containerd}.log; do
+        [[ -s $log ]] || continue
+        echo "    -- the end of ${log##*/}:"
+        { grep -vE '^I[0-9]|level=info' "$log" || true; } | tail -n 8 | cut -c 1-500 | sed 's/^/    /'
+    done
+}
+
+# The last line of a run, as cargo's own tests write it: tests/run adds them up.
+results() {
+    echo "test result: $([[ $failed -eq 0 ]] && echo ok || echo FAILED). $passed passed; $failed failed; 0 ignored"
+    [[ $failed -eq 0 ]]
+}
+
+# combination RUNTIME DRIVER QOS PLUGIN SPEC RESULT: something that passed, for the table at the end.
+combination() {
+    local IFS=$'\t'
+    echo "$*" >>"$run/combinations"
+}
+
+combinations() {
+    [[ -s $run/combinations ]] || return 0
+    echo "what passed:"
+    { printf 'runtime\tcgroup driver\tQoS class\tprimary plugin\tspec\tmeasured\n' && cat "$run/combinations"; } |
+        awk -F '\t' '{ printf "  %-18s %-16s %-11s %-15s %-6s %s\n", $1, $2, $3, $4, $5, $6 }'
+}
+
+# until_true SECONDS COMMAND..: waits for it, and says what it waited for in vain.
+until_true() {
+    local deadline=$((SECONDS + $1))
+    shift
+    until "$@" >/dev/null 2>&1; do
+        [[ $SECONDS -lt $deadline ]] || { echo "in vain waited for: $*" && return 1; }
+        sleep 0.5
+    done
+}
+
+fail() {
+    echo "$*"
+    return 1
+}
+
+# What the node's network is made of: the uplink with its address, and its own place beside pods of macvlan on that uplink.
+make_uplink() {
+    ip link set lo up
+    ip link add "$uplink" type veth peer name far0
+    ip link set far0 up
+    ip address add 10.99.0.1/24 dev "$uplink"
+    ip link set "$uplink" up
+    ip route add default via 10.99.0.2 dev "$uplink"
+    ip link add link "$uplink" name node0 type macvlan mode bridge
+    ip address add 10.244.3.1/24 dev node0
+    ip link set node0 up
+    sysctl --quiet --write net.ipv4.ip_forward=1
+}
+
+# lay_out_plugins PART: its plugins, flannel's and podshaper where they are on a node, and nothing that was there.
+lay_out_plugins() {
+    mkdir -p /opt/cni/bin /etc/cni/net.d
+    mount -t tmpfs plugins /opt/cni/bin
+    mount -t tmpfs conflists /etc/cni/net.d
+    ln -s "$parts"/cni-0.9/usr/lib/cni/flannel "$parts/$1"/usr/lib/cni/* /opt/cni/bin/
+    install -m 755 "$podshaper" /opt/cni/bin/podshaper
+}
+
+# conflist PLUGIN VERSION [KEYS]: what the node's pods are attached by. Changing it needs no restart. KEYS: more of podshaper's own.
+conflist() {
+    local plugin=$1 version=$2 ipam primary subnet=10.244.1.0/24
+    # A pod of macvlan or ipvlan reaches everyone on the uplink but the node itself: the node's own place there is in the same subnet.
+    [[ $plugin != *vlan ]] || subnet=10.244.3.0/24
+    ipam='{"type": "host-local", "ranges": [[{"subnet": "'$subnet'"}]], "routes": [{"dst": "0.0.0.0/0"}]}'
+    case $plugin in
+    bridge) primary='{"type": "bridge", "bridge": "podshaper0", "isGateway": true, "hairpinMode": true, "ipam": '$ipam'}' ;;
+    ptp) primary='{"type": "ptp", "ipam": '$ipam'}' ;;
+    macvlan | ipvlan) primary='{"type": "'$plugin'", "master": "'$uplink'", "ipam": '$ipam'}' ;;
+    flannel) primary='{"type": "flannel", "subnetFile": "'$run'/subnet.env",
+        "delegate": {"bridge": "flannel0", "hairpinMode": true, "isDefaultGateway": true}}' ;;
+    esac
+    printf '%s\n' FLANNEL_{NETWORK=10.244.0.0/16,SUBNET=10.244.2.1/24,MTU=1450,IPMASQ=false} >"$run/subnet.env"
+    jq --null-input --arg name "pods-$plugin" --arg version "$version" --argjson primary "$primary" --arg log "$run/podshaper.log" \
+        --argjson own "${3:-"{}"}" '{
+        cniVersion: $version, name: $name, plugins: [
+            $primary,
+            {type: "portmap", capabilities: {portMappings: true}},
+            ({type: "podshaper", logFile: $log, logLevel: "debug",
+              capabilities: {bandwidth: true, cgroupPath: true, "io.kubernetes.cri.pod-annotations": true}} + $own)]}' >"$run/conflist.new"
+    cp "$run/conflist.new" /etc/cni/net.d/new
+    # Within the directory: containerd takes no notice of a file that is moved in from elsewhere.
+    mv /etc/cni/net.d/new /etc/cni/net.d/10-pods.conflist
+}
+
+# start_containerd VERSION DRIVER
+start_containerd() {
+    local version=$1 driver=$2 pause
+    containerd=$parts/containerd-$version/usr/bin
+    case $version in
+    1.6) pause=registry.k8s.io/pause:3.6 ;;
+    1.7) pause=registry.k8s.io/pause:3.8 ;;
+    2.1) pause=registry.k8s.io/pause:3.10 ;;
+    esac
+    cat >"$run/containerd.toml" <<TOML
+version = 2
+root = "$run/containerd"
+state = "$run/containerd-state"
+disabled_plugins = ["io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.nri.v1.nri"]
+[grpc]
+  address = "$run/containerd.sock"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "$run/opt"
+[ttrpc]
+  address = "$run/containerd.ttrpc"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "$pause"
+  restrict_oom_score_adj = true
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "/opt/cni/bin"
+    conf_dir = "/etc/cni/net.d"
+  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+    runtime_type = "io.containerd.runc.v2"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
+      BinaryName = "$parts/runc/usr/sbin/runc"
+      SystemdCgroup = $([[ $driver == systemd ]] && echo true || echo false)
+TOML
+    if [[ $version == 2.1 ]]; then
+        "$containerd/containerd" --config "$run/containerd.toml" config migrate >"$run/containerd-3.toml"
+        sed "s#^\( *sandbox = \).*#\1'$pause'#" "$run/containerd-3.toml" >"$run/containerd.toml"
+    fi
+    PATH=$containerd:$PATH "$containerd/containerd" --config "$run/containerd.toml" >"$run/containerd.log" 2>&1 &
+    until_true 60 ctr version || return
+    ctr images import "$parts/image/image.tar" >/dev/null
+    runtime="containerd $(ctr version | sed -n '/Server/,$s/.*Version: *v\?\([0-9.]*\).*/\1/p' | head -n 1)"
+}
+
+ctr() {
+    # It warns of the deprecated version of the CRI that this kubelet speaks, each time.
+    "$containerd/ctr" --address "$run/containerd.sock" --namespace k8s.io "$@" 2> >(grep -v DEPRECATION >&2)
+}
+
+# kubelet_configuration DRIVER [LINE..]
+kubelet_configuration() {
+    local driver=$1
+    shift
+    cat >"$run/kubelet.yaml" <<YAML
+apiVersion: kubelet.config.k8s.io/v1beta1
+kind: KubeletConfiguration
+authentication: {anonymous: {enabled: true}, webhook: {enabled: false}}
+authorization: {mode: AlwaysAllow}
+readOnlyPort: 10255
+cgroupDriver: $driver
+failSwapOn: false
+enableControllerAttachDetach: false
+makeIPTablesUtilChains: false
+resolvConf: ""
+syncFrequency: 5s
+fileCheckFrequency: 1s
+evictionHard: {}
+imageGCHighThresholdPercent: 100
+YAML
+    printf '%s\n' "$@" >>"$run/kubelet.yaml"
+}
+
+# start_kubelet ARGUMENT..: --v=3 has it log the events, too.
+start_kubelet() {
+    local program=$parts/kubelet/kubelet
+    [[ $runtime != containerd\ 2.* ]] || program=$parts/kubelet-cri-v1/kubelet
+    "$program" --config="$run/kubelet.yaml" --container-runtime=remote \
+        --container-runtime-endpoint="unix://$run/containerd.sock" --hostname-override=node1 --node-ip=10.99.0.1 \
+        --root-dir="$run/kubelet" "$@" >"$run/kubelet.log" 2>&1 &
+    until_true 60 curl --silent --fail http://127.0.0.1:10255/pods
+}
+
+# template QOS: what the specification of a pod is in these tests. It sends on 5201 to who connects, and receives on 5202; what it
+# has received it writes to its log.
+template() {
+    local resources='{}'
+    case $1 in
+    guaranteed) resources='{limits: {cpu: 500m, memory: 100Mi}}' ;;
+    burstable) resources='{requests: {cpu: 10m}}' ;;
+    esac
+    cat <<YAML
+terminationGracePeriodSeconds: 1
+dnsPolicy: Default
+automountServiceAccountToken: false
+volumes: [{name: traffic, hostPath: {path: "$traffic", type: File}}]
+containers:
+- name: main
+  image: localhost/busybox:1
+  imagePullPolicy: Never
+  resources: $resources
+  volumeMounts: [{name: traffic, mountPath: /traffic}]
+  command:
+  - /bin/sh
+  - -c
+  - |
+    (while :; do /traffic serve --listen 0.0.0.0:5201 --seconds 30; done) &
+    while :; do /traffic sink --listen 0.0.0.0:5202 --seconds 5 --wait 86400; done
+YAML
+}
+
+# mbit MTU: from traffic's report on stdin to Mbit/s on the wire, the first second left out. 52 bytes of each packet are headers.
+mbit() {
+    printf '%.2f' "$(jq --argjson mtu "$1" '([.sample_us[] | select(. < 1000000)] | length) as $from |
+        (.payload_bytes[-1] - .payload_bytes[$from]) * 8 / (.sample_us[-1] - .sample_us[$from]) * $mtu / ($mtu - 52)')"
+}
+
+# within RATE LIMIT
+within() {
+    awk -v rate="$1" -v limit="$2" -v low="$LOW" -v high="$HIGH" 'BEGIN { exit !(rate >= low * limit && rate <= high * limit) }'
+}
+
+# attempts LIMIT DIRECTION COMMAND..: the rate it prints is that many Mbit/s. Above it is a failure at once; below it is measured again,
+# as it may be that the machine was busy.
+attempts() {
+    local limit=$1 direction=$2 rate
+    shift 2
+    for _ in {1..5}; do
+        rate=$("$@")
+        if within "$rate" "$limit"; then
+            echo "$direction $limit Mbit/s: $rate on the wire"
+            return
+        fi
+        echo "$direction of $limit Mbit/s was $rate on the wire"
+        awk -v rate="$rate" -v limit="$limit" 'BEGIN { exit !(rate < limit) }' || return
+    done
+    return 1
+}
+
+# sends ADDRESS LIMIT [MTU]: what the pod there sends is at that many Mbit/s.
+sends() {
+    attempts "$2" egress sent_by "$1" "${3:-1500}"
+}
+
+sent_by() {
+    "$traffic" fetch --from "$1:5201" --seconds 5 | mbit "$2"
+}
+
+# receives ADDRESS LIMIT LOG [MTU]: what it receives, by its own account in the log of its container.
+receives() {
+    attempts "$2" ingress received_by "$1" "$3" "${4:-1500}"
+}
+
+received_by() {
+    local address=$1 log=$2 mtu=$3 before
+    before=$(reports "$log")
+    "$traffic" send --to "$address:5202" --seconds 6 --flows 2 >/dev/null
+    until_true 20 more_reports "$log" "$before" >&2
+    grep sample_us "$log" | tail -n 1 | sed 's/^[^{]*//' | mbit "$mtu"
+}
+
+# The rates that this test has printed so far.
+measured() {
+    sed -n 's/ Mbit\/s: \(.*\) on the wire/M: \1/p' "$run/test.log" | paste -sd , | sed 's/,/, /g'
+}
+
+# Without fq, and without a veth to put tbf on, what is above the limit is dropped: on a short path a sender makes less of it then.
+allow_for_drops() {
+    if grep -q "$1.*ingress.*by drops" "$run/podshaper.log"; then
+        echo "ingress is held by drops: half the rate is enough"
+        LOW=0.5
+    fi
+}
+
+# added_to PLUGIN UID: fails unless the pod was attached to that network, and not to one that the runtime knew before.
+added_to() {
+    grep -q "ADD of network pods-$1,.*$2" "$run/podshaper.log" || fail "there was no ADD of network pods-$1"
+}
+
+reports() {
+    grep --count sample_us "$1" || true
+}
+
+more_reports() {
+    [[ $(reports "$1") -gt $2 ]]
+}
