@@ -153,7 +153,7 @@ fn a_directory_made_for_an_add_that_fails_is_removed() {
         pod.call("ADD");
         pod.call("DEL");
         assert!(!unified.exists());
-        let layout = Path::new("/sys/fs/bpf/podshaper/v1");
+        let layout = Path::new("/sys/fs/bpf/podshaper/v2");
         fs::remove_dir(layout).unwrap();
         let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
         mount(None::<&str>, "/sys/fs/bpf", None::<&str>, flags, None::<&str>).unwrap();
