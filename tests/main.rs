@@ -4,7 +4,7 @@
 /// Traffic of real pods.
 mod chain;
 /// The conflists in conflist-examples/.
-mod conflists;
+mod conflist_examples;
 mod harness;
 /// `podshaper install`, `uninstall`, and what is in install/.
 mod install;
