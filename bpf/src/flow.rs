@@ -17,6 +17,8 @@ pub struct Flow {
     pub into: Credit,
     /// The application's own SO_MAX_PACING_RATE in bytes/s. 0: it set none.
     pub application_bytes_per_s: u64,
+    /// SO_MAX_PACING_RATE as it was set here last, in bytes/s. 0: not since it was new, or since the application set its own.
+    pub set_bytes_per_s: u64,
     /// The pace that its last segment was given, in bytes/s. 0: it has been raised since.
     pub paced_bytes_per_s: u64,
     /// Whether the socket's last packet left by the attachment's interface (u64 and not bool: no padding).

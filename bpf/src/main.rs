@@ -218,6 +218,8 @@ fn note_pacing_rate(ctx: &SockoptContext) {
         let socket = NonNull::new(option.__bindgen_anon_1.sk);
         if let Some(flow) = socket.and_then(|socket| maps::flow_or_new(socket)) {
             flow.application_bytes_per_s = if rate == u64::MAX { 0 } else { rate };
+            // The kernel's own is about to be overwritten.
+            flow.set_bytes_per_s = 0;
         }
     }
 }

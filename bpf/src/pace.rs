@@ -63,7 +63,7 @@ pub fn pace_segment(ctx: &SockOpsContext) {
 pub fn raise(ctx: &SockOpsContext) {
     let (Some(limit), Some(flow)) = (maps::limit(EGRESS), tcp::flow(ctx)) else { return };
     let paced_bytes_per_s = flow.paced_bytes_per_s;
-    if paced_bytes_per_s == 0 {
+    if paced_bytes_per_s == 0 || paced_bytes_per_s >= NOT_PACED {
         return;
     }
     // Once for each segment, not for each acknowledgement.
@@ -88,14 +88,21 @@ fn pace(ctx: &SockOpsContext, limit: &Limit, meter: *const Meter, flow: &mut Flo
 }
 
 #[inline(always)]
-fn set_max_pacing_rate(ctx: &SockOpsContext, bytes_per_s: u64, flow: &Flow) {
+fn set_max_pacing_rate(ctx: &SockOpsContext, bytes_per_s: u64, flow: &mut Flow) {
     // The lower of the two wins: an application may pace itself.
     let bytes_per_s = match flow.application_bytes_per_s {
         0 => bytes_per_s,
         own => bytes_per_s.min(own),
     };
     // 0 would turn pacing off (`tcp_update_skb_after_send`).
-    let mut value = bytes_per_s.clamp(1, NOT_PACED) as u32;
+    let bytes_per_s = bytes_per_s.clamp(1, NOT_PACED);
+    // A socket that nobody has paced is not; a flow below its limit would else set the same with every segment.
+    let in_force = if flow.set_bytes_per_s == 0 { NOT_PACED } else { flow.set_bytes_per_s };
+    if bytes_per_s == in_force {
+        return;
+    }
+    flow.set_bytes_per_s = bytes_per_s;
+    let mut value = bytes_per_s as u32;
     // SAFETY: sock_ops programs may set this option on the locked socket of their context; the value is on the stack. It cannot
     // fail for a value of four bytes.
     unsafe {
