@@ -82,12 +82,16 @@ impl Inside {
     }
 }
 
+fn is_held_by_tbf(owner: &Owner) -> bool {
+    owner.ingress_by.as_deref() == Some(&IngressBy::Tbf.to_string())
+}
+
 /// Sets another rate where tbf holds an attachment's ingress; nothing to do where it does not.
 ///
 /// # Errors
 /// [`Code::Kernel`] or [`Code::Netns`]: the tbf cannot be found or changed.
 pub fn change(owner: &Owner, limit: &Limit) -> Result<()> {
-    if owner.ingress_by.as_deref() != Some(&IngressBy::Tbf.to_string()) {
+    if !is_held_by_tbf(owner) {
         return Ok(());
     }
     let path = owner.netns.as_deref().map(Path::new).unwrap_or(Path::new(""));
@@ -104,7 +108,7 @@ pub fn change(owner: &Owner, limit: &Limit) -> Result<()> {
 /// # Errors
 /// [`Code::Mismatch`] naming what is gone; [`Code::Netns`] or [`Code::Kernel`] where it cannot be looked at.
 pub fn check(owner: &Owner) -> Result<()> {
-    let tbf = owner.ingress_by.as_deref() == Some(&IngressBy::Tbf.to_string());
+    let tbf = is_held_by_tbf(owner);
     let Some(path) = owner.netns.as_ref().map(Path::new).filter(|_| owner.fq || tbf) else { return Ok(()) };
     let gone = |what: &str| {
         let text = format!("{what} has been taken off {} of {}: podshaper put it there", owner.ifname, path.display());
@@ -134,7 +138,7 @@ pub fn undo_host_side(owner: &Owner) {
 }
 
 fn take_off(owner: &Owner, fq: bool) {
-    let tbf = owner.ingress_by.as_deref() == Some(&IngressBy::Tbf.to_string());
+    let tbf = is_held_by_tbf(owner);
     let Some(path) = owner.netns.as_ref().map(Path::new).filter(|_| fq || tbf) else { return };
     let inside = netns::in_netns(path, || {
         let index = netns::interface(&owner.ifname, path)?.index;
