@@ -56,9 +56,6 @@ const DROPS_BOUND_NS: u64 = 100_000_000;
 /// Backlog beyond which everything is dropped: the horizon of fq and of Cilium's bandwidth manager (2 s).
 const HORIZON_NS: u64 = 2_000_000_000;
 
-/// Two full packets of the usual MTU.
-const SPARSE_BYTES: u64 = 2 * 1500;
-
 /// An object that is loaded, not yet attached.
 pub struct Loaded {
     object: Ebpf,
@@ -341,7 +338,6 @@ fn abi_limit(limit: &Limit, paced_mark_ns: u64, horizon_ns: u64, unpaced_bound_n
         unpaced_bound_ns,
         paced_mark_ns,
         horizon_ns,
-        sparse_bytes: SPARSE_BYTES,
         bulk_segments: bulk_segments(limit.rate),
         departs: 0,
     }
