@@ -146,39 +146,33 @@ fn every_unfinished_state_is_cleared_by_a_del_and_by_an_add() {
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn of_calls_for_one_pod_at_the_same_time_one_wins_whole() {
-    const CALLS: u64 = 8;
     let pod = Sandbox::new();
-    let ids: Vec<String> = (0..CALLS).map(|_| container_id().unwrap()).collect();
-    let add = |n: usize| pod.cni_of("ADD", &ids[n]).stdin(pod.stdin_at(RATE + n as u64));
-    let winner = || ids.iter().position(|id| pod.owner("eth0")["containerId"] == **id).unwrap();
-    for round in 0..10 {
+    // Each has a network namespace of its own, as a pod's sandboxes have: nobody makes two calls for one sandbox at a time.
+    let sandboxes: Vec<_> = (0..12).map(|_| (container_id().unwrap(), netns_with(&["eth0"]))).collect();
+    let (first, next) = sandboxes.split_at(8);
+    let rate = |id: &str| RATE + sandboxes.iter().position(|(other, _)| other == id).unwrap() as u64;
+    let call = |verb, (id, netns): &(String, Netns)| {
+        let netns = netns.path().display().to_string();
+        ok(&pod.cni_of(verb, id).env("CNI_NETNS", netns).stdin(pod.stdin_at(rate(id))));
+    };
+    let assert_one_wins = |of: &[(String, Netns)]| {
+        let owner = pod.owner("eth0");
+        let winner = of.iter().find(|(id, _)| owner["containerId"] == **id).unwrap();
+        pod.assert_limited(&winner.0, rate(&winner.0));
+        call("CHECK", winner);
+    };
+    for _ in 0..10 {
+        let call = &call;
+        thread::scope(|scope| first.iter().for_each(|sandbox| drop(scope.spawn(move || call("ADD", sandbox)))));
+        assert_one_wins(first);
         thread::scope(|scope| {
-            let add = &add;
-            (0..ids.len()).for_each(|n| drop(scope.spawn(move || ok(&add(n)))));
+            first.iter().for_each(|sandbox| drop(scope.spawn(move || call("DEL", sandbox))));
+            next.iter().for_each(|sandbox| drop(scope.spawn(move || call("ADD", sandbox))));
         });
-        let won = winner();
-        pod.assert_limited(&ids[won], RATE + won as u64);
-
-        // ADDs of half of them at once with the DELs of all.
-        thread::scope(|scope| {
-            for (n, id) in ids.iter().enumerate() {
-                let (add, pod) = (&add, &pod);
-                scope.spawn(move || ok(&pod.cni_of("DEL", id)));
-                if n % 2 == round % 2 {
-                    scope.spawn(move || ok(&add(n)));
-                }
-            }
-        });
-        if pod.pod_directory().exists() {
-            let won = winner();
-            pod.assert_limited(&ids[won], RATE + won as u64);
-            ok(&pod.cni_of("CHECK", &ids[won]).stdin(pod.stdin_at(RATE + won as u64)));
-        } else {
-            pod.assert_unlimited();
-        }
+        assert_one_wins(next);
+        next.iter().for_each(|sandbox| call("DEL", sandbox));
+        pod.assert_unlimited();
     }
-    ids.iter().for_each(|id| drop(ok(&pod.cni_of("DEL", id))));
-    pod.assert_unlimited();
 }
 
 #[test]
