@@ -97,8 +97,7 @@ fn status_is_fine_on_a_node_that_can() {
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn gc_removes_what_is_of_its_network_and_not_named() {
-    let netns = Arc::new(netns_with(&["eth0", "net1"]));
-    let mut pods: Vec<Sandbox> = (0..4).map(|_| Sandbox::with_netns(Arc::clone(&netns))).collect();
+    let mut pods: Vec<Sandbox> = (0..4).map(|_| Sandbox::with_netns(Arc::new(netns_with(&["eth0", "net1"])))).collect();
     let network = pods[0].network.clone();
     // The last is of another network.
     pods[..3].iter_mut().for_each(|pod| drop(pod.stdin.insert("name".into(), json!(network))));

@@ -83,8 +83,8 @@ fn a_new_add_moves_a_pod_to_the_new_layout_and_it_is_never_unlimited() {
         let pod = Sandbox::new();
         for _ in 0..10 {
             pod.call("ADD");
-            age(&pod);
             let (id, old) = (container_id().unwrap(), pod.program("count_egress"));
+            age(&pod);
             std::thread::scope(|scope| {
                 let adding = scope.spawn(|| ok(&pod.cni_of("ADD", &id).stdin(pod.stdin_at(2 * RATE))));
                 while !adding.is_finished() {
