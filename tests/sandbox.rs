@@ -360,10 +360,11 @@ fn programs_by_links(cgroup: &Path) -> Result<Value, String> {
     links(cgroup)?.iter().map(program).collect::<Result<Vec<_>, _>>().map(Value::Array)
 }
 
-/// The programs attached to a cgroup. bpftool fails if one goes while it looks, and when the cgroup is gone.
+/// The programs attached to a cgroup. bpftool fails if one goes while it looks, which on a slow machine it does again and again, and
+/// when the cgroup is gone.
 fn programs_on(cgroup: &Path) -> Vec<Value> {
     let show = || bpftool(&["cgroup", "show", cgroup.to_str().unwrap()]).or_else(|_| programs_by_links(cgroup)).ok();
-    let found = (0..5).find_map(|_| if cgroup.exists() { show() } else { Some(json!([])) });
+    let found = (0..50).find_map(|_| if cgroup.exists() { show() } else { Some(json!([])) });
     // Nothing at all is printed for a cgroup without programs.
     found.unwrap().as_array().cloned().unwrap_or_default()
 }
