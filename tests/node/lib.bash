@@ -114,7 +114,7 @@ conflist() {
     flannel) primary='{"type": "flannel", "subnetFile": "'$run'/subnet.env",
         "delegate": {"bridge": "flannel0", "hairpinMode": true, "isDefaultGateway": true}}' ;;
     esac
-    printf '%s\n' FLANNEL_{NETWORK=10.244.0.0/16,SUBNET=10.244.2.1/24,MTU=1450,IPMASQ=false} >"$run/subnet.env"
+    printf '%s\n' FLANNEL_{NETWORK=10.244.0.0/16,SUBNET="${flannel_subnet:-10.244.2.1/24}",MTU=1450,IPMASQ=false} >"$run/subnet.env"
     jq --null-input --arg name "pods-$plugin" --arg version "$version" --argjson primary "$primary" --arg log "$run/podshaper.log" \
         --argjson own "${3:-"{}"}" '{
         cniVersion: $version, name: $name, plugins: [
