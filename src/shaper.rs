@@ -12,16 +12,11 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{
-        Array, Map, MapData, MapError,
-        lpm_trie::{Key, LpmTrie},
-    },
+    maps::{Array, Map, MapData},
     programs::{Program, ProgramError},
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use podshaper_abi::{
-    EGRESS, INGRESS, Limit as AbiLimit, Meter, OWNER_SIZE, SINGLE_SEGMENTS_BELOW_BITS_PER_S, SubnetAddress,
-};
+use podshaper_abi::{EGRESS, INGRESS, Limit as AbiLimit, Meter, OWNER_SIZE, SINGLE_SEGMENTS_BELOW_BITS_PER_S};
 
 use crate::{
     error::{Code, Error, Result},
@@ -29,7 +24,7 @@ use crate::{
     pins::{LIMITS, METERS, OWNER},
     pod::Owner,
     request::{Limit, Limits, Subnets},
-    sys::{self, CgroupHook, Read},
+    sys::{self, CgroupHook, Read, TrieKey},
     units::Rate,
 };
 
@@ -55,9 +50,6 @@ const HELD_MARK_NS: u64 = 10_000_000;
 const DROPS_BOUND_NS: u64 = 100_000_000;
 /// Backlog beyond which everything is dropped: the horizon of fq and of Cilium's bandwidth manager (2 s).
 const HORIZON_NS: u64 = 2_000_000_000;
-
-/// Two full packets of the usual MTU.
-const SPARSE_BYTES: u64 = 2 * 1500;
 
 /// An object that is loaded, not yet attached.
 pub struct Loaded {
@@ -341,7 +333,6 @@ fn abi_limit(limit: &Limit, paced_mark_ns: u64, horizon_ns: u64, unpaced_bound_n
         unpaced_bound_ns,
         paced_mark_ns,
         horizon_ns,
-        sparse_bytes: SPARSE_BYTES,
         bulk_segments: bulk_segments(limit.rate),
         departs: 0,
     }
@@ -397,13 +388,13 @@ fn load_program(name: &str, program: &mut Program) -> Result<()> {
 }
 
 fn list_subnets(object: &mut Ebpf, subnets: &Subnets) -> Result<()> {
-    let failed = |cause: MapError| refused("write the subnets", &cause);
-    let map = object.map_mut(SUBNETS).ok_or_else(|| not_in_object(SUBNETS))?;
-    let mut trie = LpmTrie::<_, SubnetAddress, u32>::try_from(map).map_err(failed)?;
-    for (bits, address, kind) in subnets.entries() {
-        trie.insert(&Key::new(bits, address), kind, 0).map_err(failed)?;
-    }
-    Ok(())
+    let map = match object.map(SUBNETS) {
+        Some(Map::LpmTrie(map)) => map.fd().as_fd(),
+        _ => return Err(not_in_object(SUBNETS)),
+    };
+    let (keys, values): (Vec<_>, Vec<_>) =
+        subnets.entries().map(|(bits, address, kind)| (TrieKey { bits, address }, kind)).unzip();
+    sys::insert_all(map, &keys, &values).map_err(|cause| refused("write the subnets", &cause))
 }
 
 fn array_mut<'a, V: aya::Pod>(object: &'a mut Ebpf, name: &str) -> Result<Array<&'a mut MapData, V>> {

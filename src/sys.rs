@@ -11,13 +11,19 @@ use std::{
     path::Path,
 };
 
+use podshaper_abi::SubnetAddress;
+
 /// Commands of bpf(2) (uapi/linux/bpf.h, `enum bpf_cmd`).
 const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
 const BPF_LINK_CREATE: libc::c_long = 28;
+
+/// The kernel's include/linux/errno.h. It is not meant for user space, and gets there all the same.
+const ENOTSUPP: i32 = 524;
 
 /// Where a program can be attached to a cgroup (uapi/linux/bpf.h, `enum bpf_attach_type`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,6 +94,30 @@ struct ElementAttr {
     key: u64,
     value: u64,
     flags: u64,
+}
+
+/// `union bpf_attr`, the part for BPF_MAP_UPDATE_BATCH.
+#[repr(C)]
+#[derive(Default)]
+struct BatchAttr {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map_fd: u32,
+    elem_flags: u64,
+    flags: u64,
+}
+
+/// A key of a trie (`struct bpf_lpm_trie_key`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct TrieKey {
+    /// How many bits of the address count.
+    pub bits: u32,
+    /// The address.
+    pub address: SubnetAddress,
 }
 
 /// `struct bpf_map_info`, its beginning.
@@ -196,6 +226,26 @@ pub fn set_element<V: aya::Pod>(map: BorrowedFd<'_>, index: u32, value: &V) -> i
         ..ElementAttr::default()
     };
     bpf(BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
+}
+
+/// Writes all these elements of a trie whose values have 32 bits, as many keys as values: in one call where the kernel can, since a
+/// thousand calls take milliseconds.
+///
+/// # Errors
+/// What the kernel says.
+pub fn insert_all(map: BorrowedFd<'_>, keys: &[TrieKey], values: &[u32]) -> io::Result<()> {
+    let map_fd = map.as_raw_fd() as u32;
+    let count = keys.len().min(values.len()) as u32;
+    let (all_keys, all_values) = (keys.as_ptr() as u64, values.as_ptr() as u64);
+    let mut attr = BatchAttr { keys: all_keys, values: all_values, count, map_fd, ..BatchAttr::default() };
+    match bpf(BPF_MAP_UPDATE_BATCH, &mut attr) {
+        // Linux before 5.14 does not know it of tries.
+        Err(cause) if cause.raw_os_error() == Some(ENOTSUPP) => keys.iter().zip(values).try_for_each(|(key, value)| {
+            let (key, value) = (&raw const *key as u64, &raw const *value as u64);
+            bpf(BPF_MAP_UPDATE_ELEM, &mut ElementAttr { map_fd, key, value, ..ElementAttr::default() }).map(drop)
+        }),
+        written => written.map(drop),
+    }
 }
 
 /// `value` has room for an element.

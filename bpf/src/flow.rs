@@ -4,6 +4,8 @@
 //! pod comes from. The allowance is also about a flow's fair share, since a bulk flow waits for the whole backlog to drain
 //! between two segments: nobody gains by being sparse many times.
 
+use crate::clock;
+
 /// The shortest time for one credit, where the backlog is shorter than any timer.
 const SPARSE_GAP_NS: u64 = 1_000_000;
 
@@ -60,7 +62,8 @@ impl Credit {
     /// the credit, `full_bytes` a time, if so. If not, there is none until twice the time this backlog takes to drain: a bulk
     /// flow, which waits for just the backlog, never has any, even if its timer is late.
     #[inline(always)]
-    pub fn is_sparse(&mut self, now_ns: u64, backlog_ns: u64, wire_bytes: u64, full_bytes: u64) -> bool {
+    pub fn is_sparse(&mut self, backlog_ns: u64, wire_bytes: u64, full_bytes: u64) -> bool {
+        let now_ns = clock::now_ns();
         let again_ns = now_ns + 2 * backlog_ns + SPARSE_GAP_NS;
         if now_ns > self.filled_ns {
             self.filled_ns = again_ns;

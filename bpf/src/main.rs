@@ -28,7 +28,7 @@ use aya_ebpf::{
     macros::{cgroup_skb, cgroup_sockopt, sock_ops},
     programs::{SkBuffContext, SockOpsContext, SockoptContext},
 };
-use podshaper_abi::{EGRESS, INGRESS, LOOPBACK_IFINDEX, Limit, Meter};
+use podshaper_abi::{EGRESS, INGRESS, LOOPBACK_IFINDEX};
 
 use crate::{
     flow::{Credit, Flow},
@@ -39,6 +39,10 @@ use crate::{
 /// The attachment's interface, in the pod's network namespace. 0: every interface but loopback.
 #[unsafe(no_mangle)]
 static IFINDEX: Global<u32> = Global::new(0);
+
+/// What a flow that is not TCP may send as a sparse one, in bytes on the wire: two full packets of the usual MTU. (Of TCP it is two
+/// segments.)
+const SPARSE_BYTES: u64 = 2 * 1500;
 
 /// cgroup_skb/egress: the packet goes on.
 const PASS: i32 = 1;
@@ -64,8 +68,10 @@ pub fn count_egress(ctx: SkBuffContext) -> i32 {
         flow.is_ours = 1;
         hold_back(&ctx, flow);
     }
-    let credit = flow.map(|flow| &mut flow.out);
-    if admit(&ctx, EGRESS, socket, credit) { PASS } else { DROP }
+    let wire = Wire::of(&ctx);
+    let flags = judge(EGRESS, &wire, socket, flow.map(|flow| &mut flow.out));
+    depart(&ctx, flags);
+    if admit(&ctx, EGRESS, &wire, flags) { PASS } else { DROP }
 }
 
 /// Called for every packet that reaches a socket of the pod, as a whole (GRO). Counts it on the clock.
@@ -77,8 +83,9 @@ pub fn count_ingress(ctx: SkBuffContext) -> i32 {
     let socket = packet::full_socket(&ctx);
     // SAFETY: as in `count_egress`.
     let flow = socket.and_then(|socket| unsafe { maps::flow_or_new(socket) });
-    let credit = flow.map(|flow| &mut flow.into);
-    if admit(&ctx, INGRESS, socket, credit) { PASS } else { DROP_INGRESS }
+    let wire = Wire::of(&ctx);
+    let flags = judge(INGRESS, &wire, socket, flow.map(|flow| &mut flow.into));
+    if admit(&ctx, INGRESS, &wire, flags) { PASS } else { DROP_INGRESS }
 }
 
 /// Called with the events of every TCP socket of the pod, the socket locked. Egress.
@@ -88,8 +95,11 @@ pub fn pace_tcp(ctx: SockOpsContext) -> u32 {
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB | BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => {
             tcp::ask_for(&ctx, tcp::SEGMENTS | tcp::ACKNOWLEDGEMENTS);
         }
-        BPF_SOCK_OPS_HDR_OPT_LEN_CB if tcp::is_segment(&ctx) => pace::pace_segment(&ctx),
-        BPF_SOCK_OPS_RTT_CB => pace::raise(&ctx),
+        // A pure ACK has no payload, and is not paced by TCP either.
+        BPF_SOCK_OPS_HDR_OPT_LEN_CB if tcp::is_segment(&ctx) && tcp::payload_bytes(&ctx) != 0 => {
+            pace::pace(&ctx, pace::of_segment);
+        }
+        BPF_SOCK_OPS_RTT_CB => pace::pace(&ctx, pace::raised),
         _ => {}
     }
     CONTINUE as u32
@@ -156,39 +166,32 @@ fn is_paced(socket: Option<NonNull<bpf_sock>>) -> bool {
     socket.is_none_or(|socket| unsafe { socket.as_ref().protocol } == u32::from(packet::IPPROTO_TCP))
 }
 
+/// What is to be done with a packet: flags of [`clock`].
+#[inline(always)]
+fn judge(direction: u32, wire: &Wire, socket: Option<NonNull<bpf_sock>>, credit: Option<&mut Credit>) -> u64 {
+    let backlog_ns = clock::backlog(direction.into(), wire.bytes);
+    let has_credit = credit.is_some_and(|credit| credit.is_sparse(backlog_ns, wire.bytes, SPARSE_BYTES));
+    clock::judge(direction.into(), backlog_ns, is_paced(socket).into(), has_credit.into())
+}
+
 /// Gives a packet that no socket paces the time at which the backlog before it has drained. It waits in fq and counts against its
 /// socket's send buffer there, so that its sender is slowed instead of its packets dropped.
 #[inline(always)]
-fn depart(ctx: &SkBuffContext, meter: *const Meter, limit: &Limit, now_ns: u64) {
-    // SAFETY: cgroup_skb programs may write tstamp.
-    unsafe { (*ctx.skb.skb).tstamp = now_ns + clock::backlog_with(meter, limit, now_ns, 0) };
+fn depart(ctx: &SkBuffContext, flags: u64) {
+    if flags & clock::DEPARTS != 0 {
+        // SAFETY: cgroup_skb programs may write tstamp.
+        unsafe { (*ctx.skb.skb).tstamp = clock::now_ns() + clock::backlog(EGRESS.into(), 0) };
+    }
 }
 
-/// Counts a packet on a direction's clock; false if it must be dropped. TCP and sparse flows may go up to the horizon, others
-/// while the backlog is short. What is ECN-capable is told before that.
+/// Counts a packet on a direction's clock, and marks it if it is to be; false if it must be dropped.
 #[inline(always)]
-fn admit(ctx: &SkBuffContext, direction: u32, socket: Option<NonNull<bpf_sock>>, credit: Option<&mut Credit>) -> bool {
-    let (Some(limit), Some(meter)) = (maps::limit(direction), maps::meter(direction)) else { return true };
-    let wire = Wire::of(ctx);
-    let now_ns = clock::now_ns();
-    let backlog_ns = clock::backlog_with(meter, &limit, now_ns, wire.bytes);
-    let is_paced = is_paced(socket);
-    let has_credit = credit.is_some_and(|credit| credit.is_sparse(now_ns, backlog_ns, wire.bytes, limit.sparse_bytes));
-    let is_sparse = has_credit && !is_paced && clock::has_room_for_sparse(meter, now_ns);
-    let (bound_ns, mark_ns) = if is_paced {
-        (limit.horizon_ns, limit.paced_mark_ns)
-    } else if is_sparse {
-        (limit.horizon_ns, limit.horizon_ns)
-    } else if limit.departs != 0 {
-        depart(ctx, meter, &limit, now_ns);
-        (limit.horizon_ns, limit.unpaced_bound_ns / 2)
-    } else {
-        (limit.unpaced_bound_ns, limit.unpaced_bound_ns / 2)
-    };
+fn admit(ctx: &SkBuffContext, direction: u32, wire: &Wire, mut flags: u64) -> bool {
     // SAFETY: cgroup_skb programs may call it. It returns 1 where the packet is ECN-capable and now marked.
-    let is_marked = backlog_ns > mark_ns && unsafe { bpf_skb_ecn_set_ce(ctx.skb.skb) } == 1;
-    let flags = is_sparse as u64 * clock::IS_SPARSE + is_marked as u64 * clock::IS_MARKED;
-    clock::admit(direction.into(), wire.bytes, wire.segments, bound_ns, flags) == 1
+    if flags & clock::IS_MARKED != 0 && unsafe { bpf_skb_ecn_set_ce(ctx.skb.skb) } != 1 {
+        flags &= !clock::IS_MARKED;
+    }
+    clock::admit(direction.into(), wire.bytes, wire.segments, flags) != 0
 }
 
 #[inline(always)]

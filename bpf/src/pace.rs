@@ -13,10 +13,10 @@
 //! wait for their part of it, so that a flow of small messages gets the bytes of its share and not only the packets.
 //!
 //! The value is an upper bound to the kernel (SO_MAX_PACING_RATE), so congestion control goes on below it. It is lowered at
-//! once and raised with an ACK only (`tcp_update_pacing_rate`, bbr's `bbr_set_pacing_rate`): see [`raise`].
+//! once and raised with an ACK only (`tcp_update_pacing_rate`, bbr's `bbr_set_pacing_rate`): see [`raised`].
 
 use aya_ebpf::{helpers::bpf_setsockopt, programs::SockOpsContext};
-use podshaper_abi::{EGRESS, Limit, Meter};
+use podshaper_abi::EGRESS;
 
 use crate::{clock, flow::Flow, maps, packet, tcp};
 
@@ -38,67 +38,17 @@ const RAISE: u64 = 2;
 /// millisecond's worth, `tcp_tso_autosize`, but no fewer than the least), so that nothing is lost by raising it at once.
 const RAISE_AT_LEAST_PACKETS_PER_S: u64 = 1_000;
 
-/// Waits shorter than this are not worth a timer: the segment may go.
+/// Waits shorter than this are not worth a timer, and not worth pacing the socket: a socket that was paced once keeps its timer, at
+/// congestion control's rate, and gets a fifth less of a fast link (`sk_pacing_status` never goes back).
 const SHORTEST_WAIT_NS: u64 = 1_000;
 
-/// Sets the pace for the segment that is about to leave.
+/// Sets the pace that `choose` says, which is in bytes/s; 0 leaves the one that is in force.
 #[inline(always)]
-pub fn pace_segment(ctx: &SockOpsContext) {
-    // A pure ACK has no payload, and is not paced by TCP either.
-    let payload = tcp::payload_bytes(ctx);
-    if payload == 0 {
-        return;
-    }
-    let (Some(limit), Some(meter), Some(flow)) = (maps::limit(EGRESS), maps::meter(EGRESS), tcp::flow(ctx)) else {
-        return;
-    };
-    flow.paced_bytes_per_s = pace(ctx, &limit, meter, flow, payload);
-    set_max_pacing_rate(ctx, flow.paced_bytes_per_s, flow);
-}
-
-/// An acknowledgement has come: lets the kernel raise the pacing rate of the socket, which it does with acknowledgements only,
-/// right after this callback. Without it a shorter wait would begin one segment late, and a pod that waits for the longer of its
-/// last two backlogs loses rate. The next segment, which is told before it leaves, lowers it to what it then is.
-#[inline(always)]
-pub fn raise(ctx: &SockOpsContext) {
-    let (Some(limit), Some(flow)) = (maps::limit(EGRESS), tcp::flow(ctx)) else { return };
-    let paced_bytes_per_s = flow.paced_bytes_per_s;
-    if paced_bytes_per_s == 0 || paced_bytes_per_s >= NOT_PACED {
-        return;
-    }
-    // Once for each segment, not for each acknowledgement.
-    flow.paced_bytes_per_s = 0;
-    let at_least = limit.bulk_segments * tcp::mss(ctx) * RAISE_AT_LEAST_PACKETS_PER_S;
-    let raised = (RAISE * paced_bytes_per_s).max(at_least).min(limit.rate_bits_per_s / 8);
-    set_max_pacing_rate(ctx, raised, flow);
-}
-
-/// The pacing rate, in bytes/s.
-#[inline(always)]
-fn pace(ctx: &SockOpsContext, limit: &Limit, meter: *const Meter, flow: &mut Flow, payload: u64) -> u64 {
-    let mss = tcp::mss(ctx);
-    let wire_bytes = packet::wire_bytes_of_tcp(payload, mss, tcp::is_ipv6(ctx));
-    let now_ns = clock::now_ns();
-    let backlog_ns = clock::backlog_with(meter, limit, now_ns, wire_bytes).max(SHORTEST_WAIT_NS);
-    if flow.out.is_sparse(now_ns, backlog_ns, wire_bytes, SPARSE_SEGMENTS * mss) {
-        return limit.rate_bits_per_s / 8;
-    }
-    // Packets smaller than those of a bulk flow wait in proportion, so that flows share evenly whatever they build.
-    payload.max(limit.bulk_segments * mss) * NANOS_PER_SECOND / backlog_ns
-}
-
-#[inline(always)]
-fn set_max_pacing_rate(ctx: &SockOpsContext, bytes_per_s: u64, flow: &mut Flow) {
-    // The lower of the two wins: an application may pace itself.
-    let bytes_per_s = match flow.application_bytes_per_s {
-        0 => bytes_per_s,
-        own => bytes_per_s.min(own),
-    };
-    // 0 would turn pacing off (`tcp_update_skb_after_send`).
-    let bytes_per_s = bytes_per_s.clamp(1, NOT_PACED);
-    // A socket that nobody has paced is not; a flow below its limit would else set the same with every segment.
-    let in_force = if flow.set_bytes_per_s == 0 { NOT_PACED } else { flow.set_bytes_per_s };
-    if bytes_per_s == in_force {
+pub fn pace(ctx: &SockOpsContext, choose: impl FnOnce(&SockOpsContext, &mut Flow) -> u64) {
+    let Some(flow) = tcp::flow(ctx) else { return };
+    let chosen_bytes_per_s = choose(ctx, flow);
+    let bytes_per_s = to_set(chosen_bytes_per_s, flow.application_bytes_per_s, flow.set_bytes_per_s);
+    if bytes_per_s == 0 {
         return;
     }
     flow.set_bytes_per_s = bytes_per_s;
@@ -114,4 +64,73 @@ fn set_max_pacing_rate(ctx: &SockOpsContext, bytes_per_s: u64, flow: &mut Flow) 
             size_of::<u32>() as i32,
         );
     }
+}
+
+/// The pace for the segment that is about to leave.
+#[inline(always)]
+pub fn of_segment(ctx: &SockOpsContext, flow: &mut Flow) -> u64 {
+    let payload = tcp::payload_bytes(ctx);
+    let mss = tcp::mss(ctx);
+    let wire_bytes = packet::wire_bytes_of_tcp(payload, mss, tcp::is_ipv6(ctx).into());
+    let backlog_ns = clock::backlog(EGRESS.into(), wire_bytes);
+    let is_sparse = flow.out.is_sparse(backlog_ns, wire_bytes, SPARSE_SEGMENTS * mss);
+    flow.paced_bytes_per_s = wait_for(backlog_ns, payload, mss, is_sparse.into());
+    flow.paced_bytes_per_s
+}
+
+/// An acknowledgement has come: lets the kernel raise the pacing rate of the socket, which it does with acknowledgements only,
+/// right after this callback. Without it a shorter wait would begin one segment late, and a pod that waits for the longer of its
+/// last two backlogs loses rate. The next segment, which is told before it leaves, lowers it to what it then is.
+#[inline(always)]
+pub fn raised(ctx: &SockOpsContext, flow: &mut Flow) -> u64 {
+    let paced_bytes_per_s = flow.paced_bytes_per_s;
+    // Once for each segment, not for each acknowledgement.
+    flow.paced_bytes_per_s = 0;
+    raise(paced_bytes_per_s, tcp::mss(ctx))
+}
+
+/// The pace at which a segment's bytes take as long as the backlog, in bytes/s; a sparse one's is the limit's. 0 without a limit.
+///
+/// A global function, like the next two, for the same reason as those of [`clock`].
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn wait_for(backlog_ns: u64, payload: u64, mss: u64, is_sparse: u64) -> u64 {
+    let Some(limit) = maps::limit(EGRESS) else { return 0 };
+    if backlog_ns < SHORTEST_WAIT_NS {
+        return NOT_PACED;
+    }
+    if is_sparse != 0 {
+        return limit.rate_bits_per_s / 8;
+    }
+    // Packets smaller than those of a bulk flow wait in proportion, so that flows share evenly whatever they build.
+    let bytes = payload.max(limit.bulk_segments * mss);
+    // 0 would turn pacing off (`tcp_update_skb_after_send`).
+    (bytes * NANOS_PER_SECOND / backlog_ns).max(1)
+}
+
+/// The pace until the next segment, of a socket whose last one had the pace `paced_bytes_per_s`.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn raise(paced_bytes_per_s: u64, mss: u64) -> u64 {
+    if paced_bytes_per_s == 0 || paced_bytes_per_s >= NOT_PACED {
+        return 0;
+    }
+    let Some(limit) = maps::limit(EGRESS) else { return 0 };
+    let at_least = limit.bulk_segments * mss * RAISE_AT_LEAST_PACKETS_PER_S;
+    (RAISE * paced_bytes_per_s).max(at_least).min(limit.rate_bits_per_s / 8)
+}
+
+/// What SO_MAX_PACING_RATE is to be, in bytes/s, where `chosen` is wanted, the application's is `own` and it was last set to `set`.
+/// 0: it is that already, or nothing is wanted.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn to_set(chosen: u64, own: u64, set: u64) -> u64 {
+    if chosen == 0 {
+        return 0;
+    }
+    // The lower of the two wins: an application may pace itself.
+    let wanted = if own == 0 { chosen } else { chosen.min(own) }.min(NOT_PACED);
+    // A socket that nobody has paced is not; a flow below its limit would else set the same with every segment.
+    let in_force = if set == 0 { NOT_PACED } else { set };
+    if wanted == in_force { 0 } else { wanted }
 }

@@ -130,9 +130,10 @@ pub extern "C" fn network_headers(start: u64, next: u64, extension: u64) -> u64 
 /// What a TCP segment of `payload` bytes, cut at `mss`, will weigh: for the hook that runs before the headers exist. The MSS of
 /// a socket already has the options taken off that every segment carries, so a timestamp (12 bytes) is guessed from nothing
 /// better than its being the default; the clock itself counts what is sent.
-#[inline(always)]
-pub fn wire_bytes_of_tcp(payload: u64, mss: u64, is_ipv6: bool) -> u64 {
-    let ip_header = if is_ipv6 { IPV6_HEADER_BYTES } else { IPV4_HEADER_BYTES };
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn wire_bytes_of_tcp(payload: u64, mss: u64, is_ipv6: u64) -> u64 {
+    let ip_header = if is_ipv6 != 0 { IPV6_HEADER_BYTES } else { IPV4_HEADER_BYTES };
     let segments = if mss == 0 { 1 } else { payload.div_ceil(mss) };
     payload + segments * (ip_header + TCP_HEADER_WITH_TIMESTAMPS_BYTES)
 }

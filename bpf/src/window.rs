@@ -71,11 +71,9 @@ pub fn acknowledge(ctx: &SockOpsContext) {
     if tcp::payload_bytes(ctx) != 0 || tcp::opens_or_closes(ctx) {
         return;
     }
-    let (Some(limit), Some(meter), Some(flow)) = (maps::limit(INGRESS), maps::meter(INGRESS), tcp::flow(ctx)) else {
-        return;
-    };
+    let (Some(limit), Some(flow)) = (maps::limit(INGRESS), tcp::flow(ctx)) else { return };
+    let backlog_ns = clock::backlog(INGRESS.into(), 0);
     let now_ns = clock::now_ns();
-    let backlog_ns = clock::backlog_with(meter, &limit, now_ns, 0);
     hold(&mut flow.window, now_ns, backlog_ns, flow.into.is_left());
     resize(ctx, &limit, &mut flow.window, now_ns, backlog_ns);
     clamp(ctx, flow.window.bytes);

@@ -5,8 +5,10 @@
 #[path = "../harness/mod.rs"]
 mod harness;
 
+use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::thread;
 
 use clap::{Parser, ValueEnum};
 use serde_json::{Value, json};
@@ -50,6 +52,9 @@ struct Options {
     /// Make the path this many milliseconds longer (with netem, where the kernel has it), after the pod and before the node
     #[arg(long, default_value_t = 0)]
     rtt_ms: u32,
+    /// Both ends negotiate ECN (net.ipv4.tcp_ecn=1)
+    #[arg(long)]
+    ecn: bool,
     /// Fewer and shorter: 10 and 100 Mbit/s, cubic, 3 seconds
     #[arg(long)]
     quick: bool,
@@ -62,6 +67,8 @@ struct Options {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Part {
     Tcp,
+    /// Both directions limited and full at once
+    Both,
     Udp,
     AboveTheLink,
     Calls,
@@ -103,6 +110,7 @@ fn run(options: &Options) -> Result<bool> {
         let (title, header) = match part {
             Part::Tcp => tcp(options, &mut table)?,
             Part::Udp => udp(options, &mut table)?,
+            Part::Both => both(options, &mut table)?,
             Part::AboveTheLink => above_the_link(options, &mut table)?,
             Part::Calls => calls(&mut table)?,
         };
@@ -126,19 +134,16 @@ impl Table {
         options: &Options,
         labels: &[String],
         limiter: Limiter,
-        limit: u64,
+        limits: Limits,
         measure: impl FnOnce(&Pod) -> Result<Vec<String>>,
     ) -> Result<()> {
         check_stop()?;
         note(format_args!("{}, {} ..", labels.join(", "), limiter.title()));
-        let limits = match options.way() {
-            Way::Out => Limits { egress: Some(limit), ingress: None },
-            Way::In | Way::Within => Limits { egress: None, ingress: Some(limit) },
-        };
         let measured = Host::new().and_then(|host| {
             let mut pod = Pod::new(&host, "bench")?;
             limiter.add(&mut pod, limits, &self.programs)?;
             options.lengthen(&pod)?;
+            options.negotiate_ecn(&pod)?;
             measure(&pod)
         });
         // A stop shows up as a failure of whatever was running.
@@ -156,6 +161,31 @@ impl Table {
 impl Options {
     fn way(&self) -> Way {
         if self.ingress { Way::In } else { Way::Out }
+    }
+
+    /// Of the direction that is measured.
+    fn limits(&self, limit: u64) -> Limits {
+        match self.way() {
+            Way::Out => Limits { egress: Some(limit), ingress: None },
+            Way::In | Way::Within => Limits { egress: None, ingress: Some(limit) },
+        }
+    }
+
+    fn towards(&self) -> &'static str {
+        if self.ingress { "to the pod" } else { "from the pod" }
+    }
+
+    /// What the path has, for a title.
+    fn path(&self) -> String {
+        let rtt = (self.rtt_ms != 0).then(|| format!(", {} ms away", self.rtt_ms));
+        rtt.into_iter().chain(self.ecn.then(|| ", with ECN".to_owned())).collect()
+    }
+
+    fn negotiate_ecn(&self, pod: &Pod) -> Result<()> {
+        for netns in [&pod.host.netns, &pod.netns].into_iter().filter(|_| self.ecn) {
+            netns.run("sysctl", &["-q", "net.ipv4.tcp_ecn=1"])?;
+        }
+        Ok(())
     }
 
     /// `tc qdisc add dev VETH root netem delay`, at the node's end: what goes to the pod is late, data or acknowledgements.
@@ -187,15 +217,14 @@ fn tcp(options: &Options, table: &mut Table) -> Result<Title> {
                 let labels = [table::limit(limit), flows.to_string(), congestion.clone()];
                 let bulk = options.bulk(flows, Some(congestion.clone()), limit);
                 for limiter in options.limiters.iter().copied() {
-                    table.row(options, &labels, limiter, limit, |pod| {
+                    table.row(options, &labels, limiter, options.limits(limit), |pod| {
                         Ok(bulk_cells(&measure::bulk(pod, &bulk)?, Some(limit)))
                     })?;
                 }
             }
         }
     }
-    let title =
-        format!("Bulk TCP {}, small requests beside it", if options.ingress { "to the pod" } else { "from the pod" });
+    let title = format!("Bulk TCP {}{}, small requests beside it", options.towards(), options.path());
     Ok((
         title,
         &[
@@ -213,17 +242,61 @@ fn tcp(options: &Options, table: &mut Table) -> Result<Title> {
     ))
 }
 
+/// As many flows each way; what is on the wire of one direction has the acknowledgements of the other in it, as the limit has.
+fn both(options: &Options, table: &mut Table) -> Result<Title> {
+    for limit in options.rates.iter().copied() {
+        for flows in options.flows.iter().copied() {
+            for limiter in options.limiters.iter().copied() {
+                let limits = Limits { egress: Some(limit), ingress: Some(limit) };
+                table.row(options, &[table::limit(limit), flows.to_string()], limiter, limits, |pod| {
+                    let [sent, received] = both_ways(options, pod, flows)?;
+                    let retransmits = [sent.retransmits.to_string(), received.retransmits.to_string()];
+                    let wire = |result: BulkResult| {
+                        let rate = result.timeline.steady_rate();
+                        [table::rate(rate), table::percent(rate, limit)]
+                    };
+                    Ok([wire(sent), wire(received), retransmits].concat())
+                })?;
+            }
+        }
+    }
+    Ok((
+        format!("Bulk TCP from the pod and to it at once{}, both limited", options.path()),
+        &[
+            "limit",
+            "flows each way",
+            "limiter",
+            "sent",
+            "of the limit",
+            "received",
+            "of the limit",
+            "retransmits of the pod",
+            "of the remote",
+        ],
+    ))
+}
+
+fn both_ways(options: &Options, pod: &Pod, flows: usize) -> Result<[BulkResult; 2]> {
+    let run = |way| measure::bulk(pod, &Bulk { way, flows, seconds: options.seconds, ..Bulk::default() });
+    thread::scope(|scope| {
+        let received = scope.spawn(|| run(Way::In));
+        let sent = run(Way::Out);
+        let received = received.join().unwrap_or_else(|panic| resume_unwind(panic));
+        Ok([sent?, received?])
+    })
+}
+
 fn udp(options: &Options, table: &mut Table) -> Result<Title> {
     for limit in options.rates.iter().copied() {
         for limiter in options.limiters.iter().copied() {
-            table.row(options, &[table::limit(limit)], limiter, limit, |pod| {
+            table.row(options, &[table::limit(limit)], limiter, options.limits(limit), |pod| {
                 let udp = Udp { way: options.way(), rate: limit * 2, seconds: options.seconds, ..Udp::default() };
                 Ok(udp_cells(&measure::udp(pod, &udp)?, limit))
             })?;
         }
     }
     Ok((
-        "UDP, offered at twice the limit".into(),
+        format!("UDP {}{}, offered at twice the limit", options.towards(), options.path()),
         &[
             "limit",
             "limiter",
@@ -243,7 +316,7 @@ fn above_the_link(options: &Options, table: &mut Table) -> Result<Title> {
         for limiter in [Limiter::Bare, Limiter::Podshaper] {
             if limiter == Limiter::Bare || options.limiters.contains(&limiter) {
                 let bulk = options.bulk(flows, None, limit);
-                table.row(options, &[flows.to_string()], limiter, limit, |pod| {
+                table.row(options, &[flows.to_string()], limiter, options.limits(limit), |pod| {
                     Ok(bulk_cells(&measure::bulk(pod, &bulk)?, None))
                 })?;
             }

@@ -9,7 +9,7 @@ use serde_json::json;
 use super::mounts;
 use crate::harness::cgroup::{self, Driver, PodCgroup};
 use crate::harness::pod::{container_id, uuid};
-use crate::sandbox::{RATE, Sandbox, netns_with, ok, refused};
+use crate::sandbox::{PINS, RATE, Sandbox, netns_with, ok, refused};
 
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
@@ -153,12 +153,11 @@ fn a_directory_made_for_an_add_that_fails_is_removed() {
         pod.call("ADD");
         pod.call("DEL");
         assert!(!unified.exists());
-        let layout = Path::new("/sys/fs/bpf/podshaper/v2");
-        fs::remove_dir(layout).unwrap();
+        fs::remove_dir(PINS).unwrap();
         let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
         mount(None::<&str>, "/sys/fs/bpf", None::<&str>, flags, None::<&str>).unwrap();
-        let refusal = "make the directory /sys/fs/bpf/podshaper/v2: Read-only file system (os error 30)";
-        assert_eq!(refused(&pod.cni("ADD")), (101, refusal.to_owned()));
+        let refusal = format!("make the directory {PINS}: Read-only file system (os error 30)");
+        assert_eq!(refused(&pod.cni("ADD")), (101, refusal));
         assert!(!unified.exists() && kubelets.path().exists());
     });
 }
