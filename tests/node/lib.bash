@@ -256,7 +256,8 @@ attempts() {
     local limit=$1 direction=$2 rate
     shift 2
     for _ in {1..5}; do
-        rate=$("$@")
+        # What is not measured must not be taken from an earlier report.
+        rate=$("$@") || fail "$direction of $limit Mbit/s was not measured: $rate" || return
         if within "$rate" "$limit"; then
             echo "$direction $limit Mbit/s: $rate on the wire"
             return
@@ -275,7 +276,7 @@ sends() {
 }
 
 sent_by() {
-    "$traffic" fetch --from "$1:5201" --seconds 5 >"$run/report.json"
+    "$traffic" fetch --from "$1:5201" --seconds 5 >"$run/report.json" || return
     mbit "$2"
 }
 
@@ -288,7 +289,7 @@ received_by() {
     local address=$1 log=$2 mtu=$3 before
     before=$(reports "$log")
     "$traffic" send --to "$address:5202" --seconds 6 --flows 2 >/dev/null
-    until_true 20 more_reports "$log" "$before" >&2
+    until_true 20 more_reports "$log" "$before" || return
     grep sample_us "$log" | tail -n 1 | sed 's/^[^{]*//' >"$run/report.json"
     mbit "$mtu"
 }
