@@ -236,8 +236,8 @@ fn del(request: &Request, attachment: &Attachment) -> Result<()> {
     pins.settle(&place)?;
     if let Some(directory) = pins.find(&place) {
         let owner = Pinned::at(&directory).owner()?;
-        if !owner.is(&request.network, &attachment.container_id, &attachment.ifname) {
-            log::info!("{} is another sandbox's by now: {} {}", directory.display(), owner.network, owner.container_id);
+        if !owner.is_of(&attachment.container_id, &attachment.ifname) {
+            log::info!("{} is another sandbox's by now: {}", directory.display(), owner.container_id);
             return Ok(());
         }
         pins.remove(&place)?;

@@ -197,10 +197,18 @@ pub struct Owner {
 }
 
 impl Owner {
-    /// Whether a call for this container, interface and network speaks of the attachment recorded here. A DEL that does
-    /// not is a late one for a sandbox that has been replaced, and must remove nothing.
+    /// Whether a call for this container and interface speaks of the attachment recorded here. A DEL that does not is a late one
+    /// for a sandbox that has been replaced, and must remove nothing.
+    ///
+    /// The network's name is not asked for: containerd deletes by the configuration it has then, whose name may be another one
+    /// than at ADD, and no two networks can give a container an interface of the same name.
+    pub fn is_of(&self, container_id: &ContainerId, ifname: &InterfaceName) -> bool {
+        self.container_id == **container_id && self.ifname == **ifname
+    }
+
+    /// The same, and by the network of that name.
     pub fn is(&self, network: &NetworkName, container_id: &ContainerId, ifname: &InterfaceName) -> bool {
-        self.network == network.as_str() && self.container_id == **container_id && self.ifname == **ifname
+        self.network == network.as_str() && self.is_of(container_id, ifname)
     }
 }
 
@@ -282,17 +290,20 @@ mod tests {
     }
 
     #[test]
-    fn only_the_same_sandbox_on_the_same_network_is_the_owner() {
+    fn only_the_same_sandbox_is_the_owner() {
         let owner =
             Owner { container_id: "c1".into(), network: "net".into(), ifname: "eth0".into(), ..Owner::default() };
-        for (network, id, ifname, same) in [
-            ("net", "c1", "eth0", true),
-            ("net", "c2", "eth0", false),
-            ("other", "c1", "eth0", false),
-            ("net", "c1", "eth1", false),
+        for (network, id, ifname, same_sandbox, same_network_too) in [
+            ("net", "c1", "eth0", true, true),
+            ("net", "c2", "eth0", false, false),
+            ("other", "c1", "eth0", true, false),
+            ("net", "c1", "eth1", false, false),
         ] {
-            let (network, id) = (network.parse().unwrap(), container_id(id).unwrap());
-            assert_eq!(owner.is(&network, &id, &interface_name(ifname).unwrap()), same, "{network} {id} {ifname}");
+            let call = format!("{network} {id} {ifname}");
+            let (network, id, ifname) =
+                (network.parse().unwrap(), container_id(id).unwrap(), interface_name(ifname).unwrap());
+            assert_eq!(owner.is_of(&id, &ifname), same_sandbox, "{call}");
+            assert_eq!(owner.is(&network, &id, &ifname), same_network_too, "{call}");
         }
     }
 }

@@ -71,10 +71,8 @@ fn an_attachment_ends_with_its_pins_even_when_the_pods_cgroup_went_first() {
 fn a_del_from_a_stranger_removes_nothing_and_succeeds() {
     let pod = Sandbox::new();
     pod.call("ADD");
-    let other_network = pod.stdin_with(json!({ "name": "another" }));
     for stranger in [
         pod.cni_of("DEL", &container_id().unwrap()),
-        pod.cni("DEL").stdin(other_network),
         pod.cni("DEL").env("CNI_IFNAME", "net1"),
         // Its UID is somebody else's.
         pod.cni("DEL").env("CNI_ARGS", format!("K8S_POD_UID={}", uuid().unwrap())),
@@ -84,6 +82,16 @@ fn a_del_from_a_stranger_removes_nothing_and_succeeds() {
         pod.assert_limited(&pod.container_id, RATE);
     }
     pod.call("DEL");
+    pod.assert_unlimited();
+}
+
+/// What containerd does when a node's configuration was replaced by one of another name while the pod ran.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn a_del_under_the_networks_new_name_removes_the_limit() {
+    let pod = Sandbox::new();
+    pod.call("ADD");
+    ok(&pod.cni("DEL").stdin(pod.stdin_with(json!({ "name": "another" }))));
     pod.assert_unlimited();
 }
 

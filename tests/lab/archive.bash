@@ -43,7 +43,8 @@ update_apt() {
     fi
     mv "$new" "$cache/apt/sources.list"
     : >"$cache/apt/status"
-    apt apt-get --quiet=2 update >&2 || die "could not read $mirror"
+    # By itself apt calls it a success when it reached nothing.
+    apt apt-get --quiet=2 --error-on=any update >&2 || die "could not read $mirror"
     touch "$cache/apt/updated"
 }
 

@@ -114,7 +114,7 @@ conflist() {
     flannel) primary='{"type": "flannel", "subnetFile": "'$run'/subnet.env",
         "delegate": {"bridge": "flannel0", "hairpinMode": true, "isDefaultGateway": true}}' ;;
     esac
-    printf '%s\n' FLANNEL_{NETWORK=10.244.0.0/16,SUBNET=10.244.2.1/24,MTU=1450,IPMASQ=false} >"$run/subnet.env"
+    printf '%s\n' FLANNEL_{NETWORK=10.244.0.0/16,SUBNET="${flannel_subnet:-10.244.2.1/24}",MTU=1450,IPMASQ=false} >"$run/subnet.env"
     jq --null-input --arg name "pods-$plugin" --arg version "$version" --argjson primary "$primary" --arg log "$run/podshaper.log" \
         --argjson own "${3:-"{}"}" '{
         cniVersion: $version, name: $name, plugins: [
@@ -122,7 +122,11 @@ conflist() {
             {type: "portmap", capabilities: {portMappings: true}},
             ({type: "podshaper", logFile: $log, logLevel: "debug",
               capabilities: {bandwidth: true, cgroupPath: true, "io.kubernetes.cri.pod-annotations": true}} + $own)]}' >"$run/conflist.new"
-    cp "$run/conflist.new" /etc/cni/net.d/new
+    use_conflist "$run/conflist.new"
+}
+
+use_conflist() {
+    cp "$1" /etc/cni/net.d/new
     # Within the directory: containerd takes no notice of a file that is moved in from elsewhere.
     mv /etc/cni/net.d/new /etc/cni/net.d/10-pods.conflist
 }
@@ -235,10 +239,10 @@ containers:
 YAML
 }
 
-# mbit MTU: from traffic's report on stdin to Mbit/s on the wire, the first second left out. 52 bytes of each packet are headers.
+# mbit MTU: from traffic's report in report.json to Mbit/s on the wire, the first second left out. 52 bytes of each packet are headers.
 mbit() {
     printf '%.2f' "$(jq --argjson mtu "$1" '([.sample_us[] | select(. < 1000000)] | length) as $from |
-        (.payload_bytes[-1] - .payload_bytes[$from]) * 8 / (.sample_us[-1] - .sample_us[$from]) * $mtu / ($mtu - 52)')"
+        (.payload_bytes[-1] - .payload_bytes[$from]) * 8 / (.sample_us[-1] - .sample_us[$from]) * $mtu / ($mtu - 52)' "$run/report.json")"
 }
 
 # within RATE LIMIT
@@ -252,12 +256,15 @@ attempts() {
     local limit=$1 direction=$2 rate
     shift 2
     for _ in {1..5}; do
-        rate=$("$@")
+        # What is not measured must not be taken from an earlier report.
+        rate=$("$@") || fail "$direction of $limit Mbit/s was not measured: $rate" || return
         if within "$rate" "$limit"; then
             echo "$direction $limit Mbit/s: $rate on the wire"
             return
         fi
         echo "$direction of $limit Mbit/s was $rate on the wire"
+        # Payload of each 100 ms: whether it was one burst or the whole time.
+        jq --compact-output .buckets "$run/report.json"
         awk -v rate="$rate" -v limit="$limit" 'BEGIN { exit !(rate < limit) }' || return
     done
     return 1
@@ -269,7 +276,8 @@ sends() {
 }
 
 sent_by() {
-    "$traffic" fetch --from "$1:5201" --seconds 5 | mbit "$2"
+    "$traffic" fetch --from "$1:5201" --seconds 5 >"$run/report.json" || return
+    mbit "$2"
 }
 
 # receives ADDRESS LIMIT LOG [MTU]: what it receives, by its own account in the log of its container.
@@ -281,8 +289,9 @@ received_by() {
     local address=$1 log=$2 mtu=$3 before
     before=$(reports "$log")
     "$traffic" send --to "$address:5202" --seconds 6 --flows 2 >/dev/null
-    until_true 20 more_reports "$log" "$before" >&2
-    grep sample_us "$log" | tail -n 1 | sed 's/^[^{]*//' | mbit "$mtu"
+    until_true 20 more_reports "$log" "$before" || return
+    grep sample_us "$log" | tail -n 1 | sed 's/^[^{]*//' >"$run/report.json"
+    mbit "$mtu"
 }
 
 # The rates that this test has printed so far.
