@@ -16,7 +16,7 @@
 //! once and raised with an ACK only (`tcp_update_pacing_rate`, bbr's `bbr_set_pacing_rate`): see [`raised`].
 
 use aya_ebpf::{helpers::bpf_setsockopt, programs::SockOpsContext};
-use podshaper_abi::EGRESS;
+use podshaper_abi::{EGRESS, transmit_time};
 
 use crate::{clock, flow::Flow, maps, packet, tcp};
 
@@ -96,7 +96,8 @@ pub fn raised(ctx: &SockOpsContext, flow: &mut Flow) -> u64 {
 #[unsafe(no_mangle)]
 pub extern "C" fn wait_for(backlog_ns: u64, payload: u64, mss: u64, is_sparse: u64) -> u64 {
     let Some(limit) = maps::limit(EGRESS) else { return 0 };
-    if backlog_ns < SHORTEST_WAIT_NS {
+    let wait_ns = if is_sparse != 0 { transmit_time(payload, limit.rate_bits_per_s).ns } else { backlog_ns };
+    if wait_ns < SHORTEST_WAIT_NS {
         return NOT_PACED;
     }
     if is_sparse != 0 {
@@ -105,18 +106,22 @@ pub extern "C" fn wait_for(backlog_ns: u64, payload: u64, mss: u64, is_sparse: u
     // Packets smaller than those of a bulk flow wait in proportion, so that flows share evenly whatever they build.
     let bytes = payload.max(limit.bulk_segments * mss);
     // 0 would turn pacing off (`tcp_update_skb_after_send`).
-    (bytes * NANOS_PER_SECOND / backlog_ns).max(1)
+    (bytes * NANOS_PER_SECOND / wait_ns).max(1)
 }
 
 /// The pace until the next segment, of a socket whose last one had the pace `paced_bytes_per_s`.
 #[inline(never)]
 #[unsafe(no_mangle)]
 pub extern "C" fn raise(paced_bytes_per_s: u64, mss: u64) -> u64 {
-    if paced_bytes_per_s == 0 || paced_bytes_per_s >= NOT_PACED {
+    let Some(limit) = maps::limit(EGRESS) else { return 0 };
+    let least_bytes = limit.bulk_segments * mss;
+    // One that was not paced is from here on, at the limit, unless that is too fast to wait for: else a flow that begins sends one
+    // more round before it is told.
+    let is_too_fast = transmit_time(least_bytes, limit.rate_bits_per_s).ns < SHORTEST_WAIT_NS;
+    if paced_bytes_per_s == 0 || paced_bytes_per_s >= NOT_PACED && is_too_fast {
         return 0;
     }
-    let Some(limit) = maps::limit(EGRESS) else { return 0 };
-    let at_least = limit.bulk_segments * mss * RAISE_AT_LEAST_PACKETS_PER_S;
+    let at_least = least_bytes * RAISE_AT_LEAST_PACKETS_PER_S;
     (RAISE * paced_bytes_per_s).max(at_least).min(limit.rate_bits_per_s / 8)
 }
 
