@@ -93,10 +93,11 @@ pub fn count_ingress(ctx: SkBuffContext) -> i32 {
 pub fn pace_tcp(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB | BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => {
-            tcp::ask_for(&ctx, tcp::SEGMENTS | tcp::ACKNOWLEDGEMENTS);
+            tcp::ask_for(&ctx, tcp::SEGMENTS);
         }
         // A pure ACK has no payload, and is not paced by TCP either.
         BPF_SOCK_OPS_HDR_OPT_LEN_CB if tcp::is_segment(&ctx) && tcp::payload_bytes(&ctx) != 0 => {
+            pace::ask_to_be_raised(&ctx);
             pace::pace(&ctx, pace::of_segment);
         }
         BPF_SOCK_OPS_RTT_CB => pace::pace(&ctx, pace::raised),

@@ -109,19 +109,32 @@ pub extern "C" fn wait_for(backlog_ns: u64, payload: u64, mss: u64, is_sparse: u
     (bytes * NANOS_PER_SECOND / wait_ns).max(1)
 }
 
+/// Asks for the acknowledgements of a socket, that [`raised`] may be called, where the limit is one that a packet can wait for.
+#[inline(always)]
+pub fn ask_to_be_raised(ctx: &SockOpsContext) {
+    if ctx.cb_flags() & tcp::ACKNOWLEDGEMENTS == 0 && is_waited_for(tcp::mss(ctx)) != 0 {
+        tcp::ask_for(ctx, tcp::ACKNOWLEDGEMENTS);
+    }
+}
+
+/// Whether the least packet of a bulk flow takes so long at the limit that it is worth a timer: up to 23 Gbit/s.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn is_waited_for(mss: u64) -> u64 {
+    let Some(limit) = maps::limit(EGRESS) else { return 0 };
+    (transmit_time(limit.bulk_segments * mss, limit.rate_bits_per_s).ns >= SHORTEST_WAIT_NS).into()
+}
+
 /// The pace until the next segment, of a socket whose last one had the pace `paced_bytes_per_s`.
 #[inline(never)]
 #[unsafe(no_mangle)]
 pub extern "C" fn raise(paced_bytes_per_s: u64, mss: u64) -> u64 {
     let Some(limit) = maps::limit(EGRESS) else { return 0 };
-    let least_bytes = limit.bulk_segments * mss;
-    // One that was not paced is from here on, at the limit, unless that is too fast to wait for: else a flow that begins sends one
-    // more round before it is told.
-    let is_too_fast = transmit_time(least_bytes, limit.rate_bits_per_s).ns < SHORTEST_WAIT_NS;
-    if paced_bytes_per_s == 0 || paced_bytes_per_s >= NOT_PACED && is_too_fast {
+    // One that was not paced is from here on, at the limit: else a flow that begins sends one more round before it is told.
+    if paced_bytes_per_s == 0 {
         return 0;
     }
-    let at_least = least_bytes * RAISE_AT_LEAST_PACKETS_PER_S;
+    let at_least = limit.bulk_segments * mss * RAISE_AT_LEAST_PACKETS_PER_S;
     (RAISE * paced_bytes_per_s).max(at_least).min(limit.rate_bits_per_s / 8)
 }
 
