@@ -29,7 +29,7 @@ pub fn now_ns() -> u64 {
 /// number that is one packet old makes one segment's pace a little wrong, and the next one, which sees both, makes up for it.
 ///
 /// A global function, as all that follow and for all of them: the verifier checks it by itself, once, and not together with every way
-/// that leads to it. Its check is most of the time an ADD takes. They can be given numbers only, and give one back.
+/// that leads to it. Its check is much of the time an ADD takes. They can be given numbers only, and give one back.
 #[inline(never)]
 #[unsafe(no_mangle)]
 pub extern "C" fn backlog(direction: u64, wire_bytes: u64) -> u64 {

@@ -91,7 +91,7 @@ pub fn raised(ctx: &SockOpsContext, flow: &mut Flow) -> u64 {
 
 /// The pace at which a segment's bytes take as long as the backlog, in bytes/s; a sparse one's is the limit's. 0 without a limit.
 ///
-/// A global function, like the next two, for the same reason as those of [`clock`].
+/// A global function, as those that follow, for the same reason as those of [`clock`].
 #[inline(never)]
 #[unsafe(no_mangle)]
 pub extern "C" fn wait_for(backlog_ns: u64, payload: u64, mss: u64, is_sparse: u64) -> u64 {
