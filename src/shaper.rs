@@ -330,6 +330,7 @@ fn abi_limit(limit: &Limit, paced_mark_ns: u64, horizon_ns: u64, unpaced_bound_n
     AbiLimit {
         rate_bits_per_s: limit.rate.as_bits_per_s(),
         burst_ns: limit.burst.as_ns_at(limit.rate),
+        kept_ns: limit.burst.kept().as_ns_at(limit.rate),
         unpaced_bound_ns,
         paced_mark_ns,
         horizon_ns,

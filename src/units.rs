@@ -148,6 +148,12 @@ impl Burst {
         Self { bytes: u64::try_from(bytes).unwrap_or(u64::MAX) }
     }
 
+    /// The part of a burst that bulk flows leave to what cannot wait: four full packets, or half of a small burst. The other half is for
+    /// their late timers.
+    pub fn kept(self) -> Self {
+        Self { bytes: (4 * FULL_PACKET_BYTES).min(self.bytes / 2) }
+    }
+
     /// The burst in bytes.
     pub fn as_bytes(self) -> u64 {
         self.bytes
@@ -362,6 +368,8 @@ mod tests {
             assert_eq!(Burst::of_ns_at(burst.as_ns_at(rate(text)), rate(text)), burst, "{text}");
             assert_eq!(burst.to_string(), shown, "{text}");
         }
+        assert_eq!(Burst::default_for(rate("1M")).kept().as_bytes(), 6_000);
+        assert_eq!(Burst::bits(80_000).map(|burst| burst.kept().as_bytes()), Ok(5_000));
         assert_eq!(Burst::bits(9).map(Burst::as_bytes), Ok(2));
         assert_eq!(Burst::from_quantity("80k").map(Burst::as_bytes), Ok(10_000));
         assert_eq!(Burst::bits(0), Err(UnitError::BurstZero));

@@ -21,7 +21,7 @@ use super::harness::pod::{container_id, uuid};
 use super::harness::{process, unique};
 
 /// Where podshaper of this layout pins.
-pub const PINS: &str = "/sys/fs/bpf/podshaper/v3";
+pub const PINS: &str = "/sys/fs/bpf/podshaper/v4";
 /// What a sandbox asks for unless told otherwise, in bits per second.
 pub const RATE: u64 = 10_000_000;
 /// How long the kernel may take to free what nothing refers to any more: it does so after a grace period of RCU, in a worker.

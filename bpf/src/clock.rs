@@ -25,21 +25,23 @@ pub fn now_ns() -> u64 {
     unsafe { bpf_ktime_get_ns() }
 }
 
-/// Virtual backlog of a direction in nanoseconds that `wire_bytes` more would leave; 0 without a limit. Read without the lock: a
-/// number that is one packet old makes one segment's pace a little wrong, and the next one, which sees both, makes up for it.
+/// Virtual backlog of a direction in nanoseconds that `wire_bytes` more would leave; 0 without a limit. `is_bulk` (1 or 0): as those see
+/// it that leave the last of the burst to others. Read without the lock: a number that is one packet old makes one segment's pace a little
+/// wrong, and the next one, which sees both, makes up for it.
 ///
 /// A global function, as all that follow and for all of them: the verifier checks it by itself, once, and not together with every way
 /// that leads to it. Its check is much of the time an ADD takes. They can be given numbers only, and give one back.
 #[inline(never)]
 #[unsafe(no_mangle)]
-pub extern "C" fn backlog(direction: u64, wire_bytes: u64) -> u64 {
+pub extern "C" fn backlog(direction: u64, wire_bytes: u64, is_bulk: u64) -> u64 {
     let direction = direction as u32;
     let (Some(limit), Some(meter)) = (maps::limit(direction), maps::meter(direction)) else { return 0 };
     // SAFETY: the verifier checked the pointer; an aligned u64 is loaded whole. Volatile: other CPUs write it.
     let next_ns = unsafe { (&raw const (*meter).clock.next_ns).read_volatile() };
     let now_ns = now_ns();
     let caught_up_ns = Clock::caught_up_ns(next_ns, now_ns, limit.burst_ns);
-    Clock::backlog_ns(caught_up_ns + transmit_time(wire_bytes, limit.rate_bits_per_s).ns, now_ns)
+    let kept_ns = limit.kept_ns * is_bulk;
+    Clock::backlog_ns(caught_up_ns + kept_ns + transmit_time(wire_bytes, limit.rate_bits_per_s).ns, now_ns)
 }
 
 /// What is to be done with a packet that leaves this backlog: of the flags above those that it has. TCP and sparse flows may go up to

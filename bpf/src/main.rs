@@ -68,6 +68,10 @@ pub fn count_egress(ctx: SkBuffContext) -> i32 {
         flow.is_ours = 1;
         hold_back(&ctx, flow);
     }
+    // Of a pod with an ingress limit alone.
+    if maps::limit(EGRESS).is_none() {
+        return PASS;
+    }
     let wire = Wire::of(&ctx);
     let flags = judge(EGRESS, &wire, socket, flow.map(|flow| &mut flow.out));
     depart(&ctx, flags);
@@ -170,7 +174,7 @@ fn is_paced(socket: Option<NonNull<bpf_sock>>) -> bool {
 /// What is to be done with a packet: flags of [`clock`].
 #[inline(always)]
 fn judge(direction: u32, wire: &Wire, socket: Option<NonNull<bpf_sock>>, credit: Option<&mut Credit>) -> u64 {
-    let backlog_ns = clock::backlog(direction.into(), wire.bytes);
+    let backlog_ns = clock::backlog(direction.into(), wire.bytes, 0);
     let has_credit = credit.is_some_and(|credit| credit.is_sparse(backlog_ns, wire.bytes, SPARSE_BYTES));
     clock::judge(direction.into(), backlog_ns, is_paced(socket).into(), has_credit.into())
 }
@@ -181,7 +185,7 @@ fn judge(direction: u32, wire: &Wire, socket: Option<NonNull<bpf_sock>>, credit:
 fn depart(ctx: &SkBuffContext, flags: u64) {
     if flags & clock::DEPARTS != 0 {
         // SAFETY: cgroup_skb programs may write tstamp.
-        unsafe { (*ctx.skb.skb).tstamp = clock::now_ns() + clock::backlog(EGRESS.into(), 0) };
+        unsafe { (*ctx.skb.skb).tstamp = clock::now_ns() + clock::backlog(EGRESS.into(), 0, 0) };
     }
 }
 

@@ -32,11 +32,17 @@ const NOT_PACED: u64 = u32::MAX as u64;
 /// Segments that a sparse flow may send before it waits.
 const SPARSE_SEGMENTS: u64 = 2;
 
+/// TCP does not pace the first of a flow's segments (`tcp_update_skb_after_send`).
+const FIRST_SEGMENTS: u64 = 10;
+
 /// Until the next segment the pace is raised to this many times the last one ..
 const RAISE: u64 = 2;
 /// .. or, if that is more, to this many full packets a second: up to there the pace does not change how large TCP builds them (a
 /// millisecond's worth, `tcp_tso_autosize`, but no fewer than the least), so that nothing is lost by raising it at once.
 const RAISE_AT_LEAST_PACKETS_PER_S: u64 = 1_000;
+
+/// A flow whose segment leaves no backlog goes on at this many times the limit.
+const CATCH_UP: u64 = 2;
 
 /// Waits shorter than this are not worth a timer, and not worth pacing the socket: a socket that was paced once keeps its timer, at
 /// congestion control's rate, and gets a fifth less of a fast link (`sk_pacing_status` never goes back).
@@ -72,9 +78,13 @@ pub fn of_segment(ctx: &SockOpsContext, flow: &mut Flow) -> u64 {
     let payload = tcp::payload_bytes(ctx);
     let mss = tcp::mss(ctx);
     let wire_bytes = packet::wire_bytes_of_tcp(payload, mss, tcp::is_ipv6(ctx).into());
-    let backlog_ns = clock::backlog(EGRESS.into(), wire_bytes);
+    let backlog_ns = clock::backlog(EGRESS.into(), wire_bytes, 1);
     let is_sparse = flow.out.is_sparse(backlog_ns, wire_bytes, SPARSE_SEGMENTS * mss);
-    flow.paced_bytes_per_s = wait_for(backlog_ns, payload, mss, is_sparse.into());
+    flow.paced_bytes_per_s = if is_sparse {
+        at_the_limit(payload)
+    } else {
+        wait_for(backlog_ns, payload, mss, tcp::sent_segments(ctx))
+    };
     flow.paced_bytes_per_s
 }
 
@@ -89,24 +99,35 @@ pub fn raised(ctx: &SockOpsContext, flow: &mut Flow) -> u64 {
     raise(paced_bytes_per_s, tcp::mss(ctx))
 }
 
-/// The pace at which a segment's bytes take as long as the backlog, in bytes/s; a sparse one's is the limit's. 0 without a limit.
+/// The pace of a sparse flow's segment, in bytes/s: the limit. 0 without one.
 ///
 /// A global function, as those that follow, for the same reason as those of [`clock`].
 #[inline(never)]
 #[unsafe(no_mangle)]
-pub extern "C" fn wait_for(backlog_ns: u64, payload: u64, mss: u64, is_sparse: u64) -> u64 {
+pub extern "C" fn at_the_limit(payload: u64) -> u64 {
     let Some(limit) = maps::limit(EGRESS) else { return 0 };
-    let wait_ns = if is_sparse != 0 { transmit_time(payload, limit.rate_bits_per_s).ns } else { backlog_ns };
-    if wait_ns < SHORTEST_WAIT_NS {
+    let is_short = transmit_time(payload, limit.rate_bits_per_s).ns < SHORTEST_WAIT_NS;
+    if is_short { NOT_PACED } else { limit.rate_bits_per_s / 8 }
+}
+
+/// The pace at which a segment's bytes take as long as the backlog, in bytes/s, of a socket that has sent so many segments before it.
+/// 0 without a limit.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn wait_for(backlog_ns: u64, payload: u64, mss: u64, sent_segments: u64) -> u64 {
+    let Some(limit) = maps::limit(EGRESS) else { return 0 };
+    if backlog_ns < SHORTEST_WAIT_NS {
         return NOT_PACED;
     }
-    if is_sparse != 0 {
-        return limit.rate_bits_per_s / 8;
-    }
     // Packets smaller than those of a bulk flow wait in proportion, so that flows share evenly whatever they build.
-    let bytes = payload.max(limit.bulk_segments * mss);
+    let mut bytes = payload.max(limit.bulk_segments * mss);
+    // So do the larger ones of two segments where one is enough: with a round trip under 6 us TCP builds them whatever the pace
+    // (`tcp_tso_autosize`). Those of the first round are part of a backlog that all have made alike.
+    if limit.bulk_segments == 1 && sent_segments >= FIRST_SEGMENTS {
+        bytes = bytes.min(mss.max(payload / 2));
+    }
     // 0 would turn pacing off (`tcp_update_skb_after_send`).
-    (bytes * NANOS_PER_SECOND / wait_ns).max(1)
+    (bytes * NANOS_PER_SECOND / backlog_ns).max(1)
 }
 
 /// Asks for the acknowledgements of a socket, that [`raised`] may be called, where the limit is one that a packet can wait for.
@@ -130,12 +151,14 @@ pub extern "C" fn is_waited_for(mss: u64) -> u64 {
 #[unsafe(no_mangle)]
 pub extern "C" fn raise(paced_bytes_per_s: u64, mss: u64) -> u64 {
     let Some(limit) = maps::limit(EGRESS) else { return 0 };
-    // One that was not paced is from here on, at the limit: else a flow that begins sends one more round before it is told.
     if paced_bytes_per_s == 0 {
         return 0;
     }
     let at_least = limit.bulk_segments * mss * RAISE_AT_LEAST_PACKETS_PER_S;
-    (RAISE * paced_bytes_per_s).max(at_least).min(limit.rate_bits_per_s / 8)
+    // One that was not paced is from here on: else a flow that begins sends one more round before it is told. But faster than the limit,
+    // which is how a pod that was stopped for a while, and has a lag, makes up for it.
+    let most = limit.rate_bits_per_s / 8 * if paced_bytes_per_s == NOT_PACED { CATCH_UP } else { 1 };
+    (RAISE * paced_bytes_per_s).max(at_least).min(most)
 }
 
 /// What SO_MAX_PACING_RATE is to be, in bytes/s, where `chosen` is wanted, the application's is `own` and it was last set to `set`.

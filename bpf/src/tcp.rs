@@ -43,6 +43,13 @@ pub fn payload_bytes(ctx: &SockOpsContext) -> u64 {
     u64::from(unsafe { (*ctx.ops).skb_len })
 }
 
+/// Segments with payload that the socket has sent so far, repeated ones among them.
+#[inline(always)]
+pub fn sent_segments(ctx: &SockOpsContext) -> u64 {
+    // SAFETY: sock_ops programs may read data_segs_out.
+    u64::from(unsafe { (*ctx.ops).data_segs_out })
+}
+
 /// Whether the segment opens, closes or resets the connection.
 #[inline(always)]
 pub fn opens_or_closes(ctx: &SockOpsContext) -> bool {

@@ -72,7 +72,7 @@ pub fn acknowledge(ctx: &SockOpsContext) {
         return;
     }
     let (Some(limit), Some(flow)) = (maps::limit(INGRESS), tcp::flow(ctx)) else { return };
-    let backlog_ns = clock::backlog(INGRESS.into(), 0);
+    let backlog_ns = clock::backlog(INGRESS.into(), 0, 0);
     let now_ns = clock::now_ns();
     hold(&mut flow.window, now_ns, backlog_ns, flow.into.is_left());
     resize(ctx, &limit, &mut flow.window, now_ns, backlog_ns);

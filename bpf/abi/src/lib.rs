@@ -6,7 +6,7 @@
 #![cfg_attr(not(test), no_std)]
 
 /// Version of the structures below and of the set of maps and programs that are pinned.
-pub const LAYOUT: u32 = 3;
+pub const LAYOUT: u32 = 4;
 
 /// Index of the egress direction in the `LIMITS` and `METERS` maps: what the pod sends.
 pub const EGRESS: u32 = 0;
@@ -72,6 +72,8 @@ pub struct Limit {
     pub rate_bits_per_s: u64,
     /// How far an idle clock may lag behind the time: the burst, as time at the rate.
     pub burst_ns: u64,
+    /// Part of the burst that TCP's bulk flows, which can wait, leave to what cannot.
+    pub kept_ns: u64,
     /// Backlog beyond which a packet that no socket paces is dropped. Half of it is where ECN-capable ones are marked.
     pub unpaced_bound_ns: u64,
     /// Backlog beyond which ECN-capable TCP is marked. All ones: never.
@@ -135,7 +137,7 @@ pub struct Counters {
 }
 
 // The sizes are part of LAYOUT: a padding byte or a new field must not slip in unseen.
-const _: () = assert!(size_of::<Limit>() == 56);
+const _: () = assert!(size_of::<Limit>() == 64);
 const _: () = assert!(size_of::<Clock>() == 16);
 const _: () = assert!(size_of::<Counters>() == 40 + 8 * BACKLOG_BUCKETS);
 const _: () = assert!(size_of::<Meter>() == 8 + 2 * size_of::<Clock>() + size_of::<Counters>());
