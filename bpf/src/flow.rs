@@ -51,8 +51,12 @@ pub struct Window {
     pub received_bytes: u64,
     /// Whether the ingress clock has ever had a backlog in this flow's time. Until then the window grows faster.
     pub met_backlog: u64,
-    /// How long the last acknowledgement was held back.
+    /// How long acknowledgements are held back, smoothed as the remote smooths its round trips.
     pub held_ns: u64,
+    /// What the socket had received at the last acknowledgement, in bytes.
+    pub acknowledged_bytes: u64,
+    /// How far the remote may send, counted as these.
+    pub edge_bytes: u64,
     /// Departure time of the pure ACK that is just being sent. 0: it is not held.
     pub hold_until_ns: u64,
 }

@@ -27,9 +27,11 @@ const TCP_WINDOW_CLAMP: i32 = 10;
 const SHORTEST_TARGET_NS: u64 = 5_000_000;
 /// How often a window may change at most: shorter than this a round trip is noise.
 const SHORTEST_ROUND_NS: u64 = 1_000_000;
-/// How much longer than twice the last one an acknowledgement may be held. The remote's retransmission timer (200 ms above its
-/// round-trip estimate at least) must see the round trip grow, not jump.
-const HOLD_STEP_NS: u64 = 150_000_000;
+/// A remote sends the last of its segments again after twice its estimate of the round trip and two ticks, of which a kernel has 250
+/// to 1000 in a second (`tcp_schedule_loss_probe`); its retransmission timer is later.
+const LOSS_PROBE_NS: u64 = 4_000_000;
+/// For a single segment it allows 200 ms more for a delayed acknowledgement (`TCP_RTO_MIN`). Some of that is the network's.
+const LOSS_PROBE_OF_ONE_NS: u64 = 150_000_000;
 /// How long the first flight may take at the limit, if that is between [`FIRST_LEAST_SEGMENTS`] and [`FIRST_MOST_SEGMENTS`]: the backlog of a
 /// few flows that begin together is then not longer than their senders will wait.
 const FIRST_FLIGHT_NS: u64 = 4_000_000;
@@ -39,9 +41,8 @@ const FIRST_LEAST_SEGMENTS: u64 = 2;
 const FIRST_MOST_SEGMENTS: u64 = 10;
 /// Payload of a full packet, where the connection's own is not known yet.
 const USUAL_MSS: u64 = 1448;
-/// One segment in flight is what a sender waits 200 ms for before it sends it again; for two it would wait two ticks and two round
-/// trips (`tcp_schedule_loss_probe`). And it need not wait for a delayed ACK: with a window that was used up the application's read
-/// is answered at once (`__tcp_cleanup_rbuf`).
+/// One segment in flight is what a sender waits for longest (see [`patience_ns`]). And it need not wait for a delayed ACK: with a window
+/// that was used up the application's read is answered at once (`__tcp_cleanup_rbuf`).
 const LEAST_SEGMENTS: u64 = 1;
 /// Above this the clamp limits nothing: 8 MB in 5 ms are 13 Gbit/s.
 const MOST_BYTES: u64 = 8 << 20;
@@ -61,6 +62,7 @@ pub fn open(ctx: &SockOpsContext) {
     let mss = tcp::mss(ctx);
     flow.window.bytes = (first_segments() * mss).min(link_bytes(&limit, SHORTEST_ROUND_NS)).max(LEAST_SEGMENTS * mss);
     flow.window.changed_ns = clock::now_ns();
+    flow.window.edge_bytes = first_segments() * mss;
     clamp(ctx, flow.window.bytes);
 }
 
@@ -74,17 +76,40 @@ pub fn acknowledge(ctx: &SockOpsContext) {
     let (Some(limit), Some(flow)) = (maps::limit(INGRESS), tcp::flow(ctx)) else { return };
     let backlog_ns = clock::backlog(INGRESS.into(), 0, 0);
     let now_ns = clock::now_ns();
-    hold(&mut flow.window, now_ns, backlog_ns, flow.into.is_left());
-    resize(ctx, &limit, &mut flow.window, now_ns, backlog_ns);
-    clamp(ctx, flow.window.bytes);
+    let patience_ns = patience_ns(ctx, &flow.window);
+    hold(&mut flow.window, now_ns, if flow.into.is_left() { 0 } else { backlog_ns.min(patience_ns) });
+    if backlog_ns > patience_ns {
+        collapse(ctx, &mut flow.window, now_ns);
+    } else {
+        resize(ctx, &limit, &mut flow.window, now_ns, backlog_ns);
+    }
+    advertise(ctx, &mut flow.window);
+}
+
+/// How long the remote will wait for the acknowledgement of all it has sent before it sends some again.
+#[inline(always)]
+fn patience_ns(ctx: &SockOpsContext, window: &Window) -> u64 {
+    let unacknowledged_bytes = window.edge_bytes - window.acknowledged_bytes;
+    // A half more: a window is rounded up (`__tcp_select_window`).
+    let is_one = unacknowledged_bytes <= LEAST_SEGMENTS * tcp::mss(ctx) * 3 / 2;
+    let beyond_ns = if is_one { LOSS_PROBE_OF_ONE_NS } else { LOSS_PROBE_NS };
+    2 * (tcp::rtt_ns(ctx) + window.held_ns) + beyond_ns
 }
 
 #[inline(always)]
-fn hold(window: &mut Window, now_ns: u64, backlog_ns: u64, is_sparse: bool) {
-    let longest_ns = 2 * window.held_ns + HOLD_STEP_NS;
-    let hold_ns = if is_sparse { 0 } else { backlog_ns.min(longest_ns) };
-    window.held_ns = hold_ns;
+fn hold(window: &mut Window, now_ns: u64, hold_ns: u64) {
+    // `tcp_rtt_estimator`: an eighth of each.
+    window.held_ns = window.held_ns / 8 * 7 + hold_ns / 8;
     window.hold_until_ns = if hold_ns == 0 { 0 } else { now_ns + hold_ns };
+}
+
+/// The backlog is longer than the remote will wait: one segment from here on, for which it waits longer.
+#[inline(always)]
+fn collapse(ctx: &SockOpsContext, window: &mut Window, now_ns: u64) {
+    window.met_backlog = 1;
+    window.bytes = LEAST_SEGMENTS * tcp::mss(ctx);
+    window.changed_ns = now_ns;
+    window.received_bytes = tcp::received_bytes(ctx);
 }
 
 #[inline(always)]
@@ -132,6 +157,15 @@ fn most_bytes(limit: &Limit, rtt_ns: u64) -> u64 {
 fn link_bytes(limit: &Limit, time_ns: u64) -> u64 {
     // By 1000 and by 1000 again, and not by a million: neither may a product overflow, nor a low rate become nothing.
     limit.rate_bits_per_s / 8_000 * (time_ns / 1_000) / 1_000
+}
+
+/// Sets the window of the acknowledgement that is about to leave.
+#[inline(always)]
+fn advertise(ctx: &SockOpsContext, window: &mut Window) {
+    window.acknowledged_bytes = tcp::received_bytes(ctx);
+    // A window never takes back what it has given.
+    window.edge_bytes = window.edge_bytes.max(window.acknowledged_bytes + window.bytes);
+    clamp(ctx, window.bytes);
 }
 
 #[inline(always)]
