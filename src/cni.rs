@@ -141,25 +141,34 @@ fn limit(request: &Request, attachment: &Attachment, plan: Plan) -> Result<()> {
             return loaded.and(Err(error));
         }
     };
-    let before = pins.find(&place).and_then(|directory| Pinned::at(&directory).owner().ok());
+    let before = pins.find(&place).and_then(|directory| before(&Pinned::at(&directory)));
     let attached = loaded.and_then(|loaded| loaded.attach(cgroup.open()?.as_fd()));
     let committed = attached.and_then(|attached| {
         let staged = pins.stage(&place)?;
         attached.pin(staged.directory())?;
         staged.commit()
     });
-    if committed.is_err() && before.is_none() {
-        ingress::undo(&owner);
+    if committed.is_err() {
+        match &before {
+            Some((before, limit)) => ingress::restore(before, limit.as_ref(), &owner),
+            None => ingress::undo(&owner),
+        }
     }
     if committed.is_err() && !pins.has_pod(&place.pod) {
         remove_cgroup_if_made(&cgroup.path);
     }
     committed?;
-    if let Some(before) = before.filter(|_| ingress_by != Some(IngressBy::Tbf)) {
+    if let Some((before, _)) = before.filter(|_| ingress_by != Some(IngressBy::Tbf)) {
         ingress::undo_host_side(&before);
     }
     log_limits(&place, &limits, &owner);
     Ok(())
+}
+
+/// Whose attachment it is and its ingress limit, before another takes its place.
+fn before(pinned: &Pinned<'_>) -> Option<(Owner, Option<Limit>)> {
+    let [_, ingress] = pinned.limits().ok()?;
+    Some((pinned.owner().ok()?, shaper::limit_of(&ingress)))
 }
 
 /// The interface's index, and the namespace set so that small pacing rates make small packets and acknowledgements can be held.

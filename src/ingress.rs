@@ -103,6 +103,15 @@ pub fn change(owner: &Owner, limit: &Limit) -> Result<()> {
     qdisc::put_tbf(peer.ok_or_else(no_peer)?, index, limit)
 }
 
+/// Undoes what an ADD that failed, for `failed`, has done to an attachment that stays, which had this ingress limit.
+pub fn restore(stays: &Owner, limit: Option<&Limit>, failed: &Owner) {
+    if !is_held_by_tbf(stays) {
+        undo_host_side(failed);
+    } else if let Some(Err(error)) = limit.map(|limit| change(stays, limit)) {
+        log::warn!("the limit of before could not be put back: {error}");
+    }
+}
+
 /// Checks that what was put on the interfaces for an attachment is still there.
 ///
 /// # Errors

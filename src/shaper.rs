@@ -23,9 +23,9 @@ use crate::{
     ingress::IngressBy,
     pins::{LIMITS, METERS, OWNER},
     pod::Owner,
-    request::{Limit, Limits, Subnets},
+    request::{Limit, Limits, Source, Subnets},
     sys::{self, CgroupHook, Read, TrieKey},
-    units::Rate,
+    units::{Burst, Rate},
 };
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/podshaper.bpf.o"));
@@ -337,6 +337,12 @@ fn abi_limit(limit: &Limit, paced_mark_ns: u64, horizon_ns: u64, unpaced_bound_n
         bulk_segments: bulk_segments(limit.rate),
         departs: 0,
     }
+}
+
+/// The limit that was written so, as if by an operator: who asked for it is not written. `None` where there is none.
+pub fn limit_of(limit: &AbiLimit) -> Option<Limit> {
+    let rate = Rate::bits_per_s(limit.rate_bits_per_s).ok()?;
+    Some(Limit { burst: Burst::of_ns_at(limit.burst_ns, rate), ..Limit::of(rate, Source::Operator) })
 }
 
 /// Segments of the packets that a bulk flow builds at this limit, at its slowest: as few as every congestion control can.

@@ -24,7 +24,7 @@ use crate::{
     pins::{self, BPFFS, Pins, Place},
     pod::Owner,
     request::{Limit, Limits, Source},
-    shaper::{Pinned, Settings},
+    shaper::{self, Pinned, Settings},
     units::{Burst, Rate},
 };
 
@@ -288,9 +288,7 @@ fn read_directions(pinned: &Pinned<'_>, owner: &Owner) -> Result<[Option<Directi
     let [egress, ingress] = pinned.limits()?;
     let [sent, received] = pinned.meters()?;
     let direction = |limit: &AbiLimit, by: &str, counters| {
-        // 0: no limit.
-        let rate = Rate::bits_per_s(limit.rate_bits_per_s).ok()?;
-        let burst = Burst::of_ns_at(limit.burst_ns, rate);
+        let Limit { rate, burst, .. } = shaper::limit_of(limit)?;
         Some(Direction { rate, burst, by: by.to_owned(), counters, passing: None })
     };
     Ok([direction(&egress, egress_by, sent.counters), direction(&ingress, ingress_by, received.counters)])

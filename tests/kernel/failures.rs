@@ -122,6 +122,25 @@ fn an_owner_too_large_for_its_map_is_refused() {
     pod.assert_unlimited();
 }
 
+/// With ingress, part of which may be a qdisc on the host's end.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn a_failed_add_leaves_the_limit_before_it_in_force() {
+    let (netns, host_end) = netns_with_host_end();
+    let mut pod = Sandbox::with_netns(Arc::new(netns));
+    pod.stdin["runtimeConfig"]["bandwidth"] = json!({ "ingressRate": RATE });
+    let qdiscs = || process::run(Command::new("tc").args(["qdisc", "show", "dev", &host_end])).unwrap();
+    pod.call("ADD");
+    let before = qdiscs();
+    pod.stdin["runtimeConfig"]["bandwidth"] = json!({ "ingressRate": 2 * RATE });
+    let netns = format!("{}{}", "/./".repeat(1200), pod.netns.path().display());
+    let too_long = pod.cni("ADD").env("CNI_NETNS", netns).stdin(pod.stdin_with(json!({ "name": "n".repeat(255) })));
+    assert_eq!(refused(&too_long).0, 7);
+    assert_eq!(qdiscs(), before);
+    pod.assert_rates([0, RATE]);
+    pod.call("DEL");
+}
+
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn a_process_that_may_not_is_told_what_it_needs() {
