@@ -8,6 +8,7 @@
 //! Alone that would let the remote's window grow with the backlog without end. So the receive window follows the backlog:
 //!
 //! ```text
+//!   backlog beyond what the remote waits for an acknowledgement:  window = one segment
 //!   backlog above TARGET:  window *= (rtt + TARGET) / (rtt + backlog), not below half
 //!   else, if it was used:  window *= 1.25 (2 until the first backlog)         once per max(rtt + backlog, 1 ms)
 //! ```
