@@ -57,6 +57,8 @@ pub struct Window {
     pub acknowledged_bytes: u64,
     /// How far the remote may send, counted as these.
     pub edge_bytes: u64,
+    /// The largest window that it has had, in bytes.
+    pub largest_bytes: u64,
     /// Departure time of the pure ACK that is just being sent. 0: it is not held.
     pub hold_until_ns: u64,
 }

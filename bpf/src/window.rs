@@ -8,7 +8,7 @@
 //! Alone that would let the remote's window grow with the backlog without end. So the receive window follows the backlog:
 //!
 //! ```text
-//!   backlog beyond what the remote waits for an acknowledgement:  window = one segment
+//!   backlog beyond what the remote waits for acknowledgements:  window = one segment, or less
 //!   backlog above TARGET:  window *= (rtt + TARGET) / (rtt + backlog), not below half
 //!   else, if it was used:  window *= 1.25 (2 until the first backlog)         once per max(rtt + backlog, 1 ms)
 //! ```
@@ -31,20 +31,17 @@ const SHORTEST_ROUND_NS: u64 = 1_000_000;
 /// A remote sends the last of its segments again after twice its estimate of the round trip and two ticks, of which a kernel has 250
 /// to 1000 in a second (`tcp_schedule_loss_probe`); its retransmission timer is later.
 const LOSS_PROBE_NS: u64 = 4_000_000;
-/// For a single segment it allows 200 ms more for a delayed acknowledgement (`TCP_RTO_MIN`). Some of that is the network's.
+/// For a single packet it allows 200 ms more for a delayed acknowledgement (`TCP_RTO_MIN`). Some of that is the network's.
 const LOSS_PROBE_OF_ONE_NS: u64 = 150_000_000;
-/// How long the first flight may take at the limit, if that is between [`FIRST_LEAST_SEGMENTS`] and [`FIRST_MOST_SEGMENTS`]: the backlog of a
-/// few flows that begin together is then not longer than their senders will wait.
+/// Up to this backlog a flow has two segments in flight, which is what makes its sender build whole ones: see [`part_of_segment`].
+const WHOLE_SEGMENTS_NS: u64 = 25_000_000;
+/// How long the first flight may take at the limit, if that is between one segment and [`FIRST_MOST_SEGMENTS`]: the backlog of a few flows
+/// that begin together is then not longer than their senders will wait.
 const FIRST_FLIGHT_NS: u64 = 4_000_000;
-/// A sender never builds segments of more than half the largest window it has seen (`tcp_bound_to_half_wnd`).
-const FIRST_LEAST_SEGMENTS: u64 = 2;
 /// The first flight of a sender that nobody limits (RFC 6928).
 const FIRST_MOST_SEGMENTS: u64 = 10;
 /// Payload of a full packet, where the connection's own is not known yet.
 const USUAL_MSS: u64 = 1448;
-/// One segment in flight is what a sender waits for longest (see [`patience_ns`]). And it need not wait for a delayed ACK: with a window
-/// that was used up the application's read is answered at once (`__tcp_cleanup_rbuf`).
-const LEAST_SEGMENTS: u64 = 1;
 /// Above this the clamp limits nothing: 8 MB in 5 ms are 13 Gbit/s.
 const MOST_BYTES: u64 = 8 << 20;
 
@@ -53,17 +50,17 @@ const MOST_BYTES: u64 = 8 << 20;
 pub fn first_segments() -> u64 {
     let limit = maps::limit(INGRESS);
     let flight_bytes = limit.map_or(0, |limit| link_bytes(&limit, FIRST_FLIGHT_NS));
-    (flight_bytes / USUAL_MSS).clamp(FIRST_LEAST_SEGMENTS, FIRST_MOST_SEGMENTS)
+    (flight_bytes / USUAL_MSS).clamp(1, FIRST_MOST_SEGMENTS)
 }
 
 /// A connection is established: its window starts small. From the first acknowledgement on it may be smaller than the first flight.
 #[inline(always)]
 pub fn open(ctx: &SockOpsContext) {
     let (Some(limit), Some(flow)) = (maps::limit(INGRESS), tcp::flow(ctx)) else { return };
-    let mss = tcp::mss(ctx);
-    flow.window.bytes = (first_segments() * mss).min(link_bytes(&limit, SHORTEST_ROUND_NS)).max(LEAST_SEGMENTS * mss);
+    let first_bytes = first_segments() * tcp::mss(ctx);
+    flow.window.bytes = first_bytes.min(link_bytes(&limit, SHORTEST_ROUND_NS)).max(part_of_segment(ctx));
     flow.window.changed_ns = clock::now_ns();
-    flow.window.edge_bytes = first_segments() * mss;
+    flow.window.edge_bytes = first_bytes;
     clamp(ctx, flow.window.bytes);
 }
 
@@ -77,24 +74,34 @@ pub fn acknowledge(ctx: &SockOpsContext) {
     let (Some(limit), Some(flow)) = (maps::limit(INGRESS), tcp::flow(ctx)) else { return };
     let backlog_ns = clock::backlog(INGRESS.into(), 0, 0);
     let now_ns = clock::now_ns();
-    let patience_ns = patience_ns(ctx, &flow.window);
-    hold(&mut flow.window, now_ns, if flow.into.is_left() { 0 } else { backlog_ns.min(patience_ns) });
-    if backlog_ns > patience_ns {
-        collapse(ctx, &mut flow.window, now_ns);
+    let remote_rtt_ns = tcp::rtt_ns(ctx) + flow.window.held_ns;
+    // Of a sparse flow the remote may wait for it before it sends the rest of a request. But where a packet of each flow is a long
+    // backlog already, its first ones count.
+    let is_sparse = flow.into.is_left() && backlog_ns <= LOSS_PROBE_OF_ONE_NS;
+    let patience_ns =
+        2 * remote_rtt_ns + if has_one_in_flight(ctx, &flow.window) { LOSS_PROBE_OF_ONE_NS } else { LOSS_PROBE_NS };
+    hold(&mut flow.window, now_ns, if is_sparse { 0 } else { backlog_ns.min(patience_ns) });
+    if backlog_ns > 2 * remote_rtt_ns + LOSS_PROBE_NS {
+        collapse(ctx, &mut flow.window, now_ns, backlog_ns);
     } else {
         resize(ctx, &limit, &mut flow.window, now_ns, backlog_ns);
     }
     advertise(ctx, &mut flow.window);
 }
 
-/// How long the remote will wait for the acknowledgement of all it has sent before it sends some again.
+/// Whether the remote cannot have sent more than one packet since the last acknowledgement. In the window of a whole segment it can: the
+/// kernel rounds that up, to what it can say in the header's 16 bits (`__tcp_select_window`), and a remote sends the few bytes too.
 #[inline(always)]
-fn patience_ns(ctx: &SockOpsContext, window: &Window) -> u64 {
-    let unacknowledged_bytes = window.edge_bytes - window.acknowledged_bytes;
-    // A half more: a window is rounded up (`__tcp_select_window`).
-    let is_one = unacknowledged_bytes <= LEAST_SEGMENTS * tcp::mss(ctx) * 3 / 2;
-    let beyond_ns = if is_one { LOSS_PROBE_OF_ONE_NS } else { LOSS_PROBE_NS };
-    2 * (tcp::rtt_ns(ctx) + window.held_ns) + beyond_ns
+fn has_one_in_flight(ctx: &SockOpsContext, window: &Window) -> bool {
+    window.edge_bytes - window.acknowledged_bytes <= part_of_segment(ctx)
+}
+
+/// A window for one packet. A remote never builds segments of more than half the largest window it has seen (`tcp_bound_to_half_wnd`): if
+/// that was one segment, this is room for one of its halves. If it was more, the remote finds no room for a whole segment, and sends what
+/// there is room for by its persist timer, 200 ms later or more (`tcp_probe_timer`).
+#[inline(always)]
+fn part_of_segment(ctx: &SockOpsContext) -> u64 {
+    tcp::mss(ctx) * 3 / 4
 }
 
 #[inline(always)]
@@ -104,13 +111,21 @@ fn hold(window: &mut Window, now_ns: u64, hold_ns: u64) {
     window.hold_until_ns = if hold_ns == 0 { 0 } else { now_ns + hold_ns };
 }
 
-/// The backlog is longer than the remote will wait: one segment from here on, for which it waits longer.
+/// The backlog is longer than the remote will wait with two packets in flight: one from here on, for which it waits longer.
 #[inline(always)]
-fn collapse(ctx: &SockOpsContext, window: &mut Window, now_ns: u64) {
+fn collapse(ctx: &SockOpsContext, window: &mut Window, now_ns: u64, backlog_ns: u64) {
     window.met_backlog = 1;
-    window.bytes = LEAST_SEGMENTS * tcp::mss(ctx);
+    // The persist timer is a long pause, for what is too much by more than that.
+    window.bytes = if backlog_ns > LOSS_PROBE_OF_ONE_NS { part_of_segment(ctx) } else { least_bytes(ctx, window) };
     window.changed_ns = now_ns;
     window.received_bytes = tcp::received_bytes(ctx);
+}
+
+/// The smallest window that is no pause.
+#[inline(always)]
+fn least_bytes(ctx: &SockOpsContext, window: &Window) -> u64 {
+    let mss = tcp::mss(ctx);
+    if window.largest_bytes < 2 * mss { part_of_segment(ctx) } else { mss }
 }
 
 #[inline(always)]
@@ -134,7 +149,8 @@ fn resize(ctx: &SockOpsContext, limit: &Limit, window: &mut Window, now_ns: u64,
         // A window that was not used says nothing about what the link would bear.
         bytes += if window.met_backlog == 0 { bytes } else { bytes / 4 };
     }
-    window.bytes = bytes.min(most_bytes(limit, rtt_ns)).max(LEAST_SEGMENTS * tcp::mss(ctx));
+    let least_bytes = if backlog_ns <= WHOLE_SEGMENTS_NS { 2 * tcp::mss(ctx) } else { least_bytes(ctx, window) };
+    window.bytes = bytes.min(most_bytes(limit, rtt_ns)).max(least_bytes);
     window.changed_ns = now_ns;
     window.received_bytes = received_bytes;
 }
@@ -166,6 +182,7 @@ fn advertise(ctx: &SockOpsContext, window: &mut Window) {
     window.acknowledged_bytes = tcp::received_bytes(ctx);
     // A window never takes back what it has given.
     window.edge_bytes = window.edge_bytes.max(window.acknowledged_bytes + window.bytes);
+    window.largest_bytes = window.largest_bytes.max(window.edge_bytes - window.acknowledged_bytes);
     clamp(ctx, window.bytes);
 }
 
