@@ -178,7 +178,8 @@ fn the_bandwidth_plugin_measures_as_it_is_known_to() {
             assert!(p50_us > 2_000.0, "{way:?}, IPv6 {ipv6}: a queue that nobody waits in? p50 {p50_us} us");
             assert_eq!(result.timeline.flows.len(), 4);
         }
-        let udp = measure::udp(&pod, &Udp { way, rate: LIMIT * 2, seconds: 2.0, ..Udp::default() }).unwrap();
+        let udp = measure::udp(&pod, &Udp { way, rate: LIMIT * 2, seconds: 2.0, large_buffer: true, ..Udp::default() })
+            .unwrap();
         let share = udp.timeline.steady_rate() / LIMIT as f64;
         assert!((0.85..1.01).contains(&share), "UDP {way:?}: {share} of the limit");
         // Sender and limiter share a kernel: the socket's buffer stays charged while a packet waits in the plugin's queue, so

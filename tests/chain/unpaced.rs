@@ -58,7 +58,7 @@ fn udp_above_a_hundred_mbit_gets_a_hundred() {
 fn assert_udp_is_held(rate: u64) {
     let bed = Bed::new();
     let pod = bed.pod(Limiter::Podshaper, rate);
-    let udp = Udp { rate: 2 * rate, seconds: 3.0, ..Udp::default() };
+    let udp = Udp { rate: 2 * rate, seconds: 3.0, large_buffer: rate > 10 * MBIT, ..Udp::default() };
     let (ping, result) = ping_beside(&pod, || measure::udp(&pod, &udp).unwrap());
     eprintln!("beside UDP at {} Mbit/s: {ping:?}, sent {}", rate / MBIT, result.sent);
     assert!(result.errors.is_empty(), "{:?} of {}", result.errors, result.sent);

@@ -84,11 +84,23 @@ pub struct Udp {
     pub at_once: u16,
     /// Every packet from a socket of its own.
     pub fresh_sockets: bool,
+    /// The sender's socket has room for 40 ms of its rate. The usual 208 KiB are 11 ms at 100 Mbit/s, which a kernel whose timers are late
+    /// by a tick (User Mode Linux) does not fill again in time.
+    pub large_buffer: bool,
 }
 
 impl Default for Udp {
     fn default() -> Self {
-        Self { way: Way::Out, rate: 0, seconds: 5.0, ipv6: false, ecn: false, at_once: 1, fresh_sockets: false }
+        Self {
+            way: Way::Out,
+            rate: 0,
+            seconds: 5.0,
+            ipv6: false,
+            ecn: false,
+            at_once: 1,
+            fresh_sockets: false,
+            large_buffer: false,
+        }
     }
 }
 
@@ -218,7 +230,7 @@ pub fn bulk(pod: &Pod, options: &Bulk) -> Result<BulkResult> {
 
 /// UDP at a steady rate.
 pub fn udp(pod: &Pod, options: &Udp) -> Result<UdpResult> {
-    let Udp { way, rate, seconds, ipv6, ecn, at_once, fresh_sockets } = *options;
+    let Udp { way, rate, seconds, ipv6, ecn, at_once, fresh_sockets, large_buffer } = *options;
     let ends = Ends::new(pod, way, ipv6, None)?;
     let (sink, address) = Running::start_server(ends.receiver("udp-sink")?.args(["--seconds", &seconds.to_string()]))?;
     let mut send = ends.sender("udp-send")?;
@@ -226,6 +238,10 @@ pub fn udp(pod: &Pod, options: &Udp) -> Result<UdpResult> {
     send.args(["--to", &address.to_string(), "--rate", &rate.to_string(), "--seconds", &sending.to_string()]);
     send.args(["--at-once", &at_once.to_string()]).args(ecn.then_some("--ecn"));
     send.args(fresh_sockets.then_some("--fresh-sockets"));
+    if large_buffer {
+        // The kernel counts what a packet takes in memory, and doubles what it is asked for.
+        send.args(["--buffer", &(rate / 8 / 25).to_string()]);
+    }
     let send = Running::start(&mut send)?;
     let timeline = parse(sink.json(limit(seconds))?)?;
     let sent = send.json(limit(seconds))?;

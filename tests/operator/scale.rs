@@ -19,8 +19,8 @@ use crate::harness::pod::container_id;
 use crate::harness::process;
 use crate::sandbox::{Objects, Sandbox, netns_with, ok, within};
 
-/// How many times a build without optimisation may take of what is promised.
-const SLACK: u32 = if cfg!(debug_assertions) { 10 } else { 1 };
+/// How many times the promised a build without optimisation may take.
+const SLACK: f64 = if cfg!(debug_assertions) { 10.0 } else { 1.0 };
 const PARALLEL: usize = 8;
 
 #[test]
@@ -53,10 +53,22 @@ fn five_hundred_attachments_are_listed_in_a_moment() {
             "list of {PODS}: {best:?} at best, {median:?} in the middle; top of {PODS}: {:.2} % of a core",
             share * 100.0
         );
-        assert!(best < Duration::from_millis(100) * SLACK, "{best:?}");
-        assert!(share < 0.02 * f64::from(SLACK), "top took {share} of a core");
+        let slack = SLACK * slowness();
+        assert!(best < Duration::from_millis(100).mul_f64(slack), "{best:?}, {slack} times the promised are allowed");
+        assert!(share < 0.02 * slack, "top took {share} of a core, {slack} times the promised are allowed");
         pods.iter().for_each(|pod| drop(pod.call("DEL")));
     });
+}
+
+/// How many times longer a system call takes than on a usual machine; at least 1. In User Mode Linux each is a switch of processes.
+fn slowness() -> f64 {
+    const CALLS: u32 = 2000;
+    const USUAL: Duration = Duration::from_micros(2);
+    let start = Instant::now();
+    for _ in 0..CALLS {
+        fs::metadata("/sys/fs/bpf").unwrap();
+    }
+    (start.elapsed() / CALLS).div_duration_f64(USUAL).max(1.0)
 }
 
 /// Calls of one thread that run side by side.

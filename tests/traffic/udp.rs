@@ -1,13 +1,14 @@
 //! UDP: a steady sender that counts what its socket refuses, and a counting receiver.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{MsgFlags, MultiHeaders, recvmmsg, setsockopt, sockopt};
 use serde::Serialize;
 
 use super::sink::BUCKET;
@@ -18,8 +19,8 @@ const HEADERS_V4: u64 = 20 + 8;
 const HEADERS_V6: u64 = 40 + 8;
 /// "ECN-capable transport" in the low bits of the IPv4 TOS or the IPv6 traffic class (RFC 3168, section 5).
 const ECT_0: i32 = 2;
-/// A sender that was late (asleep, or blocked on its socket) makes good at most this much.
-const CATCH_UP: Duration = Duration::from_millis(10);
+/// A sender that was late (asleep, or blocked on its socket) makes good at most this much: some kernels wake it a tick of 10 ms too late.
+const CATCH_UP: Duration = Duration::from_millis(30);
 const RECEIVE_BUFFER_BYTES: usize = 8 << 20;
 
 #[derive(clap::Args)]
@@ -45,6 +46,9 @@ pub struct Send {
     /// Send every piece from a new socket, as if each were a flow of its own
     #[arg(long)]
     fresh_sockets: bool,
+    /// Buffer of the socket, in bytes, past net.core.wmem_max
+    #[arg(long)]
+    buffer: Option<usize>,
 }
 
 #[derive(Serialize)]
@@ -75,7 +79,7 @@ pub fn send(options: &Send) -> io::Result<SendReport> {
     let any: SocketAddr =
         if options.to.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0u16, 0, 0, 0, 0, 0, 0, 0], 0).into() };
     // Not connected: a receiver that has seen enough and closed would be counted as refusals.
-    let open = || UdpSocket::bind(any).and_then(|socket| mark_and_cut(&socket, options).map(|()| socket));
+    let open = || UdpSocket::bind(any).and_then(|socket| set_up(&socket, options).map(|()| socket));
     let mut socket = open()?;
     let wire_bytes = options.size as u64 + if options.to.is_ipv4() { HEADERS_V4 } else { HEADERS_V6 };
     let at_once = u64::from(options.at_once);
@@ -89,19 +93,31 @@ pub fn send(options: &Send) -> io::Result<SendReport> {
         if now < due {
             thread::sleep(due - now);
         }
-        due = due.max(now.checked_sub(CATCH_UP).unwrap_or(now)) + interval;
-        if options.fresh_sockets {
-            socket = open()?;
-        }
-        match socket.send_to(&packet, options.to) {
-            Ok(_) => packets += at_once,
-            Err(error) => *errors.entry(name(&error)).or_default() += 1,
+        due = due.max(now.checked_sub(CATCH_UP).unwrap_or(now));
+        // All that is due, without a look at the clock after each: where that is a system call, it takes as long as to send.
+        loop {
+            due += interval;
+            if options.fresh_sockets {
+                socket = open()?;
+            }
+            match socket.send_to(&packet, options.to) {
+                Ok(_) => packets += at_once,
+                Err(error) => *errors.entry(name(&error)).or_default() += 1,
+            }
+            if due > now {
+                break;
+            }
         }
     }
     Ok(SendReport { packets, wire_bytes: packets * wire_bytes, errors, seconds: start.elapsed().as_secs_f64() })
 }
 
-fn mark_and_cut(socket: &UdpSocket, options: &Send) -> io::Result<()> {
+fn set_up(socket: &UdpSocket, options: &Send) -> io::Result<()> {
+    if let Some(bytes) = options.buffer {
+        setsockopt(socket, sockopt::SndBufForce, &bytes)
+            .map_err(io::Error::from)
+            .map_err(context("set SO_SNDBUFFORCE"))?;
+    }
     if options.ecn {
         match options.to {
             SocketAddr::V4(_) => setsockopt(socket, sockopt::Ipv4Tos, &ECT_0),
@@ -128,11 +144,12 @@ pub fn sink(options: &Receive) -> io::Result<SinkReport> {
     let headers = if options.listen.is_ipv4() { HEADERS_V4 } else { HEADERS_V6 };
     let (errors_before, marked_before) = (wire::udp_buffer_errors()?, wire::marked()?);
     say_listening(socket.local_addr()?);
-    let mut buffer = vec![0; 1 << 16];
     socket.set_read_timeout(Some(options.wait))?;
-    let first = socket.recv(&mut buffer).map_err(context(format_args!("wait {:?} for a packet", options.wait)))?;
+    let (mut bytes, mut packets) = receive(&socket)?;
+    if packets == 0 {
+        return Err(io::Error::other(format!("no packet came within {:?}", options.wait)));
+    }
     let start = Instant::now();
-    let (mut bytes, mut packets) = (first as u64, 1);
     let mut report = SinkReport {
         sample_us: vec![0],
         payload_bytes: vec![0],
@@ -157,15 +174,25 @@ pub fn sink(options: &Receive) -> io::Result<SinkReport> {
         }
         // At least a millisecond: zero would mean to wait for ever.
         socket.set_read_timeout(Some((next - now).max(Duration::from_millis(1))))?;
-        for _ in 0..64 {
-            match socket.recv(&mut buffer) {
-                Ok(length) => (bytes, packets) = (bytes + length as u64, packets + 1),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) => return Err(context("receive")(error)),
-            }
-        }
+        let (more_bytes, more_packets) = receive(&socket)?;
+        (bytes, packets) = (bytes + more_bytes, packets + more_packets);
     }
     report.buffer_errors = wire::udp_buffer_errors()? - errors_before;
     report.marked = wire::marked()? - marked_before;
     Ok(report)
+}
+
+/// Payload and number of the packets that are there, or of the next; none if it does not come within the socket's time limit.
+fn receive(socket: &UdpSocket) -> io::Result<(u64, u64)> {
+    const AT_ONCE: usize = 64;
+    // MSG_TRUNC: a packet's length is told whole, however little of it there is room for.
+    let flags = MsgFlags::MSG_WAITFORONE | MsgFlags::MSG_TRUNC;
+    let mut bytes = [[0; 1]; AT_ONCE];
+    let mut slices = bytes.each_mut().map(|byte| [IoSliceMut::new(byte)]);
+    let mut headers = MultiHeaders::<()>::preallocate(AT_ONCE, None);
+    match recvmmsg(socket.as_raw_fd(), &mut headers, &mut slices, flags, None) {
+        Ok(packets) => Ok(packets.fold((0, 0), |(bytes, count), packet| (bytes + packet.bytes as u64, count + 1))),
+        Err(Errno::EAGAIN) => Ok((0, 0)),
+        Err(error) => Err(context("receive")(error.into())),
+    }
 }
