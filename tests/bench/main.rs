@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use harness::host::{Host, podshaper_plugin};
 use harness::limiter::{Limiter, Limits, Programs};
-use harness::measure::{self, Bulk, BulkResult, Udp, UdpResult, Way};
+use harness::measure::{self, Bulk, BulkResult, Latency, Udp, UdpResult, Way};
 use harness::pod::Pod;
 use harness::{Context, Failure, Result, check_stop, note, stop_on_signals, stopped, table};
 
@@ -212,6 +212,12 @@ type Title = (String, &'static [&'static str]);
 
 fn tcp(options: &Options, table: &mut Table) -> Result<Title> {
     for limit in options.rates.iter().copied() {
+        let idle = [table::limit(limit), "0".to_owned(), String::new()];
+        table.row(options, &idle, Limiter::Bare, options.limits(limit), |pod| {
+            let latency = measure::ask(pod, options.way(), options.seconds, measure::ask_pause(limit))?;
+            let nothing = ["-"; 4].map(String::from).to_vec();
+            Ok([nothing, latency_cells(&latency)].concat())
+        })?;
         for flows in options.flows.iter().copied() {
             for congestion in &options.cc {
                 let labels = [table::limit(limit), flows.to_string(), congestion.clone()];
@@ -385,8 +391,12 @@ fn bulk_cells(result: &BulkResult, limit: Option<u64>) -> Vec<String> {
     cells.extend(limit.map(|limit| table::percent(steady, limit)));
     cells.push(table::rate(result.timeline.first_second()));
     cells.push(result.retransmits.to_string());
-    cells.extend(result.latency.into_iter().flat_map(|latency| [latency.p50_us, latency.p99_us]).map(table::millis));
+    cells.extend(result.latency.iter().flat_map(latency_cells));
     cells
+}
+
+fn latency_cells(latency: &Latency) -> Vec<String> {
+    [latency.p50_us, latency.p99_us].map(table::millis).to_vec()
 }
 
 fn udp_cells(result: &UdpResult, limit: u64) -> Vec<String> {
