@@ -124,6 +124,7 @@ fn find_cgroup(request: &Request, attachment: &Attachment, hierarchies: &Hierarc
 
 fn limit(request: &Request, attachment: &Attachment, plan: Plan) -> Result<()> {
     let Plan { limits, cgroup, netns } = plan;
+    let pins = Pins::ensure(Path::new(BPFFS))?;
     let (ifindex, inside) = netns::in_netns(&netns, || prepare_netns(&attachment.ifname, &netns, &limits))?;
     let has_fq = inside.has_fq();
     let subnets = &request.config.subnets;
@@ -134,30 +135,28 @@ fn limit(request: &Request, attachment: &Attachment, plan: Plan) -> Result<()> {
     // Not returned yet: the qdiscs are on the interfaces by now, and a failed ADD takes them off again.
     let loaded = shaper::load(&Settings { ifindex, limits, has_fq, ingress_by }, subnets, &owner);
     let place = place(attachment);
-    let pins = match Pins::ensure(Path::new(BPFFS)).and_then(Pins::lock) {
+    let found = pins.find(&place);
+    let pins = match pins.lock() {
         Ok(pins) => pins,
         Err(error) => {
-            ingress::undo(&owner);
+            put_back(found.and_then(before), &owner);
             return loaded.and(Err(error));
         }
     };
-    let before = pins.find(&place).and_then(|directory| before(&Pinned::at(&directory)));
+    let before = pins.find(&place).and_then(before);
     let attached = loaded.and_then(|loaded| loaded.attach(cgroup.open()?.as_fd()));
     let committed = attached.and_then(|attached| {
         let staged = pins.stage(&place)?;
         attached.pin(staged.directory())?;
         staged.commit()
     });
-    if committed.is_err() {
-        match &before {
-            Some((before, limit)) => ingress::restore(before, limit.as_ref(), &owner),
-            None => ingress::undo(&owner),
+    if let Err(error) = committed {
+        put_back(before, &owner);
+        if !pins.has_pod(&place.pod) {
+            remove_cgroup_if_made(&cgroup.path);
         }
+        return Err(error);
     }
-    if committed.is_err() && !pins.has_pod(&place.pod) {
-        remove_cgroup_if_made(&cgroup.path);
-    }
-    committed?;
     if let Some((before, _)) = before.filter(|_| ingress_by != Some(IngressBy::Tbf)) {
         ingress::undo_host_side(&before);
     }
@@ -165,10 +164,19 @@ fn limit(request: &Request, attachment: &Attachment, plan: Plan) -> Result<()> {
     Ok(())
 }
 
-/// Whose attachment it is and its ingress limit, before another takes its place.
-fn before(pinned: &Pinned<'_>) -> Option<(Owner, Option<Limit>)> {
+/// Whose the attachment pinned there is, and its ingress limit, before another takes its place.
+fn before(directory: PathBuf) -> Option<(Owner, Option<Limit>)> {
+    let pinned = Pinned::at(&directory);
     let [_, ingress] = pinned.limits().ok()?;
     Some((pinned.owner().ok()?, shaper::limit_of(&ingress)))
+}
+
+/// Takes off the interfaces what an ADD that failed, for `failed`, has put there, but not what the attachment `before` it needs.
+fn put_back(before: Option<(Owner, Option<Limit>)>, failed: &Owner) {
+    match before {
+        Some((stays, limit)) => ingress::restore(&stays, limit.as_ref(), failed),
+        None => ingress::undo(failed),
+    }
 }
 
 /// The interface's index, and the namespace set so that small pacing rates make small packets and acknowledgements can be held.

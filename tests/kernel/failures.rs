@@ -141,6 +141,38 @@ fn a_failed_add_leaves_the_limit_before_it_in_force() {
     pod.call("DEL");
 }
 
+/// Nor does one that waits for the lock in vain.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn an_add_that_does_not_get_the_lock_leaves_the_limit_before_it_in_force() {
+    let (netns, host_end) = netns_with_host_end();
+    let mut pod = Sandbox::with_netns(Arc::new(netns));
+    let limit = |ingress| json!({ "egressRate": RATE, "ingressRate": ingress });
+    pod.stdin["runtimeConfig"]["bandwidth"] = limit(RATE);
+    // Of a bpffs of its own: this lock is every other test's, too.
+    mounts::with_own(|| {
+        mounts::without(Path::new(BPFFS));
+        pod.call("ADD");
+        let qdiscs = || process::run(Command::new("tc").args(["qdisc", "show", "dev", &host_end])).unwrap();
+        let before = (own_qdiscs(&pod.netns, &host_end), qdiscs());
+        assert_ne!(before.0, 0);
+        let directory = Path::new(BPFFS).join("podshaper");
+        let lock = fs::File::open(&directory).unwrap();
+        lock.lock().unwrap();
+        let other = json!({ "runtimeConfig": { "bandwidth": limit(2 * RATE) } });
+        let path = directory.display();
+        let text = format!("lock {path}: another process has held it for 30 s (fuser -v {path} shows it)");
+        assert_eq!(refused(&pod.cni("ADD").stdin(pod.stdin_with(other))), (KERNEL, text));
+        drop(lock);
+        assert_eq!((own_qdiscs(&pod.netns, &host_end), qdiscs()), before);
+        pod.assert_rates([RATE, RATE]);
+        pod.call("CHECK");
+        pod.call("DEL");
+    });
+    pod.assert_unlimited();
+    assert_eq!(own_qdiscs(&pod.netns, &host_end), 0);
+}
+
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn a_process_that_may_not_is_told_what_it_needs() {
