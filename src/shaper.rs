@@ -4,7 +4,7 @@
 use std::{
     fs,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    os::unix::fs::MetadataExt,
+    os::unix::{fs::MetadataExt, net::UnixDatagram},
     panic::resume_unwind,
     path::Path,
     thread,
@@ -32,6 +32,9 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/po
 
 /// The map of subnets. It is not pinned: the programs hold it.
 const SUBNETS: &str = "SUBNETS";
+
+/// The map of what the programs know of each socket. Not pinned either.
+const FLOWS: &str = "FLOWS";
 
 /// A program of the object, by the name that is also that of its link's pin, and where it is attached.
 type Hooked = (&'static str, CgroupHook);
@@ -142,6 +145,7 @@ pub fn load(settings: &Settings, subnets: &Subnets, owner: &Owner) -> Result<Loa
         limits_map.set(direction, limit, 0).map_err(|cause| refused("write the limits", &cause))?;
     }
     list_subnets(&mut object, subnets)?;
+    try_flows(&object)?;
     let mut owner_map = array_mut::<[u8; OWNER_SIZE]>(&mut object, OWNER)?;
     owner_map.set(0, owner_bytes(owner)?, 0).map_err(|cause| refused("write the owner", &cause))?;
     Ok(Loaded { object, programs })
@@ -402,6 +406,21 @@ fn list_subnets(object: &mut Ebpf, subnets: &Subnets) -> Result<()> {
     let (keys, values): (Vec<_>, Vec<_>) =
         subnets.entries().map(|(bits, address, kind)| (TrieKey { bits, address }, kind)).unzip();
     sys::insert_all(map, &keys, &values).map_err(|cause| refused("write the subnets", &cause))
+}
+
+/// Keeps with a socket what the programs keep with each. A kernel that cannot takes them all the same, and then nothing is ever paced:
+/// its allocator may want a CPU that exchanges 16 bytes at once (`kmalloc_nolock` in Linux 7.3), or net.core.optmem_max has no room.
+fn try_flows(object: &Ebpf) -> Result<()> {
+    let Some(Map::SkStorage(map)) = object.map(FLOWS) else { return Err(not_in_object(FLOWS)) };
+    let kept = UnixDatagram::unbound().and_then(|socket| {
+        let bytes = map.info().map_err(std::io::Error::other)?.value_size();
+        sys::keep_with_socket(map.fd().as_fd(), socket.as_fd(), bytes as usize)
+    });
+    kept.map_err(|cause| {
+        let text = "keep a flow's state with its socket, without which nothing is paced (net.core.optmem_max may be too small, \
+                    or this kernel has no lock-free allocator for this CPU)";
+        Error::because(Code::Kernel, text, cause)
+    })
 }
 
 fn array_mut<'a, V: aya::Pod>(object: &'a mut Ebpf, name: &str) -> Result<Array<&'a mut MapData, V>> {

@@ -228,6 +228,21 @@ pub fn set_element<V: aya::Pod>(map: BorrowedFd<'_>, index: u32, value: &V) -> i
     bpf(BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
 }
 
+/// Keeps an element of zeros with a socket, in a map of socket storage whose elements have this many bytes.
+///
+/// # Errors
+/// What the kernel says.
+pub fn keep_with_socket(map: BorrowedFd<'_>, socket: BorrowedFd<'_>, value_bytes: usize) -> io::Result<()> {
+    let (key, value) = (socket.as_raw_fd(), vec![0u8; value_bytes.next_multiple_of(8)]);
+    let mut attr = ElementAttr {
+        map_fd: map.as_raw_fd() as u32,
+        key: &raw const key as u64,
+        value: value.as_ptr() as u64,
+        ..ElementAttr::default()
+    };
+    bpf(BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
+}
+
 /// Writes all these elements of a trie whose values have 32 bits, as many keys as values: in one call where the kernel can, since a
 /// thousand calls take milliseconds.
 ///

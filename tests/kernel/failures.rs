@@ -18,6 +18,7 @@ const UNAVAILABLE: u64 = 50;
 const CGROUP: u64 = 100;
 const KERNEL: u64 = 101;
 const BPFFS: &str = "/sys/fs/bpf";
+const OPTMEM_MAX: &str = "/proc/sys/net/core/optmem_max";
 const CAPABILITIES: &str =
     "podshaper must run with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON: as root, as container runtimes do";
 
@@ -200,6 +201,25 @@ fn a_process_that_may_not_is_told_what_it_needs() {
     let call = pod.cni("ADD").env("CNI_NETNS", "/proc/self/fd/3").through(&rootless);
     assert_eq!(refused(&call), (KERNEL, load));
     pod.assert_unlimited();
+}
+
+/// The programs load where nothing can be kept with a socket, and then nothing would be paced. Before Linux 6.8 a namespace of its own
+/// cannot be made so short of room; there it has enough.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn a_node_where_nothing_can_be_kept_with_a_socket_is_told_so() {
+    let no_room = format!("[ ! -e {OPTMEM_MAX} ] || echo 0 >{OPTMEM_MAX}; exec \"$@\"");
+    let within = ["unshare", "--net", "sh", "-c", no_room.as_str(), "sh"];
+    let call = status().through(&within);
+    let room = process::run(Command::new(within[0]).args(&within[1..]).args(["cat", OPTMEM_MAX]));
+    if room.ok().as_deref().map(str::trim) != Some("0") {
+        ok(&call);
+        return;
+    }
+    let refusal = "this node cannot limit pods: keep a flow's state with its socket, without which nothing is paced \
+                   (net.core.optmem_max may be too small, or this kernel has no lock-free allocator for this CPU): Cannot \
+                   allocate memory (os error 12)";
+    assert_eq!(refused(&call), (UNAVAILABLE, refusal.to_owned()));
 }
 
 #[test]
