@@ -74,14 +74,15 @@ pub fn acknowledge(ctx: &SockOpsContext) {
     let (Some(limit), Some(flow)) = (maps::limit(INGRESS), tcp::flow(ctx)) else { return };
     let backlog_ns = clock::backlog(INGRESS.into(), 0, 0);
     let now_ns = clock::now_ns();
-    let remote_rtt_ns = tcp::rtt_ns(ctx) + flow.window.held_ns;
+    // The remote's estimate counts what its acknowledgements were held. It waits for two of it, whatever else.
+    let two_rtt_ns = 2 * (tcp::rtt_ns(ctx) + flow.window.held_ns);
     // Of a sparse flow the remote may wait for it before it sends the rest of a request. But where a packet of each flow is a long
     // backlog already, its first ones count.
     let is_sparse = flow.into.is_left() && backlog_ns <= LOSS_PROBE_OF_ONE_NS;
     let patience_ns =
-        2 * remote_rtt_ns + if has_one_in_flight(ctx, &flow.window) { LOSS_PROBE_OF_ONE_NS } else { LOSS_PROBE_NS };
+        two_rtt_ns + if has_one_in_flight(ctx, &flow.window) { LOSS_PROBE_OF_ONE_NS } else { LOSS_PROBE_NS };
     hold(&mut flow.window, now_ns, if is_sparse { 0 } else { backlog_ns.min(patience_ns) });
-    if backlog_ns > 2 * remote_rtt_ns + LOSS_PROBE_NS {
+    if backlog_ns > two_rtt_ns + LOSS_PROBE_NS {
         collapse(ctx, &mut flow.window, now_ns, backlog_ns);
     } else {
         resize(ctx, &limit, &mut flow.window, now_ns, backlog_ns);
@@ -121,7 +122,8 @@ fn collapse(ctx: &SockOpsContext, window: &mut Window, now_ns: u64, backlog_ns: 
     window.received_bytes = tcp::received_bytes(ctx);
 }
 
-/// The smallest window that is no pause.
+/// The smallest window that is no pause. The remote of a window that is used up need not wait for a delayed ACK: the application's read is
+/// answered at once (`__tcp_cleanup_rbuf`).
 #[inline(always)]
 fn least_bytes(ctx: &SockOpsContext, window: &Window) -> u64 {
     let mss = tcp::mss(ctx);
