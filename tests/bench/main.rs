@@ -55,6 +55,9 @@ struct Options {
     /// Both ends negotiate ECN (net.ipv4.tcp_ecn=1)
     #[arg(long)]
     ecn: bool,
+    /// Beside each TCP row the replies of another pod at the same time, which nothing limits and which is idle
+    #[arg(long)]
+    beside: bool,
     /// Fewer and shorter: 10 and 100 Mbit/s, cubic, 3 seconds
     #[arg(long)]
     quick: bool,
@@ -215,17 +218,27 @@ fn tcp(options: &Options, table: &mut Table) -> Result<Title> {
         let idle = [table::limit(limit), "0".to_owned(), String::new()];
         table.row(options, &idle, Limiter::Bare, options.limits(limit), |pod| {
             let latency = measure::ask(pod, options.way(), options.seconds, measure::ask_pause(limit))?;
-            let nothing = ["-"; 4].map(String::from).to_vec();
-            Ok([nothing, latency_cells(&latency)].concat())
+            Ok([nothing_on_the_wire(), latency_cells(&latency)].concat())
         })?;
         for flows in options.flows.iter().copied() {
             for congestion in &options.cc {
                 let labels = [table::limit(limit), flows.to_string(), congestion.clone()];
                 let bulk = options.bulk(flows, Some(congestion.clone()), limit);
                 for limiter in options.limiters.iter().copied() {
+                    let mut beside = None;
                     table.row(options, &labels, limiter, options.limits(limit), |pod| {
-                        Ok(bulk_cells(&measure::bulk(pod, &bulk)?, Some(limit)))
+                        let measure = || measure::bulk(pod, &bulk);
+                        let result = if options.beside {
+                            with_idle_pod(options, pod, &mut beside, measure)?
+                        } else {
+                            measure()?
+                        };
+                        Ok(bulk_cells(&result, Some(limit)))
                     })?;
+                    if let Some(latency) = beside {
+                        let names = [&labels[..], &["another pod, idle".to_owned()]].concat();
+                        table.rows.push([names, nothing_on_the_wire(), latency_cells(&latency)].concat());
+                    }
                 }
             }
         }
@@ -246,6 +259,27 @@ fn tcp(options: &Options, table: &mut Table) -> Result<Title> {
             "p99",
         ],
     ))
+}
+
+fn nothing_on_the_wire() -> Vec<String> {
+    ["-"; 4].map(String::from).to_vec()
+}
+
+/// Measures, and in `replies` how another pod of the same node is answered meanwhile: what there is to wait for on the machine itself.
+fn with_idle_pod(
+    options: &Options,
+    pod: &Pod,
+    replies: &mut Option<Latency>,
+    measure: impl FnOnce() -> Result<BulkResult>,
+) -> Result<BulkResult> {
+    let mut idle = Pod::new(pod.host, "bench")?;
+    Limiter::Bare.add(&mut idle, Limits::default(), &Programs::default())?;
+    thread::scope(|scope| {
+        let asking = scope.spawn(|| measure::ask(&idle, options.way(), options.seconds, measure::ask_pause(u64::MAX)));
+        let result = measure();
+        *replies = Some(asking.join().unwrap_or_else(|panic| resume_unwind(panic))?);
+        result
+    })
 }
 
 /// As many flows each way; what is on the wire of one direction has the acknowledgements of the other in it, as the limit has.
