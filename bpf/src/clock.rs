@@ -17,6 +17,8 @@ pub const IS_SPARSE: u64 = 1 << 1;
 pub const DEPARTS: u64 = 1 << 2;
 /// Of a packet: the congestion mark is to be set on it, or was.
 pub const IS_MARKED: u64 = 1 << 3;
+/// Of a packet: nothing paces its flow, which has waited for the backlog before it nevertheless.
+pub const HAS_TURN: u64 = 1 << 4;
 
 /// Now, as the clock counts: CLOCK_MONOTONIC, which is also what TCP's pacing timer and fq's departure times use.
 #[inline(always)]
@@ -44,11 +46,11 @@ pub extern "C" fn backlog(direction: u64, wire_bytes: u64, is_bulk: u64) -> u64 
     Clock::backlog_ns(caught_up_ns + kept_ns + transmit_time(wire_bytes, limit.rate_bits_per_s).ns, now_ns)
 }
 
-/// What is to be done with a packet that leaves this backlog: of the flags above those that it has. TCP and sparse flows may go up to
-/// the horizon, others while the backlog is short. What is ECN-capable is told before that.
+/// What is to be done with a packet that leaves this backlog: of the flags above those that it has. TCP, sparse flows and those whose turn it is may go
+/// up to the horizon, others while the backlog is short. What is ECN-capable is told before that.
 #[inline(never)]
 #[unsafe(no_mangle)]
-pub extern "C" fn judge(direction: u64, backlog_ns: u64, is_paced: u64, has_credit: u64) -> u64 {
+pub extern "C" fn judge(direction: u64, backlog_ns: u64, is_paced: u64, has_credit: u64, takes_turn: u64) -> u64 {
     let direction = direction as u32;
     let (Some(limit), Some(meter)) = (maps::limit(direction), maps::meter(direction)) else { return 0 };
     let (flags, mark_ns) = if is_paced != 0 {
@@ -56,7 +58,7 @@ pub extern "C" fn judge(direction: u64, backlog_ns: u64, is_paced: u64, has_cred
     } else if has_credit != 0 && has_room_for_sparse(meter) {
         (IS_SPARSE, limit.horizon_ns)
     } else {
-        (limit.departs * DEPARTS, limit.unpaced_bound_ns / 2)
+        (limit.departs * DEPARTS | takes_turn * HAS_TURN, limit.unpaced_bound_ns / 2)
     };
     flags | (backlog_ns > mark_ns) as u64 * IS_MARKED
 }
@@ -76,8 +78,11 @@ fn has_room_for_sparse(meter: *const Meter) -> bool {
 pub extern "C" fn admit(direction: u64, bytes: u64, segments: u64, flags: u64) -> u64 {
     let direction = direction as u32;
     let (Some(limit), Some(meter)) = (maps::limit(direction), maps::meter(direction)) else { return segments };
-    let bound_ns =
-        if flags & (IS_PACED | IS_SPARSE | DEPARTS) == 0 { limit.unpaced_bound_ns } else { limit.horizon_ns };
+    let bound_ns = if flags & (IS_PACED | IS_SPARSE | DEPARTS | HAS_TURN) == 0 {
+        limit.unpaced_bound_ns
+    } else {
+        limit.horizon_ns
+    };
     let now_ns = now_ns();
     let time = transmit_time(bytes, limit.rate_bits_per_s);
     // SAFETY: `meter` points to a whole value of METERS, whose first field is the lock.

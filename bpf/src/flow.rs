@@ -37,6 +37,8 @@ pub struct Credit {
     filled_ns: u64,
     /// What is left of it, in bytes on the wire.
     bytes: u64,
+    /// When it is the flow's turn, if it is not sparse and nothing paces it. 0: it has not been asked for.
+    turn_ns: u64,
 }
 
 /// TCP in: the window the remote sender is given, and when its next acknowledgement may leave.
@@ -83,6 +85,24 @@ impl Credit {
             self.bytes = 0;
         }
         sparse
+    }
+
+    /// Whether the flow has waited for as long as the backlog was at its last turn. This is what a bulk TCP flow does between two
+    /// segments: so one that nobody can make wait, a QUIC download beside many of TCP, has a share and not nothing. The first turn comes
+    /// after a wait too: nobody gains by a new socket for each packet.
+    #[inline(always)]
+    pub fn takes_turn(&mut self, backlog_ns: u64, segments: u64) -> bool {
+        let now_ns = clock::now_ns();
+        let wait_ns = backlog_ns * segments;
+        if self.turn_ns == 0 {
+            self.turn_ns = now_ns + wait_ns;
+        }
+        let is_due = now_ns >= self.turn_ns;
+        if is_due {
+            // What its packets come too late for one turn is not lost for the next.
+            self.turn_ns = (self.turn_ns + wait_ns).max(now_ns);
+        }
+        is_due
     }
 
     /// Whether the flow is a sparse one at present.

@@ -26,6 +26,10 @@ const TCP_WINDOW_CLAMP: i32 = 10;
 
 /// The backlog that windows aim for on a short path: enough that a late timer does not leave the clock idle.
 const SHORTEST_TARGET_NS: u64 = 5_000_000;
+/// How much longer it may be for windows of fewer segments than [`FEW_SEGMENTS`], which are those of many flows: each window is a wake-up of
+/// both ends, and two segments at a time are so many that a busy CPU answers too late and the clock falls idle after all.
+const FEW_MORE_NS: u64 = 7_000_000;
+const FEW_SEGMENTS: u64 = 4;
 /// How often a window may change at most: shorter than this a round trip is noise.
 const SHORTEST_ROUND_NS: u64 = 1_000_000;
 /// A remote sends the last of its segments again after twice its estimate of the round trip and two ticks, of which a kernel has 250
@@ -133,7 +137,8 @@ fn least_bytes(ctx: &SockOpsContext, window: &Window) -> u64 {
 #[inline(always)]
 fn resize(ctx: &SockOpsContext, limit: &Limit, window: &mut Window, now_ns: u64, backlog_ns: u64) {
     let rtt_ns = tcp::rtt_ns(ctx);
-    let target_ns = target_ns(rtt_ns);
+    let is_of_few = window.bytes < FEW_SEGMENTS * tcp::mss(ctx);
+    let target_ns = target_ns(rtt_ns) + if is_of_few { FEW_MORE_NS } else { 0 };
     // What a change does is seen when all that is in flight has passed.
     let round_ns = (rtt_ns + backlog_ns).max(SHORTEST_ROUND_NS);
     if now_ns - window.changed_ns <= round_ns {

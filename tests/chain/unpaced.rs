@@ -2,9 +2,11 @@ use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
 
+use serde_json::json;
+
 use super::{Bed, MBIT, assert_rate, has_fq};
-use crate::harness::limiter::Limiter;
-use crate::harness::measure::{self, Bulk, Udp};
+use crate::harness::limiter::{Limiter, Limits};
+use crate::harness::measure::{self, Bulk, Udp, Way};
 use crate::harness::meter;
 use crate::harness::pod::Pod;
 
@@ -108,5 +110,35 @@ fn ecn_capable_packets_are_marked_before_others_are_dropped() {
         eprintln!("{text}");
         // The sender goes on for 0.2 s after the last look at what arrived.
         assert!(marked > 500 && marked <= marks && marks <= marked + marked / 3, "{text}");
+    }
+}
+
+/// A QUIC download, say, in the backlog of many TCP flows, which is longer than what packets that no socket paces may find.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn udp_beside_many_tcp_flows_has_a_share() {
+    const LIMIT: u64 = 10 * MBIT;
+    const FLOWS: usize = 8;
+    /// Of an even share.
+    const LEAST: f64 = 0.25;
+    for way in [Way::Out, Way::In] {
+        let bed = Bed::new();
+        let (egress, ingress) = if way == Way::Out { (Some(LIMIT), None) } else { (None, Some(LIMIT)) };
+        let limits = Limits { egress, ingress };
+        let pod = bed.pod_of(bed.host.bridge_chain().unwrap(), json!({}), limits);
+        let bulk = Bulk { way, flows: FLOWS, seconds: 5.0, ..Bulk::default() };
+        let udp = Udp { way, rate: LIMIT / 2, seconds: 3.0, ..Udp::default() };
+        let (udp, tcp) = thread::scope(|scope| {
+            let tcp = scope.spawn(|| measure::bulk(&pod, &bulk).unwrap());
+            thread::sleep(Duration::from_secs(1));
+            (measure::udp(&pod, &udp).unwrap(), tcp.join().unwrap())
+        });
+        let udp_share = udp.timeline.steady_rate() / LIMIT as f64;
+        // While UDP was there too.
+        let tcp_share = tcp.timeline.payload_rate(1.5, 3.5) / LIMIT as f64;
+        let text = format!("{way:?}: {udp_share:.3} of the limit to UDP, {tcp_share:.3} to {FLOWS} TCP flows");
+        eprintln!("{text}");
+        assert!(udp_share > LEAST / (FLOWS + 1) as f64 && udp_share < 0.55, "{text}");
+        assert!(tcp_share > 0.4, "{text}");
     }
 }
