@@ -34,9 +34,12 @@ const FEW_SEGMENTS: u64 = 4;
 const SHORTEST_ROUND_NS: u64 = 1_000_000;
 /// A remote sends the last of its segments again after twice its estimate of the round trip and two ticks, of which a kernel has 250
 /// to 1000 in a second (`tcp_schedule_loss_probe`); its retransmission timer is later.
-const LOSS_PROBE_NS: u64 = 4_000_000;
+const LOSS_PROBE_NS: u64 = 2_000_000;
 /// For a single packet it allows 200 ms more for a delayed acknowledgement (`TCP_RTO_MIN`). Some of that is the network's.
 const LOSS_PROBE_OF_ONE_NS: u64 = 150_000_000;
+/// A backlog that is longer than twice the round trip by this is too much for the flow's window. Not as short as [`LOSS_PROBE_NS`]: a
+/// new flow, whose round trip does not count a hold yet, is to grow in a backlog that is as long as others aim for.
+const TOO_LONG_NS: u64 = 4_000_000;
 /// Up to this backlog a flow has two segments in flight, which is what makes its sender build whole ones: see [`part_of_segment`].
 const WHOLE_SEGMENTS_NS: u64 = 25_000_000;
 /// How long the first flight may take at the limit, if that is between one segment and [`FIRST_MOST_SEGMENTS`]: the backlog of a few flows
@@ -86,7 +89,7 @@ pub fn acknowledge(ctx: &SockOpsContext) {
     let patience_ns =
         two_rtt_ns + if has_one_in_flight(ctx, &flow.window) { LOSS_PROBE_OF_ONE_NS } else { LOSS_PROBE_NS };
     hold(&mut flow.window, now_ns, if is_sparse { 0 } else { backlog_ns.min(patience_ns) });
-    if backlog_ns > two_rtt_ns + LOSS_PROBE_NS {
+    if backlog_ns > two_rtt_ns + TOO_LONG_NS {
         collapse(ctx, &mut flow.window, now_ns, backlog_ns);
     } else {
         resize(ctx, &limit, &mut flow.window, now_ns, backlog_ns);
@@ -116,7 +119,8 @@ fn hold(window: &mut Window, now_ns: u64, hold_ns: u64) {
     window.hold_until_ns = if hold_ns == 0 { 0 } else { now_ns + hold_ns };
 }
 
-/// The backlog is longer than the remote will wait with two packets in flight: one from here on, for which it waits longer.
+/// The backlog is longer than the remote will wait with two packets in flight: one segment from here on, and at last one packet, for
+/// which it waits longer.
 #[inline(always)]
 fn collapse(ctx: &SockOpsContext, window: &mut Window, now_ns: u64, backlog_ns: u64) {
     window.met_backlog = 1;
