@@ -135,24 +135,23 @@ fn limit(request: &Request, attachment: &Attachment, plan: Plan) -> Result<()> {
     // Not returned yet: the qdiscs are on the interfaces by now, and a failed ADD takes them off again.
     let loaded = shaper::load(&Settings { ifindex, limits, has_fq, ingress_by }, subnets, &owner);
     let place = place(attachment);
-    let found = pins.find(&place);
-    let pins = match pins.lock() {
-        Ok(pins) => pins,
+    let locked = match pins.lock() {
+        Ok(locked) => locked,
         Err(error) => {
-            put_back(found.and_then(before), &owner);
+            put_back(pins.find(&place).and_then(before), &owner);
             return loaded.and(Err(error));
         }
     };
-    let before = pins.find(&place).and_then(before);
+    let before = locked.find(&place).and_then(before);
     let attached = loaded.and_then(|loaded| loaded.attach(cgroup.open()?.as_fd()));
     let committed = attached.and_then(|attached| {
-        let staged = pins.stage(&place)?;
+        let staged = locked.stage(&place)?;
         attached.pin(staged.directory())?;
         staged.commit()
     });
     if let Err(error) = committed {
         put_back(before, &owner);
-        if !pins.has_pod(&place.pod) {
+        if !locked.has_pod(&place.pod) {
             remove_cgroup_if_made(&cgroup.path);
         }
         return Err(error);

@@ -102,13 +102,13 @@ impl Pins {
     ///
     /// # Errors
     /// [`Code::Kernel`] with what the kernel says, or that somebody does not let go of it.
-    pub fn lock(self) -> Result<LockedPins> {
+    pub fn lock(&self) -> Result<LockedPins> {
         let failed = |cause: io::Error| Error::because(Code::Kernel, format!("lock {}", self.root.display()), cause);
         let mut directory = File::open(&self.root).map_err(failed)?;
         let start = Instant::now();
         loop {
             directory = match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) => return Ok(LockedPins { root: self.root, _lock: lock }),
+                Ok(lock) => return Ok(LockedPins { root: self.root.clone(), _lock: lock }),
                 Err((directory, Errno::EWOULDBLOCK | Errno::EINTR)) if start.elapsed() < LOCK_WAIT => directory,
                 Err((_, Errno::EWOULDBLOCK)) => {
                     let (path, waited) = (self.root.display(), LOCK_WAIT.as_secs());
