@@ -175,10 +175,12 @@ fn is_paced(socket: Option<NonNull<bpf_sock>>) -> bool {
 #[inline(always)]
 fn judge(direction: u32, wire: &Wire, socket: Option<NonNull<bpf_sock>>, credit: Option<&mut Credit>) -> u64 {
     let backlog_ns = clock::backlog(direction.into(), wire.bytes, 0);
+    let is_paced = is_paced(socket);
     let (has_credit, takes_turn) = credit.map_or((false, false), |credit| {
-        (credit.is_sparse(backlog_ns, wire.bytes, SPARSE_BYTES), credit.takes_turn(backlog_ns, wire.segments))
+        let has_credit = credit.is_sparse(backlog_ns, wire.bytes, SPARSE_BYTES);
+        (has_credit, !is_paced && credit.takes_turn(backlog_ns, wire.segments))
     });
-    clock::judge(direction.into(), backlog_ns, is_paced(socket).into(), has_credit.into(), takes_turn.into())
+    clock::judge(direction.into(), backlog_ns, is_paced.into(), has_credit.into(), takes_turn.into())
 }
 
 /// Gives a packet that no socket paces the time at which the backlog before it has drained. It waits in fq and counts against its
