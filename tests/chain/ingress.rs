@@ -1,7 +1,5 @@
 use std::thread;
 
-use serde_json::json;
-
 use super::{Bed, MBIT, assert_rate, has_fq};
 use crate::harness::limiter::Limits;
 use crate::harness::measure::{self, Bulk, Way};
@@ -11,15 +9,11 @@ const PAYLOAD_OF_WIRE: f64 = 1448.0 / 1500.0;
 /// The mechanisms that hold ingress without fq are coarser, and on a busy machine held acknowledgements leave late.
 const TOLERANCE: f64 = 0.10;
 
-fn limited(bed: &Bed, egress: Option<u64>, ingress: u64) -> crate::harness::pod::Pod<'_> {
-    bed.pod_of(bed.host.bridge_chain().unwrap(), json!({}), Limits { egress, ingress: Some(ingress) })
-}
-
 /// Bulk flows to a pod of this limit, which must be held.
 #[track_caller]
 fn assert_held(rate: u64, flows: usize, ipv6: bool) {
     let bed = Bed::new();
-    let pod = limited(&bed, None, rate);
+    let pod = bed.limited(Limits { egress: None, ingress: Some(rate) });
     let bulk = Bulk { way: Way::In, flows, ipv6, seconds: 4.0, ..Bulk::default() };
     let result = measure::bulk(&pod, &bulk).unwrap();
     let what = format!("{flows} flows in at {} Mbit/s, {} retransmits", rate / MBIT, result.retransmits);
@@ -48,7 +42,7 @@ fn both_directions_at_once_hold_their_own_limits() {
     const OUT: u64 = 20 * MBIT;
     const IN: u64 = 50 * MBIT;
     let bed = Bed::new();
-    let pod = limited(&bed, Some(OUT), IN);
+    let pod = bed.limited(Limits { egress: Some(OUT), ingress: Some(IN) });
     let run = |way, flows| measure::bulk(&pod, &Bulk { way, flows, seconds: 4.0, ..Bulk::default() }).unwrap();
     let (sent, received) = thread::scope(|scope| {
         let received = scope.spawn(|| run(Way::In, 4));

@@ -23,7 +23,7 @@ mod unpaced;
 use std::sync::MutexGuard;
 use std::thread;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::harness::cni::{Chain, Cni};
 use super::harness::host::{Host, podshaper_plugin};
@@ -52,6 +52,11 @@ impl Bed {
         let programs = Programs::find(None, &[limiter]).unwrap();
         limiter.add(&mut pod, Limits { egress: Some(rate), ingress: None }, &programs).unwrap();
         pod
+    }
+
+    /// A pod with these limits by podshaper.
+    pub fn limited(&self, limits: Limits) -> Pod<'_> {
+        self.pod_of(self.host.bridge_chain().unwrap(), json!({}), limits)
     }
 
     /// A pod of another network than the bridge's, or with other keys in podshaper's configuration.

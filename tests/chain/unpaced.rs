@@ -2,8 +2,6 @@ use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
 
-use serde_json::json;
-
 use super::{Bed, MBIT, assert_rate, has_fq};
 use crate::harness::limiter::{Limiter, Limits};
 use crate::harness::measure::{self, Bulk, Udp, Way};
@@ -124,8 +122,7 @@ fn udp_beside_many_tcp_flows_has_a_share() {
     for way in [Way::Out, Way::In] {
         let bed = Bed::new();
         let (egress, ingress) = if way == Way::Out { (Some(LIMIT), None) } else { (None, Some(LIMIT)) };
-        let limits = Limits { egress, ingress };
-        let pod = bed.pod_of(bed.host.bridge_chain().unwrap(), json!({}), limits);
+        let pod = bed.limited(Limits { egress, ingress });
         let bulk = Bulk { way, flows: FLOWS, seconds: 5.0, ..Bulk::default() };
         let udp = Udp { way, rate: LIMIT / 2, seconds: 3.0, ..Udp::default() };
         let (udp, tcp) = thread::scope(|scope| {
