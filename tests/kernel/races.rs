@@ -27,17 +27,23 @@ fn kill_after(cni: &Cni, stdin: &str, moment: Duration) -> bool {
     child.wait().unwrap().success()
 }
 
-/// Moments from before main() to after the end of a call that takes so long undisturbed, evenly.
+/// Moments from before main() on, evenly: `count` of them until after the end of a call that takes so long undisturbed, and on.
 fn moments(count: u32, undisturbed: Duration) -> impl Iterator<Item = Duration> {
-    (0..count).map(move |n| undisturbed * n * 5 / (count * 4))
+    (0..).map(move |n| undisturbed * n * 5 / (count * 4))
 }
 
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn an_add_that_is_killed_anywhere_is_repaired_by_the_next() {
+    const CALLS: u32 = 100;
     let pod = Sandbox::new();
-    let (mut finished, mut left) = (0, 0);
-    for moment in moments(100, pod.call("ADD").elapsed) {
+    let (mut calls, mut finished, mut left) = (0, 0, 0);
+    for moment in moments(CALLS, pod.call("ADD").elapsed) {
+        // A machine that has become busier since the undisturbed call needs later moments than that says.
+        if calls >= CALLS && finished > 0 || calls == 10 * CALLS {
+            break;
+        }
+        calls += 1;
         let id = container_id().unwrap();
         finished += u32::from(kill_after(&pod.cni_of("ADD", &id), &pod.stdin_at(RATE), moment));
         let pins = pod.pins();
@@ -49,8 +55,8 @@ fn an_add_that_is_killed_anywhere_is_repaired_by_the_next() {
         }
     }
     assert!(
-        finished > 0 && finished < 100,
-        "{finished} of 100 finished, {left} left something: they were not killed in the middle"
+        finished > 0 && finished < calls,
+        "{finished} of {calls} finished, {left} left something: they were not killed in the middle"
     );
     let id = container_id().unwrap();
     ok(&pod.cni_of("ADD", &id).stdin(pod.stdin_at(2 * RATE)));
@@ -66,12 +72,12 @@ fn an_add_that_is_killed_anywhere_is_repaired_by_the_next() {
 fn a_del_removes_what_a_killed_call_left() {
     let pod = Sandbox::new();
     let (add, del) = (pod.call("ADD").elapsed, pod.call("DEL").elapsed);
-    for moment in moments(60, add) {
+    for moment in moments(60, add).take(60) {
         kill_after(&pod.cni("ADD"), &pod.stdin_at(RATE), moment);
         pod.call("DEL");
         pod.assert_unlimited();
     }
-    for moment in moments(60, del) {
+    for moment in moments(60, del).take(60) {
         pod.call("ADD");
         kill_after(&pod.cni("DEL"), &pod.stdin_at(RATE), moment);
         pod.call("DEL");
