@@ -28,6 +28,10 @@ use crate::{
     units::{Burst, Rate},
 };
 
+mod refusal;
+
+use refusal::refused;
+
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/podshaper.bpf.o"));
 
 /// The map of subnets. It is not pinned: the programs hold it.
@@ -447,43 +451,4 @@ fn mismatch(text: String) -> Error {
 fn occupied(name: &str, why: &str, cause: std::io::Error) -> Error {
     let text = format!("attach the eBPF program {name} to the pod's cgroup: {why} (bpftool cgroup tree shows them)");
     Error::because(Code::Kernel, text, cause)
-}
-
-/// What the kernel said, and what to do about it. aya's errors hold the cause and also print it, so only the innermost is told.
-fn refused(what: impl Into<String>, error: &(dyn std::error::Error + 'static)) -> Error {
-    let mut cause = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    let errno = cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
-    let verifier = error.downcast_ref::<ProgramError>().map(verifier_says).unwrap_or_default();
-    let remedy = match errno {
-        // With EACCES, too: but then it has said why.
-        _ if !verifier.is_empty() => {
-            " (this kernel's verifier does not accept it: please report this, with the kernel's version)"
-        }
-        Some(libc::EPERM | libc::EACCES) => {
-            " (podshaper must run with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON: as root, as container runtimes do)"
-        }
-        Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP) => {
-            " (it takes Linux 5.10 or later with CONFIG_CGROUP_BPF and CONFIG_BPF_SYSCALL)"
-        }
-        Some(libc::ENOMEM | libc::ENOSPC) => " (the node is out of memory, or of RLIMIT_MEMLOCK)",
-        _ => "",
-    };
-    Error::because(Code::Kernel, what.into() + remedy, cause.to_string() + &verifier)
-}
-
-/// The end of the verifier's log, which is where it says no.
-fn verifier_says(error: &ProgramError) -> String {
-    const LINES: usize = 3;
-    let ProgramError::LoadError { verifier_log, .. } = error else { return String::new() };
-    let log = verifier_log.to_string();
-    const STATISTICS: [&str; 3] = ["verification time ", "stack depth ", "processed "];
-    let says_why = |line: &&str| !line.trim().is_empty() && !STATISTICS.iter().any(|start| line.starts_with(start));
-    let lines: Vec<_> = log.lines().filter(says_why).collect();
-    match lines[lines.len().saturating_sub(LINES)..].join(" | ") {
-        end if end.is_empty() => end,
-        end => format!("; the verifier says: {end}"),
-    }
 }
