@@ -1,6 +1,8 @@
 //! The shaper of one attachment: loads the eBPF object with this pod's numbers, attaches it to the pod's cgroup, pins it; reads
 //! and checks one that is pinned. Where the pins lie is `pins`' affair; what the programs do is in `bpf/`.
 
+mod refusal;
+
 use std::{
     fs,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -27,8 +29,6 @@ use crate::{
     sys::{self, CgroupHook, Read, TrieKey},
     units::{Burst, Rate},
 };
-
-mod refusal;
 
 use refusal::refused;
 

@@ -184,7 +184,7 @@ fn the_bandwidth_plugin_measures_as_it_is_known_to() {
         let udp = measure::udp(&pod, &Udp { way, rate: LIMIT * 2, seconds: 2.0, large_buffer: true, ..Udp::default() })
             .unwrap();
         let share = udp.timeline.steady_rate() / LIMIT as f64;
-        assert!((0.85..1.05).contains(&share), "UDP {way:?}: {share} of the limit");
+        assert!((0.85..1.01).contains(&share), "UDP {way:?}: {share} of the limit");
         // Sender and limiter share a kernel: the socket's buffer stays charged while a packet waits in the plugin's queue, so
         // its sender blocks and almost nothing is dropped. Over a network card it would be half of what was sent.
         let arrived = *udp.timeline.wire_bytes.last().unwrap() / 1428;
