@@ -10,14 +10,15 @@
 //!       <interface>%new             being made, or (%old) being replaced: left only by a call that was killed
 //! ```
 //!
-//! bpffs has no files but pins and refuses names with a dot, and an interface may be called eth0.100: every byte that is not a
-//! letter, a digit, '-' or '_' is written as %XX. A lock file cannot be made there, but a directory can be locked; the kernel
-//! lets go of it with the process.
+//! bpffs has no files but pins. A lock file cannot be made there, but a directory can be locked; the kernel lets go of it with the
+//! process.
+
+mod bpffs;
+mod names;
 
 use std::{
     fs::{self, File},
     io,
-    os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -26,12 +27,14 @@ use std::{
 use nix::{
     errno::Errno,
     fcntl::{AT_FDCWD, Flock, FlockArg, RenameFlags, renameat2},
-    mount::{MsFlags, mount},
-    sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 use podshaper_abi::LAYOUT;
 
 use crate::error::{Code, Error, Result};
+
+use bpffs::{directories, make_directory, refuse_strangers, remove_if_empty};
+pub use bpffs::{is_bpffs, mount_bpffs};
+use names::{decode, encode};
 
 /// Where bpffs is mounted on every distribution (systemd, libbpf, bpftool).
 pub const BPFFS: &str = "/sys/fs/bpf";
@@ -304,35 +307,6 @@ pub fn made_at(directory: &Path) -> Option<std::time::SystemTime> {
     fs::metadata(directory.join(OWNER)).and_then(|pin| pin.modified()).ok()
 }
 
-/// Whether bpffs is mounted there.
-pub fn is_bpffs(path: &Path) -> bool {
-    statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC)
-}
-
-/// `mount -t bpf bpf /sys/fs/bpf`, as systemd does it at boot, where it has not been done.
-///
-/// # Errors
-/// [`Code::Kernel`] with what the kernel says.
-pub fn mount_bpffs(path: &Path) -> Result<()> {
-    if is_bpffs(path) {
-        return Ok(());
-    }
-    let failed = |cause: io::Error| {
-        let path = path.display();
-        let text = format!("mount bpffs on {path}, where it is missing (on the node: mount -t bpf bpf {path})");
-        Error::because(Code::Kernel, text, cause)
-    };
-    // The first pods of a node come together, and a second bpffs over the first would hide its pins: one call mounts, the
-    // others wait at the directory below.
-    let below = File::open(path).map_err(failed)?;
-    let _lock = Flock::lock(below, FlockArg::LockExclusive).map_err(|(_, errno)| failed(errno.into()))?;
-    if is_bpffs(path) {
-        return Ok(());
-    }
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    mount(Some("bpf"), path, Some("bpf"), flags, Some("mode=0700")).map_err(|errno| failed(errno.into()))
-}
-
 fn layouts(root: &Path) -> Vec<PathBuf> {
     directories(root).into_iter().filter(|(name, _)| name.starts_with('v')).map(|(_, path)| path).collect()
 }
@@ -355,44 +329,6 @@ fn list(root: &Path) -> Vec<(Place, PathBuf)> {
         }
     }
     found
-}
-
-/// Directories in a directory, by name. One that went away meanwhile has none.
-fn directories(path: &Path) -> Vec<(String, PathBuf)> {
-    let Ok(entries) = fs::read_dir(path) else { return Vec::new() };
-    let mut found: Vec<_> = entries
-        .filter_map(|entry| entry.ok().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())))
-        .filter_map(|entry| Some((entry.file_name().into_string().ok()?, entry.path())))
-        .collect();
-    found.sort();
-    found
-}
-
-fn make_directory(path: &Path) -> Result<()> {
-    // Root's alone: whoever can open the directory can lock it, and hold up every pod of the node. Not everybody mounts bpffs
-    // with a mode that keeps others out.
-    match fs::DirBuilder::new().mode(0o700).create(path) {
-        Err(cause) if cause.kind() != io::ErrorKind::AlreadyExists => {
-            Err(Error::because(Code::Kernel, format!("make the directory {}", path.display()), cause))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// A bpffs that everybody may write to lets everybody make podshaper's directory first, and then lock it or remove from it.
-fn refuse_strangers(path: &Path) -> Result<()> {
-    let failed = |cause: io::Error| Error::because(Code::Kernel, format!("look at {}", path.display()), cause);
-    let found = fs::symlink_metadata(path).map_err(failed)?;
-    if found.uid() == 0 && found.is_dir() && found.mode() & 0o022 == 0 {
-        return Ok(());
-    }
-    let text = format!(
-        "use {}: it is not a directory that root alone may write to (uid {}, mode {:o}); remove it and find out who made it",
-        path.display(),
-        found.uid(),
-        found.mode() & 0o7777
-    );
-    Err(Error::new(Code::Kernel, text))
 }
 
 /// Leaves of an attachment what is finished: its own directory, or nothing.
@@ -435,65 +371,8 @@ fn remove_directory(path: &Path) -> Result<()> {
     fs::remove_dir(path).map_err(failed)
 }
 
-fn remove_if_empty(path: &Path) -> Result<()> {
-    match fs::remove_dir(path).map_err(|cause| (cause.kind(), cause)) {
-        Ok(()) | Err((io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty, _)) => Ok(()),
-        Err((_, cause)) => Err(Error::because(Code::Kernel, format!("remove the directory {}", path.display()), cause)),
-    }
-}
-
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     name.into()
-}
-
-fn encode(name: &str) -> String {
-    name.bytes().fold(String::new(), |mut encoded, byte| {
-        if byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_' {
-            encoded.push(byte.into());
-        } else {
-            encoded.push_str(&format!("%{byte:02x}"));
-        }
-        encoded
-    })
-}
-
-/// The name that was encoded; `None` for the name of an unfinished attachment and anything else podshaper did not make.
-fn decode(encoded: &str) -> Option<String> {
-    let mut bytes = Vec::new();
-    let mut rest = encoded.as_bytes();
-    while let [first, tail @ ..] = rest {
-        rest = tail;
-        bytes.push(if *first == b'%' {
-            let digits = std::str::from_utf8(rest.get(..2)?).ok()?;
-            rest = &rest[2..];
-            u8::from_str_radix(digits, 16).ok()?
-        } else {
-            *first
-        });
-    }
-    String::from_utf8(bytes).ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_have_no_dot_on_bpffs_and_come_back_as_they_were() {
-        for (name, encoded) in
-            [("eth0", "eth0"), ("eth0.100", "eth0%2e100"), ("a%b", "a%25b"), ("net_1-é", "net_1-%c3%a9")]
-        {
-            assert_eq!(encode(name), encoded);
-            assert_eq!(decode(encoded).as_deref(), Some(name));
-        }
-    }
-
-    #[test]
-    fn unfinished_attachments_are_not_listed() {
-        for name in ["eth0%new", "eth0%old", "eth0%", "eth0%2", "%ff"] {
-            assert_eq!(decode(name), None, "{name}");
-        }
-    }
 }
