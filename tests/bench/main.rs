@@ -55,8 +55,9 @@ struct Options {
     /// Both ends negotiate ECN (net.ipv4.tcp_ecn=1)
     #[arg(long)]
     ecn: bool,
-    /// Beside each TCP row the replies of another pod at the same time, which nothing limits and which is idle
-    #[arg(long)]
+    /// Beside each TCP row the replies of another pod at the same time, which nothing limits and which is idle. What a pod receives is
+    /// counted in it; what it sends is counted on the node, where the other pod's requests would be counted too
+    #[arg(long, requires = "ingress")]
     beside: bool,
     /// Fewer and shorter: 10 and 100 Mbit/s, cubic, 3 seconds
     #[arg(long)]
@@ -223,8 +224,9 @@ fn tcp(options: &Options, table: &mut Table) -> Result<Title> {
         for flows in options.flows.iter().copied() {
             for congestion in &options.cc {
                 let labels = [table::limit(limit), flows.to_string(), congestion.clone()];
-                let bulk = options.bulk(flows, Some(congestion.clone()), limit);
                 for limiter in options.limiters.iter().copied() {
+                    let mut bulk = options.bulk(flows, Some(congestion.clone()), limit);
+                    bulk.max_pacing_rate = (limiter == Limiter::Senders).then(|| pacing_rate(limit, flows));
                     let mut beside = None;
                     table.row(options, &labels, limiter, options.limits(limit), |pod| {
                         let measure = || measure::bulk(pod, &bulk);
@@ -259,6 +261,12 @@ fn tcp(options: &Options, table: &mut Table) -> Result<Title> {
             "p99",
         ],
     ))
+}
+
+/// Bytes per second that a flow may pace itself at for all of them to have the limit on the wire. What TCP paces is payload
+/// (`tcp_update_skb_after_send`): 1448 bytes in a packet of 1500.
+fn pacing_rate(limit: u64, flows: usize) -> u64 {
+    limit / 8 / flows as u64 * 1448 / 1500
 }
 
 fn nothing_on_the_wire() -> Vec<String> {

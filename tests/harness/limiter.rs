@@ -1,4 +1,4 @@
-//! What is compared: a pod without a limit, one with podshaper, one with the bandwidth plugin.
+//! What is compared: a pod without a limit, one with podshaper, one with the bandwidth plugin, one whose senders limit themselves.
 
 use std::path::{Path, PathBuf};
 
@@ -20,6 +20,8 @@ pub enum Limiter {
     Bare,
     Podshaper,
     Bandwidth,
+    /// None: each bulk flow's own SO_MAX_PACING_RATE is its share of the limit. What replies wait for then is the machine.
+    Senders,
 }
 
 /// Limits in bits per second.
@@ -30,6 +32,7 @@ pub struct Limits {
 }
 
 impl Limiter {
+    /// Those that stand in a chain, and none.
     pub const ALL: [Self; 3] = [Self::Bare, Self::Podshaper, Self::Bandwidth];
 
     /// As a table calls it.
@@ -38,13 +41,14 @@ impl Limiter {
             Self::Bare => "no limit",
             Self::Podshaper => "podshaper",
             Self::Bandwidth => "bandwidth plugin, burst 1 Mbit",
+            Self::Senders => "none, senders pace themselves",
         }
     }
 
     /// The plugin this adds to the chain.
     pub fn plugin(self) -> Option<&'static str> {
         match self {
-            Self::Bare => None,
+            Self::Bare | Self::Senders => None,
             Self::Podshaper => Some("podshaper"),
             Self::Bandwidth => Some("bandwidth"),
         }
@@ -56,7 +60,7 @@ impl Limiter {
         let burst = (self == Self::Bandwidth).then_some(BANDWIDTH_BURST_BITS);
         pod.offer_bandwidth(limits.egress, limits.ingress, burst);
         let chain: Chain = match self {
-            Self::Bare => bridge,
+            Self::Bare | Self::Senders => bridge,
             Self::Podshaper => bridge.then(podshaper_plugin()).with_dir(programs.directory()?),
             Self::Bandwidth => bridge.then(bandwidth_plugin()),
         };

@@ -127,7 +127,7 @@ pub struct Timeline {
 pub struct Latency {
     pub count: u64,
     pub p50_us: f64,
-    pub p90_us: f64,
+    pub p50_of_time_us: f64,
     pub p99_us: f64,
     pub max_us: f64,
 }

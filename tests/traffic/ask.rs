@@ -39,7 +39,8 @@ pub struct Ask {
 pub struct AskReport {
     count: usize,
     p50_us: f64,
-    p90_us: f64,
+    /// Half of all the time that was spent waiting passed in waits of at least this.
+    p50_of_time_us: f64,
     p99_us: f64,
     max_us: f64,
 }
@@ -86,7 +87,7 @@ pub fn ask(options: &Ask) -> io::Result<AskReport> {
     Ok(AskReport {
         count: times.len(),
         p50_us: percentile(&times, 0.50),
-        p90_us: percentile(&times, 0.90),
+        p50_of_time_us: median_of_time(&times),
         p99_us: percentile(&times, 0.99),
         max_us: percentile(&times, 1.0),
     })
@@ -96,4 +97,15 @@ pub fn ask(options: &Ask) -> io::Result<AskReport> {
 fn percentile(sorted: &[Duration], share: f64) -> f64 {
     let rank = (sorted.len() as f64 * share).ceil() as usize;
     sorted.get(rank.saturating_sub(1)).map_or(0.0, |time| time.as_nanos() as f64 / 1000.0)
+}
+
+/// The time below which waits add up to half of what all of them take together; 0 if there are none.
+fn median_of_time(sorted: &[Duration]) -> f64 {
+    let half = sorted.iter().sum::<Duration>() / 2;
+    let mut waited = Duration::ZERO;
+    let median = sorted.iter().find(|time| {
+        waited += **time;
+        waited >= half
+    });
+    median.map_or(0.0, |time| time.as_nanos() as f64 / 1000.0)
 }
