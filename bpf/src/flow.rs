@@ -68,7 +68,8 @@ pub struct Window {
 impl Credit {
     /// Whether `wire_bytes` more may go before the backlog of `backlog_ns` (these bytes included) has drained. Takes them from
     /// the credit, `full_bytes` a time, if so. If not, there is none until twice the time this backlog takes to drain: a bulk
-    /// flow, which waits for just the backlog, never has any, even if its timer is late.
+    /// flow, which waits for just the backlog, never has any, even if its timer is late. Small packets do not put that off: a
+    /// request that is answered when the backlog has drained comes as often as a bulk flow's segments do, and would wait for ever.
     #[inline(always)]
     pub fn is_sparse(&mut self, backlog_ns: u64, wire_bytes: u64, full_bytes: u64) -> bool {
         let now_ns = clock::now_ns();
@@ -81,7 +82,10 @@ impl Credit {
         if sparse {
             self.bytes -= wire_bytes;
         } else {
-            self.filled_ns = again_ns;
+            // Half a segment, or more.
+            if wire_bytes > full_bytes / 4 {
+                self.filled_ns = again_ns;
+            }
             self.bytes = 0;
         }
         sparse

@@ -56,3 +56,22 @@ fn both_directions_at_once_hold_their_own_limits() {
         assert_rate(&format!("payload {what}"), payload, wanted as u64, TOLERANCE);
     }
 }
+
+/// A request that is marked is acknowledged before it is answered, so the answer waits for as long as that acknowledgement is held.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn requests_beside_downloads_do_not_wait_for_them_with_ecn_either() {
+    const LIMIT: u64 = 10 * MBIT;
+    let bed = Bed::new();
+    let pod = bed.limited(Limits { egress: None, ingress: Some(LIMIT) });
+    for netns in [&pod.host.netns, &pod.netns] {
+        netns.run("sysctl", &["-q", "net.ipv4.tcp_ecn=1"]).unwrap();
+    }
+    let ask = Some(measure::ask_pause(LIMIT));
+    let bulk = Bulk { way: Way::In, flows: 8, seconds: 4.0, ask, ..Bulk::default() };
+    let result = measure::bulk(&pod, &bulk).unwrap();
+    assert_rate("8 flows in with ECN", result.timeline.steady_rate(), LIMIT, TOLERANCE);
+    // The backlog is 12 to 20 ms. Without fq all that comes waits in tbf's queue.
+    let p50_us = result.latency.unwrap().p50_us;
+    assert!(!has_fq(&pod) || p50_us < 6_000.0, "replies in {p50_us} us");
+}
