@@ -68,10 +68,10 @@ pub struct Window {
 impl Credit {
     /// Whether `wire_bytes` more may go before the backlog of `backlog_ns` (these bytes included) has drained. Takes them from
     /// the credit, `full_bytes` a time, if so. If not, there is none until twice the time this backlog takes to drain: a bulk
-    /// flow, which waits for just the backlog, never has any, even if its timer is late. Small packets do not put that off: a
-    /// request that is answered when the backlog has drained comes as often as a bulk flow's segments do, and would wait for ever.
+    /// flow, which waits for just the backlog, never has any, even if its timer is late. Packets of less than `bulk_bytes` do not
+    /// put that off.
     #[inline(always)]
-    pub fn is_sparse(&mut self, backlog_ns: u64, wire_bytes: u64, full_bytes: u64) -> bool {
+    pub fn is_sparse(&mut self, backlog_ns: u64, wire_bytes: u64, full_bytes: u64, bulk_bytes: u64) -> bool {
         let now_ns = clock::now_ns();
         let again_ns = now_ns + 2 * backlog_ns + SPARSE_GAP_NS;
         if now_ns > self.filled_ns {
@@ -82,8 +82,7 @@ impl Credit {
         if sparse {
             self.bytes -= wire_bytes;
         } else {
-            // Half a segment, or more.
-            if wire_bytes > full_bytes / 4 {
+            if wire_bytes >= bulk_bytes {
                 self.filled_ns = again_ns;
             }
             self.bytes = 0;

@@ -79,7 +79,7 @@ pub fn of_segment(ctx: &SockOpsContext, flow: &mut Flow) -> u64 {
     let mss = tcp::mss(ctx);
     let wire_bytes = packet::wire_bytes_of_tcp(payload, mss, tcp::is_ipv6(ctx).into());
     let backlog_ns = clock::backlog(EGRESS.into(), wire_bytes, 1);
-    let is_sparse = flow.out.is_sparse(backlog_ns, wire_bytes, SPARSE_SEGMENTS * mss);
+    let is_sparse = flow.out.is_sparse(backlog_ns, wire_bytes, SPARSE_SEGMENTS * mss, 0);
     flow.paced_bytes_per_s =
         if is_sparse { at_the_limit(payload) } else { wait_for(backlog_ns, payload, mss, tcp::sent_segments(ctx)) };
     flow.paced_bytes_per_s
