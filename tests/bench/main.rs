@@ -107,6 +107,9 @@ fn run(options: &Options) -> Result<bool> {
     if !nix::unistd::geteuid().is_root() {
         return Err(Failure::new("it makes network namespaces and loads eBPF programs: run it as root"));
     }
+    if options.limiters.contains(&Limiter::Senders) && options.parts != [Part::Tcp] {
+        return Err(Failure::new("only bulk TCP paces itself: name --parts tcp with --limiters senders"));
+    }
     let programs = Programs::find(options.podshaper.as_deref(), &options.limiters)?;
     let mut complete = true;
     for part in &options.parts {
