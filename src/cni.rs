@@ -17,7 +17,7 @@ use crate::{
     cgroup::{self, Hierarchies, PodCgroup, Wanted},
     error::{Code, Error, Result},
     ingress::{self, IngressBy, Inside},
-    logging, netns,
+    logging, netns, packets,
     pins::{BPFFS, LockedPins, Pins, Place},
     pod::{Owner, PodKey},
     probe,
@@ -125,12 +125,14 @@ fn find_cgroup(request: &Request, attachment: &Attachment, hierarchies: &Hierarc
 fn limit(request: &Request, attachment: &Attachment, plan: Plan) -> Result<()> {
     let Plan { limits, cgroup, netns } = plan;
     let pins = Pins::ensure(Path::new(BPFFS))?;
-    let (ifindex, inside) = netns::in_netns(&netns, || prepare_netns(&attachment.ifname, &netns, &limits))?;
+    let Prepared { ifindex, gso_max_size, inside } =
+        netns::in_netns(&netns, || prepare_netns(&attachment.ifname, &netns, &limits, None))?;
     let has_fq = inside.has_fq();
     let subnets = &request.config.subnets;
     let ingress_by = limits.ingress.map(|limit| inside.choose(ifindex, &limit, subnets.is_empty()));
     let mut owner = request.owner(attachment, &cgroup.path);
     owner.fq = has_fq;
+    owner.gso_max_size = gso_max_size;
     owner.ingress_by = ingress_by.map(|mechanism| mechanism.to_string());
     // Not returned yet: the qdiscs are on the interfaces by now, and a failed ADD takes them off again.
     let loaded = shaper::load(&Settings { ifindex, limits, has_fq, ingress_by }, subnets, &owner);
@@ -178,18 +180,30 @@ fn put_back(before: Option<(Owner, Option<Limit>)>, failed: &Owner) {
     }
 }
 
-/// The interface's index, and the namespace set so that small pacing rates make small packets and acknowledgements can be held.
+/// What was found and done in a pod's network namespace.
+pub struct Prepared {
+    /// The interface.
+    pub ifindex: u32,
+    /// Its `gso_max_size` without podshaper: see [`packets::keep_small`].
+    pub gso_max_size: Option<u32>,
+    /// For ingress.
+    pub inside: Inside,
+}
+
+/// Sets the namespace so that small pacing rates make small packets and acknowledgements can be held. `found` is the interface's
+/// `gso_max_size` where podshaper has changed it before.
 ///
 /// # Errors
 /// [`Code::Netns`]: there is no such interface.
-pub fn prepare_netns(ifname: &str, netns: &Path, limits: &Limits) -> Result<(u32, Inside)> {
-    let index = netns::interface(ifname, netns)?.index;
+pub fn prepare_netns(ifname: &str, netns: &Path, limits: &Limits, found: Option<u32>) -> Result<Prepared> {
+    let ifindex = netns::interface(ifname, netns)?.index;
+    let small = limits.egress.map_or(Ok(None), |limit| packets::keep_small(ifindex, limit.rate, found));
     // Without it the rate holds and the latency does not: not worth a pod.
-    let single_segments = limits.egress.is_some_and(|limit| shaper::bulk_segments(limit.rate) == 1);
-    if let Err(error) = netns::make_packets_small(single_segments) {
+    let gso_max_size = small.unwrap_or_else(|error| {
         log::warn!("TCP may send large packets in bursts: {error}");
-    }
-    Ok((index, ingress::prepare(index, limits)))
+        found
+    });
+    Ok(Prepared { ifindex, gso_max_size, inside: ingress::prepare(ifindex, limits) })
 }
 
 fn log_limits(place: &Place, limits: &Limits, owner: &Owner) {

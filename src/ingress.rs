@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use crate::{
     error::{Code, Error, Result},
-    netns,
+    netns, packets,
     pod::Owner,
     qdisc,
     request::{Limit, Limits},
@@ -136,21 +136,25 @@ pub fn check(owner: &Owner) -> Result<()> {
     Ok(())
 }
 
-/// Takes off what was put on the interfaces for an attachment that ends before its namespace does: it would go on limiting.
+/// Undoes what was done to the interfaces for an attachment that ends before its namespace does: it would go on limiting.
 pub fn undo(owner: &Owner) {
-    take_off(owner, owner.fq);
+    take_off(owner, owner.fq, owner.gso_max_size);
 }
 
 /// The same for what was put on the host's side alone: the attachment is replaced by one that does not use it.
 pub fn undo_host_side(owner: &Owner) {
-    take_off(owner, false);
+    take_off(owner, false, None);
 }
 
-fn take_off(owner: &Owner, fq: bool) {
+fn take_off(owner: &Owner, fq: bool, gso_max_size: Option<u32>) {
     let tbf = is_held_by_tbf(owner);
-    let Some(path) = owner.netns.as_ref().map(Path::new).filter(|_| fq || tbf) else { return };
+    let is_changed = fq || tbf || gso_max_size.is_some();
+    let Some(path) = owner.netns.as_ref().map(Path::new).filter(|_| is_changed) else { return };
     let inside = netns::in_netns(path, || {
         let index = netns::interface(&owner.ifname, path)?.index;
+        if let Some(bytes) = gso_max_size {
+            packets::put_back(index, bytes)?;
+        }
         if fq {
             qdisc::take_off(index)?;
         }

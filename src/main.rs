@@ -13,6 +13,7 @@ mod kube;
 mod logging;
 mod netlink;
 mod netns;
+mod packets;
 mod pins;
 mod pod;
 mod probe;

@@ -1,9 +1,12 @@
-//! One rtnetlink request and its answer, synchronously: podshaper asks for a qdisc or two and exits.
+//! One rtnetlink request and its answer, synchronously: podshaper asks for a few things and exits.
 
 use std::io;
 
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
-use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::{
+    RouteNetlinkMessage,
+    link::{LinkAttribute, LinkMessage},
+};
 use netlink_sys::{Socket, protocols::NETLINK_ROUTE};
 
 /// A request that changes something: `flags` beside REQUEST and ACK.
@@ -28,6 +31,33 @@ pub fn dump(message: RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>
 /// What the kernel says.
 pub fn get(message: RouteNetlinkMessage) -> io::Result<Option<RouteNetlinkMessage>> {
     exchange(message, NLM_F_REQUEST | NLM_F_ACK).map(|answers| answers.into_iter().next())
+}
+
+/// An interface of the calling thread's network namespace.
+///
+/// # Errors
+/// What the kernel says.
+pub fn link(ifindex: u32) -> io::Result<Option<LinkMessage>> {
+    Ok(get(RouteNetlinkMessage::GetLink(link_message(ifindex)))?.and_then(|answer| match answer {
+        RouteNetlinkMessage::NewLink(link) => Some(link),
+        _ => None,
+    }))
+}
+
+/// Changes one attribute of such an interface.
+///
+/// # Errors
+/// What the kernel says.
+pub fn set_link(ifindex: u32, attribute: LinkAttribute) -> io::Result<()> {
+    let mut message = link_message(ifindex);
+    message.attributes = vec![attribute];
+    change(RouteNetlinkMessage::SetLink(message), 0)
+}
+
+fn link_message(ifindex: u32) -> LinkMessage {
+    let mut message = LinkMessage::default();
+    message.header.index = ifindex;
+    message
 }
 
 fn exchange(message: RouteNetlinkMessage, flags: u16) -> io::Result<Vec<RouteNetlinkMessage>> {

@@ -1,10 +1,8 @@
-//! Runs something inside the pod's network namespace, and what is read and set there.
+//! Runs something inside the pod's network namespace, and what is found there.
 //!
 //! A namespace belongs to a thread. The work is done on a thread of its own, which enters the namespace and ends there: the
 //! caller never leaves its own, so there is no way back that could fail, whether the work returns, fails or panics.
 
-use std::fs::File;
-use std::io::ErrorKind;
 use std::panic::resume_unwind;
 use std::path::Path;
 use std::thread;
@@ -85,40 +83,9 @@ pub fn interface(ifname: &str, netns: &Path) -> Result<Interface> {
     })
 }
 
-/// Makes TCP build packets, in the calling thread's namespace, as small as their pacing rate asks for, about a millisecond of it:
-/// turns off that flows with a short round trip build 64 KiB whatever their rate (since Linux 5.18, tcp_tso_autosize() in
-/// net/ipv4/tcp_output.c), 52 ms of a 10 Mbit/s link in one packet.
-///
-/// With `single_segments` it may build packets of one segment, else of two at least: at very low rates two are long.
-///
-/// # Errors
-/// [`Code::Netns`] if the kernel has a setting but refuses it. Lacking it is no error.
-pub fn make_packets_small(single_segments: bool) -> Result<()> {
-    if single_segments {
-        write_sysctl(Path::new("/proc/sys/net/ipv4/tcp_min_tso_segs"), "1")?;
-    }
-    write_sysctl(Path::new("/proc/sys/net/ipv4/tcp_tso_rtt_log"), "0").map(drop)
-}
-
-/// Files below /proc/sys/net are those of the namespace of the thread that opens them, wherever and whenever procfs was mounted
-/// (Linux net/sysctl_net.c, net_ctl_header_lookup()). `false` if there is no such file; it is never made.
-fn write_sysctl(file: &Path, value: &str) -> Result<bool> {
-    let written = File::options()
-        .write(true)
-        .open(file)
-        .and_then(|mut open| std::io::Write::write_all(&mut open, value.as_bytes()));
-    match written {
-        Ok(()) => Ok(true),
-        Err(cause) if cause.kind() == ErrorKind::NotFound => Ok(false),
-        Err(cause) => {
-            let text = format!("write {value} to {} (is /proc/sys mounted read-only?)", file.display());
-            Err(Error::because(Code::Netns, text, cause))
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
     use std::os::fd::AsRawFd;
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::path::PathBuf;
@@ -127,6 +94,7 @@ mod tests {
     use tempfile::tempdir;
 
     use super::*;
+    use crate::{packets, units::Rate};
 
     const TSO_RTT: &str = "/proc/sys/net/ipv4/tcp_tso_rtt_log";
 
@@ -175,24 +143,6 @@ mod tests {
             assert_eq!(error.code(), Code::Netns);
             assert_eq!(error.to_string(), format!("enter the pod's netns {}: {why}", path.display()));
         }
-    }
-
-    #[test]
-    fn a_sysctl_this_kernel_lacks_is_not_an_error_but_a_refused_one_is() {
-        let dir = tempdir().unwrap();
-        let [absent, directory, file] = ["absent", "directory", "file"].map(|name| dir.path().join(name));
-        std::fs::create_dir(&directory).unwrap();
-        std::fs::write(&file, "9").unwrap();
-        assert!(!write_sysctl(&absent, "0").unwrap() && !absent.exists());
-        assert!(write_sysctl(&file, "0").unwrap());
-        assert_eq!(std::fs::read_to_string(&file).unwrap(), "0");
-        assert_eq!(
-            write_sysctl(&directory, "0").unwrap_err().to_string(),
-            format!(
-                "write 0 to {} (is /proc/sys mounted read-only?): Is a directory (os error 21)",
-                directory.display()
-            )
-        );
     }
 
     #[test]
@@ -248,8 +198,11 @@ mod tests {
 
         // Read before, so that the host's file is in the dentry cache.
         let hosts = std::fs::read_to_string(TSO_RTT).ok();
-        let pods =
-            in_netns(&path, || make_packets_small(false).map(|()| std::fs::read_to_string(TSO_RTT).ok())).unwrap();
+        let small = || {
+            packets::keep_small(1, Rate::bits_per_s(10_000_000).unwrap(), None)?;
+            Ok(std::fs::read_to_string(TSO_RTT).ok())
+        };
+        let pods = in_netns(&path, small).unwrap();
         assert_eq!(pods, hosts.as_ref().map(|_| "0\n".to_owned()));
         assert_eq!(std::fs::read_to_string(TSO_RTT).ok(), hosts, "the host's setting is untouched");
         let again = in_netns(&path, || Ok(std::fs::read_to_string(TSO_RTT).ok())).unwrap();

@@ -182,6 +182,9 @@ pub struct Owner {
     pub cgroup: String,
     /// Whether fq is on the interface, to honour departure times.
     pub fq: bool,
+    /// `gso_max_size` of the interface before podshaper made packets small; `None` if it left it alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gso_max_size: Option<u32>,
     /// What holds the ingress limit, if there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ingress_by: Option<String>,

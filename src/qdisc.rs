@@ -67,7 +67,7 @@ pub fn put_fq(ifindex: u32) -> Result<()> {
 /// [`Code::Kernel`] with what the kernel says.
 pub fn veth_peer(ifindex: u32) -> Result<Option<u32>> {
     let failed = |cause: io::Error| Error::because(Code::Kernel, "find the host's end of the pod's interface", cause);
-    let Some(link) = link(ifindex).map_err(failed)?.filter(is_veth) else { return Ok(None) };
+    let Some(link) = netlink::link(ifindex).map_err(failed)?.filter(is_veth) else { return Ok(None) };
     let peers = link.attributes.iter().find_map(|attribute| match attribute {
         LinkAttribute::LinkNetNsId(id) => Some(*id),
         _ => None,
@@ -144,7 +144,7 @@ pub fn take_off_peer(ifindex: u32, pod_ifindex: u32) -> Result<()> {
 }
 
 fn is_peer(ifindex: u32, pod_ifindex: u32) -> io::Result<bool> {
-    Ok(link(ifindex)?.is_some_and(|link| is_veth(&link) && linked_to(&link) == Some(pod_ifindex)))
+    Ok(netlink::link(ifindex)?.is_some_and(|link| is_veth(&link) && linked_to(&link) == Some(pod_ifindex)))
 }
 
 fn tbf_options(limit: &Limit) -> Vec<TcOption> {
@@ -204,15 +204,6 @@ fn replace_root(ifindex: u32, kind: &str, options: Vec<TcOption>) -> io::Result<
 
 fn option(kind: u16, value: &[u8]) -> TcOption {
     TcOption::Other(DefaultNla::new(kind, value.to_vec()))
-}
-
-fn link(ifindex: u32) -> io::Result<Option<LinkMessage>> {
-    let mut message = LinkMessage::default();
-    message.header.index = ifindex;
-    Ok(netlink::get(RouteNetlinkMessage::GetLink(message))?.and_then(|answer| match answer {
-        RouteNetlinkMessage::NewLink(link) => Some(link),
-        _ => None,
-    }))
 }
 
 fn is_veth(link: &LinkMessage) -> bool {

@@ -122,6 +122,14 @@ impl Sandbox {
         self.stdin_with(json!({ "runtimeConfig": runtime }))
     }
 
+    /// The largest packet that may be built for eth0, in bytes.
+    pub fn gso_max_size(&self) -> u32 {
+        let said = self.netns.run("ip", &["-details", "-oneline", "link", "show", "dev", "eth0"]).unwrap();
+        let value =
+            said.split_once("gso_max_size ").map(|(_, after)| after.split(' ').next().unwrap().parse().unwrap());
+        value.unwrap_or_else(|| panic!("no gso_max_size in {said}"))
+    }
+
     /// Makes a call that must succeed.
     #[track_caller]
     pub fn call(&self, verb: &str) -> Call {

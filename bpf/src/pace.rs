@@ -9,14 +9,14 @@
 //! ```
 //!
 //! TCP's own pacing timer does the waiting, inside the sender, before the packet exists: nothing queues and nothing drops. N
-//! bulk flows wait for the same backlog and so send the same; the backlog settles at N packets. Packets of less than two segments
-//! wait for their part of it, so that a flow of small messages gets the bytes of its share and not only the packets.
+//! bulk flows wait for the same backlog and so send the same; the backlog settles at N packets. A packet that is smaller or larger
+//! than the pod's others waits for less or more than the others' part of it: each flow gets the bytes of its share, whatever it builds.
 //!
 //! The value is an upper bound to the kernel (SO_MAX_PACING_RATE), so congestion control goes on below it. It is lowered at
 //! once and raised with an ACK only (`tcp_update_pacing_rate`, bbr's `bbr_set_pacing_rate`): see [`raised`].
 
 use aya_ebpf::{helpers::bpf_setsockopt, programs::SockOpsContext};
-use podshaper_abi::{EGRESS, transmit_time};
+use podshaper_abi::{EGRESS, Meter, transmit_time};
 
 use crate::{clock, flow::Flow, maps, packet, tcp};
 
@@ -80,8 +80,11 @@ pub fn of_segment(ctx: &SockOpsContext, flow: &mut Flow) -> u64 {
     let wire_bytes = packet::wire_bytes_of_tcp(payload, mss, tcp::is_ipv6(ctx).into());
     let backlog_ns = clock::backlog(EGRESS.into(), wire_bytes, 1);
     let is_sparse = flow.out.is_sparse(backlog_ns, wire_bytes, SPARSE_SEGMENTS * mss, 0);
-    flow.paced_bytes_per_s =
-        if is_sparse { at_the_limit(payload) } else { wait_for(backlog_ns, payload, mss, tcp::sent_segments(ctx)) };
+    flow.paced_bytes_per_s = if is_sparse {
+        at_the_limit(payload)
+    } else {
+        wait_for(backlog_ns, wire_bytes, payload, tcp::sent_segments(ctx))
+    };
     flow.paced_bytes_per_s
 }
 
@@ -107,24 +110,40 @@ pub extern "C" fn at_the_limit(payload: u64) -> u64 {
     if is_short { NOT_PACED } else { limit.rate_bits_per_s / 8 }
 }
 
-/// The pace at which a segment's bytes take as long as the backlog, in bytes/s, of a socket that has sent so many segments before it.
-/// 0 without a limit.
+/// The pace, in bytes/s, of a segment of so many bytes that leaves this backlog, of a socket that has sent so many segments before it: it
+/// waits for itself to drain, and for what is before it in proportion to its size. 0 without a limit.
 #[inline(never)]
 #[unsafe(no_mangle)]
-pub extern "C" fn wait_for(backlog_ns: u64, payload: u64, mss: u64, sent_segments: u64) -> u64 {
-    let Some(limit) = maps::limit(EGRESS) else { return 0 };
+pub extern "C" fn wait_for(backlog_ns: u64, wire_bytes: u64, payload: u64, sent_segments: u64) -> u64 {
+    let (Some(limit), Some(meter)) = (maps::limit(EGRESS), maps::meter(EGRESS)) else { return 0 };
     if backlog_ns < SHORTEST_WAIT_NS {
         return NOT_PACED;
     }
-    // Packets smaller than those of a bulk flow wait in proportion, so that flows share evenly whatever they build.
-    let mut bytes = payload.max(limit.bulk_segments * mss);
-    // So do the larger ones of two segments where one is enough: with a round trip under 6 us TCP builds them whatever the pace
-    // (`tcp_tso_autosize`). Those of the first round are part of a backlog that all have made alike.
-    if limit.bulk_segments == 1 && sent_segments >= FIRST_SEGMENTS {
-        bytes = bytes.min(mss.max(payload / 2));
-    }
+    let own_ns = transmit_time(wire_bytes, limit.rate_bits_per_s).ns.min(backlog_ns);
+    // Those of the first round are part of a backlog that all have made alike, and say nothing of what TCP builds later.
+    let wait_ns = if sent_segments < FIRST_SEGMENTS {
+        backlog_ns
+    } else {
+        let usual_bytes = usual_packet_bytes(meter, payload, own_ns, backlog_ns);
+        own_ns + (backlog_ns - own_ns) * payload / usual_bytes
+    };
     // 0 would turn pacing off (`tcp_update_skb_after_send`).
-    (bytes * NANOS_PER_SECOND / backlog_ns).max(1)
+    (payload * NANOS_PER_SECOND).checked_div(wait_ns).unwrap_or(0).max(1)
+}
+
+/// Payload of the packets that the pod's bulk flows build, once this one is counted, which is `own_ns` of the backlog. TCP builds larger
+/// ones the shorter the round trip is, whatever the pace: twelve segments at 2 us, two from 6 us on (`tcp_tso_autosize`).
+#[inline(always)]
+fn usual_packet_bytes(meter: *mut Meter, payload: u64, own_ns: u64, backlog_ns: u64) -> u64 {
+    // SAFETY: the verifier checked the pointer; an aligned u32 is loaded and stored whole. Volatile: other CPUs write it. What two of
+    // them lose is one packet of a mean.
+    let mean = unsafe { &raw mut (*meter).bulk_packet_bytes };
+    let before = u64::from(unsafe { mean.read_volatile() });
+    // A flow that is alone finds none but itself in the backlog.
+    let others_ns = if before == 0 { 0 } else { backlog_ns - own_ns };
+    let after = (before * others_ns + payload * own_ns).checked_div(others_ns + own_ns).unwrap_or(payload).max(1);
+    unsafe { mean.write_volatile(after as u32) };
+    after
 }
 
 /// Asks for the acknowledgements of a socket, that [`raised`] may be called, where the limit is one that a packet can wait for.

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     cgroup::Hierarchies,
-    cni,
+    cni::{self, Prepared},
     error::{Code, Error, Result},
     ingress::{self, IngressBy},
     netns,
@@ -109,6 +109,8 @@ pub struct Target {
     interface: String,
     ifindex: u32,
     netns: Option<PathBuf>,
+    /// The interface's own, where the attachment that this one takes the place of has changed it.
+    gso_max_size: Option<u32>,
 }
 
 impl Target {
@@ -129,8 +131,11 @@ impl Target {
             (Some(netns), name) => netns::in_netns(netns, || netns::interface(name, netns))?.index,
             (None, name) => index_on_this_node(&path, name)?,
         };
-        let target = Self { path, directory, place, interface, ifindex, netns: netns.map(Path::to_path_buf) };
-        match attachments::read()?.iter().find(|other| target.is_limited_by(other)) {
+        let others = attachments::read()?;
+        let gso_max_size = others.iter().find(|other| other.place == place).and_then(|other| other.owner.gso_max_size);
+        let netns = netns.map(Path::to_path_buf);
+        let target = Self { path, directory, place, interface, ifindex, netns, gso_max_size };
+        match others.iter().find(|other| target.is_limited_by(other)) {
             Some(other) => Err(target.overlaps(other)),
             None => Ok(target),
         }
@@ -177,8 +182,9 @@ impl Target {
             cgroup: self.path.to_string_lossy().into_owned(),
             ..Owner::default()
         };
-        let (has_fq, ingress_by) = self.prepare(limits)?;
+        let (has_fq, gso_max_size, ingress_by) = self.prepare(limits)?;
         owner.fq = has_fq;
+        owner.gso_max_size = gso_max_size;
         owner.ingress_by = ingress_by.map(|mechanism| mechanism.to_string());
         let settings = Settings { ifindex: self.ifindex, limits: *limits, has_fq, ingress_by };
         let pinned = shaper::load(&settings, &Subnets::default(), &owner).and_then(|loaded| {
@@ -194,8 +200,8 @@ impl Target {
         pinned
     }
 
-    /// Whether departure times are honoured, and what holds ingress.
-    fn prepare(&self, limits: &Limits) -> Result<(bool, Option<IngressBy>)> {
+    /// Whether departure times are honoured, the interface's own `gso_max_size`, and what holds ingress.
+    fn prepare(&self, limits: &Limits) -> Result<(bool, Option<u32>, Option<IngressBy>)> {
         let Some(netns) = &self.netns else {
             if limits.ingress.is_some() {
                 log::warn!(
@@ -203,11 +209,12 @@ impl Target {
                      less than the limit (an own network namespace, given with --netns and --interface, has more)"
                 );
             }
-            return Ok((false, limits.ingress.map(|_| IngressBy::Drops)));
+            return Ok((false, None, limits.ingress.map(|_| IngressBy::Drops)));
         };
-        let (_, inside) = netns::in_netns(netns, || cni::prepare_netns(&self.interface, netns, limits))?;
+        let prepare = || cni::prepare_netns(&self.interface, netns, limits, self.gso_max_size);
+        let Prepared { gso_max_size, inside, .. } = netns::in_netns(netns, prepare)?;
         let has_fq = inside.has_fq();
-        Ok((has_fq, limits.ingress.map(|limit| inside.choose(self.ifindex, &limit, true))))
+        Ok((has_fq, gso_max_size, limits.ingress.map(|limit| inside.choose(self.ifindex, &limit, true))))
     }
 }
 

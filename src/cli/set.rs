@@ -12,11 +12,10 @@ use super::{
 };
 use crate::{
     error::{Code, Error, Result},
-    ingress, netns,
+    ingress, packets,
     pins::{BPFFS, Pins},
-    pod::Owner,
     request::{Limit, Limits, Source},
-    shaper::{self, Pinned},
+    shaper::Pinned,
     units::{Burst, Rate},
 };
 
@@ -70,7 +69,10 @@ impl Arguments {
             ingress::change(&found.owner, limit)?;
         }
         if let Some(limit) = &limits.egress {
-            build_small_packets(&found.owner, limit);
+            // Without it the rate holds, in larger bursts.
+            if let Err(error) = packets::change(&found.owner, limit.rate) {
+                log::warn!("TCP may send larger packets than this limit is good for: {error}");
+            }
         }
         Pinned::at(&found.directory).change(&attachments::settings(&found.owner, limits), &found.owner)?;
         drop(pins);
@@ -128,16 +130,6 @@ impl Change {
         let show = |limit: &Limit| format!("{}bit/s, burst {}bit", limit.rate, limit.burst);
         let (name, interface) = (found.name(), &found.place.interface);
         format!("{name} {interface}: {direction} {} (was {})\n", show(after), show(before))
-    }
-}
-
-/// As ADD does for such a limit. Without it the rate holds, in larger bursts.
-fn build_small_packets(owner: &Owner, limit: &Limit) {
-    let Some(path) = owner.netns.as_deref().map(Path::new).filter(|_| shaper::bulk_segments(limit.rate) == 1) else {
-        return;
-    };
-    if let Err(error) = netns::in_netns(path, || netns::make_packets_small(true)) {
-        log::warn!("TCP may send larger packets than this limit is good for: {error}");
     }
 }
 

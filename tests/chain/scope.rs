@@ -106,7 +106,7 @@ fn a_limit_of_a_second_interface_leaves_the_first_alone() {
     assert!(!meter::directory(&pod, INTERFACE).exists());
 }
 
-/// One kernel setting is changed, of the pod alone: without it packets of 64 KiB leave at any rate (since Linux 5.18).
+/// Kernel settings are changed of the pod alone: without this one packets of 64 KiB leave at any rate (since Linux 5.18).
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn large_packets_are_turned_off_in_the_pod_and_nowhere_else() {

@@ -95,6 +95,25 @@ fn where_tbf_holds_ingress_it_is_changed_too() {
     pod.call("DEL");
 }
 
+/// The largest packet that TCP may build is one of the limit, as long as there is one.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn packets_are_as_large_as_the_limit_asks_for_and_as_before_without_one() {
+    let pod = Sandbox::new();
+    let before = pod.gso_max_size();
+    // Packets are not large for a short round trip's sake before Linux 5.18.
+    let grow = PathBuf::from("/proc/sys/net/ipv4/tcp_tso_rtt_log").exists();
+    let expect = |bytes: u32, when: &str| assert_eq!(pod.gso_max_size(), if grow { bytes } else { before }, "{when}");
+    pod.call("ADD");
+    expect(3_512, "two segments at 10 Mbit/s");
+    for (rate, bytes) in [("100M", 13_012), ("1G", before), ("500k", 3_512)] {
+        says(&["set", &pod.uid, "--egress", rate]);
+        expect(bytes, rate);
+    }
+    pod.call("DEL");
+    expect(before, "without a limit");
+}
+
 /// How fast a change is in force: the programs read the limit anew for every packet.
 #[test]
 #[ignore = "needs root and the CNI plugins"]

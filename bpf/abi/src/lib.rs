@@ -80,7 +80,7 @@ pub struct Limit {
     pub paced_mark_ns: u64,
     /// Backlog beyond which every packet is dropped.
     pub horizon_ns: u64,
-    /// Segments of a packet that a bulk flow builds at its slowest, and so waits for the whole backlog: 1 or 2.
+    /// Segments of a packet that a bulk flow builds at its slowest: 1 or 2.
     pub bulk_segments: u64,
     /// 1: what no socket paces gets a departure time, since fq is there to honour it, and is held by the horizon only.
     pub departs: u64,
@@ -94,12 +94,14 @@ pub struct bpf_spin_lock {
     val: u32,
 }
 
-/// One direction's clock and counters. All fields but the lock belong to whoever holds it.
+/// One direction's clock and counters. All fields belong to whoever holds the lock, but the lock itself and the mean, which the
+/// programs read and write each whole.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Meter {
     lock: bpf_spin_lock,
-    reserved: u32,
+    /// Payload of the packets that bulk TCP flows build, on the mean of the bytes in the backlog. 0: none yet.
+    pub bulk_packet_bytes: u32,
     /// The virtual link.
     pub clock: Clock,
     /// A slower one for what sparse flows send that no socket paces: see [`SPARSE_COST`].
