@@ -297,17 +297,20 @@ fn with_idle_pod(
 fn both(options: &Options, table: &mut Table) -> Result<Title> {
     for limit in options.rates.iter().copied() {
         for flows in options.flows.iter().copied() {
-            for limiter in options.limiters.iter().copied() {
-                let limits = Limits { egress: Some(limit), ingress: Some(limit) };
-                table.row(options, &[table::limit(limit), flows.to_string()], limiter, limits, |pod| {
-                    let [sent, received] = both_ways(options, pod, flows)?;
-                    let retransmits = [sent.retransmits.to_string(), received.retransmits.to_string()];
-                    let wire = |result: BulkResult| {
-                        let rate = result.timeline.steady_rate();
-                        [table::rate(rate), table::percent(rate, limit)]
-                    };
-                    Ok([wire(sent), wire(received), retransmits].concat())
-                })?;
+            for congestion in &options.cc {
+                let labels = [table::limit(limit), flows.to_string(), congestion.clone()];
+                for limiter in options.limiters.iter().copied() {
+                    let limits = Limits { egress: Some(limit), ingress: Some(limit) };
+                    table.row(options, &labels, limiter, limits, |pod| {
+                        let [sent, received] = both_ways(options, pod, flows, congestion)?;
+                        let retransmits = [sent.retransmits.to_string(), received.retransmits.to_string()];
+                        let wire = |result: BulkResult| {
+                            let rate = result.timeline.steady_rate();
+                            [table::rate(rate), table::percent(rate, limit)]
+                        };
+                        Ok([wire(sent), wire(received), retransmits].concat())
+                    })?;
+                }
             }
         }
     }
@@ -316,6 +319,7 @@ fn both(options: &Options, table: &mut Table) -> Result<Title> {
         &[
             "limit",
             "flows each way",
+            "",
             "limiter",
             "sent",
             "of the limit",
@@ -327,8 +331,11 @@ fn both(options: &Options, table: &mut Table) -> Result<Title> {
     ))
 }
 
-fn both_ways(options: &Options, pod: &Pod, flows: usize) -> Result<[BulkResult; 2]> {
-    let run = |way| measure::bulk(pod, &Bulk { way, flows, seconds: options.seconds, ..Bulk::default() });
+fn both_ways(options: &Options, pod: &Pod, flows: usize, congestion: &str) -> Result<[BulkResult; 2]> {
+    let run = |way| {
+        let congestion = Some(congestion.to_owned());
+        measure::bulk(pod, &Bulk { way, flows, congestion, seconds: options.seconds, ..Bulk::default() })
+    };
     thread::scope(|scope| {
         let received = scope.spawn(|| run(Way::In));
         let sent = run(Way::Out);
