@@ -31,8 +31,11 @@ const TCA_TBF_PARMS: u16 = 1;
 const TCA_TBF_RATE64: u16 = 4;
 const TCA_TBF_BURST: u16 = 6;
 const TC_LINKLAYER_ETHERNET: u8 = 1;
-/// How long a packet may wait in tbf: short, since it is latency, and long enough for a GSO packet of 64 KiB at 20 Mbit/s.
-const TBF_QUEUE_NS: u64 = 25_000_000;
+/// How long a packet may wait in tbf: it is latency, and the acknowledgements of what the pod sends wait too. bbr, which believes the
+/// round trip of its first packets for ten seconds, then sends little: half of 100 Mbit/s where they wait 20 ms.
+const TBF_QUEUE_NS: u64 = 10_000_000;
+/// The least room in tbf: one GSO packet of 64 KiB.
+const TBF_QUEUE_LEAST_BYTES: u128 = 1 << 16;
 /// Ethernet headers, which tbf counts and podshaper does not.
 const ETHERNET_PERCENT_OF_FULL_PACKET: (u64, u64) = (1514, 1500);
 
@@ -151,7 +154,7 @@ fn tbf_options(limit: &Limit) -> Vec<TcOption> {
     let (ethernet, ip) = ETHERNET_PERCENT_OF_FULL_PACKET;
     let bytes_per_s = limit.rate.as_bits_per_s() / 8 * ethernet / ip;
     let burst = u32::try_from(limit.burst.as_bytes()).unwrap_or(u32::MAX);
-    let queue = (u128::from(bytes_per_s) * u128::from(TBF_QUEUE_NS) / 1_000_000_000).max(1 << 16);
+    let queue = (u128::from(bytes_per_s) * u128::from(TBF_QUEUE_NS) / 1_000_000_000).max(TBF_QUEUE_LEAST_BYTES);
     let queue = u32::try_from(queue).unwrap_or(u32::MAX).saturating_add(burst);
     // struct tc_tbf_qopt: rate, peakrate (none), limit, buffer (0: TCA_TBF_BURST counts), mtu.
     let rate32 = u32::try_from(bytes_per_s).unwrap_or(u32::MAX);
