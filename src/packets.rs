@@ -33,9 +33,7 @@ const HEADERS_BYTES: u64 = 512;
 /// # Errors
 /// [`Code::Netns`] or [`Code::Kernel`] if the kernel has a setting but refuses it. Lacking it is no error.
 pub fn keep_small(ifindex: u32, limit: Rate, found: Option<u32>) -> Result<Option<u32>> {
-    if shaper::bulk_segments(limit) == 1 {
-        write_sysctl(Path::new(LEAST_SEGMENTS), "1")?;
-    }
+    allow_single_segments(limit)?;
     if !write_sysctl(Path::new(RTT_LOG), "0")? {
         return Ok(None);
     }
@@ -53,7 +51,9 @@ pub fn change(owner: &Owner, limit: Rate) -> Result<()> {
     let Some(path) = owner.netns.as_deref().map(Path::new) else { return Ok(()) };
     netns::in_netns(path, || {
         let ifindex = netns::interface(&owner.ifname, path)?.index;
-        keep_small(ifindex, limit, owner.gso_max_size).map(drop)
+        // What nobody has recorded could not be put back: an earlier version, which left it alone.
+        let Some(found) = owner.gso_max_size else { return allow_single_segments(limit) };
+        keep_small(ifindex, limit, Some(found)).map(drop)
     })
 }
 
@@ -65,6 +65,13 @@ pub fn change(owner: &Owner, limit: Rate) -> Result<()> {
 pub fn put_back(ifindex: u32, found: u32) -> Result<()> {
     let Some((now, _)) = sizes(ifindex)? else { return Ok(()) };
     set_largest(ifindex, now, found)
+}
+
+fn allow_single_segments(limit: Rate) -> Result<()> {
+    if shaper::bulk_segments(limit) == 1 {
+        write_sysctl(Path::new(LEAST_SEGMENTS), "1")?;
+    }
+    Ok(())
 }
 
 /// The largest packet a flow may build at a limit, in bytes with its headers.

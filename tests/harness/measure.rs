@@ -47,6 +47,8 @@ pub struct Bulk {
     pub max_pacing_rate: Option<u64>,
     /// The flows tell the kernel so often not to pace them.
     pub unpace_every: Option<Duration>,
+    /// Every second flow has segments of so much payload.
+    pub small_segments: Option<u32>,
     /// Ask for small replies meanwhile, the same way, with this pause between reply and request: see [`ask_pause`].
     pub ask: Option<Duration>,
     pub ipv6: bool,
@@ -63,6 +65,7 @@ impl Default for Bulk {
             congestion: None,
             max_pacing_rate: None,
             unpace_every: None,
+            small_segments: None,
             ask: None,
             ipv6: false,
             to: None,
@@ -215,6 +218,9 @@ pub fn bulk(pod: &Pod, options: &Bulk) -> Result<BulkResult> {
     }
     if let Some(rate) = options.max_pacing_rate {
         send.args(["--max-pacing-rate", &rate.to_string()]);
+    }
+    if let Some(bytes) = options.small_segments {
+        send.args(["--small-segments", &bytes.to_string()]);
     }
     if let Some(pause) = options.unpace_every {
         send.args(["--unpace-every-ms", &pause.as_millis().to_string()]);

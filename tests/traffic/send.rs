@@ -39,6 +39,9 @@ pub struct Send {
     /// Fight a limit: tell the kernel so often not to pace the flows, by SO_MAX_PACING_RATE
     #[arg(long, value_name = "MILLISECONDS")]
     unpace_every_ms: Option<u64>,
+    /// Every second flow has segments of so much payload (TCP_MAXSEG)
+    #[arg(long, value_name = "BYTES")]
+    small_segments: Option<u32>,
 }
 
 #[derive(clap::Args)]
@@ -77,7 +80,8 @@ pub struct SendReport {
 
 pub fn send(options: &Send) -> io::Result<SendReport> {
     let before = Segments::now()?;
-    let flows: Vec<TcpStream> = (0..options.flows.count).map(|_| open(options)).collect::<io::Result<_>>()?;
+    let flows: Vec<TcpStream> =
+        (0..options.flows.count).map(|number| open(options, number)).collect::<io::Result<_>>()?;
     fill_all(&flows, options.flows.seconds, options.unpace_every_ms.map(Duration::from_millis), before)
 }
 
@@ -91,8 +95,14 @@ pub fn serve(options: &Serve) -> io::Result<SendReport> {
     fill_all(&flows, options.flows.seconds, None, before)
 }
 
-fn open(options: &Send) -> io::Result<TcpStream> {
-    let stream = connect_with(options.to, |socket| options.max_pacing_rate.map_or(Ok(()), |rate| pace(socket, rate)))?;
+fn open(options: &Send, number: usize) -> io::Result<TcpStream> {
+    let segment = options.small_segments.filter(|_| number % 2 == 1);
+    let stream = connect_with(options.to, |socket| {
+        segment.map_or(Ok(()), |bytes| {
+            setsockopt(socket, sockopt::TcpMaxSeg, &bytes).map_err(io::Error::from).map_err(context("set TCP_MAXSEG"))
+        })?;
+        options.max_pacing_rate.map_or(Ok(()), |rate| pace(socket, rate))
+    })?;
     if let Some(name) = &options.cc {
         setsockopt(&stream, sockopt::TcpCongestion, name)
             .map_err(io::Error::from)
