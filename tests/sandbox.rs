@@ -289,6 +289,11 @@ impl Objects {
     }
 }
 
+/// Whether this kernel's TCP builds large packets for short round trips, whatever their pace: since Linux 5.18.
+pub fn builds_large_packets() -> bool {
+    Path::new("/proc/sys/net/ipv4/tcp_tso_rtt_log").exists()
+}
+
 /// A namespace with these interfaces, each with an end that leads nowhere.
 pub fn netns_with(interfaces: &[&str]) -> Netns {
     let netns = Netns::new(&unique("sandbox")).unwrap();

@@ -11,20 +11,22 @@ use crate::harness::pod::{container_id, uuid};
 use crate::harness::process::Running;
 use crate::harness::traffic_program;
 use crate::sandbox::{
-    ATTACHMENT, PROGRAMS, RATE, Sandbox, links_on, netns_with, netns_with_host_end, ok, own_qdiscs, within,
+    ATTACHMENT, PROGRAMS, RATE, Sandbox, builds_large_packets, links_on, netns_with, netns_with_host_end, ok,
+    own_qdiscs, within,
 };
 
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn an_add_pins_and_attaches_what_it_says_and_a_del_leaves_nothing() {
     let pod = Sandbox::new();
+    let gso_max_size = pod.gso_max_size();
     let add = pod.call("ADD");
     assert_eq!(add.stdout, r#"{"cniVersion":"1.1.0","ips":[]}"#);
     pod.assert_limited(&pod.container_id, RATE);
     // Whether this kernel has fq is its own affair; what is recorded must be what is on the interface.
     let qdisc = pod.netns.run("tc", &["qdisc", "show", "dev", "eth0"]).unwrap();
     let has_fq = qdisc.starts_with("qdisc fq ");
-    let owner = json!({
+    let mut owner = json!({
         "containerId": pod.container_id,
         "fq": has_fq,
         "network": pod.network,
@@ -35,6 +37,9 @@ fn an_add_pins_and_attaches_what_it_says_and_a_del_leaves_nothing() {
         "uid": pod.uid,
         "cgroup": pod.cgroup.path(),
     });
+    if builds_large_packets() {
+        owner["gsoMaxSize"] = gso_max_size.into();
+    }
     assert_eq!(pod.owner("eth0"), owner);
     let expected = format!(
         "default/web ({}) eth0: egress 10Mbit/s, burst 15000 bytes, by pacing and {}, from runtimeConfig.bandwidth; ",

@@ -12,7 +12,7 @@ use crate::harness::measure::{self, Bulk};
 use crate::harness::meter;
 use crate::harness::pod::{INTERFACE, container_id};
 use crate::harness::process;
-use crate::sandbox::{RATE, Sandbox, netns_with_host_end, ok};
+use crate::sandbox::{RATE, Sandbox, builds_large_packets, netns_with_host_end, ok};
 
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
@@ -101,9 +101,9 @@ fn where_tbf_holds_ingress_it_is_changed_too() {
 fn packets_are_as_large_as_the_limit_asks_for_and_as_before_without_one() {
     let pod = Sandbox::new();
     let before = pod.gso_max_size();
-    // Packets are not large for a short round trip's sake before Linux 5.18.
-    let grow = PathBuf::from("/proc/sys/net/ipv4/tcp_tso_rtt_log").exists();
-    let expect = |bytes: u32, when: &str| assert_eq!(pod.gso_max_size(), if grow { bytes } else { before }, "{when}");
+    let expect = |bytes: u32, when: &str| {
+        assert_eq!(pod.gso_max_size(), if builds_large_packets() { bytes } else { before }, "{when}");
+    };
     pod.call("ADD");
     expect(3_512, "two segments at 10 Mbit/s");
     for (rate, bytes) in [("100M", 13_012), ("1G", before), ("500k", 3_512)] {
