@@ -16,7 +16,7 @@
 //! once and raised with an ACK only (`tcp_update_pacing_rate`, bbr's `bbr_set_pacing_rate`): see [`raised`].
 
 use aya_ebpf::{helpers::bpf_setsockopt, programs::SockOpsContext};
-use podshaper_abi::{EGRESS, Meter, transmit_time};
+use podshaper_abi::{EGRESS, Meter, fair_wait_ns, transmit_time, usual_packet_bytes};
 
 use crate::{clock, flow::Flow, maps, packet, tcp};
 
@@ -124,26 +124,22 @@ pub extern "C" fn wait_for(backlog_ns: u64, wire_bytes: u64, payload: u64, sent_
     let wait_ns = if sent_segments < FIRST_SEGMENTS {
         backlog_ns
     } else {
-        let usual_bytes = usual_packet_bytes(meter, payload, own_ns, backlog_ns);
-        own_ns + (backlog_ns - own_ns) * payload / usual_bytes
+        fair_wait_ns(backlog_ns, own_ns, payload, count_packet(meter, payload, own_ns, backlog_ns))
     };
     // 0 would turn pacing off (`tcp_update_skb_after_send`).
     (payload * NANOS_PER_SECOND).checked_div(wait_ns).unwrap_or(0).max(1)
 }
 
-/// Payload of the packets that the pod's bulk flows build, once this one is counted, which is `own_ns` of the backlog. TCP builds larger
-/// ones the shorter the round trip is, whatever the pace: twelve segments at 2 us, two from 6 us on (`tcp_tso_autosize`).
+/// Counts a packet in the mean of what the pod's bulk flows build, and returns what that was before. TCP builds larger ones the shorter the
+/// round trip is, whatever the pace: twelve segments at 2 us, two from 6 us on (`tcp_tso_autosize`).
 #[inline(always)]
-fn usual_packet_bytes(meter: *mut Meter, payload: u64, own_ns: u64, backlog_ns: u64) -> u64 {
+fn count_packet(meter: *mut Meter, payload: u64, own_ns: u64, backlog_ns: u64) -> u64 {
     // SAFETY: the verifier checked the pointer; an aligned u32 is loaded and stored whole. Volatile: other CPUs write it. What two of
     // them lose is one packet of a mean.
     let mean = unsafe { &raw mut (*meter).bulk_packet_bytes };
     let before = u64::from(unsafe { mean.read_volatile() });
-    // A flow that is alone finds none but itself in the backlog.
-    let others_ns = if before == 0 { 0 } else { backlog_ns - own_ns };
-    let after = (before * others_ns + payload * own_ns).checked_div(others_ns + own_ns).unwrap_or(payload).max(1);
-    unsafe { mean.write_volatile(after as u32) };
-    after
+    unsafe { mean.write_volatile(usual_packet_bytes(before, payload, own_ns, backlog_ns) as u32) };
+    before
 }
 
 /// Asks for the acknowledgements of a socket, that [`raised`] may be called, where the limit is one that a packet can wait for.

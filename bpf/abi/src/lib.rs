@@ -200,6 +200,26 @@ impl Clock {
     }
 }
 
+/// Payload of the packets that bulk flows build, on the mean of the bytes in a backlog of `backlog_ns`, once a packet of `payload` bytes is
+/// counted, which is `own_ns` of it (at most all). `before`: without it; 0 where there was none. Never 0.
+///
+/// A flow that is alone finds none but itself in the backlog; one of N that send alike is an Nth of it.
+#[inline(always)]
+pub fn usual_packet_bytes(before: u64, payload: u64, own_ns: u64, backlog_ns: u64) -> u64 {
+    let others_ns = if before == 0 { 0 } else { backlog_ns - own_ns };
+    (before * others_ns + payload * own_ns).checked_div(others_ns + own_ns).unwrap_or(payload).max(1)
+}
+
+/// How long a flow waits that has sent `payload` bytes, which are `own_ns` of the backlog: for themselves to drain, and for what is before
+/// them in proportion to their part of a usual packet. So all flows that wait for a backlog send the same number of bytes.
+///
+/// `usual_bytes` is that of the packets before, since a large one that counts for itself is usual by that. 0: there were none.
+#[inline(always)]
+pub fn fair_wait_ns(backlog_ns: u64, own_ns: u64, payload: u64, usual_bytes: u64) -> u64 {
+    let before_ns = backlog_ns - own_ns;
+    own_ns + (before_ns * payload).checked_div(usual_bytes).unwrap_or(before_ns)
+}
+
 /// Histogram bucket of a backlog: 0 below 2^10 ns, then one for each doubling, the last one open.
 #[inline(always)]
 pub fn backlog_bucket(backlog_ns: u64) -> usize {
@@ -314,6 +334,46 @@ mod tests {
     #[test]
     fn oversized_packets_do_not_overflow() {
         assert_eq!(transmit_time(u64::MAX, 1_000), transmit_time(MAX_PACKET_BYTES, 1_000));
+    }
+
+    #[test]
+    fn a_flow_that_is_alone_waits_for_itself_and_no_longer() {
+        assert_eq!(fair_wait_ns(2_400_000, 2_400_000, 2_896, 64_000), 2_400_000);
+        assert_eq!(usual_packet_bytes(64_000, 2_896, 2_400_000, 2_400_000), 2_896);
+        // As the first one at all, it waits for the whole backlog.
+        assert_eq!(fair_wait_ns(9_000_000, 2_400_000, 2_896, 0), 9_000_000);
+        assert_eq!(usual_packet_bytes(0, 2_896, 2_400_000, 9_000_000), 2_896);
+    }
+
+    #[test]
+    fn flows_have_the_same_rate_whatever_packets_they_build() {
+        // Nanoseconds per byte of 10 Mbit/s; three flows that send 1, 2 and 12 segments at a time.
+        const NS_PER_BYTE: u64 = 800;
+        let packets = [1_448, 2_896, 17_376];
+        let (mut next_ns, mut usual, mut due, mut sent) = (0, 0, [0; 3], [0; 3]);
+        while due.iter().all(|due_ns| *due_ns < 60_000_000_000) {
+            let flow = (0..3).min_by_key(|flow| due[*flow]).unwrap();
+            let now_ns: u64 = due[flow];
+            let own_ns = packets[flow] * NS_PER_BYTE;
+            next_ns = now_ns.max(next_ns) + own_ns;
+            due[flow] = now_ns + fair_wait_ns(next_ns - now_ns, own_ns, packets[flow], usual);
+            usual = usual_packet_bytes(usual, packets[flow], own_ns, next_ns - now_ns);
+            sent[flow] += packets[flow];
+        }
+        let all: u64 = sent.iter().sum();
+        assert!(sent.iter().all(|bytes| (31..=35).contains(&(bytes * 100 / all))), "{sent:?}");
+        let share_of_link = all * NS_PER_BYTE * 100 / 60_000_000_000;
+        assert!((99..=100).contains(&share_of_link), "{share_of_link} % of the link");
+    }
+
+    #[test]
+    fn the_largest_packets_at_the_lowest_rate_do_not_overflow() {
+        let own_ns = transmit_time(MAX_PACKET_BYTES, 1_000).ns;
+        let backlog_ns = own_ns + 2_000_000_000;
+        let usual = usual_packet_bytes(1, MAX_PACKET_BYTES, own_ns, backlog_ns);
+        assert!(usual <= MAX_PACKET_BYTES);
+        assert!(fair_wait_ns(backlog_ns, own_ns, MAX_PACKET_BYTES, usual) >= own_ns);
+        assert_eq!(fair_wait_ns(backlog_ns, 1, MAX_PACKET_BYTES, MAX_PACKET_BYTES), backlog_ns);
     }
 
     #[test]
