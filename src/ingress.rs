@@ -153,7 +153,7 @@ fn take_off(owner: &Owner, fq: bool, gso_max_size: Option<u32>) {
     let inside = netns::in_netns(path, || {
         let index = netns::interface(&owner.ifname, path)?.index;
         if let Some(bytes) = gso_max_size {
-            packets::put_back(index, bytes)?;
+            packets::set_largest(index, bytes)?;
         }
         if fq {
             qdisc::take_off(index)?;

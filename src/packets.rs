@@ -27,7 +27,7 @@ const RTT_LOG: &str = "/proc/sys/net/ipv4/tcp_tso_rtt_log";
 const HEADERS_BYTES: u64 = 512;
 
 /// Makes packets small for an egress limit, on an interface of the calling thread's namespace whose `gso_max_size` podshaper `found`,
-/// if it changed it before. Returns what it is without podshaper, to be given to [`put_back`]; `None`: it was left alone, since the
+/// if it changed it before. Returns what it is without podshaper, to be given to [`set_largest`]; `None`: it was left alone, since the
 /// kernel builds no large packets. Connections that exist keep the size they have.
 ///
 /// # Errors
@@ -39,7 +39,10 @@ pub fn keep_small(ifindex: u32, limit: Rate, found: Option<u32>) -> Result<Optio
     }
     let Some((now, mtu)) = sizes(ifindex)? else { return Ok(None) };
     let found = found.unwrap_or(now);
-    set_largest(ifindex, now, found.min(largest(limit, mtu)))?;
+    let wanted = found.min(largest(limit, mtu));
+    if wanted != now {
+        set_largest(ifindex, wanted)?;
+    }
     Ok(Some(found))
 }
 
@@ -55,16 +58,6 @@ pub fn change(owner: &Owner, limit: Rate) -> Result<()> {
         let Some(found) = owner.gso_max_size else { return allow_single_segments(limit) };
         keep_small(ifindex, limit, Some(found)).map(drop)
     })
-}
-
-/// Gives an interface of the calling thread's namespace the `gso_max_size` that podshaper `found`. The other settings are the
-/// namespace's, and stay: without a limit they cost nothing.
-///
-/// # Errors
-/// [`Code::Kernel`] with what the kernel says.
-pub fn put_back(ifindex: u32, found: u32) -> Result<()> {
-    let Some((now, _)) = sizes(ifindex)? else { return Ok(()) };
-    set_largest(ifindex, now, found)
 }
 
 fn allow_single_segments(limit: Rate) -> Result<()> {
@@ -102,11 +95,12 @@ fn mtu(link: &LinkMessage) -> Option<u32> {
     })
 }
 
-/// `ip link set dev IFINDEX gso_max_size BYTES`, if it is not that `now`.
-fn set_largest(ifindex: u32, now: u32, bytes: u32) -> Result<()> {
-    if now == bytes {
-        return Ok(());
-    }
+/// `ip link set dev IFINDEX gso_max_size BYTES`, in the calling thread's namespace: to what [`keep_small`] returned, where a limit ends. The
+/// other settings are the namespace's, and stay: without a limit they cost nothing.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn set_largest(ifindex: u32, bytes: u32) -> Result<()> {
     let failed = |cause: io::Error| {
         Error::because(Code::Kernel, format!("set the gso_max_size of the pod's interface to {bytes}"), cause)
     };
