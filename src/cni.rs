@@ -22,7 +22,7 @@ use crate::{
     pod::{Owner, PodKey},
     probe,
     request::{Attachment, Env, Limit, Limits, Request, Subject, declared_version, read_stdin},
-    shaper::{self, Pinned, Settings},
+    shaper::{self, Pinned, Queue, Settings},
 };
 
 /// Reads a runtime's call, does it and answers on stdout.
@@ -127,15 +127,15 @@ fn limit(request: &Request, attachment: &Attachment, plan: Plan) -> Result<()> {
     let pins = Pins::ensure(Path::new(BPFFS))?;
     let Prepared { ifindex, gso_max_size, inside } =
         netns::in_netns(&netns, || prepare_netns(&attachment.ifname, &netns, &limits, None))?;
-    let has_fq = inside.has_fq();
+    let queue = inside.queue();
     let subnets = &request.config.subnets;
     let ingress_by = limits.ingress.map(|limit| inside.choose(ifindex, &limit, subnets.is_empty()));
     let mut owner = request.owner(attachment, &cgroup.path);
-    owner.fq = has_fq;
+    (owner.fq, owner.htb) = (queue == Queue::Fq, queue == Queue::Htb);
     owner.gso_max_size = gso_max_size;
     owner.ingress_by = ingress_by.map(|mechanism| mechanism.to_string());
     // Not returned yet: the qdiscs are on the interfaces by now, and a failed ADD takes them off again.
-    let loaded = shaper::load(&Settings { ifindex, limits, has_fq, ingress_by }, subnets, &owner);
+    let loaded = shaper::load(&Settings { ifindex, limits, queue, ingress_by }, subnets, &owner);
     let place = place(attachment);
     let locked = match pins.lock() {
         Ok(locked) => locked,
@@ -209,7 +209,11 @@ pub fn prepare_netns(ifname: &str, netns: &Path, limits: &Limits, found: Option<
 fn log_limits(place: &Place, limits: &Limits, owner: &Owner) {
     let pod = [&owner.pod_namespace, &owner.pod_name].map(|name| name.as_deref().unwrap_or("?")).join("/");
     let Place { pod: key, interface } = place;
-    let egress_by = if owner.fq { "pacing and fq" } else { "pacing and drops" };
+    let egress_by = match Queue::of(owner) {
+        Queue::Fq => "pacing and fq",
+        Queue::Htb => "pacing and htb",
+        Queue::None => "pacing and drops",
+    };
     let ingress_by = owner.ingress_by.as_deref().unwrap_or_default();
     for (direction, limit, by) in [("egress", &limits.egress, egress_by), ("ingress", &limits.ingress, ingress_by)] {
         let Some(Limit { rate, burst, asked, source }) = limit else { continue };
@@ -255,7 +259,7 @@ fn check(request: &Request, attachment: &Attachment) -> Result<()> {
         return Err(Error::new(Code::Mismatch, text));
     }
     let ingress_by = owner.ingress_by.as_deref().and_then(|name| name.parse().ok());
-    pinned.check(Path::new(&owner.cgroup), &Settings { ifindex: 0, limits, has_fq: owner.fq, ingress_by })?;
+    pinned.check(Path::new(&owner.cgroup), &Settings { ifindex: 0, limits, queue: Queue::of(&owner), ingress_by })?;
     ingress::check(&owner)
 }
 

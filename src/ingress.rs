@@ -11,6 +11,7 @@ use crate::{
     pod::Owner,
     qdisc,
     request::{Limit, Limits},
+    shaper::Queue,
 };
 
 /// The mechanism in force, best first.
@@ -45,22 +46,32 @@ impl FromStr for IngressBy {
 /// What could be prepared from inside the pod's network namespace.
 pub struct Inside {
     fq: Result<()>,
+    has_htb: bool,
     peer: Result<Option<u32>>,
 }
 
 /// Prepares the pod's side; to be called in its network namespace. fq is of use to both directions: it lets acknowledgements
-/// leave when they should, and UDP too, so that its senders are slowed and not dropped.
+/// leave when they should, and what the pod sends without having waited. htb is for the latter, where there is no fq.
 pub fn prepare(ifindex: u32, limits: &Limits) -> Inside {
     let fq = qdisc::put_fq(ifindex);
+    let htb = limits.egress.filter(|_| fq.is_err()).map(|limit| qdisc::put_htb(ifindex, &limit));
+    if let (Err(no_fq), Some(Err(no_htb))) = (&fq, &htb) {
+        log::warn!("what the pod sends without having waited has no queue: {no_fq}; {no_htb}");
+    }
+    let has_htb = htb.is_some_and(|htb| htb.is_ok());
     let needs_peer = fq.is_err() && limits.ingress.is_some();
     let peer = if needs_peer { qdisc::veth_peer(ifindex) } else { Ok(None) };
-    Inside { fq, peer }
+    Inside { fq, has_htb, peer }
 }
 
 impl Inside {
-    /// Whether fq is on the pod's interface.
-    pub fn has_fq(&self) -> bool {
-        self.fq.is_ok()
+    /// The qdisc that is on the pod's interface.
+    pub fn queue(&self) -> Queue {
+        match self.fq {
+            Ok(()) => Queue::Fq,
+            Err(_) if self.has_htb => Queue::Htb,
+            Err(_) => Queue::None,
+        }
     }
 
     /// Takes the best mechanism there is, and prepares the host's side of it; says in the log why it is not a better one. A queue
@@ -84,6 +95,15 @@ impl Inside {
 
 fn is_held_by_tbf(owner: &Owner) -> bool {
     owner.ingress_by.as_deref() == Some(&IngressBy::Tbf.to_string())
+}
+
+/// Sets another egress limit where htb has one; nothing to do where it has not.
+///
+/// # Errors
+/// As for [`change`].
+pub fn change_egress(owner: &Owner, limit: &Limit) -> Result<()> {
+    let Some(path) = owner.netns.as_deref().map(Path::new).filter(|_| owner.htb) else { return Ok(()) };
+    netns::in_netns(path, || qdisc::put_htb(netns::interface(&owner.ifname, path)?.index, limit))
 }
 
 /// Sets another rate where tbf holds an attachment's ingress; nothing to do where it does not.
@@ -118,17 +138,23 @@ pub fn restore(stays: &Owner, limit: Option<&Limit>, failed: &Owner) {
 /// [`Code::Mismatch`] naming what is gone; [`Code::Netns`] or [`Code::Kernel`] where it cannot be looked at.
 pub fn check(owner: &Owner) -> Result<()> {
     let tbf = is_held_by_tbf(owner);
-    let Some(path) = owner.netns.as_ref().map(Path::new).filter(|_| owner.fq || tbf) else { return Ok(()) };
+    let queue = match Queue::of(owner) {
+        Queue::Fq => Some("fq"),
+        Queue::Htb => Some("htb"),
+        Queue::None => None,
+    };
+    let Some(path) = owner.netns.as_ref().map(Path::new).filter(|_| queue.is_some() || tbf) else { return Ok(()) };
     let gone = |what: &str| {
         let text = format!("{what} has been taken off {} of {}: podshaper put it there", owner.ifname, path.display());
         Err(Error::new(Code::Mismatch, text))
     };
-    let (has_fq, peer) = netns::in_netns(path, || {
+    let (has_queue, peer) = netns::in_netns(path, || {
         let index = netns::interface(&owner.ifname, path)?.index;
-        Ok((!owner.fq || qdisc::has(index, "fq")?, if tbf { qdisc::veth_peer(index)? } else { None }))
+        let has_queue = queue.map_or(Ok(true), |kind| qdisc::has(index, kind))?;
+        Ok((has_queue, if tbf { qdisc::veth_peer(index)? } else { None }))
     })?;
-    if !has_fq {
-        return gone("fq");
+    if let Some(kind) = queue.filter(|_| !has_queue) {
+        return gone(kind);
     }
     if tbf && !peer.map_or(Ok(false), |peer| qdisc::has(peer, "tbf"))? {
         return gone("tbf, at the host's end,");
@@ -138,7 +164,7 @@ pub fn check(owner: &Owner) -> Result<()> {
 
 /// Undoes what was done to the interfaces for an attachment that ends before its namespace does: it would go on limiting.
 pub fn undo(owner: &Owner) {
-    take_off(owner, owner.fq, owner.gso_max_size);
+    take_off(owner, owner.fq || owner.htb, owner.gso_max_size);
 }
 
 /// The same for what was put on the host's side alone: the attachment is replaced by one that does not use it.
@@ -146,16 +172,16 @@ pub fn undo_host_side(owner: &Owner) {
     take_off(owner, false, None);
 }
 
-fn take_off(owner: &Owner, fq: bool, gso_max_size: Option<u32>) {
+fn take_off(owner: &Owner, queue: bool, gso_max_size: Option<u32>) {
     let tbf = is_held_by_tbf(owner);
-    let is_changed = fq || tbf || gso_max_size.is_some();
+    let is_changed = queue || tbf || gso_max_size.is_some();
     let Some(path) = owner.netns.as_ref().map(Path::new).filter(|_| is_changed) else { return };
     let inside = netns::in_netns(path, || {
         let index = netns::interface(&owner.ifname, path)?.index;
         if let Some(bytes) = gso_max_size {
             packets::set_largest(index, bytes)?;
         }
-        if fq {
+        if queue {
             qdisc::take_off(index)?;
         }
         Ok((index, if tbf { qdisc::veth_peer(index)? } else { None }))

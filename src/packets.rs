@@ -1,10 +1,11 @@
-//! How large a packet TCP builds in the pod: about a millisecond of its pace, and no more than two segments or a millisecond of the
-//! limit. Otherwise a flow with a short round trip builds up to 64 KiB whatever its pace, 52 ms of a 10 Mbit/s link in one packet
-//! (since Linux 5.18, `tcp_tso_autosize` in net/ipv4/tcp_output.c). It takes three settings of the pod's network namespace:
+//! How large a packet TCP builds in the pod: as large as the limit lets it, whatever the flow's share of it, and no larger. Fewer and larger
+//! packets cost less CPU, and each is a timer less. Left alone, a flow with a short round trip builds up to 64 KiB at any pace, 52 ms of a
+//! 10 Mbit/s link in one packet (since Linux 5.18, `tcp_tso_autosize` in net/ipv4/tcp_output.c), and one of many flows two segments. It takes
+//! three settings of the pod's network namespace:
 //!
+//! - `net.ipv4.tcp_min_tso_segs`: the segments that a flow builds however slow it is (bbr has a number of its own, 2);
 //! - `net.ipv4.tcp_tso_rtt_log` = 0: what is added to a packet is `gso_max_size >> round trip in us`, and not in units of 512 us;
-//! - `gso_max_size` of the interface: at 2 us, which a connection within the node can have, that is 16 KiB still;
-//! - `net.ipv4.tcp_min_tso_segs` = 1 at very low rates, where two segments are long.
+//! - `gso_max_size` of the interface: at 2 us, which a connection within the node can have, that is 16 KiB still.
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -16,9 +17,19 @@ use crate::{
     error::{Code, Error, Result},
     netlink, netns,
     pod::Owner,
-    shaper,
     units::Rate,
 };
+
+/// How long a packet of a bulk flow may take at the limit. A backlog is one of each flow, and costs a sparse flow nothing.
+const PACKET_NS: u64 = 2_000_000;
+/// Segments that it has at least, but where single ones are long (below).
+const LEAST_BULK_SEGMENTS: u64 = 2;
+/// Segments of the usual size in a packet of 64 KiB, which is the largest there is without BIG TCP.
+const MOST_BULK_SEGMENTS: u64 = 44;
+/// Payload of a segment of the usual size, with timestamps.
+const USUAL_MSS: u64 = 1448;
+/// Below this rate single segments are built. From here on bbr builds two all the same (`bbr_min_tso_rate`, net/ipv4/tcp_bbr.c).
+const SINGLE_SEGMENTS_BELOW_BITS_PER_S: u64 = 1_200_000;
 
 const LEAST_SEGMENTS: &str = "/proc/sys/net/ipv4/tcp_min_tso_segs";
 const RTT_LOG: &str = "/proc/sys/net/ipv4/tcp_tso_rtt_log";
@@ -33,7 +44,7 @@ const HEADERS_BYTES: u64 = 512;
 /// # Errors
 /// [`Code::Netns`] or [`Code::Kernel`] if the kernel has a setting but refuses it. Lacking it is no error.
 pub fn keep_small(ifindex: u32, limit: Rate, found: Option<u32>) -> Result<Option<u32>> {
-    allow_single_segments(limit)?;
+    set_least_segments(limit)?;
     if !write_sysctl(Path::new(RTT_LOG), "0")? {
         return Ok(None);
     }
@@ -55,22 +66,31 @@ pub fn change(owner: &Owner, limit: Rate) -> Result<()> {
     netns::in_netns(path, || {
         let ifindex = netns::interface(&owner.ifname, path)?.index;
         // What nobody has recorded could not be put back: an earlier version, which left it alone.
-        let Some(found) = owner.gso_max_size else { return allow_single_segments(limit) };
+        let Some(found) = owner.gso_max_size else { return set_least_segments(limit) };
         keep_small(ifindex, limit, Some(found)).map(drop)
     })
 }
 
-fn allow_single_segments(limit: Rate) -> Result<()> {
-    if shaper::bulk_segments(limit) == 1 {
-        write_sysctl(Path::new(LEAST_SEGMENTS), "1")?;
+/// Segments of the packets that a bulk flow builds at this limit, at its slowest.
+pub fn bulk_segments(limit: Rate) -> u64 {
+    if limit.as_bits_per_s() < SINGLE_SEGMENTS_BELOW_BITS_PER_S {
+        return 1;
     }
-    Ok(())
+    (packet_bytes(limit) / USUAL_MSS).clamp(LEAST_BULK_SEGMENTS, MOST_BULK_SEGMENTS)
+}
+
+fn set_least_segments(limit: Rate) -> Result<()> {
+    write_sysctl(Path::new(LEAST_SEGMENTS), &bulk_segments(limit).to_string()).map(drop)
+}
+
+/// What a link of the limit's rate carries in [`PACKET_NS`].
+fn packet_bytes(limit: Rate) -> u64 {
+    limit.as_bits_per_s() / 8 / (1_000_000_000 / PACKET_NS)
 }
 
 /// The largest packet a flow may build at a limit, in bytes with its headers.
 fn largest(limit: Rate, mtu: u32) -> u32 {
-    let millisecond_bytes = limit.as_bits_per_s() / 8 / 1_000;
-    let bytes = millisecond_bytes.max(2 * u64::from(mtu)).saturating_add(HEADERS_BYTES);
+    let bytes = packet_bytes(limit).max(2 * u64::from(mtu)).saturating_add(HEADERS_BYTES);
     u32::try_from(bytes).unwrap_or(u32::MAX)
 }
 
@@ -131,17 +151,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_packet_is_two_segments_or_a_millisecond_of_the_limit() {
+    fn a_packet_is_two_segments_or_two_milliseconds_of_the_limit() {
         let megabit = |megabits: u64| Rate::bits_per_s(megabits * 1_000_000).unwrap();
         for (limit, mtu, bytes) in [
             (Rate::bits_per_s(1_000).unwrap(), 1500, 3_000 + 512),
             (megabit(10), 1500, 3_000 + 512),
             (megabit(10), 9000, 18_000 + 512),
-            (megabit(100), 1500, 12_500 + 512),
-            (megabit(1_000), 1500, 125_000 + 512),
+            (megabit(100), 1500, 25_000 + 512),
+            (megabit(1_000), 1500, 250_000 + 512),
             (Rate::MAX, 1500, u32::MAX),
         ] {
             assert_eq!(largest(limit, mtu), bytes, "{limit}bit/s with an MTU of {mtu}");
+        }
+    }
+
+    #[test]
+    fn slow_flows_of_a_fast_pod_build_packets_of_the_pods_limit() {
+        for (megabits, segments) in [(1, 1), (2, 2), (10, 2), (100, 17), (1_000, 44), (100_000, 44)] {
+            assert_eq!(bulk_segments(Rate::bits_per_s(megabits * 1_000_000).unwrap()), segments, "{megabits} Mbit/s");
         }
     }
 

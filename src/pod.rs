@@ -182,6 +182,9 @@ pub struct Owner {
     pub cgroup: String,
     /// Whether fq is on the interface, to honour departure times.
     pub fq: bool,
+    /// Whether htb is on the interface, in which packets wait where there is no fq.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub htb: bool,
     /// `gso_max_size` of the interface before podshaper made packets small; `None` if it left it alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gso_max_size: Option<u32>,

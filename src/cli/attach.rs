@@ -28,7 +28,7 @@ use crate::{
     pins::{BPFFS, Pins, Place},
     pod::Owner,
     request::{Limit, Limits, Source, Subnets},
-    shaper::{self, Settings},
+    shaper::{self, Queue, Settings},
     units::{Burst, Rate},
 };
 
@@ -182,11 +182,11 @@ impl Target {
             cgroup: self.path.to_string_lossy().into_owned(),
             ..Owner::default()
         };
-        let (has_fq, gso_max_size, ingress_by) = self.prepare(limits)?;
-        owner.fq = has_fq;
+        let (queue, gso_max_size, ingress_by) = self.prepare(limits)?;
+        (owner.fq, owner.htb) = (queue == Queue::Fq, queue == Queue::Htb);
         owner.gso_max_size = gso_max_size;
         owner.ingress_by = ingress_by.map(|mechanism| mechanism.to_string());
-        let settings = Settings { ifindex: self.ifindex, limits: *limits, has_fq, ingress_by };
+        let settings = Settings { ifindex: self.ifindex, limits: *limits, queue, ingress_by };
         let pinned = shaper::load(&settings, &Subnets::default(), &owner).and_then(|loaded| {
             let pins = Pins::ensure(Path::new(BPFFS))?.lock()?;
             let attached = loaded.attach(self.directory.as_fd())?;
@@ -200,8 +200,8 @@ impl Target {
         pinned
     }
 
-    /// Whether departure times are honoured, the interface's own `gso_max_size`, and what holds ingress.
-    fn prepare(&self, limits: &Limits) -> Result<(bool, Option<u32>, Option<IngressBy>)> {
+    /// Where packets wait, the interface's own `gso_max_size`, and what holds ingress.
+    fn prepare(&self, limits: &Limits) -> Result<(Queue, Option<u32>, Option<IngressBy>)> {
         let Some(netns) = &self.netns else {
             if limits.ingress.is_some() {
                 log::warn!(
@@ -209,12 +209,12 @@ impl Target {
                      less than the limit (an own network namespace, given with --netns and --interface, has more)"
                 );
             }
-            return Ok((false, None, limits.ingress.map(|_| IngressBy::Drops)));
+            return Ok((Queue::None, None, limits.ingress.map(|_| IngressBy::Drops)));
         };
         let prepare = || cni::prepare_netns(&self.interface, netns, limits, self.gso_max_size);
         let Prepared { gso_max_size, inside, .. } = netns::in_netns(netns, prepare)?;
-        let has_fq = inside.has_fq();
-        Ok((has_fq, gso_max_size, limits.ingress.map(|limit| inside.choose(self.ifindex, &limit, true))))
+        let queue = inside.queue();
+        Ok((queue, gso_max_size, limits.ingress.map(|limit| inside.choose(self.ifindex, &limit, true))))
     }
 }
 

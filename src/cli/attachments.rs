@@ -24,7 +24,7 @@ use crate::{
     pins::{self, BPFFS, Pins, Place},
     pod::Owner,
     request::{Limit, Limits, Source},
-    shaper::{self, Pinned, Settings},
+    shaper::{self, Pinned, Queue, Settings},
     units::{Burst, Rate},
 };
 
@@ -283,7 +283,11 @@ impl Links {
 }
 
 fn read_directions(pinned: &Pinned<'_>, owner: &Owner) -> Result<[Option<Direction>; 2]> {
-    let egress_by = if owner.fq { "pacing+fq" } else { "pacing" };
+    let egress_by = match Queue::of(owner) {
+        Queue::Fq => "pacing+fq",
+        Queue::Htb => "pacing+htb",
+        Queue::None => "pacing",
+    };
     let ingress_by = owner.ingress_by.as_deref().unwrap_or("?");
     let [egress, ingress] = pinned.limits()?;
     let [sent, received] = pinned.meters()?;
@@ -302,7 +306,7 @@ fn limits_of([egress, ingress]: &[Option<Direction>; 2]) -> Limits {
 /// The settings of an attachment, but for its interface's index, which only its programs know.
 pub fn settings(owner: &Owner, limits: Limits) -> Settings {
     let ingress_by = owner.ingress_by.as_deref().and_then(|name| name.parse().ok());
-    Settings { ifindex: 0, limits, has_fq: owner.fq, ingress_by }
+    Settings { ifindex: 0, limits, queue: Queue::of(owner), ingress_by }
 }
 
 /// `None` if it was another attachment's counters: they only ever grow.

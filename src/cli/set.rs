@@ -69,6 +69,7 @@ impl Arguments {
             ingress::change(&found.owner, limit)?;
         }
         if let Some(limit) = &limits.egress {
+            ingress::change_egress(&found.owner, limit)?;
             // Without it the rate holds, in larger bursts.
             if let Err(error) = packets::change(&found.owner, limit.rate) {
                 log::warn!("TCP may send larger packets than this limit is good for: {error}");
