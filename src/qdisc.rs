@@ -48,6 +48,9 @@ const HTB_LIMIT: u16 = 1;
 const HTB_AT_ONCE: u16 = 0x20;
 /// What leaves at once is held by the programs: its class has this many times the limit, and never waits.
 const HTB_AT_ONCE_TIMES: u64 = 100;
+/// What waits has this part of the limit in any case. What leaves at once has the limit too, and may be ahead of htb's tokens for long; the
+/// programs' clock makes those senders give way.
+const HTB_QUEUE_PART: u64 = 4;
 /// The scheduler's unit of time, in nanoseconds (include/net/pkt_sched.h, `PSCHED_SHIFT`).
 const TICK_NS: u64 = 64;
 
@@ -102,7 +105,7 @@ pub fn put_fq(ifindex: u32) -> Result<()> {
 /// tc qdisc add dev IFINDEX root handle 7064: htb default 20
 /// tc class replace dev IFINDEX parent 7064: classid 7064:1 htb rate LIMIT burst BURST
 /// tc class replace dev IFINDEX parent 7064:1 classid 7064:20 htb prio 0 rate 100*LIMIT
-/// tc class replace dev IFINDEX parent 7064:1 classid 7064:10 htb prio 1 rate 8bit ceil LIMIT burst BURST
+/// tc class replace dev IFINDEX parent 7064:1 classid 7064:10 htb prio 1 rate LIMIT/4 ceil LIMIT burst BURST
 /// tc qdisc replace dev IFINDEX parent 7064:10 pfifo limit 100000
 /// ```
 ///
@@ -131,7 +134,7 @@ pub fn put_htb(ifindex: u32, limit: &Limit) -> Result<()> {
     for (parent, minor, priority, rate, ceil) in [
         (OURS, HTB_LIMIT, 0, bytes_per_s, bytes_per_s),
         (class(HTB_LIMIT), HTB_AT_ONCE, 0, at_once, at_once),
-        (class(HTB_LIMIT), HTB_QUEUE, 1, 1, bytes_per_s),
+        (class(HTB_LIMIT), HTB_QUEUE, 1, (bytes_per_s / HTB_QUEUE_PART).max(1), bytes_per_s),
     ] {
         put_htb_class(ifindex, parent, minor, htb_options(rate, ceil, burst, priority)).map_err(failed)?;
     }
