@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// How long a packet of a bulk flow may take at the limit. A backlog is one of each flow, and costs a sparse flow nothing.
-const PACKET_NS: u64 = 2_000_000;
+const PACKET_NS: u64 = 10_000_000;
 /// Segments that it has at least, but where single ones are long (below).
 const LEAST_BULK_SEGMENTS: u64 = 2;
 /// Segments of the usual size in a packet of 64 KiB, which is the largest there is without BIG TCP.
