@@ -20,8 +20,10 @@ use crate::{
     units::Rate,
 };
 
-/// How long a packet of a bulk flow may take at the limit. A backlog is one of each flow, and costs a sparse flow nothing.
-const PACKET_NS: u64 = 10_000_000;
+/// How long a packet of a bulk flow takes at the limit, however many flows there are: together they are ahead of the limit by one of each.
+const PACKET_NS: u64 = 2_000_000;
+/// How long the packet of a flow may take at the limit that is alone.
+const LARGEST_PACKET_NS: u64 = 10_000_000;
 /// Segments that it has at least, but where single ones are long (below).
 const LEAST_BULK_SEGMENTS: u64 = 2;
 /// Segments of the usual size in a packet of 64 KiB, which is the largest there is without BIG TCP.
@@ -76,21 +78,21 @@ pub fn bulk_segments(limit: Rate) -> u64 {
     if limit.as_bits_per_s() < SINGLE_SEGMENTS_BELOW_BITS_PER_S {
         return 1;
     }
-    (packet_bytes(limit) / USUAL_MSS).clamp(LEAST_BULK_SEGMENTS, MOST_BULK_SEGMENTS)
+    (bytes_in(PACKET_NS, limit) / USUAL_MSS).clamp(LEAST_BULK_SEGMENTS, MOST_BULK_SEGMENTS)
 }
 
 fn set_least_segments(limit: Rate) -> Result<()> {
     write_sysctl(Path::new(LEAST_SEGMENTS), &bulk_segments(limit).to_string()).map(drop)
 }
 
-/// What a link of the limit's rate carries in [`PACKET_NS`].
-fn packet_bytes(limit: Rate) -> u64 {
-    limit.as_bits_per_s() / 8 / (1_000_000_000 / PACKET_NS)
+/// What a link of the limit's rate carries in a time.
+fn bytes_in(ns: u64, limit: Rate) -> u64 {
+    limit.as_bits_per_s() / 8 / (1_000_000_000 / ns)
 }
 
 /// The largest packet a flow may build at a limit, in bytes with its headers.
 fn largest(limit: Rate, mtu: u32) -> u32 {
-    let bytes = packet_bytes(limit).max(2 * u64::from(mtu)).saturating_add(HEADERS_BYTES);
+    let bytes = bytes_in(LARGEST_PACKET_NS, limit).max(2 * u64::from(mtu)).saturating_add(HEADERS_BYTES);
     u32::try_from(bytes).unwrap_or(u32::MAX)
 }
 
@@ -151,14 +153,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_packet_is_two_segments_or_two_milliseconds_of_the_limit() {
+    fn a_packet_is_at_most_ten_milliseconds_of_the_limit_but_two_segments_at_least() {
         let megabit = |megabits: u64| Rate::bits_per_s(megabits * 1_000_000).unwrap();
         for (limit, mtu, bytes) in [
             (Rate::bits_per_s(1_000).unwrap(), 1500, 3_000 + 512),
-            (megabit(10), 1500, 3_000 + 512),
+            (megabit(10), 1500, 12_500 + 512),
             (megabit(10), 9000, 18_000 + 512),
-            (megabit(100), 1500, 25_000 + 512),
-            (megabit(1_000), 1500, 250_000 + 512),
+            (megabit(100), 1500, 125_000 + 512),
+            (megabit(1_000), 1500, 1_250_000 + 512),
             (Rate::MAX, 1500, u32::MAX),
         ] {
             assert_eq!(largest(limit, mtu), bytes, "{limit}bit/s with an MTU of {mtu}");

@@ -6,7 +6,7 @@
 
 use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_spin_lock, bpf_spin_unlock};
 use podshaper_abi::{
-    Clock, DATAGRAM, FRESH, FRESH_COST, Meter, QUEUE_HTB, SPARSE, SPARSE_COST, STREAM, advance_privilege,
+    Clock, DATAGRAM, FRESH, FRESH_COST, Meter, QUEUE_NONE, SPARSE, SPARSE_COST, STREAM, advance_privilege,
     backlog_bucket, fair_wait_ns, usual_bytes,
 };
 
@@ -77,11 +77,11 @@ pub extern "C" fn fair_wait(direction: u64, wire_bytes: u64, burst: u64, own_ns:
     fair_wait_ns(backlog_ns, own_ns, wire_bytes, before)
 }
 
-/// By how much the queue of a direction may be late, if it is htb: `late_ns`. fq is not.
+/// Where the packets of a direction wait: `QUEUE_NONE` and so on.
 #[inline(never)]
 #[unsafe(no_mangle)]
-pub extern "C" fn queue_is_late(direction: u64, late_ns: u64) -> u64 {
-    maps::limit(direction as u32).filter(|limit| limit.queue == QUEUE_HTB).map_or(0, |_| late_ns)
+pub extern "C" fn queue(direction: u64) -> u64 {
+    maps::limit(direction as u32).map_or(QUEUE_NONE, |limit| limit.queue)
 }
 
 /// Whether a packet of this class that finds this backlog is to be marked (1 or 0), if it is ECN-capable.

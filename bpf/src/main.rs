@@ -95,8 +95,8 @@ pub fn count_ingress(ctx: SkBuffContext) -> i32 {
         return PASS;
     }
     let socket = packet::full_socket(&ctx);
-    // SAFETY: as in `count_egress`.
-    let flow = socket.and_then(|socket| unsafe { maps::flow_or_new(socket) });
+    // A listening socket is no flow: each packet to it is of a new one. SAFETY: as in `count_egress`.
+    let flow = socket.filter(|socket| !listens(*socket)).and_then(|socket| unsafe { maps::flow_or_new(socket) });
     let wire = Wire::of(&ctx);
     let before_ns = clock::backlog(INGRESS.into(), 0, 0);
     let class = class_of(INGRESS, &wire, socket, flow);
@@ -187,7 +187,7 @@ fn class_of(direction: u32, wire: &Wire, socket: Option<NonNull<bpf_sock>>, flow
     // A request that is answered when the backlog has drained comes as often as a bulk flow's segments do, and would wait for ever. Not so
     // for what is sent: there the short ends of a bulk flow's writes would be an advantage over others.
     let bulk_bytes = if direction == INGRESS { SPARSE_BYTES / 4 } else { 0 };
-    turn.decide(&Packet {
+    let packet = Packet {
         direction,
         bytes: wire.bytes,
         segments: wire.segments,
@@ -196,8 +196,13 @@ fn class_of(direction: u32, wire: &Wire, socket: Option<NonNull<bpf_sock>>, flow
         is_stream,
         is_bulk: false,
         has_arrived: is_stream && has_arrived(socket),
-    })
-    .class
+    };
+    if direction == INGRESS && is_stream {
+        // Its acknowledgements hold its sender.
+        turn.note(&packet);
+        return STREAM;
+    }
+    turn.decide(&packet).class
 }
 
 /// Whether the packet is of a TCP connection, whose sender hears of what is dropped and of what waits. Also true for what TCP sends without a
@@ -208,10 +213,15 @@ fn is_stream(socket: Option<NonNull<bpf_sock>>) -> bool {
     // SAFETY: cgroup_skb programs may read protocol, type and state of a full socket.
     socket.is_none_or(|socket| unsafe {
         let socket = socket.as_ref();
-        socket.protocol == u32::from(packet::IPPROTO_TCP)
-            && socket.type_ == SOCK_STREAM
-            && socket.state != BPF_TCP_LISTEN
-    })
+        socket.protocol == u32::from(packet::IPPROTO_TCP) && socket.type_ == SOCK_STREAM
+    }) && !socket.is_some_and(listens)
+}
+
+/// Whether a socket takes connections and has none. What comes to it may be a flood.
+#[inline(always)]
+fn listens(socket: NonNull<bpf_sock>) -> bool {
+    // SAFETY: cgroup_skb programs may read the state of a full socket. That of one that is not TCP is no listener's but by its number.
+    unsafe { socket.as_ref().state == BPF_TCP_LISTEN }
 }
 
 /// Whether all that a TCP socket sent before has been acknowledged.

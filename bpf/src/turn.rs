@@ -16,7 +16,7 @@
 //! an idle pod comes from. Nobody gains by being sparse many times: all sparse flows together have a quarter of the limit, and those that are
 //! new, which is what a pod's clients make in numbers, have an eighth of their own.
 
-use podshaper_abi::{DATAGRAM, FRESH, SMALL_COST, SPARSE, STREAM, WAITED, wait_slack_ns};
+use podshaper_abi::{DATAGRAM, FRESH, QUEUE_HTB, QUEUE_NONE, SMALL_COST, SPARSE, STREAM, WAITED, wait_slack_ns};
 
 use crate::clock;
 
@@ -28,6 +28,9 @@ const FRESH_NS: u64 = 100_000_000;
 const SMALL_BYTES: u64 = 512;
 /// How far the clock of a flow's small packets may lag: some come at once, in one read of many requests.
 const SMALL_LAG_NS: u64 = 20_000_000;
+/// A flow counts as no more than this of a backlog: a first flight of TCP. Others are to give way to what one has in the queue, but not so
+/// far that the backlog grows by it without end.
+const MOST_BURST_BYTES: u64 = 1 << 14;
 /// A packet up to this is taken for an acknowledgement where nothing else is known. Data that it overtakes is not in disorder for that.
 const ACKNOWLEDGEMENT_BYTES: u64 = 100;
 /// What htb may be late by, whose timer is one of the kernel's. After so long a flow's packets have left it for sure, and the next one may go
@@ -123,17 +126,29 @@ impl Turn {
     #[inline(always)]
     fn queue(&mut self, packet: &Packet, now_ns: u64, before_ns: u64, own_ns: u64, backlog_ns: u64) -> Decision {
         let class = if packet.is_stream { STREAM } else { DATAGRAM };
-        self.burst_bytes += packet.bytes;
+        self.burst_bytes = (self.burst_bytes + packet.bytes).min(MOST_BURST_BYTES);
         let leaves_ns = now_ns + before_ns;
+        let queue = clock::queue(packet.direction.into());
         // Datagrams may overtake each other.
-        let late_ns = if packet.is_stream { clock::queue_is_late(packet.direction.into(), HTB_LATE_NS) } else { 0 };
+        let late_ns = if packet.is_stream && queue == QUEUE_HTB { HTB_LATE_NS } else { 0 };
         // Counted for the others; what it says of this one's own wait is of no use, since that is the queue.
         clock::fair_wait(packet.direction.into(), packet.bytes, self.burst_bytes, own_ns, backlog_ns);
-        if !packet.is_stream || packet.bytes > ACKNOWLEDGEMENT_BYTES {
+        if queue == QUEUE_NONE {
+            // It passes or is dropped. What is dropped is no reason for the next one to wait longer.
+            self.due_ns = if self.due_ns == 0 { leaves_ns } else { self.due_ns };
+        } else if !packet.is_stream || packet.bytes > ACKNOWLEDGEMENT_BYTES {
             self.queued_until_ns = leaves_ns + late_ns;
             self.due_ns = leaves_ns;
         }
         Decision { class, wait_ns: before_ns + own_ns }
+    }
+
+    /// Whether the packet is of a sparse flow, where all that can be done is to acknowledge it at once.
+    #[inline(always)]
+    pub fn note(&mut self, packet: &Packet) {
+        let direction = u64::from(packet.direction);
+        let own_ns = clock::transmit_ns(direction, packet.bytes, packet.segments);
+        self.privilege(packet, clock::now_ns(), clock::backlog(direction, own_ns, 0), own_ns);
     }
 
     /// The class that the flow's credit gives the packet: `SPARSE`, `FRESH`, or `WAITED` for none. Takes the credit.
