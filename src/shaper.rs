@@ -18,11 +18,12 @@ use aya::{
     programs::{Program, ProgramError},
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use podshaper_abi::{EGRESS, INGRESS, Limit as AbiLimit, OWNER_SIZE, SINGLE_SEGMENTS_BELOW_BITS_PER_S};
+use podshaper_abi::{Limit as AbiLimit, OWNER_SIZE};
 
 use crate::{
+    direction::Direction,
     error::{Code, Error, Result},
-    ingress::IngressBy,
+    interface::{IngressBy, bulk_segments},
     pins::{LIMITS, METERS, OWNER},
     pod::Owner,
     request::{Limit, Limits, Source, Subnets},
@@ -85,6 +86,11 @@ pub struct Settings {
 }
 
 impl Settings {
+    /// Those of an attachment that is there, but for its interface's index, which only its programs know.
+    pub fn of(owner: &Owner, limits: Limits) -> Self {
+        Self { ifindex: 0, limits, has_fq: owner.interface.fq, ingress_by: owner.interface.ingress_by }
+    }
+
     /// The largest first.
     fn programs(&self) -> Vec<Hooked> {
         let mut programs = Vec::new();
@@ -110,7 +116,7 @@ impl Settings {
     }
 
     /// The limits as the programs read them, by direction.
-    fn abi_limits(&self) -> [(u32, &'static str, AbiLimit); 2] {
+    fn abi_limits(&self) -> [(Direction, AbiLimit); 2] {
         let egress = self.limits.egress.as_ref().map(|limit| AbiLimit {
             departs: self.has_fq.into(),
             ..abi_limit(limit, u64::MAX, HORIZON_NS, UNPACED_BOUND_NS)
@@ -121,7 +127,7 @@ impl Settings {
             IngressBy::Tbf => abi_limit(limit, u64::MAX, u64::MAX, u64::MAX),
             IngressBy::Drops => abi_limit(limit, UNPACED_BOUND_NS, DROPS_BOUND_NS, UNPACED_BOUND_NS),
         });
-        [(EGRESS, "egress", egress.unwrap_or_default()), (INGRESS, "ingress", ingress.unwrap_or_default())]
+        [(Direction::Egress, egress.unwrap_or_default()), (Direction::Ingress, ingress.unwrap_or_default())]
     }
 }
 
@@ -129,7 +135,7 @@ impl Settings {
 ///
 /// # Errors
 /// [`Code::Kernel`]: the kernel refuses a map or program, and why.
-pub fn load(settings: &Settings, subnets: &Subnets, owner: &Owner) -> Result<Loaded> {
+pub fn load(settings: &Settings, subnets: &Subnets) -> Result<Loaded> {
     let mut object = without_kernel_btf(EbpfLoader::new)
         .override_global("IFINDEX", &settings.ifindex, true)
         .override_global("SUBNETS_MODE", &subnets.mode(), true)
@@ -140,18 +146,25 @@ pub fn load(settings: &Settings, subnets: &Subnets, owner: &Owner) -> Result<Loa
     let programs = settings.programs();
     load_programs(&mut object, &programs)?;
 
-    let mut limits_map = array_mut::<AbiLimit>(&mut object, LIMITS)?;
-    for (direction, _, limit) in settings.abi_limits() {
-        limits_map.set(direction, limit, 0).map_err(|cause| refused("write the limits", &cause))?;
-    }
     list_subnets(&mut object, subnets)?;
     try_flows(&object)?;
-    let mut owner_map = array_mut::<[u8; OWNER_SIZE]>(&mut object, OWNER)?;
-    owner_map.set(0, owner_bytes(owner)?, 0).map_err(|cause| refused("write the owner", &cause))?;
     Ok(Loaded { object, programs })
 }
 
 impl Loaded {
+    /// Writes the limits, and whose they are.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] with what the kernel says; [`Code::Config`] if the owner's names are too long.
+    pub fn write(&mut self, settings: &Settings, owner: &Owner) -> Result<()> {
+        let mut limits_map = array_mut::<AbiLimit>(&mut self.object, LIMITS)?;
+        for (direction, limit) in settings.abi_limits() {
+            limits_map.set(direction.index(), limit, 0).map_err(|cause| refused("write the limits", &cause))?;
+        }
+        let mut owner_map = array_mut::<[u8; OWNER_SIZE]>(&mut self.object, OWNER)?;
+        owner_map.set(0, owner_bytes(owner)?, 0).map_err(|cause| refused("write the owner", &cause))
+    }
+
     /// Attaches every program to the cgroup, beside whatever is attached there already.
     ///
     /// # Errors
@@ -228,11 +241,6 @@ fn abi_limit(limit: &Limit, paced_mark_ns: u64, horizon_ns: u64, unpaced_bound_n
 pub fn limit_of(limit: &AbiLimit) -> Option<Limit> {
     let rate = Rate::bits_per_s(limit.rate_bits_per_s).ok()?;
     Some(Limit { burst: Burst::of_ns_at(limit.burst_ns, rate), ..Limit::of(rate, Source::Operator) })
-}
-
-/// Segments of the packets that a bulk flow builds at this limit, at its slowest: as few as every congestion control can.
-pub fn bulk_segments(rate: Rate) -> u64 {
-    if rate.as_bits_per_s() < SINGLE_SEGMENTS_BELOW_BITS_PER_S { 1 } else { 2 }
 }
 
 fn owner_bytes(owner: &Owner) -> Result<[u8; OWNER_SIZE]> {

@@ -1,4 +1,5 @@
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -12,14 +13,15 @@ use crate::harness::process::Running;
 use crate::harness::traffic_program;
 use crate::sandbox::{
     ATTACHMENT, PROGRAMS, RATE, Sandbox, builds_large_packets, links_on, netns_with, netns_with_host_end, ok,
-    own_qdiscs, within,
+    own_qdiscs, sizes, sysctl, within,
 };
 
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn an_add_pins_and_attaches_what_it_says_and_a_del_leaves_nothing() {
     let pod = Sandbox::new();
-    let gso_max_size = pod.gso_max_size();
+    let sizes = sizes(&pod.netns);
+    let [least_segments, rtt_log] = ["tcp_min_tso_segs", "tcp_tso_rtt_log"].map(|name| sysctl(&pod.netns, name));
     let add = pod.call("ADD");
     assert_eq!(add.stdout, r#"{"cniVersion":"1.1.0","ips":[]}"#);
     pod.assert_limited(&pod.container_id, RATE);
@@ -37,8 +39,14 @@ fn an_add_pins_and_attaches_what_it_says_and_a_del_leaves_nothing() {
         "uid": pod.uid,
         "cgroup": pod.cgroup.path(),
     });
+    owner["netnsInode"] = std::fs::metadata(pod.netns.path()).unwrap().ino().into();
+    owner["tcpMinTsoSegs"] = least_segments.into();
     if builds_large_packets() {
-        owner["gsoMaxSize"] = gso_max_size.into();
+        owner["gsoMaxSize"] = sizes.0.into();
+        owner["tcpTsoRttLog"] = rtt_log.into();
+        if let Some(ipv4) = sizes.1 {
+            owner["gsoIpv4MaxSize"] = ipv4.into();
+        }
     }
     assert_eq!(pod.owner("eth0"), owner);
     let expected = format!(
