@@ -98,7 +98,11 @@ impl<'a> Attaching<'a> {
             return Ok(());
         };
         if let Some(inode) = record.netns_inode {
-            under_lock.pins.note(inode, &plan.place)?;
+            // Without it another limit of the interface is not known to share it: not worth a pod.
+            interface::warn(
+                "another limit of this interface may undo what this one needs",
+                under_lock.pins.note(inode, &plan.place),
+            );
         }
         // The one that this one replaces has found what was there before podshaper, and its tbf is this one's.
         let all_traffic = plan.subnets.is_empty();
