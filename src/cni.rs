@@ -22,7 +22,7 @@ use crate::{
     pod::{Owner, PodKey},
     probe,
     request::{Endpoint, Env, Limit, Limits, Request, Subject, declared_version, read_stdin},
-    shaper::{Pinned, Settings},
+    shaper::{Pinned, Queue, Settings},
 };
 
 /// Reads a runtime's call, does it and answers on stdout.
@@ -142,9 +142,10 @@ fn log_limits(place: &Place, limits: &Limits, owner: &Owner) {
     let Place { pod: key, interface } = place;
     for direction in Direction::BOTH {
         let Some(Limit { rate, burst, asked, source }) = limits.of(direction) else { continue };
-        let by = match (direction, owner.interface.fq) {
-            (Direction::Egress, true) => "pacing and fq".to_owned(),
-            (Direction::Egress, false) => "pacing and drops".to_owned(),
+        let by = match (direction, Queue::of(&owner.interface)) {
+            (Direction::Egress, Queue::Fq) => "pacing and fq".to_owned(),
+            (Direction::Egress, Queue::Htb) => "pacing and htb".to_owned(),
+            (Direction::Egress, Queue::None) => "pacing and drops".to_owned(),
             (Direction::Ingress, _) => owner.interface.ingress_by.map(|by| by.to_string()).unwrap_or_default(),
         };
         let capped = if asked > rate { format!(", capped by max: {asked} were asked for") } else { String::new() };

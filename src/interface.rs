@@ -1,5 +1,5 @@
-//! The one owner of what podshaper changes on a pod's interface and in its network namespace: fq, tbf at the host's end, the sizes
-//! and sysctls that make packets small.
+//! The one owner of what podshaper changes on a pod's interface and in its network namespace: fq or htb, tbf at the host's end, the
+//! sizes and sysctls that decide how large packets are.
 //!
 //! How an interface is to be follows from the attachments that are on it: each brings what it needs ([`Need`]), and
 //! [`Interface::settle`] makes the interface so. What no attachment needs is put back as it was before podshaper. So an ADD counts
@@ -19,6 +19,7 @@ use crate::{
     netns::{self, Entered, Namespace},
     qdisc,
     request::{Limit, Limits},
+    shaper::Queue,
 };
 
 pub use mechanism::IngressBy;
@@ -41,7 +42,7 @@ pub struct Interface {
 pub struct Settled {
     /// The sizes of packets.
     pub packets: Result<()>,
-    /// fq and tbf.
+    /// fq, htb and tbf.
     pub qdiscs: Result<()>,
 }
 
@@ -59,6 +60,8 @@ impl Settled {
 struct Inside {
     packets: Result<()>,
     fq: Result<()>,
+    /// `None` where it is not wanted.
+    htb: Option<Result<()>>,
     peer: Result<Option<u32>>,
 }
 
@@ -110,7 +113,8 @@ impl Interface {
     }
 
     /// Puts fq on, which decides which programs are loaded. It is of use to both directions: it lets acknowledgements leave when
-    /// they should, and UDP too, so that its senders are slowed and not dropped.
+    /// they should, and what the pod sends without having waited. htb, which [`Interface::change`] puts on, is for the latter, where
+    /// there is no fq.
     ///
     /// # Errors
     /// [`Code::Kernel`]: the kernel has no fq, or there is a qdisc of somebody else's.
@@ -138,6 +142,10 @@ impl Interface {
         let (mine, there, staying) = (record.clone(), there.to_vec(), others.to_vec());
         let (found, inside) = self.inside.run(move || change_inside(index, mine, limits, has_fq, &there, staying));
         record.found = found;
+        record.htb = matches!(inside.htb, Some(Ok(())));
+        if let (Err(no_fq), Some(Err(no_htb))) = (fq, &inside.htb) {
+            log::warn!("what the pod sends without having waited has no queue: {no_fq}; {no_htb}");
+        }
         // Without it the rate holds and the latency does not: not worth a pod.
         warn("TCP may send large packets in bursts", inside.packets);
         inside.fq?;
@@ -174,7 +182,7 @@ impl Interface {
     /// Brings the interface, on which `own` tells what was changed, to what is needed, and to what it was before where nothing is.
     pub fn settle(&mut self, own: &Record, needs: &[Need]) -> Settled {
         let (index, record, all) = (self.index, own.clone(), needs.to_vec());
-        let Inside { packets, fq, peer } = self.inside.run(move || settle_inside(index, &record, &all));
+        let Inside { packets, fq, htb, peer } = self.inside.run(move || settle_inside(index, &record, &all));
         let tbf = match needs.iter().find(|need| need.record.has_tbf() && need.record.shares_interface(own)) {
             // Of another layout: it has what it needs.
             Some(Need { limits: None, .. }) => Ok(()),
@@ -191,7 +199,7 @@ impl Interface {
             }
             None => Ok(()),
         };
-        Settled { packets, qdiscs: error::all([fq, tbf]) }
+        Settled { packets, qdiscs: error::all([fq, htb.unwrap_or(Ok(())), tbf]) }
     }
 }
 
@@ -223,25 +231,30 @@ pub fn warn(what: &str, result: Result<()>) {
 /// # Errors
 /// [`Code::Mismatch`] naming what is gone; [`Code::Netns`] or [`Code::Kernel`] where it cannot be looked at.
 pub fn check(record: &Record) -> Result<()> {
-    let (wants_fq, wants_tbf) = (record.fq, record.has_tbf());
-    let Some(netns) = record.path().filter(|_| wants_fq || wants_tbf) else { return Ok(()) };
+    let queue = match Queue::of(record) {
+        Queue::Fq => Some("fq"),
+        Queue::Htb => Some("htb"),
+        Queue::None => None,
+    };
+    let wants_tbf = record.has_tbf();
+    let Some(netns) = record.path().filter(|_| queue.is_some() || wants_tbf) else { return Ok(()) };
     let opened = Namespace::open(netns)?;
     if record.netns_inode.is_some_and(|inode| inode != opened.inode) {
         return Err(another(netns));
     }
     let mut interface = Interface::find(opened, netns, &record.ifname)??;
     let index = interface.index;
-    let (has_fq, peer) = interface.inside.run(move || {
-        let has_fq = !wants_fq || qdisc::has(index, "fq")?;
-        Ok::<_, Error>((has_fq, if wants_tbf { qdisc::veth_peer(index)? } else { None }))
+    let (has_queue, peer) = interface.inside.run(move || {
+        let has_queue = queue.map_or(Ok(true), |kind| qdisc::has(index, kind))?;
+        Ok::<_, Error>((has_queue, if wants_tbf { qdisc::veth_peer(index)? } else { None }))
     })?;
     let gone = |what: &str| {
         let text =
             format!("{what} has been taken off {} of {}: podshaper put it there", record.ifname, netns.display());
         Err(Error::new(Code::Mismatch, text))
     };
-    if !has_fq {
-        return gone("fq");
+    if let Some(kind) = queue.filter(|_| !has_queue) {
+        return gone(kind);
     }
     if wants_tbf && !peer.map_or(Ok(false), |peer| qdisc::has(peer, "tbf"))? {
         return gone("tbf, at the host's end,");
@@ -261,34 +274,54 @@ fn change_inside(
     limits: Limits,
     has_fq: bool,
     there: &[Need],
-    mut needs: Vec<Need>,
+    others: Vec<Need>,
 ) -> (Found, Inside) {
     let mut packets = Ok(());
     if limits.egress.is_some() {
         packets = packets::find(index, &mine, there).and_then(|found| {
             mine.found = found;
+            let mut needs = others.clone();
             needs.push(Need { record: mine.clone(), limits: Some(limits) });
             packets::settle(index, &mine, &needs)
         });
     }
     let fq = if has_fq { keep_fq(index) } else { Ok(()) };
+    let htb = limits.egress.filter(|_| !has_fq).map(|limit| put_htb(index, &mine, &limit, &others));
     let needs_peer = !has_fq && limits.ingress.is_some();
     let peer = if needs_peer { qdisc::veth_peer(index) } else { Ok(None) };
-    (mine.found, Inside { packets, fq, peer })
+    (mine.found, Inside { packets, fq, htb, peer })
 }
 
 /// In the namespace: what [`Interface::settle`] does there.
 fn settle_inside(index: u32, own: &Record, needs: &[Need]) -> Inside {
-    let here = || needs.iter().map(|need| &need.record).filter(|record| record.shares_interface(own));
+    let here = || needs.iter().filter(|need| need.record.shares_interface(own));
     let packets = packets::settle(index, own, needs);
-    let fq = match here().any(|record| record.fq) {
-        true => keep_fq(index),
-        false if own.fq => qdisc::take_off(index),
-        false => Ok(()),
-    };
-    let needs_peer = own.has_tbf() || here().any(Record::has_tbf);
+    let (mut fq, mut htb) = (Ok(()), None);
+    if here().any(|need| need.record.fq) {
+        fq = keep_fq(index);
+    } else if let Some(need) = here().find(|need| need.record.htb) {
+        // One of another layout has what it needs.
+        htb = need.limits.and_then(|limits| limits.egress).map(|limit| qdisc::put_htb(index, &limit));
+    } else if own.fq || own.htb {
+        fq = qdisc::take_off(index);
+    }
+    let needs_peer = own.has_tbf() || here().any(|need| need.record.has_tbf());
     let peer = if needs_peer { qdisc::veth_peer(index) } else { Ok(None) };
-    Inside { packets, fq, peer }
+    Inside { packets, fq, htb, peer }
+}
+
+/// Puts htb on, with this limit, where it is not another attachment's.
+fn put_htb(index: u32, own: &Record, limit: &Limit, others: &[Need]) -> Result<()> {
+    if others.iter().any(|other| (other.record.htb || other.record.fq) && other.record.shares_interface(own)) {
+        let text = "another limit of this interface has its queue, which leaves drops: there is room for one";
+        return Err(Error::new(Code::Kernel, text));
+    }
+    let put = qdisc::put_htb(index, limit);
+    if put.is_err() {
+        // Without its classes it is of no use, and no record would tell that it is there.
+        warn(LEFT, qdisc::take_off(index));
+    }
+    put
 }
 
 /// Puts fq on where it is not: a DEL that came in between may have taken it off.

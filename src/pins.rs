@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! /sys/fs/bpf/podshaper/            locked (flock) by whoever changes anything below
-//!   v4/                             layout of what follows: podshaper_abi::LAYOUT
+//!   v5/                             layout of what follows: podshaper_abi::LAYOUT
 //!     <pod uid or container id>/
 //!       <interface>/                one attachment, whole: it is made under another name and renamed
 //!         OWNER  LIMITS  METERS     maps

@@ -11,7 +11,7 @@ use crate::{
     interface::IngressBy,
     pins, qdisc,
     request::{Limit, Limits, Source, Subnets},
-    shaper::{self, Settings},
+    shaper::{self, Queue, Settings},
     units::Rate,
 };
 
@@ -50,7 +50,7 @@ fn bpffs(path: &Path) -> Result<String> {
 fn programs(_: &Path) -> Result<String> {
     let limit = Limit::of(Rate::MAX, Source::Config);
     let limits = Limits { egress: Some(limit), ingress: Some(limit) };
-    let settings = Settings { ifindex: 0, limits, has_fq: true, ingress_by: Some(IngressBy::HeldAcks) };
+    let settings = Settings { ifindex: 0, limits, queue: Queue::Fq, ingress_by: Some(IngressBy::HeldAcks) };
     shaper::load(&settings, &Subnets::default())?;
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     Ok(format!("Linux {} takes them", release.trim()))

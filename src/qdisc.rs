@@ -1,5 +1,5 @@
-//! The one queueing discipline a pod may need: `fq` on its own interface, which lets acknowledgements leave when they should, or,
-//! on a kernel without fq, `tbf` on the host's end of its veth. Whatever somebody else has put there stays.
+//! The queueing disciplines a pod may need: `fq` on its own interface, in which packets wait for their departure time; on a kernel without
+//! fq, `htb` in its place, and `tbf` on the host's end of its veth. Whatever somebody else has put there stays.
 
 use std::io;
 
@@ -11,20 +11,48 @@ use netlink_packet_route::{
     tc::{TcAttribute, TcHandle, TcMessage, TcOption},
 };
 
+use podshaper_abi::{HTB_QUEUE, QDISC_MAJOR};
+
 use crate::{
     error::{Code, Error, Result},
     netlink,
     request::Limit,
+    shaper,
+    units::Rate,
 };
 
-/// Handle of the qdiscs podshaper makes ("7064:"): by it they are known again.
-const OURS: TcHandle = TcHandle { major: 0x7064, minor: 0 };
+/// Handle of the qdiscs podshaper makes.
+const OURS: TcHandle = class(0);
 
 /// Attributes of fq (uapi/linux/pkt_sched.h).
+const TCA_FQ_PLIMIT: u16 = 1;
 const TCA_FQ_FLOW_PLIMIT: u16 = 2;
 const TCA_FQ_RATE_ENABLE: u16 = 5;
+const TCA_FQ_HORIZON: u16 = 14;
 /// Packets one flow may have in fq. They are acknowledgements that are held: at 1 Gbit/s and without GRO, 40 in a millisecond.
 const FQ_FLOW_LIMIT: u32 = 10_000;
+/// Packets that may wait in all. The programs bound the time, and the senders' buffers the memory: this is for neither, and fq's own limit of
+/// 10000 would fill with small packets first and then drop everybody's.
+const QUEUE_PACKETS: u32 = 100_000;
+
+/// uapi/linux/rtnetlink.h.
+const TCA_OPTIONS: u16 = 2;
+/// Attributes of htb.
+const TCA_HTB_PARMS: u16 = 1;
+const TCA_HTB_INIT: u16 = 2;
+const TCA_HTB_RATE64: u16 = 6;
+const TCA_HTB_CEIL64: u16 = 7;
+/// The class around the two others, which has the limit's rate.
+const HTB_LIMIT: u16 = 1;
+/// The class of what leaves at once. Its low bits are those of best effort, as those of [`HTB_QUEUE`] are.
+const HTB_AT_ONCE: u16 = 0x20;
+/// What leaves at once is held by the programs: its class has this many times the limit, and never waits.
+const HTB_AT_ONCE_TIMES: u64 = 100;
+/// What waits has this part of the limit in any case. What leaves at once has the limit too, and may be ahead of htb's tokens for long; the
+/// programs' clock makes those senders give way.
+const HTB_QUEUE_PART: u64 = 4;
+/// The scheduler's unit of time, in nanoseconds (include/net/pkt_sched.h, `PSCHED_SHIFT`).
+const TICK_NS: u64 = 64;
 
 /// Attributes of tbf.
 const TCA_TBF_PARMS: u16 = 1;
@@ -36,10 +64,12 @@ const TC_LINKLAYER_ETHERNET: u8 = 1;
 const TBF_QUEUE_NS: u64 = 10_000_000;
 /// The least room in tbf: one GSO packet of 64 KiB.
 const TBF_QUEUE_LEAST_BYTES: u128 = 1 << 16;
-/// Ethernet headers, which tbf counts and podshaper does not.
-const ETHERNET_PERCENT_OF_FULL_PACKET: (u64, u64) = (1514, 1500);
+/// Ethernet headers, which tbf and htb count and podshaper does not.
+pub const ETHERNET_HEADER_BYTES: u64 = 14;
+/// A full packet at layer 3.
+const FULL_PACKET_BYTES: u64 = 1500;
 
-/// `tc qdisc replace dev IFINDEX root handle 7064: fq nopacing flow_limit 10000`, in the calling thread's namespace.
+/// `tc qdisc replace dev IFINDEX root handle 7064: fq nopacing limit 100000 flow_limit 10000 horizon 60s`, in the calling thread's namespace.
 ///
 /// nopacing: TCP goes on pacing itself, which is finer than fq's; departure times are honoured all the same.
 ///
@@ -50,17 +80,74 @@ pub fn put_fq(ifindex: u32) -> Result<()> {
     match root_qdisc(ifindex).map_err(|cause| Error::because(Code::Kernel, WHAT, cause))? {
         // Somebody else's fq honours departure times as well.
         Some((kind, handle)) if kind == "fq" && handle != OURS => return Ok(()),
+        // The kernel does not put another kind in the place of a qdisc with the same handle, and there are programs that count on this one.
+        Some((kind, OURS)) if kind != "fq" => {
+            return Err(Error::new(Code::Kernel, format!("{WHAT}: it has podshaper's {kind} already")));
+        }
         Some((kind, handle)) if !is_ours_or_default(handle) => {
             let text = format!("{WHAT}: it has the qdisc {kind} already, which is left alone");
             return Err(Error::new(Code::Kernel, text));
         }
         _ => {}
     }
-    let options = vec![option(TCA_FQ_FLOW_PLIMIT, &FQ_FLOW_LIMIT.to_ne_bytes()), option(TCA_FQ_RATE_ENABLE, &[0; 4])];
+    let horizon_us = u32::try_from(shaper::LONGEST_HORIZON_NS / 1_000).unwrap_or(u32::MAX);
+    let options = vec![
+        option(TCA_FQ_PLIMIT, &QUEUE_PACKETS.to_ne_bytes()),
+        option(TCA_FQ_FLOW_PLIMIT, &FQ_FLOW_LIMIT.to_ne_bytes()),
+        option(TCA_FQ_RATE_ENABLE, &[0; 4]),
+        option(TCA_FQ_HORIZON, &horizon_us.to_ne_bytes()),
+    ];
     replace_root(ifindex, "fq", options).map_err(|cause| match cause.raw_os_error() {
         Some(libc::ENOENT) => Error::new(Code::Kernel, format!("{WHAT}: this kernel has no fq (modprobe sch_fq)")),
         _ => Error::because(Code::Kernel, WHAT, cause),
     })
+}
+
+/// Puts htb on the pod's interface, in the calling thread's namespace, for a kernel without fq, or sets another limit in it:
+///
+/// ```text
+/// tc qdisc add dev IFINDEX root handle 7064: htb default 20
+/// tc class replace dev IFINDEX parent 7064: classid 7064:1 htb rate LIMIT burst BURST
+/// tc class replace dev IFINDEX parent 7064:1 classid 7064:20 htb prio 0 rate 100*LIMIT
+/// tc class replace dev IFINDEX parent 7064:1 classid 7064:10 htb prio 1 rate LIMIT/4 ceil LIMIT burst BURST
+/// tc qdisc replace dev IFINDEX parent 7064:10 pfifo limit 100000
+/// ```
+///
+/// What leaves at once never waits, and is taken off what the others have: together they have the limit.
+///
+/// # Errors
+/// [`Code::Kernel`]: the kernel has no htb (its text says so), or there is a qdisc of somebody else's.
+pub fn put_htb(ifindex: u32, limit: &Limit) -> Result<()> {
+    const WHAT: &str = "put htb on the pod's interface";
+    let failed = |cause: io::Error| match cause.raw_os_error() {
+        Some(libc::ENOENT) => Error::new(Code::Kernel, format!("{WHAT}: this kernel has no htb (modprobe sch_htb)")),
+        _ => Error::because(Code::Kernel, WHAT, cause),
+    };
+    match root_qdisc(ifindex).map_err(failed)? {
+        // It takes no other options once it is there.
+        Some((kind, OURS)) if kind == "htb" => {}
+        Some((kind, handle)) if !is_ours_or_default(handle) => {
+            let text = format!("{WHAT}: it has the qdisc {kind} already, which is left alone");
+            return Err(Error::new(Code::Kernel, text));
+        }
+        _ => replace_root(ifindex, "htb", vec![option(TCA_HTB_INIT, &htb_init())]).map_err(failed)?,
+    }
+    let bytes_per_s = with_ethernet(limit.rate) / 8;
+    let burst = limit.burst.as_ns_at(limit.rate);
+    let at_once = bytes_per_s.saturating_mul(HTB_AT_ONCE_TIMES);
+    for (parent, minor, priority, rate, ceil) in [
+        (OURS, HTB_LIMIT, 0, bytes_per_s, bytes_per_s),
+        (class(HTB_LIMIT), HTB_AT_ONCE, 0, at_once, at_once),
+        (class(HTB_LIMIT), HTB_QUEUE, 1, (bytes_per_s / HTB_QUEUE_PART).max(1), bytes_per_s),
+    ] {
+        put_htb_class(ifindex, parent, minor, htb_options(rate, ceil, burst, priority)).map_err(failed)?;
+    }
+    let mut queue = TcMessage::with_index(ifindex as i32);
+    queue.header.parent = class(HTB_QUEUE);
+    // struct tc_fifo_qopt: limit. It is the one qdisc whose options are no attributes.
+    let options = DefaultNla::new(TCA_OPTIONS, QUEUE_PACKETS.to_ne_bytes().to_vec());
+    queue.attributes = vec![TcAttribute::Kind("pfifo".to_owned()), TcAttribute::Other(options)];
+    netlink::change(RouteNetlinkMessage::NewQueueDiscipline(queue), NLM_F_CREATE | NLM_F_REPLACE).map_err(failed)
 }
 
 /// The other end of a veth, by its index; `None` for an interface that is no veth, or whose other end is not in the namespace of
@@ -150,18 +237,60 @@ fn is_peer(ifindex: u32, pod_ifindex: u32) -> io::Result<bool> {
     Ok(netlink::link(ifindex)?.is_some_and(|link| is_veth(&link) && linked_to(&link) == Some(pod_ifindex)))
 }
 
+/// Of this minor number.
+const fn class(minor: u16) -> TcHandle {
+    TcHandle { major: QDISC_MAJOR, minor }
+}
+
+fn put_htb_class(ifindex: u32, parent: TcHandle, minor: u16, options: Vec<TcOption>) -> io::Result<()> {
+    let mut message = TcMessage::with_index(ifindex as i32);
+    message.header.parent = parent;
+    message.header.handle = class(minor);
+    message.attributes = vec![TcAttribute::Kind("htb".to_owned()), TcAttribute::Options(options)];
+    netlink::change(RouteNetlinkMessage::NewTrafficClass(message), NLM_F_CREATE | NLM_F_REPLACE)
+}
+
+/// struct tc_htb_glob: version (3), rate2quantum, defcls, debug, direct_pkts.
+fn htb_init() -> Vec<u8> {
+    const RATE_TO_QUANTUM: u32 = 10;
+    [3, RATE_TO_QUANTUM, HTB_AT_ONCE.into(), 0, 0].iter().flat_map(|value: &u32| value.to_ne_bytes()).collect()
+}
+
+fn htb_options(bytes_per_s: u64, ceil_bytes_per_s: u64, burst_ns: u64, priority: u32) -> Vec<TcOption> {
+    /// What a class may send before another of its priority: each is the only one.
+    const QUANTUM_BYTES: u32 = 1 << 16;
+    let burst_ticks = u32::try_from(burst_ns / TICK_NS).unwrap_or(u32::MAX);
+    // struct tc_htb_opt: rate, ceil, buffer, cbuffer, quantum, level, prio.
+    let mut parms = [rate_spec(bytes_per_s), rate_spec(ceil_bytes_per_s)].concat();
+    for value in [burst_ticks, burst_ticks, QUANTUM_BYTES, 0, priority] {
+        parms.extend(value.to_ne_bytes());
+    }
+    vec![
+        option(TCA_HTB_PARMS, &parms),
+        option(TCA_HTB_RATE64, &bytes_per_s.to_ne_bytes()),
+        option(TCA_HTB_CEIL64, &ceil_bytes_per_s.to_ne_bytes()),
+    ]
+}
+
+/// struct tc_ratespec: cell_log, linklayer, overhead, cell_align, mpu, rate. What is beyond 32 bits is in an attribute of its own.
+fn rate_spec(bytes_per_s: u64) -> Vec<u8> {
+    let mut spec = vec![0, TC_LINKLAYER_ETHERNET, 0, 0, 0, 0, 0, 0];
+    spec.extend(u32::try_from(bytes_per_s).unwrap_or(u32::MAX).to_ne_bytes());
+    spec
+}
+
+/// The bits per second that full packets of this rate have with their Ethernet headers, as queueing disciplines count them.
+pub fn with_ethernet(rate: Rate) -> u64 {
+    rate.as_bits_per_s() / FULL_PACKET_BYTES * (FULL_PACKET_BYTES + ETHERNET_HEADER_BYTES)
+}
+
 fn tbf_options(limit: &Limit) -> Vec<TcOption> {
-    let (ethernet, ip) = ETHERNET_PERCENT_OF_FULL_PACKET;
-    let bytes_per_s = limit.rate.as_bits_per_s() / 8 * ethernet / ip;
+    let bytes_per_s = with_ethernet(limit.rate) / 8;
     let burst = u32::try_from(limit.burst.as_bytes()).unwrap_or(u32::MAX);
     let queue = (u128::from(bytes_per_s) * u128::from(TBF_QUEUE_NS) / 1_000_000_000).max(TBF_QUEUE_LEAST_BYTES);
     let queue = u32::try_from(queue).unwrap_or(u32::MAX).saturating_add(burst);
     // struct tc_tbf_qopt: rate, peakrate (none), limit, buffer (0: TCA_TBF_BURST counts), mtu.
-    let rate32 = u32::try_from(bytes_per_s).unwrap_or(u32::MAX);
-    let mut parms = Vec::new();
-    // struct tc_ratespec: cell_log, linklayer, overhead, cell_align, mpu, rate.
-    parms.extend([0, TC_LINKLAYER_ETHERNET, 0, 0, 0, 0, 0, 0]);
-    parms.extend(rate32.to_ne_bytes());
+    let mut parms = rate_spec(bytes_per_s);
     parms.extend([0; 12]);
     parms.extend(queue.to_ne_bytes());
     parms.extend([0; 8]);

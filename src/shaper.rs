@@ -18,14 +18,15 @@ use aya::{
     programs::{Program, ProgramError},
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use podshaper_abi::{Limit as AbiLimit, OWNER_SIZE};
+use podshaper_abi::{Limit as AbiLimit, OWNER_SIZE, QUEUE_FQ, QUEUE_HTB, QUEUE_NONE};
 
 use crate::{
     direction::Direction,
     error::{Code, Error, Result},
-    interface::{IngressBy, bulk_segments},
+    interface::{IngressBy, Record, bulk_segments},
     pins::{LIMITS, METERS, OWNER},
     pod::Owner,
+    qdisc,
     request::{Limit, Limits, Source, Subnets},
     sys::{self, CgroupHook, TrieKey},
     units::{Burst, Rate},
@@ -50,15 +51,26 @@ const PACE_TCP: Hooked = ("pace_tcp", CgroupHook::SockOps);
 const HOLD_ACKS: Hooked = ("hold_acks", CgroupHook::SockOps);
 const NOTE_SETSOCKOPT: Hooked = ("note_setsockopt", CgroupHook::Setsockopt);
 
-/// Backlog beyond which packets that no socket paces are dropped. Short, because all of it is latency that they add to
-/// everything else; longer than a tick of a 100 Hz kernel, so that a sender that is scheduled late loses nothing.
-const UNPACED_BOUND_NS: u64 = 10_000_000;
+/// Backlog beyond which packets that are not TCP are dropped where there is no queue for them to wait in. Short, because all of it is
+/// latency that they add to everything else; longer than a tick of a 100 Hz kernel, so that a sender that is scheduled late loses nothing.
+const DATAGRAM_BOUND_NS: u64 = 10_000_000;
+/// Backlog beyond which such packets are marked, where they can be.
+const DATAGRAM_MARK_NS: u64 = DATAGRAM_BOUND_NS / 2;
+/// The same where they wait in a queue: their senders block before that, at what a socket's buffer holds ..
+const QUEUED_DATAGRAM_BOUND_NS: u64 = 500_000_000;
+/// .. which is so many full packets (net.core.wmem_default, 208 KiB, counts what they take in memory).
+const QUEUED_DATAGRAMS: u64 = 100;
 /// Backlog beyond which TCP is marked where its acknowledgements are held: twice what its windows aim for.
 const HELD_MARK_NS: u64 = 10_000_000;
 /// Backlog beyond which TCP is dropped where nothing but drops holds it; a longer one lets it fall less far below the limit.
 const DROPS_BOUND_NS: u64 = 100_000_000;
-/// Backlog beyond which everything is dropped: the horizon of fq and of Cilium's bandwidth manager (2 s).
+/// Backlog beyond which TCP is dropped whose sender has not waited: what comes without end. The horizon of Cilium's bandwidth manager (2 s) ..
 const HORIZON_NS: u64 = 2_000_000_000;
+/// .. or so many full packets, if that is longer: three of each of 300 flows, which TCP has in a queue at most (`tcp_small_queue_check`) ..
+const HORIZON_PACKETS: u64 = 1_000;
+/// .. but no more than this, which is also fq's.
+pub const LONGEST_HORIZON_NS: u64 = 60_000_000_000;
+const FULL_PACKET_BITS: u64 = 1500 * 8;
 
 /// An object that is loaded, not yet attached.
 pub struct Loaded {
@@ -79,16 +91,59 @@ pub struct Settings {
     pub ifindex: u32,
     /// The limits.
     pub limits: Limits,
-    /// Whether fq is on that interface.
-    pub has_fq: bool,
+    /// Where packets wait whose senders have not.
+    pub queue: Queue,
     /// What holds the ingress limit; `None` without one.
     pub ingress_by: Option<IngressBy>,
+}
+
+/// Where packets wait whose senders have not waited: see `turn` in the programs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Queue {
+    /// Nowhere: they pass, or are dropped.
+    #[default]
+    None,
+    /// In fq, for their departure time.
+    Fq,
+    /// In a class of htb.
+    Htb,
+}
+
+impl Queue {
+    /// What is on the interface of a recorded attachment.
+    pub fn of(record: &Record) -> Self {
+        match record {
+            Record { fq: true, .. } => Self::Fq,
+            Record { htb: true, .. } => Self::Htb,
+            _ => Self::None,
+        }
+    }
+
+    /// As the programs read it.
+    fn as_abi(self) -> u64 {
+        match self {
+            Self::None => QUEUE_NONE,
+            Self::Fq => QUEUE_FQ,
+            Self::Htb => QUEUE_HTB,
+        }
+    }
+
+    fn datagram_bound_ns(self, rate: Rate) -> u64 {
+        match self {
+            Self::None => DATAGRAM_BOUND_NS,
+            // Well below the horizon, at any rate: others wait there.
+            Self::Fq | Self::Htb => {
+                full_packets_ns(QUEUED_DATAGRAMS, rate).clamp(QUEUED_DATAGRAM_BOUND_NS, horizon_ns(rate) / 4)
+            }
+        }
+    }
 }
 
 impl Settings {
     /// Those of an attachment that is there, but for its interface's index, which only its programs know.
     pub fn of(owner: &Owner, limits: Limits) -> Self {
-        Self { ifindex: 0, limits, has_fq: owner.interface.fq, ingress_by: owner.interface.ingress_by }
+        let record = &owner.interface;
+        Self { ifindex: 0, limits, queue: Queue::of(record), ingress_by: record.ingress_by }
     }
 
     /// The largest first.
@@ -117,15 +172,26 @@ impl Settings {
 
     /// The limits as the programs read them, by direction.
     fn abi_limits(&self) -> [(Direction, AbiLimit); 2] {
+        let link = |rate| match self.queue {
+            Queue::Htb => (qdisc::with_ethernet(rate), qdisc::ETHERNET_HEADER_BYTES),
+            Queue::None | Queue::Fq => (rate.as_bits_per_s(), 0),
+        };
         let egress = self.limits.egress.as_ref().map(|limit| AbiLimit {
-            departs: self.has_fq.into(),
-            ..abi_limit(limit, u64::MAX, HORIZON_NS, UNPACED_BOUND_NS)
+            queue: self.queue.as_abi(),
+            link_bits_per_s: link(limit.rate).0,
+            link_header_bytes: link(limit.rate).1,
+            datagram_bound_ns: self.queue.datagram_bound_ns(limit.rate),
+            ..abi_limit(limit, u64::MAX, horizon_ns(limit.rate))
         });
         let ingress = self.limits.ingress.as_ref().zip(self.ingress_by).map(|(limit, by)| match by {
-            IngressBy::HeldAcks => abi_limit(limit, HELD_MARK_NS, HORIZON_NS, UNPACED_BOUND_NS),
+            IngressBy::HeldAcks => abi_limit(limit, HELD_MARK_NS, horizon_ns(limit.rate)),
             // tbf has held it already: this only counts.
-            IngressBy::Tbf => abi_limit(limit, u64::MAX, u64::MAX, u64::MAX),
-            IngressBy::Drops => abi_limit(limit, UNPACED_BOUND_NS, DROPS_BOUND_NS, UNPACED_BOUND_NS),
+            IngressBy::Tbf => AbiLimit {
+                datagram_bound_ns: u64::MAX,
+                datagram_mark_ns: u64::MAX,
+                ..abi_limit(limit, u64::MAX, u64::MAX)
+            },
+            IngressBy::Drops => abi_limit(limit, DATAGRAM_BOUND_NS, DROPS_BOUND_NS),
         });
         [(Direction::Egress, egress.unwrap_or_default()), (Direction::Ingress, ingress.unwrap_or_default())]
     }
@@ -224,17 +290,29 @@ fn without_kernel_btf<T>(new: impl FnOnce() -> T) -> T {
     made
 }
 
-fn abi_limit(limit: &Limit, paced_mark_ns: u64, horizon_ns: u64, unpaced_bound_ns: u64) -> AbiLimit {
+fn abi_limit(limit: &Limit, stream_mark_ns: u64, horizon_ns: u64) -> AbiLimit {
     AbiLimit {
         rate_bits_per_s: limit.rate.as_bits_per_s(),
         burst_ns: limit.burst.as_ns_at(limit.rate),
         kept_ns: limit.burst.kept().as_ns_at(limit.rate),
-        unpaced_bound_ns,
-        paced_mark_ns,
+        datagram_bound_ns: DATAGRAM_BOUND_NS,
+        datagram_mark_ns: DATAGRAM_MARK_NS,
+        stream_mark_ns,
         horizon_ns,
         bulk_segments: bulk_segments(limit.rate),
-        departs: 0,
+        queue: QUEUE_NONE,
+        link_bits_per_s: limit.rate.as_bits_per_s(),
+        link_header_bytes: 0,
     }
+}
+
+/// How long a link of this rate takes for so many full packets, in nanoseconds.
+fn full_packets_ns(packets: u64, rate: Rate) -> u64 {
+    (packets * FULL_PACKET_BITS * 1_000_000_000).checked_div(rate.as_bits_per_s()).unwrap_or(u64::MAX)
+}
+
+fn horizon_ns(rate: Rate) -> u64 {
+    full_packets_ns(HORIZON_PACKETS, rate).clamp(HORIZON_NS, LONGEST_HORIZON_NS)
 }
 
 /// The limit that was written so, as if by an operator: who asked for it is not written. `None` where there is none.

@@ -24,7 +24,7 @@ use super::harness::{process, unique};
 use super::netlink;
 
 /// Where podshaper of this layout pins.
-pub const PINS: &str = "/sys/fs/bpf/podshaper/v4";
+pub const PINS: &str = "/sys/fs/bpf/podshaper/v5";
 /// What a sandbox asks for unless told otherwise, in bits per second.
 pub const RATE: u64 = 10_000_000;
 /// How long the kernel may take to free what nothing refers to any more: it does so after a grace period of RCU, in a worker.

@@ -1,6 +1,6 @@
 //! podshaper's eBPF programs: hook, what each is called for, and what its return value means. How they work is in the modules:
-//! [`clock`] (the pod clock), [`pace`] (TCP out), [`window`] (TCP in), [`flow`] (sparse flows), [`packet`] (bytes on the wire),
-//! [`subnets`] (what is exempt), [`maps`].
+//! [`turn`] (which packet leaves at once and which waits), [`clock`] (the pod clock), [`pace`] (TCP out), [`window`] (TCP in), [`flow`] (what
+//! is remembered of a socket), [`packet`] (bytes on the wire), [`subnets`] (what is exempt), [`maps`].
 //!
 //! Every attachment is a load of its own, with its own maps. All programs run in the context of whoever sends, on any CPU, many
 //! at once; what they share is in `METERS`, under its lock.
@@ -14,6 +14,7 @@ mod pace;
 mod packet;
 mod subnets;
 mod tcp;
+mod turn;
 mod window;
 
 use core::ptr::NonNull;
@@ -22,19 +23,17 @@ use aya_ebpf::{
     Global,
     bindings::{
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_HDR_OPT_LEN_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
-        BPF_SOCK_OPS_RTT_CB, BPF_SOCK_OPS_RWND_INIT, bpf_sock,
+        BPF_SOCK_OPS_RTT_CB, BPF_SOCK_OPS_RWND_INIT, BPF_TCP_LISTEN, bpf_sock,
     },
     helpers::bpf_skb_ecn_set_ce,
     macros::{cgroup_skb, cgroup_sockopt, sock_ops},
     programs::{SkBuffContext, SockOpsContext, SockoptContext},
 };
-use podshaper_abi::{EGRESS, INGRESS, LOOPBACK_IFINDEX};
-
-use crate::{
-    flow::{Credit, Flow},
-    packet::Wire,
-    subnets::Remote,
+use podshaper_abi::{
+    DATAGRAM, EGRESS, FRESH, HTB_QUEUE, INGRESS, LOOPBACK_IFINDEX, QDISC_MAJOR, QUEUE_FQ, QUEUE_HTB, STREAM,
 };
+
+use crate::{flow::Flow, packet::Wire, subnets::Remote, turn::Packet};
 
 /// The attachment's interface, in the pod's network namespace. 0: every interface but loopback.
 #[unsafe(no_mangle)]
@@ -54,7 +53,8 @@ const DROP_INGRESS: i32 = 0;
 /// sock_ops and cgroup/setsockopt: go on.
 const CONTINUE: i32 = 1;
 
-/// Called for every packet a socket of the pod sends, before the qdisc and before a GSO packet is cut. Counts it on the clock.
+/// Called for every packet a socket of the pod sends, before the qdisc and before a GSO packet is cut. Counts it on the clock, and has it
+/// wait if its sender has not.
 #[cgroup_skb(egress)]
 pub fn count_egress(ctx: SkBuffContext) -> i32 {
     let socket = packet::full_socket(&ctx);
@@ -64,18 +64,28 @@ pub fn count_egress(ctx: SkBuffContext) -> i32 {
     }
     // SAFETY: `full_socket` returns what `bpf_sk_fullsock` gave.
     let mut flow = socket.and_then(|socket| unsafe { maps::flow_or_new(socket) });
+    let mut departs_ns = 0;
     if let Some(flow) = flow.as_deref_mut() {
         flow.is_ours = 1;
-        hold_back(&ctx, flow);
+        departs_ns = core::mem::take(&mut flow.window.hold_until_ns);
     }
-    // Of a pod with an ingress limit alone.
-    if maps::limit(EGRESS).is_none() {
+    let Some(limit) = maps::limit(EGRESS) else {
+        // Of a pod with an ingress limit alone.
+        depart(&ctx, departs_ns);
         return PASS;
-    }
+    };
     let wire = Wire::of(&ctx);
-    let flags = judge(EGRESS, &wire, socket, flow.map(|flow| &mut flow.out));
-    depart(&ctx, flags);
-    if admit(&ctx, EGRESS, &wire, flags) { PASS } else { DROP }
+    let before_ns = clock::backlog(EGRESS.into(), 0, 0);
+    let class = class_of(EGRESS, &wire, socket, flow);
+    if class == STREAM || class == DATAGRAM {
+        match limit.queue {
+            QUEUE_FQ => departs_ns = departs_ns.max(clock::now_ns() + before_ns),
+            QUEUE_HTB => wait_in_htb(&ctx),
+            _ => {}
+        }
+    }
+    depart(&ctx, departs_ns);
+    if admit(&ctx, EGRESS, &wire, class, before_ns) { PASS } else { DROP }
 }
 
 /// Called for every packet that reaches a socket of the pod, as a whole (GRO). Counts it on the clock.
@@ -88,8 +98,9 @@ pub fn count_ingress(ctx: SkBuffContext) -> i32 {
     // SAFETY: as in `count_egress`.
     let flow = socket.and_then(|socket| unsafe { maps::flow_or_new(socket) });
     let wire = Wire::of(&ctx);
-    let flags = judge(INGRESS, &wire, socket, flow.map(|flow| &mut flow.into));
-    if admit(&ctx, INGRESS, &wire, flags) { PASS } else { DROP_INGRESS }
+    let before_ns = clock::backlog(INGRESS.into(), 0, 0);
+    let class = class_of(INGRESS, &wire, socket, flow);
+    if admit(&ctx, INGRESS, &wire, class, before_ns) { PASS } else { DROP_INGRESS }
 }
 
 /// Called with the events of every TCP socket of the pod, the socket locked. Egress.
@@ -153,57 +164,73 @@ fn leave(socket: Option<NonNull<bpf_sock>>) {
     }
 }
 
-/// Gives a pure ACK the departure time that `hold_acks` chose for it a moment ago, in the same transmission.
+/// The class of a packet.
 #[inline(always)]
-fn hold_back(ctx: &SkBuffContext, flow: &mut Flow) {
-    if flow.window.hold_until_ns != 0 {
-        // SAFETY: cgroup_skb programs may write tstamp. TCP has marked it as a departure time already (`__tcp_transmit_skb`).
-        unsafe { (*ctx.skb.skb).tstamp = flow.window.hold_until_ns };
-        flow.window.hold_until_ns = 0;
+fn class_of(direction: u32, wire: &Wire, socket: Option<NonNull<bpf_sock>>, flow: Option<&mut Flow>) -> u64 {
+    let is_stream = is_stream(socket);
+    let Some(flow) = flow else {
+        // What TCP sends without a full socket (a SYN-ACK, an ACK in TIME-WAIT), or memory was short: as new as a flow can be.
+        let is_fresh = clock::has_room(direction.into(), FRESH) != 0;
+        return if is_fresh { FRESH } else if is_stream { STREAM } else { DATAGRAM };
+    };
+    let decided = core::mem::take(&mut flow.decided);
+    if direction == EGRESS && decided != 0 {
+        return decided - 1;
     }
-}
-
-/// Whether TCP's pacing, or its acknowledgements, hold the packet's sender. Also true for what TCP sends and receives without a
-/// full socket (a SYN-ACK, an ACK in TIME-WAIT): small, and not repeated by anybody who could be told to wait.
-#[inline(always)]
-fn is_paced(socket: Option<NonNull<bpf_sock>>) -> bool {
-    // SAFETY: cgroup_skb programs may read the protocol of a full socket.
-    socket.is_none_or(|socket| unsafe { socket.as_ref().protocol } == u32::from(packet::IPPROTO_TCP))
-}
-
-/// What is to be done with a packet: flags of [`clock`].
-#[inline(always)]
-fn judge(direction: u32, wire: &Wire, socket: Option<NonNull<bpf_sock>>, credit: Option<&mut Credit>) -> u64 {
-    let backlog_ns = clock::backlog(direction.into(), wire.bytes, 0);
-    let is_paced = is_paced(socket);
+    let turn = if direction == EGRESS { &mut flow.out } else { &mut flow.into };
     // A request that is answered when the backlog has drained comes as often as a bulk flow's segments do, and would wait for ever. Not so
     // for what is sent: there the short ends of a bulk flow's writes would be an advantage over others.
     let bulk_bytes = if direction == INGRESS { SPARSE_BYTES / 4 } else { 0 };
-    let (has_credit, takes_turn) = credit.map_or((false, false), |credit| {
-        let has_credit = credit.is_sparse(backlog_ns, wire.bytes, SPARSE_BYTES, bulk_bytes);
-        (has_credit, !is_paced && credit.takes_turn(backlog_ns, wire.segments))
-    });
-    clock::judge(direction.into(), backlog_ns, is_paced.into(), has_credit.into(), takes_turn.into())
+    turn.decide(&Packet {
+        direction,
+        bytes: wire.bytes,
+        segments: wire.segments,
+        credit_bytes: SPARSE_BYTES,
+        bulk_bytes,
+        is_stream,
+        is_bulk: false,
+        has_arrived: false,
+    })
+    .class
 }
 
-/// Gives a packet that no socket paces the time at which the backlog before it has drained. It waits in fq and counts against its
-/// socket's send buffer there, so that its sender is slowed instead of its packets dropped.
+/// Whether the packet is of a TCP connection, whose sender hears of what is dropped and of what waits. Also true for what TCP sends without a
+/// full socket: small, and not repeated by anybody who could be told to wait. A raw socket for TCP is nobody's connection.
 #[inline(always)]
-fn depart(ctx: &SkBuffContext, flags: u64) {
-    if flags & clock::DEPARTS != 0 {
-        // SAFETY: cgroup_skb programs may write tstamp.
-        unsafe { (*ctx.skb.skb).tstamp = clock::now_ns() + clock::backlog(EGRESS.into(), 0, 0) };
+fn is_stream(socket: Option<NonNull<bpf_sock>>) -> bool {
+    const SOCK_STREAM: u32 = 1;
+    // SAFETY: cgroup_skb programs may read protocol, type and state of a full socket.
+    socket.is_none_or(|socket| unsafe {
+        let socket = socket.as_ref();
+        socket.protocol == u32::from(packet::IPPROTO_TCP) && socket.type_ == SOCK_STREAM && socket.state != BPF_TCP_LISTEN
+    })
+}
+
+/// Gives a packet a departure time, which fq honours. An application's own (SO_TXTIME), and TCP's, hold where they are later. 0: none.
+#[inline(always)]
+fn depart(ctx: &SkBuffContext, departs_ns: u64) {
+    // SAFETY: cgroup_skb programs may read and write tstamp.
+    unsafe {
+        if departs_ns > (*ctx.skb.skb).tstamp {
+            (*ctx.skb.skb).tstamp = departs_ns;
+        }
     }
+}
+
+/// Sends a packet into the class of htb in which packets wait.
+#[inline(always)]
+fn wait_in_htb(ctx: &SkBuffContext) {
+    // SAFETY: cgroup_skb programs may write priority.
+    unsafe { (*ctx.skb.skb).priority = u32::from(QDISC_MAJOR) << 16 | u32::from(HTB_QUEUE) };
 }
 
 /// Counts a packet on a direction's clock, and marks it if it is to be; false if it must be dropped.
 #[inline(always)]
-fn admit(ctx: &SkBuffContext, direction: u32, wire: &Wire, mut flags: u64) -> bool {
+fn admit(ctx: &SkBuffContext, direction: u32, wire: &Wire, class: u64, before_ns: u64) -> bool {
+    let wants_mark = clock::is_marked(direction.into(), class, before_ns) != 0;
     // SAFETY: cgroup_skb programs may call it. It returns 1 where the packet is ECN-capable and now marked.
-    if flags & clock::IS_MARKED != 0 && unsafe { bpf_skb_ecn_set_ce(ctx.skb.skb) } != 1 {
-        flags &= !clock::IS_MARKED;
-    }
-    clock::admit(direction.into(), wire.bytes, wire.segments, flags) != 0
+    let is_marked = wants_mark && unsafe { bpf_skb_ecn_set_ce(ctx.skb.skb) } == 1;
+    clock::admit(direction.into(), wire.bytes, wire.segments, class, is_marked.into()) != 0
 }
 
 #[inline(always)]

@@ -57,7 +57,8 @@ impl FlowStorage {
 /// between two fields, which are each one load).
 #[inline(always)]
 pub fn limit(direction: u32) -> Option<Limit> {
-    LIMITS.get(direction).copied().filter(|limit| limit.rate_bits_per_s != 0)
+    // Both or neither are 0; the one that is divided by is seen not to be.
+    LIMITS.get(direction).copied().filter(|limit| limit.rate_bits_per_s != 0 && limit.link_bits_per_s != 0)
 }
 
 /// Whether the longest listed subnet around an address is exempt; `None` where there is none.

@@ -16,9 +16,9 @@
 //! once and raised with an ACK only (`tcp_update_pacing_rate`, bbr's `bbr_set_pacing_rate`): see [`raised`].
 
 use aya_ebpf::{helpers::bpf_setsockopt, programs::SockOpsContext};
-use podshaper_abi::{EGRESS, Meter, fair_wait_ns, transmit_time, usual_packet_bytes};
+use podshaper_abi::{EGRESS, transmit_time};
 
-use crate::{clock, flow::Flow, maps, packet, tcp};
+use crate::{flow::Flow, maps, packet, tcp, turn::Packet};
 
 const NANOS_PER_SECOND: u64 = 1_000_000_000;
 const SOL_SOCKET: i32 = 1;
@@ -29,11 +29,14 @@ pub const SO_MAX_PACING_RATE: i32 = 47;
 /// the flow has a backlog, its pace is below that again.
 const NOT_PACED: u64 = u32::MAX as u64;
 
+/// TCP does not pace the first of a flow's segments (`tcp_update_skb_after_send`). A pace would do nothing then but let fewer of them into
+/// the queue at a time (`tcp_small_queue_check`): the last of an answer would wait in it twice.
+const FIRST_SEGMENTS: u64 = 10;
+/// Where a wait is as long as this, fewer is better: all flows' first segments would be more than the horizon.
+const LONG_WAIT_NS: u64 = NANOS_PER_SECOND;
+
 /// Segments that a sparse flow may send before it waits.
 const SPARSE_SEGMENTS: u64 = 2;
-
-/// TCP does not pace the first of a flow's segments (`tcp_update_skb_after_send`).
-const FIRST_SEGMENTS: u64 = 10;
 
 /// Until the next segment the pace is raised to this many times the last one ..
 const RAISE: u64 = 2;
@@ -72,18 +75,28 @@ pub fn pace(ctx: &SockOpsContext, choose: impl FnOnce(&SockOpsContext, &mut Flow
     }
 }
 
-/// The pace for the segment that is about to leave.
+/// The pace for the segment that is about to leave, in bytes/s, by what its turn is: the sender waits that long after it.
 #[inline(always)]
 pub fn of_segment(ctx: &SockOpsContext, flow: &mut Flow) -> u64 {
     let payload = tcp::payload_bytes(ctx);
     let mss = tcp::mss(ctx);
-    let wire_bytes = packet::wire_bytes_of_tcp(payload, mss, tcp::is_ipv6(ctx).into());
-    let backlog_ns = clock::backlog(EGRESS.into(), wire_bytes, 1);
-    let is_sparse = flow.out.is_sparse(backlog_ns, wire_bytes, SPARSE_SEGMENTS * mss, 0);
-    flow.paced_bytes_per_s = if is_sparse {
-        at_the_limit(payload)
+    let decision = flow.out.decide(&Packet {
+        direction: EGRESS,
+        bytes: packet::wire_bytes_of_tcp(payload, mss, tcp::is_ipv6(ctx).into()),
+        segments: payload.div_ceil(mss.max(1)),
+        credit_bytes: SPARSE_SEGMENTS * mss,
+        bulk_bytes: 0,
+        is_stream: true,
+        is_bulk: true,
+        has_arrived: tcp::has_arrived(ctx),
+    });
+    // `count_egress`, which runs next, for this segment, is told.
+    flow.decided = decision.class + 1;
+    let is_of_first = tcp::sent_segments(ctx) + payload.checked_div(mss).unwrap_or(0) < FIRST_SEGMENTS;
+    flow.paced_bytes_per_s = if is_of_first && decision.wait_ns < LONG_WAIT_NS {
+        0
     } else {
-        wait_for(backlog_ns, wire_bytes, payload, tcp::sent_segments(ctx))
+        wait_for(payload, decision.wait_ns)
     };
     flow.paced_bytes_per_s
 }
@@ -99,47 +112,14 @@ pub fn raised(ctx: &SockOpsContext, flow: &mut Flow) -> u64 {
     raise(paced_bytes_per_s, tcp::mss(ctx))
 }
 
-/// The pace of a sparse flow's segment, in bytes/s: the limit. 0 without one.
-///
-/// A global function, as those that follow, for the same reason as those of [`clock`].
-#[inline(never)]
-#[unsafe(no_mangle)]
-pub extern "C" fn at_the_limit(payload: u64) -> u64 {
-    let Some(limit) = maps::limit(EGRESS) else { return 0 };
-    let is_short = transmit_time(payload, limit.rate_bits_per_s).ns < SHORTEST_WAIT_NS;
-    if is_short { NOT_PACED } else { limit.rate_bits_per_s / 8 }
-}
-
-/// The pace, in bytes/s, of a segment of so many bytes that leaves this backlog, of a socket that has sent so many segments before it: it
-/// waits for itself to drain, and for what is before it in proportion to its size. 0 without a limit.
-#[inline(never)]
-#[unsafe(no_mangle)]
-pub extern "C" fn wait_for(backlog_ns: u64, wire_bytes: u64, payload: u64, sent_segments: u64) -> u64 {
-    let (Some(limit), Some(meter)) = (maps::limit(EGRESS), maps::meter(EGRESS)) else { return 0 };
-    if backlog_ns < SHORTEST_WAIT_NS {
+/// The pace, in bytes/s, at which a sender waits so long after so many bytes of payload.
+#[inline(always)]
+fn wait_for(payload: u64, wait_ns: u64) -> u64 {
+    if wait_ns < SHORTEST_WAIT_NS {
         return NOT_PACED;
     }
-    let own_ns = transmit_time(wire_bytes, limit.rate_bits_per_s).ns.min(backlog_ns);
-    // Those of the first round are part of a backlog that all have made alike, and say nothing of what TCP builds later.
-    let wait_ns = if sent_segments < FIRST_SEGMENTS {
-        backlog_ns
-    } else {
-        fair_wait_ns(backlog_ns, own_ns, payload, count_packet(meter, payload, own_ns, backlog_ns))
-    };
     // 0 would turn pacing off (`tcp_update_skb_after_send`).
     (payload * NANOS_PER_SECOND).checked_div(wait_ns).unwrap_or(0).max(1)
-}
-
-/// Counts a packet in the mean of what the pod's bulk flows build, and returns what that was before. TCP builds larger ones the shorter the
-/// round trip is, whatever the pace: twelve segments at 2 us, two from 6 us on (`tcp_tso_autosize`).
-#[inline(always)]
-fn count_packet(meter: *mut Meter, payload: u64, own_ns: u64, backlog_ns: u64) -> u64 {
-    // SAFETY: the verifier checked the pointer; an aligned u32 is loaded and stored whole. Volatile: other CPUs write it. What two of
-    // them lose is one packet of a mean.
-    let mean = unsafe { &raw mut (*meter).bulk_packet_bytes };
-    let before = u64::from(unsafe { mean.read_volatile() });
-    unsafe { mean.write_volatile(usual_packet_bytes(before, payload, own_ns, backlog_ns) as u32) };
-    before
 }
 
 /// Asks for the acknowledgements of a socket, that [`raised`] may be called, where the limit is one that a packet can wait for.

@@ -50,6 +50,13 @@ pub fn sent_segments(ctx: &SockOpsContext) -> u64 {
     u64::from(unsafe { (*ctx.ops).data_segs_out })
 }
 
+/// Whether all that was sent before has been acknowledged.
+#[inline(always)]
+pub fn has_arrived(ctx: &SockOpsContext) -> bool {
+    // SAFETY: sock_ops programs may read packets_out.
+    unsafe { (*ctx.ops).packets_out == 0 }
+}
+
 /// Whether the segment opens, closes or resets the connection.
 #[inline(always)]
 pub fn opens_or_closes(ctx: &SockOpsContext) -> bool {

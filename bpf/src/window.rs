@@ -20,7 +20,7 @@
 use aya_ebpf::{helpers::bpf_setsockopt, programs::SockOpsContext};
 use podshaper_abi::{INGRESS, Limit};
 
-use crate::{clock, flow::Window, maps, tcp};
+use crate::{clock, maps, tcp};
 
 const IPPROTO_TCP: i32 = 6;
 /// uapi/linux/tcp.h. Taken from sock_ops since Linux 5.11.
@@ -53,6 +53,30 @@ const FIRST_MOST_SEGMENTS: u64 = 10;
 const USUAL_MSS: u64 = 1448;
 /// Above this the clamp limits nothing: 8 MB in 5 ms are 13 Gbit/s.
 const MOST_BYTES: u64 = 8 << 20;
+
+/// TCP in: the window the remote sender is given, and when its next acknowledgement may leave.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Window {
+    /// The window, in bytes. 0: not set yet.
+    pub bytes: u64,
+    /// When it was last changed.
+    pub changed_ns: u64,
+    /// What the socket had received then, in bytes.
+    pub received_bytes: u64,
+    /// Whether the ingress clock has ever had a backlog in this flow's time. Until then the window grows faster.
+    pub met_backlog: u64,
+    /// How long acknowledgements are held back, smoothed as the remote smooths its round trips.
+    pub held_ns: u64,
+    /// What the socket had received at the last acknowledgement, in bytes.
+    pub acknowledged_bytes: u64,
+    /// How far the remote may send, counted as these.
+    pub edge_bytes: u64,
+    /// The largest window that it has had, in bytes.
+    pub largest_bytes: u64,
+    /// Departure time of the pure ACK that is just being sent. 0: it is not held.
+    pub hold_until_ns: u64,
+}
 
 /// The first window, in segments.
 #[inline(always)]
@@ -87,7 +111,7 @@ pub fn acknowledge(ctx: &SockOpsContext) {
     let two_rtt_ns = 2 * (tcp::rtt_ns(ctx) + flow.window.held_ns);
     // Of a sparse flow the remote may wait for it before it sends the rest of a request. But where a packet of each flow is a long
     // backlog already, its first ones count.
-    let is_sparse = flow.into.is_left() && backlog_ns <= LOSS_PROBE_OF_ONE_NS;
+    let is_sparse = flow.into.is_sparse() && backlog_ns <= LOSS_PROBE_OF_ONE_NS;
     let patience_ns =
         two_rtt_ns + if has_one_in_flight(ctx, &flow.window) { LOSS_PROBE_OF_ONE_NS } else { LOSS_PROBE_NS };
     hold(&mut flow.window, now_ns, if is_sparse { 0 } else { backlog_ns.min(patience_ns) });

@@ -11,7 +11,7 @@ use crate::{
     interface::{self, IngressBy, Interface, Need, Record},
     pins::{BPFFS, LockedPins, Pins},
     pod::Owner,
-    shaper::{self, Loaded, Settings},
+    shaper::{self, Loaded, Queue, Settings},
 };
 
 /// Makes an attachment and returns its record.
@@ -63,12 +63,13 @@ impl<'a> Attaching<'a> {
         Ok(Self { plan, pins, interface, fq, record, under_lock: None, is_committed: false })
     }
 
-    /// What is known before [`Attaching::change`] decides which programs are loaded; tbf and drops take the same.
+    /// What is known before [`Attaching::change`] decides which programs are loaded; tbf and drops take the same, and so do htb and no
+    /// queue.
     fn settings(&self) -> Settings {
         let by_fq = if self.record.fq { IngressBy::HeldAcks } else { IngressBy::Drops };
         let limits = self.plan.limits;
         let ingress_by = self.record.ingress_by.or(limits.ingress.map(|_| by_fq));
-        Settings { ifindex: self.index(), limits, has_fq: self.record.fq, ingress_by }
+        Settings { ifindex: self.index(), limits, queue: Queue::of(&self.record), ingress_by }
     }
 
     fn index(&self) -> u32 {
@@ -89,7 +90,7 @@ impl<'a> Attaching<'a> {
         Ok(())
     }
 
-    /// Changes the interface. fq is there already.
+    /// Changes the interface. fq is there already, if there is any.
     fn change(&mut self) -> Result<()> {
         let staying = self.staying();
         let Self { plan, interface, fq, record, under_lock, .. } = self;

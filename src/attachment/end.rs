@@ -96,22 +96,26 @@ pub fn change(place: &Place, to: impl FnOnce(&Present) -> Result<Limits>) -> Res
 fn settle(pins: &Pins, present: &Present, interface: &mut Option<Interface>, to: &Limits) -> Result<()> {
     let record = &present.owner.interface;
     let Some(interface) = interface else {
-        let text = "change tbf: the pod's interface is not to be found any more";
-        let needs_it = record.has_tbf() && to.ingress.is_some();
-        return if needs_it { Err(Error::new(Code::Netns, text)) } else { Ok(()) };
+        let text = "change the queue that holds the limit: the pod's interface is not to be found any more";
+        return if is_held_by_qdisc(record, to) { Err(Error::new(Code::Netns, text)) } else { Ok(()) };
     };
     let mut own = present.need();
     own.limits = Some(present.limits_with(to));
     let mut needs = others(pins, &present.place, record);
-    // Of those that have a tbf, which earlier versions allowed, this one is changed.
+    // Of those that have a tbf or an htb, which earlier versions allowed, this one is changed.
     needs.insert(0, own);
     let settled = interface.settle(record, &needs);
     interface::warn("TCP may send larger packets than this limit is good for", settled.packets);
-    if record.has_tbf() && to.ingress.is_some() {
+    if is_held_by_qdisc(record, to) {
         return settled.qdiscs;
     }
     interface::warn(interface::LEFT, settled.qdiscs);
     Ok(())
+}
+
+/// Whether a qdisc has one of these limits too.
+fn is_held_by_qdisc(record: &Record, limits: &Limits) -> bool {
+    (record.has_tbf() && limits.ingress.is_some()) || (record.htb && limits.egress.is_some())
 }
 
 /// Lifts the limits of an attachment, if it is the one that is meant: a connection that sends before it is removed goes on without a

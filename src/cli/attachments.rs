@@ -26,7 +26,7 @@ use crate::{
     pins::{self, BPFFS, Pins, Place},
     pod::Owner,
     request::{Limit, Limits, Source},
-    shaper::{self, Pinned, Settings},
+    shaper::{self, Pinned, Queue, Settings},
     units::{Burst, Rate},
 };
 
@@ -291,7 +291,11 @@ impl Links {
 }
 
 fn read_directions(pinned: &Pinned<'_>, owner: &Owner) -> Result<[Option<Measured>; 2]> {
-    let egress_by = if owner.interface.fq { "pacing+fq" } else { "pacing" };
+    let egress_by = match Queue::of(&owner.interface) {
+        Queue::Fq => "pacing+fq",
+        Queue::Htb => "pacing+htb",
+        Queue::None => "pacing",
+    };
     let ingress_by = owner.interface.ingress_by.map_or("?".to_owned(), |by| by.to_string());
     let [egress, ingress] = pinned.limits()?;
     let [sent, received] = pinned.meters()?;

@@ -1,18 +1,18 @@
-//! How large a packet TCP builds in the pod: about a millisecond of its pace, and no more than two segments or a millisecond of the
-//! limit. Otherwise a flow with a short round trip builds up to 64 KiB whatever its pace, 52 ms of a 10 Mbit/s link in one packet
-//! (since Linux 5.18, `tcp_tso_autosize` in net/ipv4/tcp_output.c). It takes three settings of the pod's network namespace:
+//! How large a packet TCP builds in the pod: as large as the limit lets it, whatever the flow's share of it, and no larger. Fewer and
+//! larger packets cost less CPU, and each is a timer less. Left alone, a flow with a short round trip builds up to 64 KiB at any pace,
+//! 52 ms of a 10 Mbit/s link in one packet (since Linux 5.18, `tcp_tso_autosize` in net/ipv4/tcp_output.c), and one of many flows two
+//! segments. It takes three settings of the pod's network namespace:
 //!
+//! - `net.ipv4.tcp_min_tso_segs`: the segments that a flow builds however slow it is (bbr has a number of its own, 2);
 //! - `net.ipv4.tcp_tso_rtt_log` = 0: what is added to a packet is `gso_max_size >> round trip in us`, and not in units of 512 us;
 //! - `gso_max_size` of the interface, and for IPv4, since Linux 6.3, `gso_ipv4_max_size`: at 2 us, which a connection within the node
-//!   can have, what is added is 16 KiB still;
-//! - `net.ipv4.tcp_min_tso_segs` = 1 at very low rates, where two segments are long.
+//!   can have, what is added is 16 KiB still.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::path::Path;
 
 use netlink_packet_route::link::LinkAttribute;
-use podshaper_abi::SINGLE_SEGMENTS_BELOW_BITS_PER_S;
 
 use super::record::{Found, Need, Record};
 use crate::{
@@ -21,15 +21,34 @@ use crate::{
     units::Rate,
 };
 
+/// How long a packet of a bulk flow may take at the limit. A backlog is one of each flow, and costs a sparse flow nothing.
+const PACKET_NS: u64 = 2_000_000;
+/// Segments that it has at least, but where single ones are long (below).
+const LEAST_BULK_SEGMENTS: u64 = 2;
+/// Segments of the usual size in a packet of 64 KiB, which is the largest there is without BIG TCP.
+const MOST_BULK_SEGMENTS: u64 = 44;
+/// Payload of a segment of the usual size, with timestamps.
+const USUAL_MSS: u64 = 1448;
+/// Below this rate single segments are built. From here on bbr builds two all the same (`bbr_min_tso_rate`, net/ipv4/tcp_bbr.c).
+const SINGLE_SEGMENTS_BELOW_BITS_PER_S: u64 = 1_200_000;
+
 const LEAST_SEGMENTS: &str = "/proc/sys/net/ipv4/tcp_min_tso_segs";
 const RTT_LOG: &str = "/proc/sys/net/ipv4/tcp_tso_rtt_log";
 
 /// What the kernel keeps free of `gso_max_size` for headers, and more: `sk_setup_caps` takes MAX_TCP_HEADER off, at most 320.
 const HEADERS_BYTES: u64 = 512;
 
-/// Segments of the packets that a bulk flow builds at this limit, at its slowest: as few as every congestion control can.
-pub fn bulk_segments(rate: Rate) -> u64 {
-    if rate.as_bits_per_s() < SINGLE_SEGMENTS_BELOW_BITS_PER_S { 1 } else { 2 }
+/// Segments of the packets that a bulk flow builds at this limit, at its slowest.
+pub fn bulk_segments(limit: Rate) -> u64 {
+    if limit.as_bits_per_s() < SINGLE_SEGMENTS_BELOW_BITS_PER_S {
+        return 1;
+    }
+    (packet_bytes(limit) / USUAL_MSS).clamp(LEAST_BULK_SEGMENTS, MOST_BULK_SEGMENTS)
+}
+
+/// What a link of the limit's rate carries in [`PACKET_NS`].
+fn packet_bytes(limit: Rate) -> u64 {
+    limit.as_bits_per_s() / 8 / (1_000_000_000 / PACKET_NS)
 }
 
 /// The settings as they were before podshaper: what the attachments that are there already have found, or else what is there now. To
@@ -65,10 +84,13 @@ pub fn find(index: u32, own: &Record, others: &[Need]) -> Result<Found> {
 /// [`Code::Netns`] or [`Code::Kernel`]: what the kernel refuses, all of it. Lacking a setting is no error.
 pub fn settle(index: u32, own: &Record, needs: &[Need]) -> Result<()> {
     let limited = || needs.iter().filter(|need| need.limits_egress());
-    let is_single =
-        |need: &Need| need.limits.and_then(|limits| limits.egress).is_some_and(|limit| bulk_segments(limit.rate) == 1);
+    let segments = |need: &Need| match need.limits.and_then(|limits| limits.egress) {
+        Some(limit) => u32::try_from(bulk_segments(limit.rate)).ok(),
+        // Of another layout: it has what it needs.
+        None => read_sysctl(LEAST_SEGMENTS),
+    };
     let rtt_log = limited().next().map(|_| 0);
-    let least_segments = limited().any(is_single).then_some(1);
+    let least_segments = limited().filter_map(segments).min();
     error::all([
         set_sysctl(LEAST_SEGMENTS, least_segments.or(own.found.tcp_min_tso_segs)),
         set_sysctl(RTT_LOG, rtt_log.or(own.found.tcp_tso_rtt_log)),
@@ -101,8 +123,7 @@ fn builds_large() -> bool {
 
 /// The largest packet a flow may build at a limit, in bytes with its headers.
 fn largest(limit: Rate, mtu: u32) -> u32 {
-    let millisecond_bytes = limit.as_bits_per_s() / 8 / 1_000;
-    let bytes = millisecond_bytes.max(2 * u64::from(mtu)).saturating_add(HEADERS_BYTES);
+    let bytes = packet_bytes(limit).max(2 * u64::from(mtu)).saturating_add(HEADERS_BYTES);
     u32::try_from(bytes).unwrap_or(u32::MAX)
 }
 
@@ -175,17 +196,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_packet_is_two_segments_or_a_millisecond_of_the_limit() {
+    fn a_packet_is_two_segments_or_two_milliseconds_of_the_limit() {
         let megabit = |megabits: u64| Rate::bits_per_s(megabits * 1_000_000).unwrap();
         for (limit, mtu, bytes) in [
             (Rate::bits_per_s(1_000).unwrap(), 1500, 3_000 + 512),
             (megabit(10), 1500, 3_000 + 512),
             (megabit(10), 9000, 18_000 + 512),
-            (megabit(100), 1500, 12_500 + 512),
-            (megabit(1_000), 1500, 125_000 + 512),
+            (megabit(100), 1500, 25_000 + 512),
+            (megabit(1_000), 1500, 250_000 + 512),
             (Rate::MAX, 1500, u32::MAX),
         ] {
             assert_eq!(largest(limit, mtu), bytes, "{limit}bit/s with an MTU of {mtu}");
+        }
+    }
+
+    #[test]
+    fn slow_flows_of_a_fast_pod_build_packets_of_the_pods_limit() {
+        for (megabits, segments) in [(1, 1), (2, 2), (10, 2), (100, 17), (1_000, 44), (100_000, 44)] {
+            assert_eq!(bulk_segments(Rate::bits_per_s(megabits * 1_000_000).unwrap()), segments, "{megabits} Mbit/s");
         }
     }
 

@@ -12,7 +12,7 @@ use crate::request::Limits;
 
 /// The interface of an attachment, and what was done to it.
 ///
-/// Earlier versions wrote `netns`, `ifname`, `fq`, `gsoMaxSize` and `ingressBy` alone. A key that is missing is empty.
+/// Earlier versions wrote `netns`, `ifname`, `fq`, `htb`, `gsoMaxSize` and `ingressBy` alone. A key that is missing is empty.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct Record {
@@ -26,6 +26,9 @@ pub struct Record {
     pub netns_inode: Option<u64>,
     /// Whether fq is on the interface, to honour departure times.
     pub fq: bool,
+    /// Whether htb is on the interface, in which packets wait where there is no fq.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub htb: bool,
     /// What holds the ingress limit, if there is one.
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "known")]
     pub ingress_by: Option<IngressBy>,
@@ -81,7 +84,7 @@ impl Record {
 
     /// Whether there is anything to put back.
     pub fn is_unchanged(&self) -> bool {
-        !self.fq && !self.has_tbf() && self.found == Found::default()
+        !self.fq && !self.htb && !self.has_tbf() && self.found == Found::default()
     }
 
     /// Whether both are in one namespace.
@@ -103,6 +106,7 @@ impl Record {
         let is_left = |own: Option<u32>, others: Option<u32>| own.is_some() && others.is_none();
         let Found { gso_max_size, gso_ipv4_max_size: _, tcp_tso_rtt_log, tcp_min_tso_segs } = self.found;
         (self.fq && !other.fq)
+            || (self.htb && !other.htb)
             || (self.has_tbf() && !other.has_tbf())
             || is_left(gso_max_size, other.found.gso_max_size)
             || is_left(tcp_tso_rtt_log, other.found.tcp_tso_rtt_log)
@@ -132,6 +136,7 @@ mod tests {
             netns: Some("/run/netns/a".into()),
             netns_inode: None,
             fq: true,
+            htb: false,
             ingress_by: Some(IngressBy::HeldAcks),
             found,
         };

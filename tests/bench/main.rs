@@ -5,6 +5,13 @@
 #[path = "../harness/mod.rs"]
 mod harness;
 
+/// Real servers and their usual clients.
+mod apps;
+/// What limiting costs the machine.
+mod cpu;
+/// Traffic that is not a few long flows of TCP.
+mod short;
+
 use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -43,6 +50,12 @@ struct Options {
     /// How long each pod sends
     #[arg(long, default_value = "6", value_parser = table::parse_seconds)]
     seconds: f64,
+    /// Numbers of clients of a web server
+    #[arg(long, value_delimiter = ',', default_value = "8,64")]
+    clients: Vec<usize>,
+    /// Bytes of what they get (with --ingress: post)
+    #[arg(long, value_delimiter = ',', default_value = "300,3000,10000,30000,100000")]
+    sizes: Vec<usize>,
     /// Limit what the pod receives, and send to it
     #[arg(long)]
     ingress: bool,
@@ -76,6 +89,16 @@ enum Part {
     Udp,
     AboveTheLink,
     Calls,
+    /// Clients of a web server, each request on a connection of its own
+    Web,
+    /// Bulk flows of MPTCP
+    Mptcp,
+    /// Bulk flows whose receiving end says something meanwhile
+    Chatter,
+    /// What the machine's CPUs have to do
+    Cpu,
+    /// nginx, redis and their usual clients
+    Apps,
 }
 
 fn main() -> ExitCode {
@@ -120,6 +143,11 @@ fn run(options: &Options) -> Result<bool> {
             Part::Both => both(options, &mut table)?,
             Part::AboveTheLink => above_the_link(options, &mut table)?,
             Part::Calls => calls(&mut table)?,
+            Part::Web => short::web(options, &mut table)?,
+            Part::Mptcp => short::mptcp(options, &mut table)?,
+            Part::Chatter => short::chatter(options, &mut table)?,
+            Part::Cpu => cpu::cpu(options, &mut table)?,
+            Part::Apps => apps::apps(options, &mut table)?,
         };
         complete &= table.complete;
         let text = format!("### {title}\n\n{}\n", table::markdown(header, &table.rows));

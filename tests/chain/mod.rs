@@ -5,12 +5,16 @@
 
 /// Bytes and packets: what the programs count is what a receiver gets.
 mod counters;
+/// Flows that are not the usual ones: very many, very slow, with small segments, with traffic against the stream.
+mod flows;
 /// What a pod may do against its limit, and what it must still be able to do.
 mod foes;
 /// What a pod receives.
 mod ingress;
 /// Interfaces that are no veth, and packets of other sizes.
 mod links;
+/// Multipath TCP.
+mod mptcp;
 /// Rate, first second, retransmits, fairness, latency of TCP.
 mod rate;
 /// Which traffic is this attachment's, and what is not touched at all.
@@ -19,6 +23,8 @@ mod scope;
 mod subnets;
 /// UDP and ICMP.
 mod unpaced;
+/// Connections that are short.
+mod web;
 
 use std::sync::MutexGuard;
 use std::thread;
@@ -28,7 +34,7 @@ use serde_json::{Value, json};
 use super::harness::cni::{Chain, Cni};
 use super::harness::host::{Host, podshaper_plugin};
 use super::harness::limiter::{Limiter, Limits, Programs};
-use super::harness::measure;
+use super::harness::measure::{self, Timeline};
 use super::harness::pod::{INTERFACE, Pod};
 use super::harness::podshaper_program;
 
@@ -48,9 +54,14 @@ impl Bed {
     }
 
     pub fn pod(&self, limiter: Limiter, rate: u64) -> Pod<'_> {
+        self.pod_by(limiter, Limits { egress: Some(rate), ingress: None })
+    }
+
+    /// A pod with these limits by any of the limiters.
+    pub fn pod_by(&self, limiter: Limiter, limits: Limits) -> Pod<'_> {
         let mut pod = Pod::new(&self.host, "chain").unwrap();
         let programs = Programs::find(None, &[limiter]).unwrap();
-        limiter.add(&mut pod, Limits { egress: Some(rate), ingress: None }, &programs).unwrap();
+        limiter.add(&mut pod, limits, &programs).unwrap();
         pod
     }
 
@@ -118,6 +129,24 @@ pub fn assert_rate(what: &str, measured: f64, wanted: u64, tolerance: f64) {
         "{what}: {:.3} Mbit/s are {:.1} % of {:.3}, not within {allowed:.2?}",
         measured / 1e6,
         share * 100.0,
+        wanted as f64 / 1e6
+    );
+}
+
+/// What a second may have above the limit: packets that were sent a little before it, or that come a little after.
+const SECOND_TOLERANCE: f64 = 0.08;
+
+/// The same for each second after the first: a mean hides that a pod stands still in one and makes good in the next.
+#[track_caller]
+pub fn assert_each_second(what: &str, timeline: &Timeline, seconds: f64, wanted: u64) {
+    let shares: Vec<f64> = timeline.each_second(seconds).iter().map(|rate| rate / wanted as f64).collect();
+    eprintln!("{what}: {shares:.3?} of {:.3} Mbit/s, second by second", wanted as f64 / 1e6);
+    let allowed = 1.0 - SECOND_TOLERANCE - BUSY..=1.0 + SECOND_TOLERANCE;
+    let after_the_first = shares.get(1..).unwrap_or_default();
+    assert!(after_the_first.len() >= 2, "{what}: {shares:?} are too few seconds");
+    assert!(
+        after_the_first.iter().all(|share| allowed.contains(share)),
+        "{what}: {shares:.3?} of {:.3} Mbit/s, second by second; after the first not within {allowed:.2?}",
         wanted as f64 / 1e6
     );
 }

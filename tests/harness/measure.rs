@@ -11,6 +11,7 @@ use serde_json::Value;
 use super::host::Host;
 use super::pod::Pod;
 use super::process::Running;
+pub use super::timeline::Timeline;
 use super::{Context, Failure, Result, traffic_program};
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -49,6 +50,12 @@ pub struct Bulk {
     pub unpace_every: Option<Duration>,
     /// Every second flow has segments of so much payload.
     pub small_segments: Option<u32>,
+    /// Every so many bytes are a segment of their own.
+    pub message_bytes: Option<usize>,
+    /// What the receiving end says on each flow meanwhile.
+    pub chatter: Option<Chatter>,
+    /// Flows, requests and replies are MPTCP's.
+    pub mptcp: bool,
     /// Ask for small replies meanwhile, the same way, with this pause between reply and request: see [`ask_pause`].
     pub ask: Option<Duration>,
     pub ipv6: bool,
@@ -66,11 +73,21 @@ impl Default for Bulk {
             max_pacing_rate: None,
             unpace_every: None,
             small_segments: None,
+            message_bytes: None,
+            chatter: None,
+            mptcp: false,
             ask: None,
             ipv6: false,
             to: None,
         }
     }
+}
+
+/// Small messages against the stream of a bulk flow, on its connection.
+#[derive(Clone, Copy, Debug)]
+pub struct Chatter {
+    pub bytes: usize,
+    pub every: Duration,
 }
 
 /// UDP to measure with, in packets of 1428 bytes (1448 with IPv6).
@@ -107,24 +124,6 @@ impl Default for Udp {
     }
 }
 
-/// What arrived, cumulative; as the sinks of `traffic` report it.
-#[derive(Clone, Debug, Deserialize)]
-pub struct Timeline {
-    pub sample_us: Vec<u64>,
-    pub payload_bytes: Vec<u64>,
-    /// Layer 3. For TCP everything the receiving namespace got: requests, replies and retransmits are in it.
-    pub wire_bytes: Vec<u64>,
-    /// Payload of each TCP flow.
-    #[serde(default)]
-    pub flows: Vec<u64>,
-    /// UDP packets that passed the limiter and found no room in the receiver's socket.
-    #[serde(default)]
-    pub buffer_errors: u64,
-    /// UDP packets that came with a congestion mark.
-    #[serde(default)]
-    pub marked: u64,
-}
-
 /// What `traffic ask` reports.
 #[derive(Clone, Copy, Debug, Deserialize, Serialize)]
 pub struct Latency {
@@ -135,12 +134,22 @@ pub struct Latency {
     pub max_us: f64,
 }
 
+/// Percentiles of times.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct Times {
+    pub p50_us: f64,
+    pub p99_us: f64,
+    pub max_us: f64,
+}
+
 /// What [`bulk`] found.
 #[derive(Clone, Debug)]
 pub struct BulkResult {
     pub timeline: Timeline,
     pub retransmits: u64,
     pub latency: Option<Latency>,
+    /// How late the chatter was, where its messages have room for the time (8 bytes).
+    pub chatter: Option<Times>,
 }
 
 /// What [`udp`] found.
@@ -153,42 +162,6 @@ pub struct UdpResult {
     pub errors: std::collections::BTreeMap<String, u64>,
 }
 
-impl Timeline {
-    /// Wire bits per second between two times, in seconds since the first byte.
-    pub fn wire_rate(&self, from: f64, to: f64) -> f64 {
-        self.rate(&self.wire_bytes, from, to)
-    }
-
-    pub fn payload_rate(&self, from: f64, to: f64) -> f64 {
-        self.rate(&self.payload_bytes, from, to)
-    }
-
-    /// Wire bits per second after the first second.
-    pub fn steady_rate(&self) -> f64 {
-        self.wire_rate(1.0, f64::INFINITY)
-    }
-
-    pub fn first_second(&self) -> f64 {
-        self.wire_rate(0.0, 1.0)
-    }
-
-    /// Taken between the first samples at or after the times asked for, over the time that really lies between them: a late
-    /// sample is then no error.
-    fn rate(&self, bytes: &[u64], from: f64, to: f64) -> f64 {
-        let sample = |seconds: f64| {
-            let at = self.sample_us.partition_point(|us| (*us as f64) < seconds * 1e6);
-            let at = at.min(self.sample_us.len().saturating_sub(1));
-            Some((*self.sample_us.get(at)? as f64, *bytes.get(at)? as f64))
-        };
-        match (sample(from), sample(to)) {
-            (Some((start_us, start)), Some((end_us, end))) if end_us > start_us => {
-                (end - start) * 8.0 / ((end_us - start_us) / 1e6)
-            }
-            _ => 0.0,
-        }
-    }
-}
-
 /// A pause that keeps requests small beside a limit: a millisecond, or what makes them a twentieth of it.
 pub fn ask_pause(limit_bits_per_s: u64) -> Duration {
     const REQUEST_WIRE_BITS: u64 = (100 + 52) * 8;
@@ -199,7 +172,7 @@ pub fn ask_pause(limit_bits_per_s: u64) -> Duration {
 /// Small requests, alone on the link.
 pub fn ask(pod: &Pod, way: Way, seconds: f64, pause: Duration) -> Result<Latency> {
     let ends = Ends::new(pod, way, false, None)?;
-    let (_echo, asking) = ends.start_asking(seconds, pause)?;
+    let (_echo, asking) = ends.start_asking(&Asking { seconds, pause, ..Asking::default() })?;
     parse(asking.json(limit(seconds))?)
 }
 
@@ -207,7 +180,11 @@ pub fn ask(pod: &Pod, way: Way, seconds: f64, pause: Duration) -> Result<Latency
 pub fn bulk(pod: &Pod, options: &Bulk) -> Result<BulkResult> {
     let ends = Ends::new(pod, options.way, options.ipv6, options.to)?;
     let mut sink = ends.receiver("sink")?;
-    sink.args(["--seconds", &options.seconds.to_string(), "--flows", &options.flows.to_string()]);
+    let mptcp = options.mptcp.then_some("--mptcp");
+    sink.args(["--seconds", &options.seconds.to_string(), "--flows", &options.flows.to_string()]).args(mptcp);
+    if let Some(Chatter { bytes, every }) = options.chatter {
+        sink.args(["--chatter-bytes", &bytes.to_string(), "--chatter-us", &every.as_micros().to_string()]);
+    }
     let (sink, address) = Running::start_server(&mut sink)?;
     let mut send = ends.sender("send")?;
     // The sink decides when it is over: its clock starts with the first byte.
@@ -222,16 +199,53 @@ pub fn bulk(pod: &Pod, options: &Bulk) -> Result<BulkResult> {
     if let Some(bytes) = options.small_segments {
         send.args(["--small-segments", &bytes.to_string()]);
     }
+    if let Some(bytes) = options.message_bytes {
+        send.args(["--message-bytes", &bytes.to_string()]);
+    }
+    if let Some(chatter) = options.chatter {
+        send.args(["--chatter-bytes", &chatter.bytes.to_string()]);
+    }
     if let Some(pause) = options.unpace_every {
         send.args(["--unpace-every-ms", &pause.as_millis().to_string()]);
     }
-    let send = Running::start(&mut send)?;
+    let send = Running::start(send.args(mptcp))?;
     // A little shorter, so that no request is sent on a link that has fallen idle.
-    let asking = options.ask.map(|pause| ends.start_asking(options.seconds - 0.2, pause)).transpose()?;
+    let asking = |pause| Asking { seconds: options.seconds - 0.2, pause, mptcp: options.mptcp, ..Asking::default() };
+    let asking = options.ask.map(|pause| ends.start_asking(&asking(pause))).transpose()?;
     let latency = asking.map(|(_echo, asking)| parse(asking.json(limit(options.seconds))?)).transpose()?;
     let timeline = parse(sink.json(limit(options.seconds))?)?;
     let sent = send.json(limit(options.seconds))?;
-    Ok(BulkResult { timeline, retransmits: number(&sent, "retransmits")?, latency })
+    let chatter = parse(sent.get("chatter").cloned().unwrap_or_default())?;
+    Ok(BulkResult { timeline, retransmits: number(&sent, "retransmits")?, latency, chatter })
+}
+
+/// One flow from each of the pods to their node, all at once. The timeline is the node's.
+pub fn together(pods: &[Pod], seconds: f64) -> Result<Timeline> {
+    let first = pods.first().ok_or_else(|| Failure::new("no pods to send"))?;
+    let mut sink = Ends::new(first, Way::Out, false, None)?.receiver("sink")?;
+    sink.args(["--seconds", &seconds.to_string(), "--flows", &pods.len().to_string()]);
+    let (sink, address) = Running::start_server(&mut sink)?;
+    let start = |pod| -> Result<Running> {
+        let mut send = Ends::new(pod, Way::Out, false, None)?.sender("send")?;
+        Running::start(send.args([
+            "--to",
+            &address.to_string(),
+            "--seconds",
+            &(seconds + GRACE.as_secs_f64()).to_string(),
+        ]))
+    };
+    let _sending: Vec<Running> = pods.iter().map(start).collect::<Result<_>>()?;
+    parse(sink.json(limit(seconds))?)
+}
+
+/// Bulk flows that go on until what is returned is dropped.
+pub fn load(pod: &Pod, way: Way, flows: usize) -> Result<[Running; 2]> {
+    const LONG: &str = "600";
+    let ends = Ends::new(pod, way, false, None)?;
+    let (sink, address) = Running::start_server(ends.receiver("sink")?.args(["--seconds", LONG]))?;
+    let mut send = ends.sender("send")?;
+    send.args(["--to", &address.to_string(), "--flows", &flows.to_string(), "--seconds", LONG]);
+    Ok([Running::start(&mut send)?, sink])
 }
 
 /// UDP at a steady rate.
@@ -272,8 +286,19 @@ pub fn received(host: &Host) -> Result<(u64, u64)> {
     Ok((number(&report, "wire_bytes")?, number(&report, "packets")?))
 }
 
+/// Requests and replies on one connection.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Asking {
+    /// How long their times count.
+    pub seconds: f64,
+    /// How long before that the connection is in use.
+    pub uncounted: f64,
+    pub pause: Duration,
+    pub mptcp: bool,
+}
+
 /// The two ends of a measurement and the receiving one's address.
-struct Ends<'a> {
+pub(super) struct Ends<'a> {
     pod: &'a Pod<'a>,
     way: Way,
     to: IpAddr,
@@ -281,7 +306,7 @@ struct Ends<'a> {
 }
 
 impl<'a> Ends<'a> {
-    fn new(pod: &'a Pod, way: Way, ipv6: bool, to: Option<IpAddr>) -> Result<Self> {
+    pub(super) fn new(pod: &'a Pod, way: Way, ipv6: bool, to: Option<IpAddr>) -> Result<Self> {
         let to = match way {
             _ if to.is_some() => to,
             Way::Within if ipv6 => Some(Ipv6Addr::LOCALHOST.into()),
@@ -294,12 +319,12 @@ impl<'a> Ends<'a> {
         Ok(Self { pod, way, to, traffic: traffic_program()? })
     }
 
-    fn sender(&self, subcommand: &str) -> Result<Command> {
+    pub(super) fn sender(&self, subcommand: &str) -> Result<Command> {
         self.command(self.way != Way::In, subcommand)
     }
 
     /// A server at a free port of the receiving end.
-    fn receiver(&self, subcommand: &str) -> Result<Command> {
+    pub(super) fn receiver(&self, subcommand: &str) -> Result<Command> {
         let mut command = self.command(self.way != Way::Out, subcommand)?;
         command.args(["--listen", &SocketAddr::new(self.to, 0).to_string()]);
         Ok(command)
@@ -312,23 +337,25 @@ impl<'a> Ends<'a> {
     }
 
     /// The one that answers has to be kept until the one that asks has ended.
-    fn start_asking(&self, seconds: f64, pause: Duration) -> Result<(Running, Running)> {
-        let (echo, address) = Running::start_server(&mut self.receiver("echo")?)?;
+    pub(super) fn start_asking(&self, asking: &Asking) -> Result<(Running, Running)> {
+        let Asking { seconds, uncounted, pause, mptcp } = asking;
+        let mptcp = mptcp.then_some("--mptcp");
+        let (echo, address) = Running::start_server(self.receiver("echo")?.args(mptcp))?;
         let mut ask = self.sender("ask")?;
-        ask.args(["--to", &address.to_string(), "--seconds", &seconds.to_string()]);
-        ask.args(["--interval-us", &pause.as_micros().to_string()]);
+        ask.args(["--to", &address.to_string(), "--seconds", &(seconds + uncounted).to_string()]).args(mptcp);
+        ask.args(["--interval-us", &pause.as_micros().to_string(), "--uncounted", &uncounted.to_string()]);
         Ok((echo, Running::start(&mut ask)?))
     }
 }
 
-fn limit(seconds: f64) -> Duration {
+pub(super) fn limit(seconds: f64) -> Duration {
     Duration::from_secs_f64(seconds) + GRACE
 }
 
-fn parse<T: for<'de> Deserialize<'de>>(value: Value) -> Result<T> {
+pub(super) fn parse<T: for<'de> Deserialize<'de>>(value: Value) -> Result<T> {
     serde_json::from_value(value).context("read a report of traffic")
 }
 
-fn number(report: &Value, key: &str) -> Result<u64> {
+pub(super) fn number(report: &Value, key: &str) -> Result<u64> {
     report.get(key).and_then(Value::as_u64).ok_or_else(|| Failure::new(format_args!("no {key} in {report}")))
 }

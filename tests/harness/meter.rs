@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use podshaper_abi::LAYOUT;
+use podshaper_abi::{EGRESS, INGRESS, LAYOUT};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -40,20 +40,30 @@ pub fn egress(pod: &Pod) -> Result<Counters> {
 }
 
 pub fn egress_by(pod: &Pod, interface: &str) -> Result<Counters> {
-    let meter = first_entry(&directory(pod, interface).join("METERS"))?;
+    counters(&directory(pod, interface), EGRESS)
+}
+
+/// What the pod has received by its first interface.
+pub fn ingress(pod: &Pod) -> Result<Counters> {
+    counters(&directory(pod, INTERFACE), INGRESS)
+}
+
+fn counters(directory: &Path, direction: u32) -> Result<Counters> {
+    let meter = entry(&directory.join("METERS"), direction)?;
     let counters = meter.get("counters").cloned().unwrap_or_default();
     serde_json::from_value(counters).context(format_args!("read the counters in {meter}"))
 }
 
 pub fn egress_limit(pod: &Pod, interface: &str) -> Result<PinnedLimit> {
-    let limit = first_entry(&directory(pod, interface).join("LIMITS"))?;
+    let limit = entry(&directory(pod, interface).join("LIMITS"), EGRESS)?;
     serde_json::from_value(limit).context("read the limit")
 }
 
-/// The entry of egress: key 0.
-fn first_entry(map: &Path) -> Result<Value> {
+/// The entry of a direction, which is its key.
+fn entry(map: &Path, direction: u32) -> Result<Value> {
     let mut bpftool = Command::new("bpftool");
-    bpftool.args(["-j", "map", "lookup", "pinned"]).arg(map).args(["key", "0", "0", "0", "0"]);
+    let key = direction.to_ne_bytes().map(|byte| byte.to_string());
+    bpftool.args(["-j", "map", "lookup", "pinned"]).arg(map).arg("key").args(key);
     let text = run(&mut bpftool)?;
     let entry: Value = serde_json::from_str(&text).context(format_args!("read bpftool's answer {text:?}"))?;
     let formatted = entry.get("formatted").and_then(|entry| entry.get("value")).cloned();

@@ -19,6 +19,8 @@ pub mod netns;
 pub mod pod;
 pub mod process;
 pub mod table;
+mod timeline;
+pub mod web;
 
 use std::fmt;
 use std::io::{self, Write};

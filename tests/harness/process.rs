@@ -62,8 +62,15 @@ impl Running {
         self.child.id()
     }
 
-    /// The JSON the child prints; an error if it fails, takes longer than `limit`, or a signal asks this process to stop.
-    pub fn json(mut self, limit: Duration) -> Result<Value> {
+    /// The JSON the child prints; errors as of [`Running::text`].
+    pub fn json(self, limit: Duration) -> Result<Value> {
+        let what = self.what.clone();
+        let stdout = self.text(limit)?;
+        serde_json::from_str(&stdout).context(format_args!("read the answer of {what}: {stdout:?}"))
+    }
+
+    /// What the child prints; an error if it fails, takes longer than `limit`, or a signal asks this process to stop.
+    pub fn text(mut self, limit: Duration) -> Result<String> {
         let start = Instant::now();
         let status = loop {
             if let Some(status) = self.child.try_wait().context(format_args!("wait for {}", self.what))? {
@@ -80,7 +87,7 @@ impl Running {
         if !status.success() {
             return Err(failed(&self.what, status, &stderr));
         }
-        serde_json::from_str(&stdout).context(format_args!("read the answer of {}: {stdout:?}", self.what))
+        Ok(stdout)
     }
 }
 

@@ -27,7 +27,7 @@ fn an_add_pins_and_attaches_what_it_says_and_a_del_leaves_nothing() {
     pod.assert_limited(&pod.container_id, RATE);
     // Whether this kernel has fq is its own affair; what is recorded must be what is on the interface.
     let qdisc = pod.netns.run("tc", &["qdisc", "show", "dev", "eth0"]).unwrap();
-    let has_fq = qdisc.starts_with("qdisc fq ");
+    let [has_fq, has_htb] = ["fq", "htb"].map(|kind| qdisc.starts_with(&format!("qdisc {kind} ")));
     let mut owner = json!({
         "containerId": pod.container_id,
         "fq": has_fq,
@@ -40,6 +40,9 @@ fn an_add_pins_and_attaches_what_it_says_and_a_del_leaves_nothing() {
         "cgroup": pod.cgroup.path(),
     });
     owner["netnsInode"] = std::fs::metadata(pod.netns.path()).unwrap().ino().into();
+    if has_htb {
+        owner["htb"] = true.into();
+    }
     owner["tcpMinTsoSegs"] = least_segments.into();
     if builds_large_packets() {
         owner["gsoMaxSize"] = sizes.0.into();
@@ -52,7 +55,11 @@ fn an_add_pins_and_attaches_what_it_says_and_a_del_leaves_nothing() {
     let expected = format!(
         "default/web ({}) eth0: egress 10Mbit/s, burst 15000 bytes, by pacing and {}, from runtimeConfig.bandwidth; ",
         pod.uid,
-        if has_fq { "fq" } else { "drops" }
+        match (has_fq, has_htb) {
+            (true, _) => "fq",
+            (_, true) => "htb",
+            _ => "drops",
+        }
     );
     assert!(add.stderr.contains(&expected), "{add}");
 
@@ -217,8 +224,9 @@ fn no_qdisc_outlives_the_limit_it_was_put_there_for() {
         let by = pod.owner("eth0")["ingressBy"].clone();
         assert_eq!(qdiscs(), usize::from(by != "drops"), "{by}");
         end();
-        // fq serves what is sent as well.
-        assert_eq!(qdiscs(), usize::from(sends && by == "held-acks"), "after {what}: {by}");
+        // fq serves what is sent as well; htb is for nothing else.
+        let serves = || ["fq", "htb"].iter().any(|queue| pod.owner("eth0")[queue] == true);
+        assert_eq!(qdiscs(), usize::from(sends && serves()), "after {what}: {by}");
     }
     pod.call("DEL");
 }

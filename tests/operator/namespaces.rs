@@ -38,7 +38,15 @@ impl<'a> Limited<'a> {
     }
 
     fn ingress_by(&self) -> serde_json::Value {
-        listed(&key(self.cgroup.path())).unwrap()["ingress"]["by"].clone()
+        self.by("ingress")
+    }
+
+    fn egress_by(&self) -> serde_json::Value {
+        self.by("egress")
+    }
+
+    fn by(&self, direction: &str) -> serde_json::Value {
+        listed(&key(self.cgroup.path())).unwrap()[direction]["by"].clone()
     }
 }
 
@@ -78,8 +86,10 @@ fn attached_again_for_egress_alone_no_queue_of_before_is_left() {
     let by = cgroup.ingress_by();
     assert_eq!(own_qdiscs(&netns, &host_end), usize::from(by != "drops"), "{by}");
     cgroup.attach(&["--egress", "10M"]);
-    // fq serves what is sent as well.
-    assert_eq!(own_qdiscs(&netns, &host_end), usize::from(by == "held-acks"), "{}", qdiscs(&netns, &host_end));
+    // fq serves what is sent as well; htb is for nothing else.
+    let own = usize::from(cgroup.egress_by() != "pacing");
+    assert_eq!(own_qdiscs(&netns, &host_end), own, "{}", qdiscs(&netns, &host_end));
+    assert!(!qdiscs(&netns, &host_end).contains("qdisc tbf"), "{}", qdiscs(&netns, &host_end));
     cgroup.detach();
     assert_eq!(own_qdiscs(&netns, &host_end), 0);
 }
@@ -95,6 +105,8 @@ fn of_two_limits_on_one_interface_each_goes_alone() {
     second.attach(&["--egress", "10M", "--ingress", "20M"]);
     // tbf holds all that an interface receives: there is one, the first one's.
     assert_eq!((sizes(&netns), qdiscs(&netns, &host_end)), limited);
+    // So is htb.
+    assert_eq!(second.egress_by(), if first.egress_by() == "pacing+fq" { "pacing+fq" } else { "pacing" });
     assert_eq!(second.ingress_by(), if first.ingress_by() == "held-acks" { "held-acks" } else { "drops" });
     second.detach();
     assert_eq!((sizes(&netns), qdiscs(&netns, &host_end)), limited);

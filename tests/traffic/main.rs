@@ -6,21 +6,23 @@
 #![allow(clippy::print_stdout, reason = "one line of JSON on stdout is this program's answer")]
 
 mod ask;
+mod chatter;
+mod sampler;
 mod send;
 mod sink;
+mod sockets;
 mod sources;
+mod times;
 mod udp;
+mod web;
 mod wire;
 
 use std::io::{self, Write};
-use std::net::{SocketAddr, TcpStream};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::net::SocketAddr;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::Parser;
-use nix::errno::Errno;
-use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrStorage};
 use serde::Serialize;
 
 /// Traffic to measure a pod's network with.
@@ -28,7 +30,7 @@ use serde::Serialize;
 #[command(name = "traffic")]
 enum Command {
     /// Receive TCP flows and count what arrives in every 100 ms from the first byte on
-    Sink(Receive),
+    Sink(sink::Sink),
     /// Send bulk TCP flows
     Send(send::Send),
     /// Accept TCP flows and send on them
@@ -43,6 +45,10 @@ enum Command {
     Echo(ask::Echo),
     /// Send requests one after the other and time every reply
     Ask(ask::Ask),
+    /// Answer short requests, each with as much as it asks for
+    WebServe(web::WebServe),
+    /// Ask in a closed loop, on connections that are short or kept, and time every response
+    WebGet(web::WebGet),
     /// Say what this network namespace has received so far
     Received,
     /// Set an option of 8 KiB on a socket and see what the kernel got
@@ -75,7 +81,9 @@ fn main() -> ExitCode {
         Command::UdpSend(options) => udp::send(&options).and_then(print),
         Command::Echo(options) => ask::echo(&options),
         Command::Ask(options) => ask::ask(&options).and_then(print),
-        Command::Received => wire::Received::now().and_then(print),
+        Command::WebServe(options) => web::serve(&options).and_then(print),
+        Command::WebGet(options) => web::get(&options).and_then(print),
+        Command::Received => wire::Received::now(sockets::Protocol::TCP).and_then(print),
         Command::Sources(options) => sources::sources(&options).and_then(print),
     };
     match result {
@@ -106,26 +114,4 @@ fn say_listening(address: SocketAddr) {
 /// Adds what was being done to an error of the system.
 fn context(what: impl std::fmt::Display) -> impl FnOnce(io::Error) -> io::Error {
     move |error| io::Error::new(error.kind(), format!("{what}: {error}"))
-}
-
-/// Connects, allowing the other side two seconds to come up.
-fn connect(to: SocketAddr) -> io::Result<TcpStream> {
-    connect_with(to, |_| Ok(()))
-}
-
-/// The same with a socket that is prepared before it connects.
-fn connect_with(to: SocketAddr, prepare: impl Fn(&OwnedFd) -> io::Result<()>) -> io::Result<TcpStream> {
-    let family = if to.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-    let start = Instant::now();
-    loop {
-        let socket = socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-        prepare(&socket)?;
-        match socket::connect(socket.as_raw_fd(), &SockaddrStorage::from(to)) {
-            Ok(()) => return Ok(socket.into()),
-            Err(Errno::ECONNREFUSED) if start.elapsed() < Duration::from_secs(2) => {
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            Err(error) => return Err(context(format_args!("connect to {to}"))(error.into())),
-        }
-    }
 }

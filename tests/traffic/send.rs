@@ -2,17 +2,19 @@
 
 use std::ffi::OsString;
 use std::io::{self, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsFd;
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::fd::{AsFd, AsRawFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{MsgFlags, setsockopt, sockopt};
 use serde::Serialize;
 
-use super::sink::BUCKET;
-use super::wire::Segments;
-use super::{connect_with, context, say_listening, seconds};
+use super::sampler::BUCKET;
+use super::sockets::Protocol;
+use super::times::Times;
+use super::wire::{self, Segments};
+use super::{chatter, context, say_listening, seconds};
 
 const WRITE_BYTES: usize = 1 << 17;
 /// SO_MAX_PACING_RATE of a socket that nothing paces.
@@ -42,6 +44,14 @@ pub struct Send {
     /// Every second flow has segments of so much payload (TCP_MAXSEG)
     #[arg(long, value_name = "BYTES")]
     small_segments: Option<u32>,
+    /// Every so many bytes are a segment of their own (MSG_EOR)
+    #[arg(long, value_name = "BYTES")]
+    message_bytes: Option<usize>,
+    /// Take the messages of so many bytes that `sink` says meanwhile
+    #[arg(long, value_name = "BYTES")]
+    chatter_bytes: Option<usize>,
+    #[command(flatten)]
+    protocol: Protocol,
 }
 
 #[derive(clap::Args)]
@@ -76,28 +86,43 @@ pub struct SendReport {
     out_segments: u64,
     /// Segments this namespace sent again.
     retransmits: u64,
+    /// How late the messages were that `sink` said.
+    chatter: Option<Times>,
 }
 
 pub fn send(options: &Send) -> io::Result<SendReport> {
     let before = Segments::now()?;
+    let is_mptcp = options.protocol.is_mptcp();
+    let connections_before = if is_mptcp { wire::mptcp_connections()? } else { 0 };
     let flows: Vec<TcpStream> =
         (0..options.flows.count).map(|number| open(options, number)).collect::<io::Result<_>>()?;
-    fill_all(&flows, options.flows.seconds, options.unpace_every_ms.map(Duration::from_millis), before)
+    if is_mptcp && wire::mptcp_connections()? - connections_before < flows.len() as u64 {
+        return Err(io::Error::other("the other end answered with TCP: it needs --mptcp as well"));
+    }
+    let fill = Fill {
+        flows: &flows,
+        until: Instant::now() + options.flows.seconds,
+        unpace_every: options.unpace_every_ms.map(Duration::from_millis),
+        message_bytes: options.message_bytes,
+        chatter_bytes: options.chatter_bytes,
+    };
+    fill.run(before)
 }
 
 pub fn serve(options: &Serve) -> io::Result<SendReport> {
-    let listener = TcpListener::bind(options.listen).map_err(context(format_args!("listen on {}", options.listen)))?;
+    let listener = Protocol::TCP.listen(options.listen)?;
     options.max_pacing_rate.map_or(Ok(()), |rate| pace(&listener, rate))?;
     let before = Segments::now()?;
     say_listening(listener.local_addr()?);
     let accept = |_| listener.accept().and_then(|(stream, _)| prepare(stream));
     let flows: Vec<TcpStream> = (0..options.flows.count).map(accept).collect::<io::Result<_>>()?;
-    fill_all(&flows, options.flows.seconds, None, before)
+    let until = Instant::now() + options.flows.seconds;
+    Fill { flows: &flows, until, unpace_every: None, message_bytes: None, chatter_bytes: None }.run(before)
 }
 
 fn open(options: &Send, number: usize) -> io::Result<TcpStream> {
     let segment = options.small_segments.filter(|_| number % 2 == 1);
-    let stream = connect_with(options.to, |socket| {
+    let stream = options.protocol.connect_with(options.to, |socket| {
         segment.map_or(Ok(()), |bytes| {
             setsockopt(socket, sockopt::TcpMaxSeg, &bytes).map_err(io::Error::from).map_err(context("set TCP_MAXSEG"))
         })?;
@@ -108,6 +133,11 @@ fn open(options: &Send, number: usize) -> io::Result<TcpStream> {
             .map_err(io::Error::from)
             .map_err(context(format_args!("use the congestion control {name:?}")))?;
     }
+    if options.message_bytes.is_some() {
+        // A small segment waits for no acknowledgement of the one before.
+        stream.set_nodelay(true)?;
+    }
+    options.protocol.be_greeted(&stream)?;
     prepare(stream)
 }
 
@@ -123,48 +153,73 @@ fn prepare(stream: TcpStream) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-fn fill_all(
-    flows: &[TcpStream],
-    length: Duration,
+/// What is sent, and what is done meanwhile.
+struct Fill<'a> {
+    flows: &'a [TcpStream],
+    until: Instant,
     unpace_every: Option<Duration>,
-    before: Segments,
-) -> io::Result<SendReport> {
-    let until = Instant::now() + length;
-    let written: io::Result<Vec<u64>> = thread::scope(|scope| {
-        let threads: Vec<_> = flows.iter().map(|flow| scope.spawn(move || fill(flow, until))).collect();
-        if let Some(pause) = unpace_every {
-            while !threads.iter().all(|thread| thread.is_finished()) {
-                flows.iter().try_for_each(|flow| pace(flow, NOT_PACED))?;
-                thread::sleep(pause);
-            }
-        }
-        threads.into_iter().map(|thread| thread.join().map_err(|_| io::Error::other("a flow panicked"))?).collect()
-    });
-    let bytes = written?.iter().sum();
-    let after = Segments::now()?;
-    let mss = match flows.first() {
-        Some(flow) => nix::sys::socket::getsockopt(flow, sockopt::TcpMaxSeg)?,
-        None => 0,
-    };
-    Ok(SendReport {
-        bytes,
-        mss,
-        out_segments: after.sent - before.sent,
-        retransmits: after.retransmitted - before.retransmitted,
-    })
+    message_bytes: Option<usize>,
+    chatter_bytes: Option<usize>,
 }
 
-fn fill(mut stream: &TcpStream, until: Instant) -> io::Result<u64> {
-    let buffer = vec![0; WRITE_BYTES];
-    let mut written = 0;
-    while Instant::now() < until {
-        match stream.write(&buffer) {
-            Ok(length) => written += length as u64,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            // The sink has seen enough.
-            Err(error) if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => break,
-            Err(error) => return Err(context("send")(error)),
-        }
+impl Fill<'_> {
+    fn run(&self, before: Segments) -> io::Result<SendReport> {
+        let joined = || io::Error::other("a flow panicked");
+        let (bytes, delays) = thread::scope(|scope| {
+            let listening: Vec<_> = self
+                .chatter_bytes
+                .into_iter()
+                .flat_map(|bytes| self.flows.iter().map(move |flow| scope.spawn(move || chatter::listen(flow, bytes))))
+                .collect();
+            let sending: Vec<_> = self.flows.iter().map(|flow| scope.spawn(|| self.fill(flow))).collect();
+            if let Some(pause) = self.unpace_every {
+                while !sending.iter().all(|thread| thread.is_finished()) {
+                    self.flows.iter().try_for_each(|flow| pace(flow, NOT_PACED))?;
+                    thread::sleep(pause);
+                }
+            }
+            let sent = sending.into_iter().map(|thread| thread.join().map_err(|_| joined())?);
+            let sent: io::Result<u64> = sent.sum();
+            // Those that listen would wait for the sink to end.
+            let _ = self.flows.iter().try_for_each(|flow| flow.shutdown(Shutdown::Both));
+            let delays: io::Result<Vec<Vec<Duration>>> =
+                listening.into_iter().map(|thread| thread.join().map_err(|_| joined())).collect();
+            Ok::<_, io::Error>((sent?, delays?.concat()))
+        })?;
+        let after = Segments::now()?;
+        Ok(SendReport {
+            bytes,
+            mss: self.mss(),
+            out_segments: after.sent - before.sent,
+            retransmits: after.retransmitted - before.retransmitted,
+            chatter: (!delays.is_empty()).then(|| Times::of(delays)),
+        })
     }
-    Ok(written)
+
+    /// 0 of MPTCP, whose sockets do not say.
+    fn mss(&self) -> u32 {
+        let first = self.flows.first();
+        first.and_then(|flow| nix::sys::socket::getsockopt(flow, sockopt::TcpMaxSeg).ok()).unwrap_or(0)
+    }
+
+    fn fill(&self, mut stream: &TcpStream) -> io::Result<u64> {
+        let buffer = vec![0; self.message_bytes.unwrap_or(WRITE_BYTES)];
+        let mut written = 0;
+        let mut write = || match self.message_bytes {
+            Some(_) => Ok(nix::sys::socket::send(stream.as_raw_fd(), &buffer, MsgFlags::MSG_EOR)?),
+            None => stream.write(&buffer),
+        };
+        while Instant::now() < self.until {
+            match write() {
+                Ok(length) => written += length as u64,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                // The sink has seen enough.
+                Err(error) if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {
+                    break;
+                }
+                Err(error) => return Err(context("send")(error)),
+            }
+        }
+        Ok(written)
+    }
 }

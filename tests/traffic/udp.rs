@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrStorage, recvmmsg, sendmmsg, setsockopt, sockopt};
 use serde::Serialize;
 
-use super::sink::BUCKET;
+use super::sampler::BUCKET;
 use super::{Receive, context, say_listening, seconds, wire};
 
 /// IP and UDP headers.

@@ -19,10 +19,10 @@ use std::io;
 use serde::Serialize;
 
 use super::context;
+use super::sockets::Protocol;
 
 const TCP_HEADERS_V4: u64 = 20 + 20;
 const TCP_HEADERS_V6: u64 = 40 + 20;
-const TIMESTAMPS: u64 = 12;
 
 /// What this namespace has received so far.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
@@ -39,8 +39,9 @@ pub struct Segments {
 }
 
 impl Received {
-    pub fn now() -> io::Result<Self> {
-        let option = if timestamps()? { TIMESTAMPS } else { 0 };
+    /// Where what the namespace receives is data of this protocol, for the most part.
+    pub fn now(protocol: Protocol) -> io::Result<Self> {
+        let option = protocol.option_bytes()?;
         let (ip, ip_ext) = (rows("snmp", "Ip")?, rows("netstat", "IpExt")?);
         let packets = sum(&ip_ext, &["InNoECTPkts", "InECT0Pkts", "InECT1Pkts", "InCEPkts"])?;
         let v4 =
@@ -71,13 +72,19 @@ pub fn udp_buffer_errors() -> io::Result<u64> {
     Ok(v4 + snmp6()?.map_or(Ok(0), |ip6| sum(&ip6, &["Udp6RcvbufErrors"]))?)
 }
 
+/// MPTCP connections that this namespace opened and whose other end spoke it, too.
+pub fn mptcp_connections() -> io::Result<u64> {
+    sum(&rows("netstat", "MPTcpExt")?, &["MPCapableSYNACKRX"])
+}
+
 /// Packets this namespace received with a congestion mark (CE).
 pub fn marked() -> io::Result<u64> {
     let v4 = sum(&rows("netstat", "IpExt")?, &["InCEPkts"])?;
     Ok(v4 + snmp6()?.map_or(Ok(0), |ip6| sum(&ip6, &["Ip6InCEPkts"]))?)
 }
 
-fn timestamps() -> io::Result<bool> {
+/// Whether TCP segments of this namespace have timestamps.
+pub fn timestamps() -> io::Result<bool> {
     Ok(read("/proc/sys/net/ipv4/tcp_timestamps")?.trim() != "0")
 }
 

@@ -6,7 +6,7 @@
 #![cfg_attr(not(test), no_std)]
 
 /// Version of the structures below and of the set of maps and programs that are pinned.
-pub const LAYOUT: u32 = 4;
+pub const LAYOUT: u32 = 5;
 
 /// Index of the egress direction in the `LIMITS` and `METERS` maps: what the pod sends.
 pub const EGRESS: u32 = 0;
@@ -52,13 +52,37 @@ pub fn ipv4_mapped([a, b, c, d]: [u8; 4]) -> SubnetAddress {
 /// Nanoseconds a second has, times bits a byte has: what turns bytes and bits/s into nanoseconds.
 const BIT_NANOS_PER_BYTE_SECOND: u64 = 8_000_000_000;
 
-/// Bytes of sparse flows that no socket paces count this many times on their own clock: together they get a quarter of the rate
-/// before the backlog and no more, however many sockets a pod opens (each comes with new credit).
+/// Bytes of sparse flows count this many times on a clock of their own: together they get a quarter of the rate before the backlog and no
+/// more, however many there are.
 pub const SPARSE_COST: u64 = 4;
+/// The same for flows that are new, on another clock: an eighth of the rate. Connections that a pod's clients open in numbers leave the
+/// share of the sparse flows that are known already alone.
+pub const FRESH_COST: u64 = 8;
+/// The same for the small packets of one sparse flow that has more of them than its credit, on a clock of the flow: a sixteenth of the rate.
+pub const SMALL_COST: u64 = 16;
 
-/// Below this rate TCP can be told to build single segments (net.ipv4.tcp_min_tso_segs): from here on bbr builds two all the same
-/// (`bbr_min_tso_rate`, net/ipv4/tcp_bbr.c).
-pub const SINGLE_SEGMENTS_BELOW_BITS_PER_S: u64 = 1_200_000;
+/// Of a packet: its sender has waited for its turn. It leaves at once, whatever the backlog.
+pub const WAITED: u64 = 0;
+/// Of a packet: it is of a sparse flow. It leaves at once, whatever the backlog, and counts on the clock of those.
+pub const SPARSE: u64 = 1;
+/// Of a packet: it is of a new flow. It leaves at once, whatever the backlog, and counts on the clock of those.
+pub const FRESH: u64 = 2;
+/// Of a packet: TCP sends it, and nothing has made its sender wait. It waits for what is before it, up to the horizon.
+pub const STREAM: u64 = 3;
+/// Of a packet: the same, but not of TCP. Nothing tells its sender when there is too much, so its bound is nearer.
+pub const DATAGRAM: u64 = 4;
+
+/// Where packets wait whose sender has not: nowhere, they pass or are dropped.
+pub const QUEUE_NONE: u64 = 0;
+/// Where packets wait whose sender has not: in fq, for their departure time.
+pub const QUEUE_FQ: u64 = 1;
+/// Where packets wait whose sender has not: in the class [`HTB_QUEUE`] of htb.
+pub const QUEUE_HTB: u64 = 2;
+/// Handle of the qdiscs that podshaper makes ("7064:"): by it they are known again.
+pub const QDISC_MAJOR: u16 = 0x7064;
+/// The class of htb for packets whose sender has not waited: `skb->priority` names it. Its low bits are those of best effort, for queues
+/// that the packet meets later (include/uapi/linux/pkt_sched.h, `TC_PRIO_MAX`).
+pub const HTB_QUEUE: u16 = 0x10;
 
 /// Largest packet the arithmetic is exact for. A GSO packet is at most 512 KiB (`GSO_MAX_SIZE`, 8 * 65535 with BIG TCP), and
 /// the headers of its segments do not double it.
@@ -74,16 +98,23 @@ pub struct Limit {
     pub burst_ns: u64,
     /// Part of the burst that TCP's bulk flows, which can wait, leave to what cannot.
     pub kept_ns: u64,
-    /// Backlog beyond which a packet that no socket paces is dropped. Half of it is where ECN-capable ones are marked.
-    pub unpaced_bound_ns: u64,
+    /// Backlog beyond which a packet that is not TCP, and whose sender has not waited, is dropped.
+    pub datagram_bound_ns: u64,
+    /// Backlog beyond which such a packet is marked, if it is ECN-capable.
+    pub datagram_mark_ns: u64,
     /// Backlog beyond which ECN-capable TCP is marked. All ones: never.
-    pub paced_mark_ns: u64,
-    /// Backlog beyond which every packet is dropped.
+    pub stream_mark_ns: u64,
+    /// Backlog beyond which TCP whose sender has not waited is dropped.
     pub horizon_ns: u64,
-    /// Segments of a packet that a bulk flow builds at its slowest: 1 or 2.
+    /// Segments of a packet that a bulk flow builds at its slowest.
     pub bulk_segments: u64,
-    /// 1: what no socket paces gets a departure time, since fq is there to honour it, and is held by the horizon only.
-    pub departs: u64,
+    /// Where packets wait whose sender has not: [`QUEUE_FQ`] and so on.
+    pub queue: u64,
+    /// Rate of the virtual link in bits per second: the limit, but for htb, where it is the limit as htb counts it.
+    pub link_bits_per_s: u64,
+    /// Bytes that each packet has on that link beyond those of layer 3: 0, but for htb, which counts Ethernet headers. Were they not counted
+    /// here, what leaves at once could use up htb's tokens, and its queue would be longer than the clock knows.
+    pub link_header_bytes: u64,
 }
 
 /// The kernel's `struct bpf_spin_lock`. The verifier finds it in a map's value by this name in the BTF.
@@ -100,12 +131,14 @@ pub struct bpf_spin_lock {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Meter {
     lock: bpf_spin_lock,
-    /// Payload of the packets that bulk TCP flows build, on the mean of the bytes in the backlog. 0: none yet.
-    pub bulk_packet_bytes: u32,
+    /// Bytes that a flow sends between two waits, on the mean of the bytes in the backlog. 0: none yet.
+    pub usual_bytes: u32,
     /// The virtual link.
     pub clock: Clock,
-    /// A slower one for what sparse flows send that no socket paces: see [`SPARSE_COST`].
-    pub sparse: Clock,
+    /// Time of a slower one for sparse flows: see [`SPARSE_COST`].
+    pub sparse_ns: u64,
+    /// Time of a slower one for new flows: see [`FRESH_COST`].
+    pub fresh_ns: u64,
     /// What it has seen.
     pub counters: Counters,
 }
@@ -139,10 +172,10 @@ pub struct Counters {
 }
 
 // The sizes are part of LAYOUT: a padding byte or a new field must not slip in unseen.
-const _: () = assert!(size_of::<Limit>() == 64);
+const _: () = assert!(size_of::<Limit>() == 88);
 const _: () = assert!(size_of::<Clock>() == 16);
 const _: () = assert!(size_of::<Counters>() == 40 + 8 * BACKLOG_BUCKETS);
-const _: () = assert!(size_of::<Meter>() == 8 + 2 * size_of::<Clock>() + size_of::<Counters>());
+const _: () = assert!(size_of::<Meter>() == 8 + size_of::<Clock>() + 16 + size_of::<Counters>());
 
 /// Time that some bytes take at a rate: whole nanoseconds and the remainder, in units of 1 ns / rate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -163,6 +196,14 @@ pub fn transmit_time(bytes: u64, rate_bits_per_s: u64) -> TransmitTime {
     TransmitTime { ns, rem: bit_nanos - ns * rate_bits_per_s }
 }
 
+impl Limit {
+    /// How long the virtual link takes for a packet of so many segments, `bytes` in all at layer 3.
+    #[inline(always)]
+    pub fn transmit_time(&self, bytes: u64, segments: u64) -> TransmitTime {
+        transmit_time(bytes + segments * self.link_header_bytes, self.link_bits_per_s)
+    }
+}
+
 impl Clock {
     /// The clock's time, an idle clock being at most `burst_ns` late. The lag is what lets a pacing timer that fired late be
     /// caught up: without it every late timer is rate lost.
@@ -178,13 +219,6 @@ impl Clock {
         next_ns.max(now_ns) - now_ns
     }
 
-    /// Moves the clock of sparse flows by `packets` (0 or 1) packets.
-    #[inline(always)]
-    pub fn advance_sparse(&mut self, now_ns: u64, limit: &Limit, time: TransmitTime, packets: u64) {
-        // The remainder is under a nanosecond: this clock bounds a privilege, it does not set the rate.
-        self.next_ns = Self::caught_up_ns(self.next_ns, now_ns, limit.burst_ns) + time.ns * SPARSE_COST * packets;
-    }
-
     /// Moves the clock by a packet. `time` must be of the rate the limit has now.
     #[inline(always)]
     pub fn advance(&mut self, now_ns: u64, limit: &Limit, time: TransmitTime) {
@@ -192,33 +226,52 @@ impl Clock {
         // A clock that was moved forward starts on a whole nanosecond.
         let rem = if caught_up_ns == self.next_ns { self.next_rem } else { 0 };
         let rem = rem + time.rem;
-        let carry = rem >= limit.rate_bits_per_s;
+        let carry = rem >= limit.link_bits_per_s;
         self.next_ns = caught_up_ns + time.ns + carry as u64;
-        let rem = if carry { rem - limit.rate_bits_per_s } else { rem };
+        let rem = if carry { rem - limit.link_bits_per_s } else { rem };
         // After a change to a lower rate the remainder of the higher one may be larger than the rate: it is under 1 ns, dropped.
-        self.next_rem = if rem < limit.rate_bits_per_s { rem } else { 0 };
+        self.next_rem = if rem < limit.link_bits_per_s { rem } else { 0 };
     }
 }
 
-/// Payload of the packets that bulk flows build, on the mean of the bytes in a backlog of `backlog_ns`, once a packet of `payload` bytes is
-/// counted, which is `own_ns` of it (at most all). `before`: without it; 0 where there was none. Never 0.
-///
-/// A flow that is alone finds none but itself in the backlog; one of N that send alike is an Nth of it.
+/// Moves the time of a clock that bounds a privilege and sets no rate: `time_ns` of the link count `cost` times. It may lag by the burst.
 #[inline(always)]
-pub fn usual_packet_bytes(before: u64, payload: u64, own_ns: u64, backlog_ns: u64) -> u64 {
-    let others_ns = if before == 0 { 0 } else { backlog_ns - own_ns };
-    (before * others_ns + payload * own_ns).checked_div(others_ns + own_ns).unwrap_or(payload).max(1)
+pub fn advance_privilege(next_ns: u64, now_ns: u64, burst_ns: u64, time_ns: u64, cost: u64) -> u64 {
+    Clock::caught_up_ns(next_ns, now_ns, burst_ns) + time_ns * cost
 }
 
-/// How long a flow waits that has sent `payload` bytes, which are `own_ns` of the backlog: for themselves to drain, and for what is before
-/// them in proportion to their part of a usual packet. So all flows that wait for a backlog send the same number of bytes.
+/// Bytes that a flow sends between two waits, on the mean of the bytes in a backlog of `backlog_ns`, once a packet is counted that is
+/// `own_ns` of it (at most all), of a flow that has sent `burst` bytes with it since it last waited. `before`: without it; 0 where there was
+/// none. Never 0.
+///
+/// A flow that is alone finds none but itself in the backlog; one of N that send alike is an Nth of it. So the backlog divided by this is
+/// the number of flows that have part in it.
+#[inline(always)]
+pub fn usual_bytes(before: u64, burst: u64, own_ns: u64, backlog_ns: u64) -> u64 {
+    let others_ns = if before == 0 { 0 } else { backlog_ns - own_ns };
+    let burst = burst.min(MAX_PACKET_BYTES);
+    (before * others_ns + burst * own_ns).checked_div(others_ns + own_ns).unwrap_or(burst).max(1)
+}
+
+/// How long a flow waits that has sent `bytes`, which are `own_ns` of the backlog: for themselves to drain, and for what is before them in
+/// proportion to what a flow usually has of it. So all flows that wait for a backlog send the same number of bytes.
 ///
 /// `usual_bytes` is that of the packets before, since a large one that counts for itself is usual by that. 0: there were none.
 #[inline(always)]
-pub fn fair_wait_ns(backlog_ns: u64, own_ns: u64, payload: u64, usual_bytes: u64) -> u64 {
+pub fn fair_wait_ns(backlog_ns: u64, own_ns: u64, bytes: u64, usual_bytes: u64) -> u64 {
     let before_ns = backlog_ns - own_ns;
-    own_ns + (before_ns * payload).checked_div(usual_bytes).unwrap_or(before_ns)
+    own_ns + (before_ns * bytes).checked_div(usual_bytes).unwrap_or(before_ns)
 }
+
+/// How much earlier a flow may go on than it was told: as TCP's pacing, which takes off what it was late by the last time, up to half of the
+/// wait (`tcp_update_skb_after_send`), and what lies between the moment that TCP reckons from and the one in which a program runs.
+#[inline(always)]
+pub fn wait_slack_ns(wait_ns: u64, late_ns: u64) -> u64 {
+    late_ns.min(wait_ns / 2) + wait_ns / 8 + SLACK_NS
+}
+
+/// The least of that slack: what runs between TCP's look at the time and the program.
+const SLACK_NS: u64 = 50_000;
 
 /// Histogram bucket of a backlog: 0 below 2^10 ns, then one for each doubling, the last one open.
 #[inline(always)]
@@ -258,7 +311,7 @@ mod tests {
     ];
 
     fn limit(rate_bits_per_s: u64) -> Limit {
-        Limit { rate_bits_per_s, burst_ns: 0, ..Limit::default() }
+        Limit { rate_bits_per_s, link_bits_per_s: rate_bits_per_s, ..Limit::default() }
     }
 
     #[test]
@@ -311,13 +364,24 @@ mod tests {
     }
 
     #[test]
-    fn sparse_flows_use_up_their_quarter_and_others_leave_it_alone() {
-        let limit = limit(8_000_000_000);
-        let mut clock = Clock { next_ns: 1_000, next_rem: 0 };
-        clock.advance_sparse(1_000, &limit, transmit_time(100, limit.rate_bits_per_s), 0);
-        assert_eq!(clock.next_ns, 1_000);
-        clock.advance_sparse(1_000, &limit, transmit_time(100, limit.rate_bits_per_s), 1);
-        assert_eq!(clock.next_ns, 1_400);
+    fn sparse_flows_have_the_quarter_that_is_meant_and_not_an_eighth() {
+        // A second of packets that each leave when the clock allows it.
+        let (time_ns, mut next_ns, mut sent_ns) = (transmit_time(125, 8_000_000).ns, 0, 0);
+        for now_ns in (0..1_000_000_000).step_by(1_000) {
+            if next_ns <= now_ns {
+                next_ns = advance_privilege(next_ns, now_ns, 0, time_ns, SPARSE_COST);
+                sent_ns += time_ns;
+            }
+        }
+        assert!((249_000_000..=251_000_000).contains(&sent_ns), "{sent_ns} ns of a second");
+    }
+
+    #[test]
+    fn a_flow_that_waited_as_tcp_makes_it_wait_is_not_early() {
+        // The wait is taken off by what the packet before was late, and by half of it at most.
+        for (wait_ns, late_ns, least_ns) in [(8_000_000, 0, 8_000_000), (8_000_000, 1_000_000, 7_000_000), (8_000_000, u64::MAX, 4_000_000)] {
+            assert!(wait_ns - wait_slack_ns(wait_ns, late_ns).min(wait_ns) <= least_ns);
+        }
     }
 
     #[test]
@@ -339,10 +403,10 @@ mod tests {
     #[test]
     fn a_flow_that_is_alone_waits_for_itself_and_no_longer() {
         assert_eq!(fair_wait_ns(2_400_000, 2_400_000, 2_896, 64_000), 2_400_000);
-        assert_eq!(usual_packet_bytes(64_000, 2_896, 2_400_000, 2_400_000), 2_896);
+        assert_eq!(usual_bytes(64_000, 2_896, 2_400_000, 2_400_000), 2_896);
         // As the first one at all, it waits for the whole backlog.
         assert_eq!(fair_wait_ns(9_000_000, 2_400_000, 2_896, 0), 9_000_000);
-        assert_eq!(usual_packet_bytes(0, 2_896, 2_400_000, 9_000_000), 2_896);
+        assert_eq!(usual_bytes(0, 2_896, 2_400_000, 9_000_000), 2_896);
     }
 
     #[test]
@@ -357,7 +421,7 @@ mod tests {
             let own_ns = packets[flow] * NS_PER_BYTE;
             next_ns = now_ns.max(next_ns) + own_ns;
             due[flow] = now_ns + fair_wait_ns(next_ns - now_ns, own_ns, packets[flow], usual);
-            usual = usual_packet_bytes(usual, packets[flow], own_ns, next_ns - now_ns);
+            usual = usual_bytes(usual, packets[flow], own_ns, next_ns - now_ns);
             sent[flow] += packets[flow];
         }
         let all: u64 = sent.iter().sum();
@@ -370,7 +434,7 @@ mod tests {
     fn the_largest_packets_at_the_lowest_rate_do_not_overflow() {
         let own_ns = transmit_time(MAX_PACKET_BYTES, 1_000).ns;
         let backlog_ns = own_ns + 2_000_000_000;
-        let usual = usual_packet_bytes(1, MAX_PACKET_BYTES, own_ns, backlog_ns);
+        let usual = usual_bytes(1, MAX_PACKET_BYTES, own_ns, backlog_ns);
         assert!(usual <= MAX_PACKET_BYTES);
         assert!(fair_wait_ns(backlog_ns, own_ns, MAX_PACKET_BYTES, usual) >= own_ns);
         assert_eq!(fair_wait_ns(backlog_ns, 1, MAX_PACKET_BYTES, MAX_PACKET_BYTES), backlog_ns);

@@ -1,0 +1,170 @@
+//! Whose turn it is: the one place that decides which packet leaves at once and which waits for the backlog before it.
+//!
+//! ```text
+//!   there is no backlog                                       it leaves at once
+//!   it is of a *sparse* flow, and those have their share left  it leaves at once
+//!   its sender has waited since the packet before              it leaves at once
+//!   else                                                       it waits, in order, until what is before it has drained
+//! ```
+//!
+//! A sender has waited if TCP's pacing made it wait (see [`crate::pace`]), if it paces itself, or if it blocked. Nothing here asks which. TCP
+//! does not pace a flow's first ten segments (`tcp_update_skb_after_send`), MPTCP's options leave no room for the callback that pacing takes,
+//! and of UDP nobody knows: all of these wait in the queue below, where a socket's own packets hold it back (TCP small queues, SO_SNDBUF).
+//!
+//! A flow is *sparse* while it sends less than two segments in twice the time that the backlog takes to drain, or small packets at less than a
+//! sixteenth of the limit. A request, a reply or a DNS query then leaves at once beside any number of bulk flows; that is where the latency of
+//! an idle pod comes from. Nobody gains by being sparse many times: all sparse flows together have a quarter of the limit, and those that are
+//! new, which is what a pod's clients make in numbers, have an eighth of their own.
+
+use podshaper_abi::{DATAGRAM, FRESH, SMALL_COST, SPARSE, STREAM, WAITED, wait_slack_ns};
+
+use crate::clock;
+
+/// The shortest time for one credit, where the backlog is shorter than any timer.
+const SPARSE_GAP_NS: u64 = 1_000_000;
+/// How long a flow is new: long enough for a connection that is opened for one request to be over.
+const FRESH_NS: u64 = 100_000_000;
+/// Up to so many bytes on the wire a packet of a sparse flow is small: a request or reply of an RPC, an acknowledgement.
+const SMALL_BYTES: u64 = 512;
+/// How far the clock of a flow's small packets may lag: some come at once, in one read of many requests.
+const SMALL_LAG_NS: u64 = 20_000_000;
+/// A packet up to this is taken for an acknowledgement where nothing else is known. Data that it overtakes is not in disorder for that.
+const ACKNOWLEDGEMENT_BYTES: u64 = 100;
+/// What htb may be late by, whose timer is one of the kernel's. After so long a flow's packets have left it for sure, and the next one may go
+/// another way without overtaking them.
+const HTB_LATE_NS: u64 = 50_000_000;
+
+/// One direction of a flow: what it may send before the backlog, and when it has waited.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Turn {
+    /// When its credit is filled up again. 0: it has had none yet.
+    filled_ns: u64,
+    /// What is left of the credit, in bytes on the wire.
+    credit_bytes: u64,
+    /// Whether the credit was filled up before: the flow is known.
+    is_known: u64,
+    /// The clock of its small packets.
+    small_ns: u64,
+    /// From when on its next packet has waited. 0: none has been asked to.
+    due_ns: u64,
+    /// When the last of its packets that wait will have left.
+    queued_until_ns: u64,
+    /// Bytes that it has sent since it last waited.
+    burst_bytes: u64,
+}
+
+/// What has to be known of a packet.
+pub struct Packet {
+    /// `EGRESS` or `INGRESS`.
+    pub direction: u32,
+    /// Bytes on the wire.
+    pub bytes: u64,
+    /// Segments that it will be cut into.
+    pub segments: u64,
+    /// Bytes that a sparse flow may send at once.
+    pub credit_bytes: u64,
+    /// Packets of less than this do not put off when a sparse flow's credit is filled up again.
+    pub bulk_bytes: u64,
+    /// Whether it is of a TCP connection, whose sender hears of a queue.
+    pub is_stream: bool,
+    /// Whether it is of those that leave the last of the burst to others.
+    pub is_bulk: bool,
+    /// Whether all that the flow sent before is known to have arrived: nothing of it can wait in a queue.
+    pub has_arrived: bool,
+}
+
+/// What becomes of a packet.
+#[derive(Clone, Copy)]
+pub struct Decision {
+    /// `WAITED`, `SPARSE`, `FRESH`, `STREAM` or `DATAGRAM`.
+    pub class: u64,
+    /// How long its sender is to wait after it, in nanoseconds.
+    pub wait_ns: u64,
+}
+
+impl Turn {
+    /// Decides, and notes what follows for the packets after it.
+    #[inline(always)]
+    pub fn decide(&mut self, packet: &Packet) -> Decision {
+        let direction = u64::from(packet.direction);
+        let now_ns = clock::now_ns();
+        let before_ns = clock::backlog(direction, 0, 0);
+        let own_ns = clock::transmit_ns(direction, packet.bytes, packet.segments);
+        let backlog_ns = if packet.is_bulk { clock::backlog(direction, own_ns, 1) } else { before_ns + own_ns };
+        let privilege = self.privilege(packet, now_ns, backlog_ns, own_ns);
+        if packet.has_arrived || now_ns >= self.queued_until_ns {
+            self.queued_until_ns = 0;
+        }
+        let follows = self.queued_until_ns != 0;
+        if !follows && privilege != WAITED && clock::has_room(direction, privilege) != 0 {
+            return Decision { class: privilege, wait_ns: own_ns };
+        }
+        let has_waited = self.due_ns != 0 && now_ns >= self.due_ns;
+        if !follows && (has_waited || before_ns == 0) {
+            self.wait(packet, now_ns, own_ns, backlog_ns)
+        } else {
+            self.queue(packet, now_ns, before_ns, own_ns, backlog_ns)
+        }
+    }
+
+    /// The packet leaves, and the flow waits for its part of the backlog.
+    #[inline(always)]
+    fn wait(&mut self, packet: &Packet, now_ns: u64, own_ns: u64, backlog_ns: u64) -> Decision {
+        self.burst_bytes = packet.bytes;
+        let wait_ns = clock::fair_wait(packet.direction.into(), packet.bytes, self.burst_bytes, own_ns, backlog_ns);
+        let late_ns = if self.due_ns == 0 { 0 } else { now_ns.max(self.due_ns) - self.due_ns };
+        let due_ns = now_ns + wait_ns;
+        self.due_ns = due_ns - wait_slack_ns(wait_ns, late_ns).min(wait_ns);
+        Decision { class: WAITED, wait_ns }
+    }
+
+    /// The packet waits, and the flow until then.
+    #[inline(always)]
+    fn queue(&mut self, packet: &Packet, now_ns: u64, before_ns: u64, own_ns: u64, backlog_ns: u64) -> Decision {
+        let class = if packet.is_stream { STREAM } else { DATAGRAM };
+        self.burst_bytes += packet.bytes;
+        let leaves_ns = now_ns + before_ns;
+        let late_ns = clock::queue_is_late(packet.direction.into(), HTB_LATE_NS);
+        // Counted for the others; what it says of this one's own wait is of no use, since that is the queue.
+        clock::fair_wait(packet.direction.into(), packet.bytes, self.burst_bytes, own_ns, backlog_ns);
+        if !packet.is_stream || packet.bytes > ACKNOWLEDGEMENT_BYTES {
+            self.queued_until_ns = leaves_ns + late_ns;
+            self.due_ns = leaves_ns;
+        }
+        Decision { class, wait_ns: before_ns + own_ns }
+    }
+
+    /// The class that the flow's credit gives the packet: `SPARSE`, `FRESH`, or `WAITED` for none. Takes the credit.
+    ///
+    /// If the packet is more than is left, there is no credit until twice the time this backlog takes to drain: a bulk flow, which waits for
+    /// just the backlog, never has any, even if its timer is late.
+    #[inline(always)]
+    fn privilege(&mut self, packet: &Packet, now_ns: u64, backlog_ns: u64, own_ns: u64) -> u64 {
+        let again_ns = now_ns + 2 * backlog_ns + SPARSE_GAP_NS;
+        if now_ns > self.filled_ns {
+            self.is_known = (self.filled_ns != 0) as u64;
+            self.filled_ns = if self.is_known != 0 { again_ns } else { again_ns.max(now_ns + FRESH_NS) };
+            self.credit_bytes = packet.credit_bytes;
+        }
+        if packet.bytes <= self.credit_bytes {
+            self.credit_bytes -= packet.bytes;
+            return if self.is_known != 0 { SPARSE } else { FRESH };
+        }
+        if self.is_known != 0 && packet.bytes <= SMALL_BYTES && self.small_ns <= now_ns {
+            self.small_ns = self.small_ns.max(now_ns - SMALL_LAG_NS) + own_ns * SMALL_COST;
+            return SPARSE;
+        }
+        if packet.bytes >= packet.bulk_bytes {
+            self.filled_ns = self.filled_ns.max(again_ns);
+        }
+        self.credit_bytes = 0;
+        WAITED
+    }
+
+    /// Whether the flow is a sparse one at present.
+    #[inline(always)]
+    pub fn is_sparse(&self) -> bool {
+        self.credit_bytes != 0
+    }
+}

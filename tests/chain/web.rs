@@ -1,0 +1,92 @@
+use std::time::Duration;
+
+use super::{Bed, MBIT, assert_each_second};
+use crate::harness::limiter::{Limiter, Limits};
+use crate::harness::measure::Way;
+use crate::harness::web::{self, Web, WebResult};
+
+/// Between a reply and the next request, on the one connection beside them that is old and quiet.
+const PAUSE: Duration = Duration::from_millis(2);
+/// As many times what clients wait for the bandwidth plugin, whose queue is short. A stall is a hundred of them.
+const MOST_OF_PLUGIN: f64 = 2.5;
+const MOST_OF_PLUGIN_BESIDE: f64 = 4.0;
+/// What a busy machine makes anybody wait, and a virtual one that its host stops.
+const BUSY_US: f64 = 30_000.0;
+
+/// Clients that ask on a connection of its own each time: what they get, second by second, and what they and others wait.
+fn assert_served(way: Way, rate: u64, clients: usize) {
+    let options = Web { way, clients, ask: Some(PAUSE), ..Web::default() };
+    let limits = match way {
+        Way::In => Limits { egress: None, ingress: Some(rate) },
+        Way::Out | Way::Within => Limits { egress: Some(rate), ingress: None },
+    };
+    let what = format!("{clients} clients {way:?} at {} Mbit/s", rate / MBIT);
+    let bed = Bed::new();
+    let [queue, ours] = [Limiter::Bandwidth, Limiter::Podshaper].map(|limiter| {
+        let result = web::web(&bed.pod_by(limiter, limits), &options).unwrap();
+        let seconds: Vec<f64> = result.timeline.each_second(options.seconds).iter().map(|rate| rate / 1e6).collect();
+        let WebResult { clients, retransmits, latency, .. } = &result;
+        eprintln!(
+            "{what}, {limiter:?}: {seconds:.1?} Mbit/s, {clients:?}, beside {latency:?}, {retransmits} retransmits"
+        );
+        result
+    });
+    assert_each_second(&what, &ours.timeline, options.seconds, rate);
+    assert!(ours.clients.failures.is_empty(), "{what}: {:?}", ours.clients.failures);
+    for (which, ours, queue, most) in [
+        ("p99 of a response", ours.clients.from_connect.p99_us, queue.clients.from_connect.p99_us, MOST_OF_PLUGIN),
+        ("the longest wait", ours.longest_us(), queue.longest_us(), MOST_OF_PLUGIN),
+        ("p99 of a reply beside", ours.latency.unwrap().p99_us, queue.latency.unwrap().p99_us, MOST_OF_PLUGIN_BESIDE),
+    ] {
+        assert!(ours <= most * queue + BUSY_US, "{what}, {which}: {ours} us, {queue} us with the bandwidth plugin");
+    }
+}
+
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn short_connections_at_ten_mbit_are_served_in_every_second() {
+    assert_served(Way::Out, 10 * MBIT, 8);
+}
+
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn many_short_connections_at_ten_mbit_are_served_in_every_second() {
+    assert_served(Way::Out, 10 * MBIT, 64);
+}
+
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn short_connections_at_a_hundred_mbit_are_served_in_every_second() {
+    assert_served(Way::Out, 100 * MBIT, 8);
+}
+
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn many_short_connections_at_a_hundred_mbit_are_served_in_every_second() {
+    assert_served(Way::Out, 100 * MBIT, 64);
+}
+
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn what_short_connections_bring_is_held_in_every_second() {
+    assert_served(Way::In, 10 * MBIT, 8);
+    assert_served(Way::In, 100 * MBIT, 64);
+}
+
+/// Half of the link is not much to ask for flows that stay, beside as many that come and go; nor for those.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn bulk_flows_and_short_connections_both_get_on() {
+    const RATE: u64 = 10 * MBIT;
+    const LEAST: f64 = 0.15;
+    let bed = Bed::new();
+    let pod = bed.pod(Limiter::Podshaper, RATE);
+    let options = Web { clients: 8, bulk_flows: 8, seconds: 6.0, ..Web::default() };
+    let result = web::web(&pod, &options).unwrap();
+    let share = |bits_per_s: f64| bits_per_s / RATE as f64;
+    let (short, bulk) = (result.timeline.payload_rate(1.0, 5.5), result.bulk.unwrap().timeline.payload_rate(1.0, 5.5));
+    let text = format!("{:.3} of the limit to clients, {:.3} to bulk flows", share(short), share(bulk));
+    eprintln!("{text}");
+    assert!(share(short) > LEAST && share(bulk) > LEAST, "{text}");
+    assert_each_second("clients and bulk flows", &result.timeline, options.seconds, RATE);
+}

@@ -1,0 +1,62 @@
+//! What arrived, and when.
+
+use serde::Deserialize;
+
+/// What arrived, cumulative; as the sinks of `traffic` report it.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Timeline {
+    pub sample_us: Vec<u64>,
+    pub payload_bytes: Vec<u64>,
+    /// Layer 3. For TCP everything the receiving namespace got: requests, replies and retransmits are in it.
+    pub wire_bytes: Vec<u64>,
+    /// Payload of each TCP flow.
+    #[serde(default)]
+    pub flows: Vec<u64>,
+    /// UDP packets that passed the limiter and found no room in the receiver's socket.
+    #[serde(default)]
+    pub buffer_errors: u64,
+    /// UDP packets that came with a congestion mark.
+    #[serde(default)]
+    pub marked: u64,
+}
+
+impl Timeline {
+    /// Wire bits per second between two times, in seconds since the first byte.
+    pub fn wire_rate(&self, from: f64, to: f64) -> f64 {
+        self.rate(&self.wire_bytes, from, to)
+    }
+
+    pub fn payload_rate(&self, from: f64, to: f64) -> f64 {
+        self.rate(&self.payload_bytes, from, to)
+    }
+
+    /// Wire bits per second after the first second.
+    pub fn steady_rate(&self) -> f64 {
+        self.wire_rate(1.0, f64::INFINITY)
+    }
+
+    /// Wire bits per second in each whole second of the first `seconds`.
+    pub fn each_second(&self, seconds: f64) -> Vec<f64> {
+        (0..seconds as u32).map(|second| self.wire_rate(f64::from(second), f64::from(second + 1))).collect()
+    }
+
+    pub fn first_second(&self) -> f64 {
+        self.wire_rate(0.0, 1.0)
+    }
+
+    /// Taken between the first samples at or after the times asked for, over the time that really lies between them: a late
+    /// sample is then no error.
+    fn rate(&self, bytes: &[u64], from: f64, to: f64) -> f64 {
+        let sample = |seconds: f64| {
+            let at = self.sample_us.partition_point(|us| (*us as f64) < seconds * 1e6);
+            let at = at.min(self.sample_us.len().saturating_sub(1));
+            Some((*self.sample_us.get(at)? as f64, *bytes.get(at)? as f64))
+        };
+        match (sample(from), sample(to)) {
+            (Some((start_us, start)), Some((end_us, end))) if end_us > start_us => {
+                (end - start) * 8.0 / ((end_us - start_us) / 1e6)
+            }
+            _ => 0.0,
+        }
+    }
+}

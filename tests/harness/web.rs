@@ -1,0 +1,113 @@
+//! Short connections between a pod and its node: a web server in the pod and its clients on the node, in a closed loop.
+
+use std::collections::BTreeMap;
+use std::thread;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::measure::{self, Asking, Bulk, BulkResult, Ends, Latency, Timeline, Times, Way, limit, number, parse};
+use super::pod::Pod;
+use super::process::Running;
+use super::{Context, Failure, Result};
+
+/// How long the connection that asks beside them has been in use when the others begin.
+const ASKED_BEFORE: Duration = Duration::from_millis(300);
+
+/// What the clients do.
+#[derive(Clone, Debug)]
+pub struct Web {
+    /// Out: they GET. In: they POST.
+    pub way: Way,
+    pub clients: usize,
+    /// Of a response, or of what is posted.
+    pub bytes: usize,
+    /// Each client keeps its connection.
+    pub keep: bool,
+    pub seconds: f64,
+    /// Ask for small replies meanwhile, on one connection, with this pause between reply and request.
+    pub ask: Option<Duration>,
+    /// So many bulk flows beside them, the same way.
+    pub bulk_flows: usize,
+}
+
+impl Default for Web {
+    fn default() -> Self {
+        Self { way: Way::Out, clients: 8, bytes: 10_000, keep: false, seconds: 5.0, ask: None, bulk_flows: 0 }
+    }
+}
+
+/// What `traffic web-get` reports.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Responses {
+    pub responses: u64,
+    /// Requests without a response, by the error's name.
+    pub failures: BTreeMap<String, u64>,
+    /// Requests that had no response yet at the end, and how long the oldest of them had waited.
+    pub unfinished: u64,
+    pub longest_unfinished_us: f64,
+    /// From connect() to the last byte.
+    pub from_connect: Times,
+    /// From the request written to the last byte, as wrk reports it.
+    pub from_request: Times,
+}
+
+/// What [`web`] found.
+#[derive(Clone, Debug)]
+pub struct WebResult {
+    /// What the namespace received that the data goes to. Its wire bytes are all traffic that way; its payload is the clients' alone.
+    pub timeline: Timeline,
+    pub clients: Responses,
+    /// Of the end that sends the data: answers to SYNs are in it.
+    pub retransmits: u64,
+    pub latency: Option<Latency>,
+    /// What the bulk flows had meanwhile.
+    pub bulk: Option<BulkResult>,
+}
+
+impl WebResult {
+    /// The longest time that anybody waited, with those who had no response yet.
+    pub fn longest_us(&self) -> f64 {
+        self.clients.from_connect.max_us.max(self.clients.longest_unfinished_us)
+    }
+}
+
+/// Clients of a web server in the pod.
+pub fn web(pod: &Pod, options: &Web) -> Result<WebResult> {
+    let Web { way, clients, bytes, keep, seconds, ask, bulk_flows } = *options;
+    // The server is in the pod, whichever way the data go.
+    let ends = Ends::new(pod, Way::In, false, None)?;
+    prepare(pod)?;
+    let asking = |pause| Asking { seconds: seconds - 0.2, uncounted: ASKED_BEFORE.as_secs_f64(), pause, mptcp: false };
+    let asking = ask.map(|pause| ends.start_asking(&asking(pause))).transpose()?;
+    let (server, address) =
+        Running::start_server(ends.receiver("web-serve")?.args(["--seconds", &seconds.to_string()]))?;
+    if asking.is_some() {
+        thread::sleep(ASKED_BEFORE);
+    }
+    let mut get = ends.sender("web-get")?;
+    get.args(["--to", &address.to_string(), "--clients", &clients.to_string(), "--bytes", &bytes.to_string()]);
+    get.args(["--seconds", &seconds.to_string()]);
+    get.args(keep.then_some("--keep")).args((way == Way::In).then_some("--post"));
+    let (bulk, got) = thread::scope(|scope| {
+        let bulk = (bulk_flows > 0).then(|| {
+            let bulk = Bulk { way, flows: bulk_flows, seconds, ..Bulk::default() };
+            scope.spawn(move || measure::bulk(pod, &bulk))
+        });
+        let got = Running::start(&mut get).and_then(|get| get.json(limit(seconds)));
+        let bulk =
+            bulk.map(|bulk| bulk.join().map_err(|_| Failure::new("the bulk flows' thread panicked"))?).transpose();
+        Ok::<_, Failure>((bulk?, got?))
+    })?;
+    let served = server.json(limit(seconds))?;
+    let latency = asking.map(|(_echo, asking)| parse(asking.json(limit(seconds))?)).transpose()?;
+    let (receiver, sender) = if way == Way::In { (&served, &got) } else { (&got, &served) };
+    let (timeline, retransmits) = (parse(receiver.clone())?, number(sender, "retransmits")?);
+    Ok(WebResult { timeline, retransmits, clients: parse(got)?, latency, bulk })
+}
+
+/// Ports for some hundred thousand connections: those of the last minute are taken again.
+fn prepare(pod: &Pod) -> Result<()> {
+    let settings = ["-q", "net.ipv4.ip_local_port_range=1024 65535", "net.ipv4.tcp_tw_reuse=1"];
+    pod.host.netns.run("sysctl", &settings).map(drop).context("give the clients ports")
+}
