@@ -66,8 +66,8 @@ const HELD_MARK_NS: u64 = 10_000_000;
 const DROPS_BOUND_NS: u64 = 100_000_000;
 /// Backlog beyond which TCP is dropped whose sender has not waited: what comes without end. The horizon of Cilium's bandwidth manager (2 s) ..
 const HORIZON_NS: u64 = 2_000_000_000;
-/// .. or so many full packets, if that is longer: three of each of 300 flows, which TCP has in a queue at most (`tcp_small_queue_check`) ..
-const HORIZON_PACKETS: u64 = 1_000;
+/// .. or so many full packets, if that is longer: ten of each of 300 flows, which TCP sends before it hears of anything ..
+const HORIZON_PACKETS: u64 = 3_000;
 /// .. but no more than this, which is also fq's.
 pub const LONGEST_HORIZON_NS: u64 = 60_000_000_000;
 const FULL_PACKET_BITS: u64 = 1500 * 8;

@@ -25,7 +25,7 @@ use aya_ebpf::{
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_HDR_OPT_LEN_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
         BPF_SOCK_OPS_RTT_CB, BPF_SOCK_OPS_RWND_INIT, BPF_TCP_LISTEN, bpf_sock,
     },
-    helpers::bpf_skb_ecn_set_ce,
+    helpers::{bpf_skb_ecn_set_ce, bpf_tcp_sock},
     macros::{cgroup_skb, cgroup_sockopt, sock_ops},
     programs::{SkBuffContext, SockOpsContext, SockoptContext},
 };
@@ -171,7 +171,13 @@ fn class_of(direction: u32, wire: &Wire, socket: Option<NonNull<bpf_sock>>, flow
     let Some(flow) = flow else {
         // What TCP sends without a full socket (a SYN-ACK, an ACK in TIME-WAIT), or memory was short: as new as a flow can be.
         let is_fresh = clock::has_room(direction.into(), FRESH) != 0;
-        return if is_fresh { FRESH } else if is_stream { STREAM } else { DATAGRAM };
+        return if is_fresh {
+            FRESH
+        } else if is_stream {
+            STREAM
+        } else {
+            DATAGRAM
+        };
     };
     let decided = core::mem::take(&mut flow.decided);
     if direction == EGRESS && decided != 0 {
@@ -189,7 +195,7 @@ fn class_of(direction: u32, wire: &Wire, socket: Option<NonNull<bpf_sock>>, flow
         bulk_bytes,
         is_stream,
         is_bulk: false,
-        has_arrived: false,
+        has_arrived: is_stream && has_arrived(socket),
     })
     .class
 }
@@ -202,8 +208,17 @@ fn is_stream(socket: Option<NonNull<bpf_sock>>) -> bool {
     // SAFETY: cgroup_skb programs may read protocol, type and state of a full socket.
     socket.is_none_or(|socket| unsafe {
         let socket = socket.as_ref();
-        socket.protocol == u32::from(packet::IPPROTO_TCP) && socket.type_ == SOCK_STREAM && socket.state != BPF_TCP_LISTEN
+        socket.protocol == u32::from(packet::IPPROTO_TCP)
+            && socket.type_ == SOCK_STREAM
+            && socket.state != BPF_TCP_LISTEN
     })
+}
+
+/// Whether all that a TCP socket sent before has been acknowledged.
+#[inline(always)]
+fn has_arrived(socket: Option<NonNull<bpf_sock>>) -> bool {
+    // SAFETY: the helper takes a full socket, which `full_socket` gave; it is null where that is not TCP.
+    socket.and_then(|socket| unsafe { bpf_tcp_sock(socket.as_ptr()).as_ref() }).is_some_and(|tcp| tcp.packets_out == 0)
 }
 
 /// Gives a packet a departure time, which fq honours. An application's own (SO_TXTIME), and TCP's, hold where they are later. 0: none.

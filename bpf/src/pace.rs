@@ -93,11 +93,8 @@ pub fn of_segment(ctx: &SockOpsContext, flow: &mut Flow) -> u64 {
     // `count_egress`, which runs next, for this segment, is told.
     flow.decided = decision.class + 1;
     let is_of_first = tcp::sent_segments(ctx) + payload.checked_div(mss).unwrap_or(0) < FIRST_SEGMENTS;
-    flow.paced_bytes_per_s = if is_of_first && decision.wait_ns < LONG_WAIT_NS {
-        0
-    } else {
-        wait_for(payload, decision.wait_ns)
-    };
+    flow.paced_bytes_per_s =
+        if is_of_first && decision.wait_ns < LONG_WAIT_NS { 0 } else { wait_for(payload, decision.wait_ns) };
     flow.paced_bytes_per_s
 }
 
@@ -150,7 +147,7 @@ pub extern "C" fn raise(paced_bytes_per_s: u64, mss: u64) -> u64 {
     // One that was not paced is from here on: else a flow that begins sends one more round before it is told. But faster than the limit,
     // which is how a pod that was stopped for a while, and has a lag, makes up for it.
     let most = limit.rate_bits_per_s / 8 * if paced_bytes_per_s == NOT_PACED { CATCH_UP } else { 1 };
-    (RAISE * paced_bytes_per_s).max(at_least).min(most)
+    (RAISE * paced_bytes_per_s).min(most).max(at_least)
 }
 
 /// What SO_MAX_PACING_RATE is to be, in bytes/s, where `chosen` is wanted, the application's is `own` and it was last set to `set`.

@@ -42,8 +42,8 @@ pub struct Turn {
     filled_ns: u64,
     /// What is left of the credit, in bytes on the wire.
     credit_bytes: u64,
-    /// Whether the credit was filled up before: the flow is known.
-    is_known: u64,
+    /// From when on the flow is known and not new any more. 0: it has sent nothing yet.
+    known_from_ns: u64,
     /// The clock of its small packets.
     small_ns: u64,
     /// From when on its next packet has waited. 0: none has been asked to.
@@ -125,7 +125,8 @@ impl Turn {
         let class = if packet.is_stream { STREAM } else { DATAGRAM };
         self.burst_bytes += packet.bytes;
         let leaves_ns = now_ns + before_ns;
-        let late_ns = clock::queue_is_late(packet.direction.into(), HTB_LATE_NS);
+        // Datagrams may overtake each other.
+        let late_ns = if packet.is_stream { clock::queue_is_late(packet.direction.into(), HTB_LATE_NS) } else { 0 };
         // Counted for the others; what it says of this one's own wait is of no use, since that is the queue.
         clock::fair_wait(packet.direction.into(), packet.bytes, self.burst_bytes, own_ns, backlog_ns);
         if !packet.is_stream || packet.bytes > ACKNOWLEDGEMENT_BYTES {
@@ -142,16 +143,19 @@ impl Turn {
     #[inline(always)]
     fn privilege(&mut self, packet: &Packet, now_ns: u64, backlog_ns: u64, own_ns: u64) -> u64 {
         let again_ns = now_ns + 2 * backlog_ns + SPARSE_GAP_NS;
+        if self.known_from_ns == 0 {
+            self.known_from_ns = now_ns + FRESH_NS;
+        }
+        let is_known = now_ns >= self.known_from_ns;
         if now_ns > self.filled_ns {
-            self.is_known = (self.filled_ns != 0) as u64;
-            self.filled_ns = if self.is_known != 0 { again_ns } else { again_ns.max(now_ns + FRESH_NS) };
+            self.filled_ns = again_ns.max(self.known_from_ns);
             self.credit_bytes = packet.credit_bytes;
         }
         if packet.bytes <= self.credit_bytes {
             self.credit_bytes -= packet.bytes;
-            return if self.is_known != 0 { SPARSE } else { FRESH };
+            return if is_known { SPARSE } else { FRESH };
         }
-        if self.is_known != 0 && packet.bytes <= SMALL_BYTES && self.small_ns <= now_ns {
+        if is_known && packet.bytes <= SMALL_BYTES && self.small_ns <= now_ns {
             self.small_ns = self.small_ns.max(now_ns - SMALL_LAG_NS) + own_ns * SMALL_COST;
             return SPARSE;
         }

@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// How long a packet of a bulk flow may take at the limit. A backlog is one of each flow, and costs a sparse flow nothing.
-const PACKET_NS: u64 = 2_000_000;
+const PACKET_NS: u64 = 10_000_000;
 /// Segments that it has at least, but where single ones are long (below).
 const LEAST_BULK_SEGMENTS: u64 = 2;
 /// Segments of the usual size in a packet of 64 KiB, which is the largest there is without BIG TCP.
@@ -196,14 +196,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_packet_is_two_segments_or_two_milliseconds_of_the_limit() {
+    fn a_packet_is_two_segments_or_ten_milliseconds_of_the_limit() {
         let megabit = |megabits: u64| Rate::bits_per_s(megabits * 1_000_000).unwrap();
         for (limit, mtu, bytes) in [
             (Rate::bits_per_s(1_000).unwrap(), 1500, 3_000 + 512),
-            (megabit(10), 1500, 3_000 + 512),
+            (megabit(1), 1500, 3_000 + 512),
+            (megabit(10), 1500, 12_500 + 512),
             (megabit(10), 9000, 18_000 + 512),
-            (megabit(100), 1500, 25_000 + 512),
-            (megabit(1_000), 1500, 250_000 + 512),
+            (megabit(100), 1500, 125_000 + 512),
+            (megabit(1_000), 1500, 1_250_000 + 512),
             (Rate::MAX, 1500, u32::MAX),
         ] {
             assert_eq!(largest(limit, mtu), bytes, "{limit}bit/s with an MTU of {mtu}");
@@ -212,7 +213,7 @@ mod tests {
 
     #[test]
     fn slow_flows_of_a_fast_pod_build_packets_of_the_pods_limit() {
-        for (megabits, segments) in [(1, 1), (2, 2), (10, 2), (100, 17), (1_000, 44), (100_000, 44)] {
+        for (megabits, segments) in [(1, 1), (2, 2), (10, 8), (50, 43), (100, 44), (100_000, 44)] {
             assert_eq!(bulk_segments(Rate::bits_per_s(megabits * 1_000_000).unwrap()), segments, "{megabits} Mbit/s");
         }
     }

@@ -16,8 +16,8 @@ use crate::sandbox::{
     sysctl,
 };
 
-/// Two segments of 1500 bytes, and the headers: what 10 Mbit/s asks for.
-const SMALL: u32 = 3_512;
+/// Ten milliseconds, and the headers: what 10 Mbit/s asks for.
+const SMALL: u32 = 13_012;
 
 /// What kubelet does when the call before was lost, and what makes nothing of a namespace's being used already.
 #[test]
@@ -63,8 +63,8 @@ fn settings_of_the_namespace_come_back_as_they_were() {
     let before = settings();
     ok(&pod.cni("ADD").stdin(pod.stdin_at(100_000)));
     assert_eq!(settings(), [Some(1), before[1].map(|_| 0)]);
-    // From 1.2 Mbit/s on it is two segments, or two milliseconds of the limit.
-    for (rate, segments) in [(RATE, 2), (100_000_000, 17)] {
+    // From 1.2 Mbit/s on it is two segments, or ten milliseconds of the limit.
+    for (rate, segments) in [(2_000_000, 2), (RATE, 8), (100_000_000, 44)] {
         ok(&pod.cni("ADD").stdin(pod.stdin_at(rate)));
         assert_eq!(settings(), [Some(segments), before[1].map(|_| 0)]);
     }
@@ -149,7 +149,7 @@ fn an_interface_is_shared_until_the_last_limit_goes() {
     let netns = Arc::new(netns);
     let pods = [0, 1].map(|_| Sandbox::with_netns(Arc::clone(&netns)));
     let before = sizes(&netns);
-    let fast = pods[1].stdin_at(100_000_000);
+    let fast = pods[1].stdin_at(20_000_000);
     let expect = |bytes: u32| {
         if builds_large_packets() {
             assert_eq!(sizes(&netns).0, bytes);

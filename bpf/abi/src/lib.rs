@@ -379,7 +379,9 @@ mod tests {
     #[test]
     fn a_flow_that_waited_as_tcp_makes_it_wait_is_not_early() {
         // The wait is taken off by what the packet before was late, and by half of it at most.
-        for (wait_ns, late_ns, least_ns) in [(8_000_000, 0, 8_000_000), (8_000_000, 1_000_000, 7_000_000), (8_000_000, u64::MAX, 4_000_000)] {
+        for (wait_ns, late_ns, least_ns) in
+            [(8_000_000, 0, 8_000_000), (8_000_000, 1_000_000, 7_000_000), (8_000_000, u64::MAX, 4_000_000)]
+        {
             assert!(wait_ns - wait_slack_ns(wait_ns, late_ns).min(wait_ns) <= least_ns);
         }
     }
