@@ -4,7 +4,6 @@
 //! writes the result anew, which loses what it does not know, and a chained plugin owes the next one `prevResult` as it came.
 
 use std::io::{self, Write};
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -14,15 +13,16 @@ use rscni_plugin::{
 };
 
 use crate::{
+    attachment::{self, Directory, End, Plan, Scope, remove_cgroup_if_made},
     cgroup::{self, Hierarchies, PodCgroup, Wanted},
-    error::{Code, Error, Result},
-    ingress::{self, IngressBy, Inside},
-    logging, netns, packets,
+    direction::Direction,
+    error::{self, Code, Error, Result},
+    interface, logging,
     pins::{BPFFS, LockedPins, Pins, Place},
     pod::{Owner, PodKey},
     probe,
-    request::{Attachment, Env, Limit, Limits, Request, Subject, declared_version, read_stdin},
-    shaper::{self, Pinned, Queue, Settings},
+    request::{Endpoint, Env, Limit, Limits, Request, Subject, declared_version, read_stdin},
+    shaper::{Pinned, Queue, Settings},
 };
 
 /// Reads a runtime's call, does it and answers on stdout.
@@ -54,9 +54,9 @@ fn answer(env: &Env, stdin: &mut Vec<u8>) -> Result<Vec<u8>> {
         log::warn!("{verb} goes on without: {error}");
     }
     match (cmd, &request.subject) {
-        (Cmd::Add, Subject::Attachment(attachment)) => add(&request, attachment),
-        (Cmd::Check, Subject::Attachment(attachment)) => check(&request, attachment).map(|()| Vec::new()),
-        (Cmd::Del, Subject::Attachment(attachment)) => del(&request, attachment).map(|()| Vec::new()),
+        (Cmd::Add, Subject::Endpoint(endpoint)) => add(&request, endpoint),
+        (Cmd::Check, Subject::Endpoint(endpoint)) => check(&request, endpoint).map(|()| Vec::new()),
+        (Cmd::Del, Subject::Endpoint(endpoint)) => del(&request, endpoint).map(|()| Vec::new()),
         (Cmd::Status, _) => probe::node(Path::new(BPFFS)).map(|()| Vec::new()),
         (Cmd::Gc, _) => gc(&request).map(|()| Vec::new()),
         // Only a DEL is parsed into this: ADD and CHECK refuse such names.
@@ -79,13 +79,13 @@ fn version(asked: Option<SpecVersion>) -> Result<Vec<u8>> {
 }
 
 /// Everything an ADD needs to know before it changes anything.
-struct Plan {
+struct Resolved {
     limits: Limits,
     cgroup: PodCgroup,
     netns: PathBuf,
 }
 
-fn add(request: &Request, attachment: &Attachment) -> Result<Vec<u8>> {
+fn add(request: &Request, endpoint: &Endpoint) -> Result<Vec<u8>> {
     let reply = request.prev_result.as_ref().ok_or_else(|| {
         Error::new(
             Code::Config,
@@ -95,21 +95,21 @@ fn add(request: &Request, attachment: &Attachment) -> Result<Vec<u8>> {
     })?;
     let limits = request.limits()?;
     if limits.is_empty() {
-        forget_unlimited(attachment)?;
+        forget_unlimited(endpoint)?;
     } else {
-        limit(request, attachment, resolve(request, attachment, limits)?)?;
+        limit(request, endpoint, resolve(request, endpoint, limits)?)?;
     }
     Ok(reply.get().as_bytes().to_vec())
 }
 
-fn resolve(request: &Request, attachment: &Attachment, limits: Limits) -> Result<Plan> {
+fn resolve(request: &Request, endpoint: &Endpoint, limits: Limits) -> Result<Resolved> {
     let netns = request.netns.clone().ok_or_else(|| Error::new(Code::Environment, "CNI_NETNS is missing"))?;
-    let cgroup = find_cgroup(request, attachment, &Hierarchies::of_this_host()?)?;
-    Ok(Plan { limits, cgroup, netns })
+    let cgroup = find_cgroup(request, endpoint, &Hierarchies::of_this_host()?)?;
+    Ok(Resolved { limits, cgroup, netns })
 }
 
-fn find_cgroup(request: &Request, attachment: &Attachment, hierarchies: &Hierarchies) -> Result<PodCgroup> {
-    match (request.cgroup_hint(), &attachment.key) {
+fn find_cgroup(request: &Request, endpoint: &Endpoint, hierarchies: &Hierarchies) -> Result<PodCgroup> {
+    match (request.cgroup_hint(), &endpoint.key) {
         (Some(path), _) => cgroup::find(hierarchies, Wanted::Path(&path.to_string_lossy())),
         (None, PodKey::Uid(uid)) => cgroup::find(hierarchies, Wanted::Uid(uid.as_str())),
         (None, PodKey::Container(id)) => Err(Error::new(
@@ -122,101 +122,32 @@ fn find_cgroup(request: &Request, attachment: &Attachment, hierarchies: &Hierarc
     }
 }
 
-fn limit(request: &Request, attachment: &Attachment, plan: Plan) -> Result<()> {
-    let Plan { limits, cgroup, netns } = plan;
-    let pins = Pins::ensure(Path::new(BPFFS))?;
-    let Prepared { ifindex, gso_max_size, inside } =
-        netns::in_netns(&netns, || prepare_netns(&attachment.ifname, &netns, &limits, None))?;
-    let queue = inside.queue();
-    let subnets = &request.config.subnets;
-    let ingress_by = limits.ingress.map(|limit| inside.choose(ifindex, &limit, subnets.is_empty()));
-    let mut owner = request.owner(attachment, &cgroup.path);
-    (owner.fq, owner.htb) = (queue == Queue::Fq, queue == Queue::Htb);
-    owner.gso_max_size = gso_max_size;
-    owner.ingress_by = ingress_by.map(|mechanism| mechanism.to_string());
-    // Not returned yet: the qdiscs are on the interfaces by now, and a failed ADD takes them off again.
-    let loaded = shaper::load(&Settings { ifindex, limits, queue, ingress_by }, subnets, &owner);
-    let place = place(attachment);
-    let locked = match pins.lock() {
-        Ok(locked) => locked,
-        Err(error) => {
-            put_back(pins.find(&place).and_then(before), &owner);
-            return loaded.and(Err(error));
-        }
+fn limit(request: &Request, endpoint: &Endpoint, resolved: Resolved) -> Result<()> {
+    let Resolved { limits, cgroup, netns } = resolved;
+    let plan = Plan {
+        place: place(endpoint),
+        cgroup: Directory::Pod(&cgroup),
+        scope: Scope::Interface { netns: &netns, name: &endpoint.ifname },
+        limits,
+        subnets: &request.config.subnets,
+        owner: request.owner(endpoint, &cgroup.path),
     };
-    let before = locked.find(&place).and_then(before);
-    let attached = loaded.and_then(|loaded| loaded.attach(cgroup.open()?.as_fd()));
-    let committed = attached.and_then(|attached| {
-        let staged = locked.stage(&place)?;
-        attached.pin(staged.directory())?;
-        staged.commit()
-    });
-    if let Err(error) = committed {
-        put_back(before, &owner);
-        if !locked.has_pod(&place.pod) {
-            remove_cgroup_if_made(&cgroup.path);
-        }
-        return Err(error);
-    }
-    if let Some((before, _)) = before.filter(|_| ingress_by != Some(IngressBy::Tbf)) {
-        ingress::undo_host_side(&before);
-    }
-    log_limits(&place, &limits, &owner);
+    let owner = attachment::attach(&plan)?;
+    log_limits(&plan.place, &limits, &owner);
     Ok(())
-}
-
-/// Whose the attachment pinned there is, and its ingress limit, before another takes its place.
-fn before(directory: PathBuf) -> Option<(Owner, Option<Limit>)> {
-    let pinned = Pinned::at(&directory);
-    let [_, ingress] = pinned.limits().ok()?;
-    Some((pinned.owner().ok()?, shaper::limit_of(&ingress)))
-}
-
-/// Takes off the interfaces what an ADD that failed, for `failed`, has put there, but not what the attachment `before` it needs.
-fn put_back(before: Option<(Owner, Option<Limit>)>, failed: &Owner) {
-    match before {
-        Some((stays, limit)) => ingress::restore(&stays, limit.as_ref(), failed),
-        None => ingress::undo(failed),
-    }
-}
-
-/// What was found and done in a pod's network namespace.
-pub struct Prepared {
-    /// The interface.
-    pub ifindex: u32,
-    /// Its `gso_max_size` without podshaper: see [`packets::keep_small`].
-    pub gso_max_size: Option<u32>,
-    /// For ingress.
-    pub inside: Inside,
-}
-
-/// Sets the namespace so that small pacing rates make small packets and acknowledgements can be held. `found` is the interface's
-/// `gso_max_size` where podshaper has changed it before.
-///
-/// # Errors
-/// [`Code::Netns`]: there is no such interface.
-pub fn prepare_netns(ifname: &str, netns: &Path, limits: &Limits, found: Option<u32>) -> Result<Prepared> {
-    let ifindex = netns::interface(ifname, netns)?.index;
-    let small = limits.egress.map_or(Ok(None), |limit| packets::keep_small(ifindex, limit.rate, found));
-    // Without it the rate holds and the latency does not: not worth a pod.
-    let gso_max_size = small.unwrap_or_else(|error| {
-        log::warn!("TCP may send large packets in bursts: {error}");
-        found
-    });
-    Ok(Prepared { ifindex, gso_max_size, inside: ingress::prepare(ifindex, limits) })
 }
 
 fn log_limits(place: &Place, limits: &Limits, owner: &Owner) {
     let pod = [&owner.pod_namespace, &owner.pod_name].map(|name| name.as_deref().unwrap_or("?")).join("/");
     let Place { pod: key, interface } = place;
-    let egress_by = match Queue::of(owner) {
-        Queue::Fq => "pacing and fq",
-        Queue::Htb => "pacing and htb",
-        Queue::None => "pacing and drops",
-    };
-    let ingress_by = owner.ingress_by.as_deref().unwrap_or_default();
-    for (direction, limit, by) in [("egress", &limits.egress, egress_by), ("ingress", &limits.ingress, ingress_by)] {
-        let Some(Limit { rate, burst, asked, source }) = limit else { continue };
+    for direction in Direction::BOTH {
+        let Some(Limit { rate, burst, asked, source }) = limits.of(direction) else { continue };
+        let by = match (direction, Queue::of(&owner.interface)) {
+            (Direction::Egress, Queue::Fq) => "pacing and fq".to_owned(),
+            (Direction::Egress, Queue::Htb) => "pacing and htb".to_owned(),
+            (Direction::Egress, Queue::None) => "pacing and drops".to_owned(),
+            (Direction::Ingress, _) => owner.interface.ingress_by.map(|by| by.to_string()).unwrap_or_default(),
+        };
         let capped = if asked > rate { format!(", capped by max: {asked} were asked for") } else { String::new() };
         let (burst, cgroup) = (burst.as_bytes(), &owner.cgroup);
         log::info!(
@@ -226,24 +157,18 @@ fn log_limits(place: &Place, limits: &Limits, owner: &Owner) {
 }
 
 /// A pod without limits may have had some in its last sandbox, on the same cgroup.
-fn forget_unlimited(attachment: &Attachment) -> Result<()> {
-    let place = place(attachment);
-    let Some(pins) = Pins::existing(Path::new(BPFFS)).filter(|pins| pins.find(&place).is_some()) else {
-        return Ok(());
-    };
-    let pins = pins.lock()?;
-    let before = pins.find(&place).and_then(|directory| Pinned::at(&directory).owner().ok());
-    pins.remove(&place)?;
-    before.iter().for_each(ingress::undo);
-    Ok(())
+fn forget_unlimited(endpoint: &Endpoint) -> Result<()> {
+    let place = place(endpoint);
+    let is_limited = Pins::existing(Path::new(BPFFS)).is_some_and(|pins| pins.find(&place).is_some());
+    if is_limited { attachment::remove(&place, |_, _| true).map(drop) } else { Ok(()) }
 }
 
-fn check(request: &Request, attachment: &Attachment) -> Result<()> {
+fn check(request: &Request, endpoint: &Endpoint) -> Result<()> {
     let limits = request.limits()?;
     if limits.is_empty() {
         return Ok(());
     }
-    let place = place(attachment);
+    let place = place(endpoint);
     let missing = || {
         let text = format!("{} of pod {} has no shaper, but a limit was asked for", place.interface, place.pod);
         Error::new(Code::Mismatch, text)
@@ -251,53 +176,39 @@ fn check(request: &Request, attachment: &Attachment) -> Result<()> {
     let directory = Pins::existing(Path::new(BPFFS)).and_then(|pins| pins.find(&place)).ok_or_else(missing)?;
     let pinned = Pinned::at(&directory);
     let owner = pinned.owner()?;
-    if !owner.is(&request.network, &attachment.container_id, &attachment.ifname) {
+    if !owner.is(&request.network, &endpoint.container_id, &endpoint.ifname) {
         let text = format!(
             "{} of pod {} is shaped for container {} of network {}, not for this one",
             place.interface, place.pod, owner.container_id, owner.network
         );
         return Err(Error::new(Code::Mismatch, text));
     }
-    let ingress_by = owner.ingress_by.as_deref().and_then(|name| name.parse().ok());
-    pinned.check(Path::new(&owner.cgroup), &Settings { ifindex: 0, limits, queue: Queue::of(&owner), ingress_by })?;
-    ingress::check(&owner)
+    pinned.check(Path::new(&owner.cgroup), &Settings::of(&owner, limits))?;
+    interface::check(&owner.interface)
 }
 
-fn del(request: &Request, attachment: &Attachment) -> Result<()> {
-    let Some(pins) = Pins::existing(Path::new(BPFFS)) else { return Ok(()) };
-    let pins = pins.lock()?;
-    let place = place(attachment);
-    pins.settle(&place)?;
-    if let Some(directory) = pins.find(&place) {
-        let owner = Pinned::at(&directory).owner()?;
-        if !owner.is_of(&attachment.container_id, &attachment.ifname) {
-            log::info!("{} is another sandbox's by now: {}", directory.display(), owner.container_id);
-            return Ok(());
-        }
-        pins.remove(&place)?;
-        ingress::undo(&owner);
-        log::info!("removed {}", directory.display());
+fn del(request: &Request, endpoint: &Endpoint) -> Result<()> {
+    let Some(pins) = attachment::lock()? else { return Ok(()) };
+    // A record that nobody can read is no reason to keep the pod in Terminating for ever.
+    let is_its =
+        |owner: Option<&Owner>| owner.is_none_or(|owner| owner.is_of(&endpoint.container_id, &endpoint.ifname));
+    if let End::Another(owner) = attachment::remove_locked(&pins, &place(endpoint), |_, owner| is_its(owner))? {
+        log::info!("{} of pod {} is another sandbox's by now: {}", endpoint.ifname, endpoint.key, owner.container_id);
+        return Ok(());
     }
-    remove_cgroup_after(request, attachment, &pins);
+    remove_cgroup_after(request, endpoint, &pins);
     Ok(())
 }
 
 /// On a hybrid host the pod's cgroup2 directory is podshaper's, to be removed with its last attachment. It cannot be while the
 /// pod's last container is in it; then one of the DELs that follow does it.
-fn remove_cgroup_after(request: &Request, attachment: &Attachment, pins: &LockedPins) {
+fn remove_cgroup_after(request: &Request, endpoint: &Endpoint, pins: &LockedPins) {
     let Ok(hierarchies) = Hierarchies::of_this_host() else { return };
-    if !hierarchies.are_hybrid() || pins.has_pod(attachment.key.as_str()) {
+    if !hierarchies.are_hybrid() || pins.has_pod(endpoint.key.as_str()) {
         return;
     }
-    if let Ok(cgroup) = find_cgroup(request, attachment, &hierarchies) {
+    if let Ok(cgroup) = find_cgroup(request, endpoint, &hierarchies) {
         remove_cgroup_if_made(&cgroup.path);
-    }
-}
-
-fn remove_cgroup_if_made(path: &Path) {
-    let removed = Hierarchies::of_this_host().and_then(|hierarchies| cgroup::remove_if_made(&hierarchies, path));
-    if let Err(error) = removed {
-        log::warn!("{error}");
     }
 }
 
@@ -305,37 +216,30 @@ fn remove_cgroup_if_made(path: &Path) {
 fn gc(request: &Request) -> Result<()> {
     // Without the list nothing is known to be stale.
     let Some(valid) = &request.valid_attachments else { return Ok(()) };
-    let Some(pins) = Pins::existing(Path::new(BPFFS)) else { return Ok(()) };
-    let pins = pins.lock()?;
-    let mut failed: Vec<String> = pins.settle_all().err().iter().map(Error::to_string).collect();
-    for (place, directory) in pins.list() {
-        let owner = match Pinned::at(&directory).owner() {
-            Ok(owner) => owner,
-            Err(error) => {
-                failed.push(error.to_string());
-                continue;
+    let Some(pins) = attachment::lock()? else { return Ok(()) };
+    let is_stale = |owner: &Owner| {
+        let is_it = |ifname: &str| owner.interface.ifname == ifname;
+        let is_named = valid.iter().any(|kept| kept.container_id == owner.container_id && is_it(&kept.ifname));
+        owner.network == request.network.as_str() && !is_named
+    };
+    let remove = |place: Place, directory: PathBuf| -> Result<()> {
+        let owner = Pinned::at(&directory).owner()?;
+        let is_meant = |_: &Path, owner: Option<&Owner>| owner.is_some_and(is_stale);
+        if is_stale(&owner) && matches!(attachment::remove_locked(&pins, &place, is_meant)?, End::Removed) {
+            log::info!("no container uses {} any more", directory.display());
+            if !pins.has_pod(&place.pod) {
+                remove_cgroup_if_made(Path::new(&owner.cgroup));
             }
-        };
-        let named = valid.iter().any(|kept| kept.container_id == owner.container_id && kept.ifname == owner.ifname);
-        if owner.network != request.network.as_str() || named {
-            continue;
         }
-        match pins.remove(&place) {
-            Ok(()) => {
-                ingress::undo(&owner);
-                log::info!("removed {}, which no container uses any more", directory.display());
-                if !pins.has_pod(&place.pod) {
-                    remove_cgroup_if_made(Path::new(&owner.cgroup));
-                }
-            }
-            Err(error) => failed.push(error.to_string()),
-        }
-    }
-    if failed.is_empty() { Ok(()) } else { Err(Error::new(Code::Kernel, failed.join("; "))) }
+        Ok(())
+    };
+    let settled = pins.settle_all();
+    let removed = pins.list().into_iter().map(|(place, directory)| remove(place, directory));
+    error::all(std::iter::once(settled).chain(removed))
 }
 
-fn place(attachment: &Attachment) -> Place {
-    Place { pod: attachment.key.as_str().to_owned(), interface: attachment.ifname.to_string() }
+fn place(endpoint: &Endpoint) -> Place {
+    Place { pod: endpoint.key.as_str().to_owned(), interface: endpoint.ifname.to_string() }
 }
 
 fn write_stdout(answer: &[u8]) -> Result<()> {

@@ -115,6 +115,17 @@ impl From<CniError> for Error {
     }
 }
 
+/// What came of several operations, all of which were tried: every error, with the code of the first.
+///
+/// # Errors
+/// Those of the operations, in one line.
+pub fn all(results: impl IntoIterator<Item = Result<()>>) -> Result<()> {
+    let errors: Vec<Error> = results.into_iter().filter_map(Result::err).collect();
+    let Some(first) = errors.first() else { return Ok(()) };
+    let texts: Vec<String> = errors.iter().map(Error::to_string).collect();
+    Err(Error::new(first.code, texts.join("; ")))
+}
+
 /// Foreign text (a tenant's annotation, a runtime's argument) as it may stand in an error and on a terminal: quoted, in
 /// printable ASCII, and its first 64 characters only.
 pub fn quoted(foreign: &str) -> String {
@@ -151,6 +162,14 @@ mod tests {
             error.to_string(),
             "attach to /sys/fs/cgroup/a (needs CAP_BPF): Operation not permitted (os error 1)"
         );
+    }
+
+    #[test]
+    fn of_several_operations_every_error_is_told() {
+        let failed = |code, text: &str| Err(Error::new(code, text));
+        assert!(all([Ok(()), Ok(())]).is_ok());
+        let error = all([Ok(()), failed(Code::Netns, "one"), failed(Code::Kernel, "two"), Ok(())]).unwrap_err();
+        assert_eq!((error.code(), error.to_string().as_str()), (Code::Netns, "one; two"));
     }
 
     #[test]

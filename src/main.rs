@@ -4,16 +4,17 @@
 //! The data flow one way: [`request`] -> [`cgroup`] -> [`shaper`] (loaded, attached, and pinned by [`pins`]) -> reply.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
+mod attachment;
 mod cgroup;
 mod cli;
 mod cni;
+mod direction;
 mod error;
-mod ingress;
+mod interface;
 mod kube;
 mod logging;
 mod netlink;
 mod netns;
-mod packets;
 mod pins;
 mod pod;
 mod probe;

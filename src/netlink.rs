@@ -44,13 +44,13 @@ pub fn link(ifindex: u32) -> io::Result<Option<LinkMessage>> {
     }))
 }
 
-/// Changes one attribute of such an interface.
+/// Changes attributes of such an interface.
 ///
 /// # Errors
 /// What the kernel says.
-pub fn set_link(ifindex: u32, attribute: LinkAttribute) -> io::Result<()> {
+pub fn set_link(ifindex: u32, attributes: Vec<LinkAttribute>) -> io::Result<()> {
     let mut message = link_message(ifindex);
-    message.attributes = vec![attribute];
+    message.attributes = attributes;
     change(RouteNetlinkMessage::SetLink(message), 0)
 }
 

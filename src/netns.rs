@@ -1,11 +1,14 @@
-//! Runs something inside the pod's network namespace, and what is found there.
+//! A pod's network namespace, entered once, and what is found there.
 //!
 //! A namespace belongs to a thread. The work is done on a thread of its own, which enters the namespace and ends there: the
 //! caller never leaves its own, so there is no way back that could fail, whether the work returns, fails or panics.
 
+use std::fmt;
+use std::os::fd::OwnedFd;
 use std::panic::resume_unwind;
-use std::path::Path;
-use std::thread;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::{self, JoinHandle};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
@@ -21,60 +24,127 @@ const OWN: &str = "/proc/thread-self/ns/net";
 
 /// An interface of the namespace the calling thread is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Interface {
+pub struct Link {
     /// The number that `skb->ifindex` has in the programs; unique within its namespace only.
     pub index: u32,
 }
 
-/// Runs `work` inside the network namespace at `path` (`CNI_NETNS`) and returns what it returned.
-///
-/// # Errors
-/// Those of `work`; [`Code::Netns`] if `path` is not a network namespace, or is the caller's own: such a pod uses the host's
-/// network, and what is meant for the pod would be done to the node.
-pub fn in_netns<T: Send>(path: &Path, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    let at = path.display();
-    let failed =
-        |cause: Errno, what: &str| Error::because(Code::Netns, format!("enter the pod's netns {at}: {what}"), cause);
-    let read = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-    let own =
-        open(OWN, read, Mode::empty()).map_err(|errno| failed(errno, "open its own at /proc/thread-self/ns/net"))?;
-    let pods = open(path, read, Mode::empty()).map_err(|errno| failed(errno, "open (the sandbox may be gone)"))?;
-    // Left behind by a reboot or an unmount, the file is an empty one on tmpfs.
-    if fstatfs(&pods).map_err(|errno| failed(errno, "statfs"))?.filesystem_type() != NSFS_MAGIC {
-        return Err(Error::new(
-            Code::Netns,
-            format!("enter the pod's netns {at}: not a namespace, perhaps the leftover of a sandbox of a former boot"),
-        ));
+/// A pod's network namespace, not entered yet.
+pub struct Namespace {
+    path: PathBuf,
+    file: OwnedFd,
+    /// Its number, by which it is told from others as long as it lives.
+    pub inode: u64,
+}
+
+/// A network namespace that was entered. The thread in it ends when this is dropped.
+pub struct Entered {
+    jobs: Option<Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+type Job = Box<dyn FnOnce() + Send>;
+
+impl Namespace {
+    /// The network namespace at `path` (`CNI_NETNS`).
+    ///
+    /// # Errors
+    /// [`Code::Netns`] if `path` is not a network namespace, or is the caller's own: such a pod uses the host's network, and what
+    /// is meant for the pod would be done to the node.
+    pub fn open(path: &Path) -> Result<Self> {
+        let failed = |cause: Errno, what: &str| failed(path, what, cause);
+        let read = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+        let own = open(OWN, read, Mode::empty())
+            .map_err(|errno| failed(errno, "open its own at /proc/thread-self/ns/net"))?;
+        let file = open(path, read, Mode::empty()).map_err(|errno| failed(errno, "open (the sandbox may be gone)"))?;
+        // Left behind by a reboot or an unmount, the file is an empty one on tmpfs.
+        if fstatfs(&file).map_err(|errno| failed(errno, "statfs"))?.filesystem_type() != NSFS_MAGIC {
+            return Err(refused(path, "not a namespace, perhaps the leftover of a sandbox of a former boot"));
+        }
+        let own = fstat(&own).map_err(|errno| failed(errno, "fstat of its own"))?;
+        let there = fstat(&file).map_err(|errno| failed(errno, "fstat"))?;
+        if (own.st_dev, own.st_ino) == (there.st_dev, there.st_ino) {
+            return Err(refused(path, "it is the host's own (hostNetwork): such a pod cannot be limited"));
+        }
+        Ok(Self { path: path.to_path_buf(), file, inode: there.st_ino })
     }
-    let [own, there] = [&own, &pods].map(|fd| fstat(fd).map(|found| (found.st_dev, found.st_ino)));
-    if own.map_err(|errno| failed(errno, "fstat of its own"))? == there.map_err(|errno| failed(errno, "fstat"))? {
-        return Err(Error::new(
-            Code::Netns,
-            format!("enter the pod's netns {at}: it is the host's own (hostNetwork): such a pod cannot be limited"),
-        ));
+
+    /// Enters it.
+    ///
+    /// # Errors
+    /// [`Code::Netns`]: it is a namespace of another kind, or podshaper may not.
+    pub fn enter(self) -> Result<Entered> {
+        let Self { path, file, inode: _ } = self;
+        let (jobs, received) = channel();
+        let (said, answer) = channel();
+        let at = path.clone();
+        let inside = move || {
+            let entered = setns(&file, CloneFlags::CLONE_NEWNET).map_err(|errno| match errno {
+                Errno::EINVAL => failed(&at, "setns (a namespace of another kind)", errno),
+                _ => failed(&at, "setns (needs CAP_SYS_ADMIN)", errno),
+            });
+            let is_in = entered.is_ok();
+            // Whoever waits for it is there.
+            let _ = said.send(entered);
+            if is_in {
+                received.into_iter().for_each(|job: Job| job());
+            }
+        };
+        let thread = thread::Builder::new().name("in-netns".into()).spawn(inside);
+        let thread = thread.map_err(|cause| failed(&path, "start a thread", cause))?;
+        let entered = Entered { jobs: Some(jobs), thread: Some(thread) };
+        answer.recv().unwrap_or_else(|_| Err(refused(&path, "its thread ended")))?;
+        Ok(entered)
     }
-    let inside = || {
-        setns(&pods, CloneFlags::CLONE_NEWNET).map_err(|errno| match errno {
-            Errno::EINVAL => failed(errno, "setns (a namespace of another kind)"),
-            _ => failed(errno, "setns (needs CAP_SYS_ADMIN)"),
-        })?;
-        work()
-    };
-    thread::scope(|scope| {
-        let thread = thread::Builder::new().name("in-netns".into()).spawn_scoped(scope, inside);
-        let thread = thread.map_err(|cause| {
-            Error::because(Code::Netns, format!("enter the pod's netns {at}: start a thread"), cause)
-        })?;
-        thread.join().unwrap_or_else(|panic| resume_unwind(panic))
-    })
+}
+
+impl Entered {
+    /// Runs `work` inside and returns what it returned. If it panics, so does this.
+    pub fn run<T: Send + 'static>(&mut self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        let (said, answer): (_, Receiver<T>) = channel();
+        let job: Job = Box::new(move || drop(said.send(work())));
+        let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send(job).is_ok());
+        match answer.recv().ok().filter(|_| sent) {
+            Some(answer) => answer,
+            None => self.end(),
+        }
+    }
+
+    /// The thread ends by itself only in a panic.
+    fn end(&mut self) -> ! {
+        match self.thread.take().map(JoinHandle::join) {
+            Some(Err(panic)) => resume_unwind(panic),
+            _ => resume_unwind(Box::new("the thread in the pod's netns has ended")),
+        }
+    }
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        drop(self.jobs.take());
+        // A panic of its has been passed on, or there was none.
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+fn failed(path: &Path, what: &str, cause: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
+    Error::because(Code::Netns, entering(path, what), cause)
+}
+
+fn refused(path: &Path, why: &str) -> Error {
+    Error::new(Code::Netns, entering(path, why))
+}
+
+fn entering(path: &Path, what: impl fmt::Display) -> String {
+    format!("enter the pod's netns {}: {what}", path.display())
 }
 
 /// The interface `ifname` of the calling thread's namespace; `netns` is only named in the error.
 ///
 /// # Errors
 /// [`Code::Netns`] if there is none of that name.
-pub fn interface(ifname: &str, netns: &Path) -> Result<Interface> {
-    if_nametoindex(ifname).map(|index| Interface { index }).map_err(|errno| {
+pub fn link(ifname: &str, netns: &Path) -> Result<Link> {
+    if_nametoindex(ifname).map(|index| Link { index }).map_err(|errno| {
         let text = format!(
             "find the interface {ifname:?} in the netns {}; podshaper must come after the plugin that makes it",
             netns.display()
@@ -88,15 +158,11 @@ mod tests {
     use std::fs::File;
     use std::os::fd::AsRawFd;
     use std::panic::{AssertUnwindSafe, catch_unwind};
-    use std::path::PathBuf;
 
     use nix::sched::unshare;
     use tempfile::tempdir;
 
     use super::*;
-    use crate::{packets, units::Rate};
-
-    const TSO_RTT: &str = "/proc/sys/net/ipv4/tcp_tso_rtt_log";
 
     /// A network namespace with nothing but `lo`, which the kernel takes back when the file is closed.
     struct Netns(File);
@@ -139,7 +205,7 @@ mod tests {
             (dir.path(), "not a namespace, perhaps the leftover of a sandbox of a former boot"),
             (Path::new(OWN), "it is the host's own (hostNetwork): such a pod cannot be limited"),
         ] {
-            let error = in_netns(path, || -> Result<()> { panic!("entered {}", path.display()) }).unwrap_err();
+            let error = Namespace::open(path).err().unwrap();
             assert_eq!(error.code(), Code::Netns);
             assert_eq!(error.to_string(), format!("enter the pod's netns {}: {why}", path.display()));
         }
@@ -149,7 +215,7 @@ mod tests {
     fn a_missing_interface_is_named_with_its_namespace() {
         for ifname in ["podshaper-none", "a-name-longer-than-the-kernel-takes", ""] {
             assert_eq!(
-                interface(ifname, Path::new("/run/netns/x")).unwrap_err().to_string(),
+                link(ifname, Path::new("/run/netns/x")).unwrap_err().to_string(),
                 format!(
                     "find the interface {ifname:?} in the netns /run/netns/x; podshaper must come after the plugin that makes \
                      it: ENODEV: No such device"
@@ -158,31 +224,34 @@ mod tests {
         }
     }
 
+    fn enter(path: &Path) -> Result<Entered> {
+        Namespace::open(path).and_then(Namespace::enter)
+    }
+
     #[test]
     #[ignore = "needs root and network namespaces"]
     fn work_runs_inside_and_the_caller_stays_where_it_is() {
         let (home, netns) = (here(), Netns::new());
-        assert_eq!(in_netns(&netns.path(), || Ok(here())).unwrap(), netns.id());
+        let mut inside = enter(&netns.path()).unwrap();
+        assert_eq!([inside.run(here), inside.run(here)], [netns.id(), netns.id()]);
         assert_eq!(here(), home);
+        let number = Namespace::open(&netns.path()).unwrap().inode;
+        assert_eq!(number, netns.id().1);
 
-        let failed = in_netns(&netns.path(), || -> Result<()> { Err(Error::new(Code::Kernel, "as said")) });
-        assert_eq!(failed.unwrap_err().to_string(), "as said");
-        assert_eq!(here(), home);
-
-        let panicked =
-            catch_unwind(AssertUnwindSafe(|| in_netns(&netns.path(), || -> Result<()> { panic!("on purpose") })));
+        let panicked = catch_unwind(AssertUnwindSafe(|| inside.run(|| panic!("on purpose"))));
         assert_eq!(*panicked.unwrap_err().downcast::<&str>().unwrap(), "on purpose");
         assert_eq!(here(), home);
 
         let other = Netns::new();
-        let nested = || Ok((in_netns(&other.path(), || Ok(here()))?, here()));
-        assert_eq!(in_netns(&netns.path(), nested).unwrap(), (other.id(), netns.id()));
+        let path = other.path();
+        let nested = move || (enter(&path).unwrap().run(here), here());
+        assert_eq!(enter(&netns.path()).unwrap().run(nested), (other.id(), netns.id()));
     }
 
     #[test]
     #[ignore = "needs root and network namespaces"]
     fn a_namespace_of_another_kind_is_refused() {
-        let error = in_netns(Path::new("/proc/self/ns/uts"), || Ok(())).unwrap_err();
+        let error = enter(Path::new("/proc/self/ns/uts")).err().unwrap();
         assert_eq!(
             error.to_string(),
             "enter the pod's netns /proc/self/ns/uts: setns (a namespace of another kind): EINVAL: Invalid argument"
@@ -191,21 +260,9 @@ mod tests {
 
     #[test]
     #[ignore = "needs root and network namespaces"]
-    fn interfaces_and_sysctls_are_the_pods() {
+    fn interfaces_are_the_pods() {
         let netns = Netns::new();
         let path = netns.path();
-        assert_eq!(in_netns(&path, || interface("lo", &path)).unwrap(), Interface { index: 1 });
-
-        // Read before, so that the host's file is in the dentry cache.
-        let hosts = std::fs::read_to_string(TSO_RTT).ok();
-        let small = || {
-            packets::keep_small(1, Rate::bits_per_s(10_000_000).unwrap(), None)?;
-            Ok(std::fs::read_to_string(TSO_RTT).ok())
-        };
-        let pods = in_netns(&path, small).unwrap();
-        assert_eq!(pods, hosts.as_ref().map(|_| "0\n".to_owned()));
-        assert_eq!(std::fs::read_to_string(TSO_RTT).ok(), hosts, "the host's setting is untouched");
-        let again = in_netns(&path, || Ok(std::fs::read_to_string(TSO_RTT).ok())).unwrap();
-        assert_eq!(again, pods, "it stays with the namespace");
+        assert_eq!(enter(&path).unwrap().run(move || link("lo", &path)).unwrap(), Link { index: 1 });
     }
 }

@@ -2,12 +2,13 @@
 //!
 //! ```text
 //! /sys/fs/bpf/podshaper/            locked (flock) by whoever changes anything below
-//!   v4/                             layout of what follows: podshaper_abi::LAYOUT
+//!   v5/                             layout of what follows: podshaper_abi::LAYOUT
 //!     <pod uid or container id>/
 //!       <interface>/                one attachment, whole: it is made under another name and renamed
 //!         OWNER  LIMITS  METERS     maps
 //!         count_egress  ..          links; the last one that goes takes its program along
 //!       <interface>%new             being made, or (%old) being replaced: left only by a call that was killed
+//!   netns/<inode>/<pod>%on%<interface>   an empty directory for each attachment in that network namespace: see `pins/sharing.rs`
 //! ```
 //!
 //! bpffs has no files but pins. A lock file cannot be made there, but a directory can be locked; the kernel lets go of it with the
@@ -15,10 +16,12 @@
 
 mod bpffs;
 mod names;
+mod sharing;
 
 use std::{
     fs::{self, File},
     io,
+    ops::Deref,
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -30,7 +33,7 @@ use nix::{
 };
 use podshaper_abi::LAYOUT;
 
-use crate::error::{Code, Error, Result};
+use crate::error::{self, Code, Error, Result};
 
 use bpffs::{directories, make_directory, refuse_strangers, remove_if_empty};
 pub use bpffs::{is_bpffs, mount_bpffs};
@@ -70,8 +73,16 @@ pub struct Pins {
 
 /// The same, locked against every other call until dropped.
 pub struct LockedPins {
-    root: PathBuf,
+    pins: Pins,
     _lock: Flock<File>,
+}
+
+impl Deref for LockedPins {
+    type Target = Pins;
+
+    fn deref(&self) -> &Pins {
+        &self.pins
+    }
 }
 
 /// A directory in which an attachment is being made. Removed when dropped, unless it was committed.
@@ -111,7 +122,7 @@ impl Pins {
         let start = Instant::now();
         loop {
             directory = match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) => return Ok(LockedPins { root: self.root.clone(), _lock: lock }),
+                Ok(lock) => return Ok(LockedPins { pins: Self { root: self.root.clone() }, _lock: lock }),
                 Err((directory, Errno::EWOULDBLOCK | Errno::EINTR)) if start.elapsed() < LOCK_WAIT => directory,
                 Err((_, Errno::EWOULDBLOCK)) => {
                     let (path, waited) = (self.root.display(), LOCK_WAIT.as_secs());
@@ -125,7 +136,7 @@ impl Pins {
         }
     }
 
-    /// Directory of an attachment, if there is one.
+    /// Directory of an attachment, if there is one: of this podshaper's layout, or else of another.
     pub fn find(&self, place: &Place) -> Option<PathBuf> {
         find(&self.root, place)
     }
@@ -154,47 +165,45 @@ impl Pins {
 }
 
 impl LockedPins {
-    /// Directory of an attachment, if there is one.
-    pub fn find(&self, place: &Place) -> Option<PathBuf> {
-        find(&self.root, place)
-    }
-
-    /// All attachments, of every layout.
-    pub fn list(&self) -> Vec<(Place, PathBuf)> {
-        list(&self.root)
-    }
-
     /// Whether any attachment of the pod is left.
     pub fn has_pod(&self, pod: &str) -> bool {
         layouts(&self.root).iter().any(|layout| layout.join(encode(pod)).exists())
     }
 
     /// Clears what killed calls left of an attachment: the lock is ours, so nobody is at work on it. One that was being
-    /// replaced is put back.
+    /// replaced is put back, and one of an older layout whose replacement is in its place is removed.
     ///
     /// # Errors
     /// [`Code::Kernel`] with what the kernel says.
     pub fn settle(&self, place: &Place) -> Result<()> {
-        layouts(&self.root).iter().try_for_each(|layout| {
+        error::all(layouts(&self.root).iter().map(|layout| {
             let pod = layout.join(encode(&place.pod));
             settle(&pod, &encode(&place.interface))?;
             remove_if_empty(&pod)
-        })
+        }))?;
+        if self.find(place).is_some_and(|directory| is_current(&directory)) {
+            self.remove_others(place)
+        } else {
+            Ok(())
+        }
     }
 
-    /// The same for every attachment.
+    /// The same for every attachment. Goes on after an error.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with what the kernel says, of each that could not be cleared.
     pub fn settle_all(&self) -> Result<()> {
+        let mut results = Vec::new();
         for (_, pod) in layouts(&self.root).iter().flat_map(|layout| directories(layout)) {
             for (name, _) in directories(&pod) {
                 let interface = [NEW, OLD].iter().find_map(|suffix| name.strip_suffix(suffix)).unwrap_or(&name);
-                settle(&pod, interface)?;
+                results.push(settle(&pod, interface));
             }
-            remove_if_empty(&pod)?;
+            results.push(remove_if_empty(&pod));
         }
-        Ok(())
+        results.extend(self.list().iter().map(|(place, _)| self.settle(place)));
+        results.push(self.prune());
+        error::all(results)
     }
 
     /// Makes the directory in which an attachment is then pinned.
@@ -219,7 +228,14 @@ impl LockedPins {
     /// # Errors
     /// [`Code::Kernel`] with what the kernel says.
     pub fn remove(&self, place: &Place) -> Result<()> {
-        layouts(&self.root).iter().try_for_each(|layout| remove_from(layout, place))
+        error::all(layouts(&self.root).iter().map(|layout| remove_from(layout, place)))
+    }
+
+    /// Removes an attachment from every layout but this podshaper's.
+    fn remove_others(&self, place: &Place) -> Result<()> {
+        let current = self.layout();
+        let others = layouts(&self.root).into_iter().filter(|layout| *layout != current);
+        error::all(others.map(|layout| remove_from(&layout, place)))
     }
 
     /// The directory of this podshaper's layout.
@@ -242,9 +258,10 @@ impl Staged<'_> {
     pub fn commit(self) -> Result<()> {
         self.swap()?;
         // Pins that an older podshaper made for this attachment, in its own layout, limited it until now.
-        let current = self.pins.layout();
-        let others = layouts(&self.pins.root).into_iter().filter(|layout| *layout != current);
-        others.into_iter().try_for_each(|layout| remove_from(&layout, self.place))
+        if let Err(error) = self.pins.remove_others(self.place) {
+            log::warn!("what the new limit replaced is still there, until the next call for the pod: {error}");
+        }
+        Ok(())
     }
 
     fn swap(&self) -> Result<()> {
@@ -265,7 +282,10 @@ impl Staged<'_> {
                 remove_directory(&aside)?;
                 renamed(rename(&self.target, &aside, RenameFlags::empty()), &aside)?;
                 renamed(rename(&self.directory, &self.target, RenameFlags::empty()), &self.target)?;
-                remove_directory(&aside)
+                if let Err(error) = remove_directory(&aside) {
+                    log::warn!("what the new limit replaced is still there, until the next call for the pod: {error}");
+                }
+                Ok(())
             }
             Err(cause) => renamed(Err(cause), &self.target),
         }
@@ -307,8 +327,12 @@ pub fn made_at(directory: &Path) -> Option<std::time::SystemTime> {
     fs::metadata(directory.join(OWNER)).and_then(|pin| pin.modified()).ok()
 }
 
+/// The directories of the layouts, this podshaper's first: a call that was killed may have left an older one beside it.
 fn layouts(root: &Path) -> Vec<PathBuf> {
-    directories(root).into_iter().filter(|(name, _)| name.starts_with('v')).map(|(_, path)| path).collect()
+    let current = format!("v{LAYOUT}");
+    let mut layouts: Vec<_> = directories(root).into_iter().filter(|(name, _)| name.starts_with('v')).collect();
+    layouts.sort_by_key(|(name, _)| *name != current);
+    layouts.into_iter().map(|(_, path)| path).collect()
 }
 
 fn find(root: &Path, place: &Place) -> Option<PathBuf> {
@@ -319,7 +343,10 @@ fn find(root: &Path, place: &Place) -> Option<PathBuf> {
 
 fn list(root: &Path) -> Vec<(Place, PathBuf)> {
     let mut found = Vec::new();
-    for (_, layout) in directories(root) {
+    // In the order of their names, as readings of attachments are compared.
+    let mut layouts = layouts(root);
+    layouts.sort();
+    for layout in layouts {
         for (pod, pod_path) in directories(&layout) {
             for (interface, path) in directories(&pod_path) {
                 if let (Some(pod), Some(interface)) = (decode(&pod), decode(&interface)) {

@@ -10,7 +10,10 @@ use std::str::FromStr;
 use rscni_plugin::types::{ContainerId, InterfaceName};
 use serde::{Deserialize, Serialize};
 
+use crate::direction::Direction;
 use crate::error::{Code, Error, Result, quoted};
+use crate::interface::Record;
+use crate::units::Rate;
 
 /// Longest container id taken. Runtimes use 64 characters; the specification sets no bound, but a file name has one.
 const MAX_CONTAINER_ID: usize = 128;
@@ -164,11 +167,9 @@ pub struct Owner {
     pub container_id: String,
     /// Name of the CNI network.
     pub network: String,
-    /// `CNI_IFNAME` of the ADD.
-    pub ifname: String,
-    /// `CNI_NETNS` of the ADD.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub netns: Option<String>,
+    /// The interface, and what was changed on it.
+    #[serde(flatten)]
+    pub interface: Record,
     /// Namespace of the pod.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pod_namespace: Option<String>,
@@ -180,17 +181,6 @@ pub struct Owner {
     pub uid: Option<String>,
     /// The cgroup directory the programs are attached to.
     pub cgroup: String,
-    /// Whether fq is on the interface, to honour departure times.
-    pub fq: bool,
-    /// Whether htb is on the interface, in which packets wait where there is no fq.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    pub htb: bool,
-    /// `gso_max_size` of the interface before podshaper made packets small; `None` if it left it alone.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub gso_max_size: Option<u32>,
-    /// What holds the ingress limit, if there is one.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub ingress_by: Option<String>,
     /// The administrator's `max` at ADD, in bits per second: what `set` does not go beyond.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_egress: Option<u64>,
@@ -203,13 +193,22 @@ pub struct Owner {
 }
 
 impl Owner {
+    /// The administrator's `max` at ADD.
+    pub fn max(&self, direction: Direction) -> Option<Rate> {
+        let max = match direction {
+            Direction::Egress => self.max_egress,
+            Direction::Ingress => self.max_ingress,
+        };
+        max.and_then(|max| Rate::bits_per_s(max).ok())
+    }
+
     /// Whether a call for this container and interface speaks of the attachment recorded here. A DEL that does not is a late one
     /// for a sandbox that has been replaced, and must remove nothing.
     ///
     /// The network's name is not asked for: containerd deletes by the configuration it has then, whose name may be another one
     /// than at ADD, and no two networks can give a container an interface of the same name.
     pub fn is_of(&self, container_id: &ContainerId, ifname: &InterfaceName) -> bool {
-        self.container_id == **container_id && self.ifname == **ifname
+        self.container_id == **container_id && self.interface.ifname == **ifname
     }
 
     /// The same, and by the network of that name.
@@ -288,17 +287,17 @@ mod tests {
     #[test]
     fn owners_of_other_versions_are_readable() {
         let newer = r#"{"containerId":"c1","ifname":"eth0","cgroup":"/a","invented":{"later":[1]},"netns":null}"#;
-        let expected =
-            Owner { container_id: "c1".into(), ifname: "eth0".into(), cgroup: "/a".into(), ..Owner::default() };
+        let interface = Record { ifname: "eth0".into(), ..Record::default() };
+        let expected = Owner { container_id: "c1".into(), interface, cgroup: "/a".into(), ..Owner::default() };
         assert_eq!(serde_json::from_str::<Owner>(newer).unwrap(), expected);
         let written = serde_json::to_string(&expected).unwrap();
-        assert_eq!(written, r#"{"containerId":"c1","network":"","ifname":"eth0","cgroup":"/a","fq":false}"#);
+        assert_eq!(written, r#"{"containerId":"c1","network":"","ifname":"eth0","fq":false,"cgroup":"/a"}"#);
     }
 
     #[test]
     fn only_the_same_sandbox_is_the_owner() {
-        let owner =
-            Owner { container_id: "c1".into(), network: "net".into(), ifname: "eth0".into(), ..Owner::default() };
+        let interface = Record { ifname: "eth0".into(), ..Record::default() };
+        let owner = Owner { container_id: "c1".into(), network: "net".into(), interface, ..Owner::default() };
         for (network, id, ifname, same_sandbox, same_network_too) in [
             ("net", "c1", "eth0", true, true),
             ("net", "c2", "eth0", false, false),

@@ -8,10 +8,8 @@ use nix::sched::{CloneFlags, unshare};
 use crate::{
     cgroup::Hierarchies,
     error::{Code, Error, Result},
-    ingress::IngressBy,
-    pins,
-    pod::Owner,
-    qdisc,
+    interface::IngressBy,
+    pins, qdisc,
     request::{Limit, Limits, Source, Subnets},
     shaper::{self, Queue, Settings},
     units::Rate,
@@ -53,7 +51,7 @@ fn programs(_: &Path) -> Result<String> {
     let limit = Limit::of(Rate::MAX, Source::Config);
     let limits = Limits { egress: Some(limit), ingress: Some(limit) };
     let settings = Settings { ifindex: 0, limits, queue: Queue::Fq, ingress_by: Some(IngressBy::HeldAcks) };
-    shaper::load(&settings, &Subnets::default(), &Owner::default())?;
+    shaper::load(&settings, &Subnets::default())?;
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     Ok(format!("Linux {} takes them", release.trim()))
 }

@@ -80,6 +80,10 @@ pub fn put_fq(ifindex: u32) -> Result<()> {
     match root_qdisc(ifindex).map_err(|cause| Error::because(Code::Kernel, WHAT, cause))? {
         // Somebody else's fq honours departure times as well.
         Some((kind, handle)) if kind == "fq" && handle != OURS => return Ok(()),
+        // The kernel does not put another kind in the place of a qdisc with the same handle, and there are programs that count on this one.
+        Some((kind, OURS)) if kind != "fq" => {
+            return Err(Error::new(Code::Kernel, format!("{WHAT}: it has podshaper's {kind} already")));
+        }
         Some((kind, handle)) if !is_ours_or_default(handle) => {
             let text = format!("{WHAT}: it has the qdisc {kind} already, which is left alone");
             return Err(Error::new(Code::Kernel, text));

@@ -23,7 +23,9 @@ use rscni_plugin::version::{PluginInfo, SpecVersion};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
+use crate::direction::Direction;
 use crate::error::{Code, Error, Result, quoted};
+use crate::interface::Record;
 use crate::pod::{NetworkName, Owner, PodKey};
 use crate::units::Rate;
 pub use config::Config;
@@ -70,7 +72,7 @@ pub struct Request {
 #[derive(Debug)]
 pub enum Subject {
     /// ADD, CHECK, DEL: one interface of one sandbox.
-    Attachment(Attachment),
+    Endpoint(Endpoint),
     /// A DEL of what no ADD can have made, since ADD refuses such identifiers with this error. To be answered with
     /// success, doing nothing: a DEL that fails keeps the pod in Terminating.
     NeverAdded(Error),
@@ -80,7 +82,7 @@ pub enum Subject {
 
 /// One interface of one sandbox.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Attachment {
+pub struct Endpoint {
     /// The pod: its UID, or the container id where the runtime passes none.
     pub key: PodKey,
     /// The sandbox.
@@ -154,7 +156,7 @@ impl Request {
         let network = decoded.name.as_deref().unwrap_or_default().parse()?;
 
         let container_id = match &call.subject {
-            Subject::Attachment(attachment) => Some(&*attachment.container_id),
+            Subject::Endpoint(endpoint) => Some(&*endpoint.container_id),
             Subject::NeverAdded(_) | Subject::Node => None,
         };
         let config = Config::read(keys, container_id, &mut tolerance)?;
@@ -183,30 +185,33 @@ impl Request {
 
     /// Where the pod's cgroup is said to be: by the runtime, else, when there is no UID to search by, by the configuration.
     pub fn cgroup_hint(&self) -> Option<&Path> {
-        let nameless = matches!(&self.subject, Subject::Attachment(Attachment { key: PodKey::Container(_), .. }));
+        let nameless = matches!(&self.subject, Subject::Endpoint(Endpoint { key: PodKey::Container(_), .. }));
         let configured = self.config.cgroup_path.as_deref().filter(|_| nameless);
         self.cgroup_path.as_deref().or(configured)
     }
 
     /// The record to keep beside an attachment made for this request.
-    pub fn owner(&self, attachment: &Attachment, cgroup: &Path) -> Owner {
+    pub fn owner(&self, endpoint: &Endpoint, cgroup: &Path) -> Owner {
         Owner {
-            container_id: attachment.container_id.to_string(),
+            container_id: endpoint.container_id.to_string(),
             network: self.network.to_string(),
-            ifname: attachment.ifname.to_string(),
-            netns: self.netns.as_ref().map(|netns| netns.to_string_lossy().into_owned()),
+            interface: Record {
+                ifname: endpoint.ifname.to_string(),
+                netns: self.netns.as_ref().map(|netns| netns.to_string_lossy().into_owned()),
+                ..Record::default()
+            },
             pod_namespace: self.pod_namespace.clone(),
             pod_name: self.pod_name.clone(),
-            uid: attachment.key.uid().map(|uid| uid.to_string()),
+            uid: endpoint.key.uid().map(|uid| uid.to_string()),
             cgroup: cgroup.to_string_lossy().into_owned(),
-            max_egress: self.max_recorded(limits::Direction::Egress),
-            max_ingress: self.max_recorded(limits::Direction::Ingress),
+            max_egress: self.max_recorded(Direction::Egress),
+            max_ingress: self.max_recorded(Direction::Ingress),
             ..Owner::default()
         }
     }
 
     /// What is malformed has been refused when the limits were asked for.
-    fn max_recorded(&self, direction: limits::Direction) -> Option<u64> {
+    fn max_recorded(&self, direction: Direction) -> Option<u64> {
         self.config.max(direction).ok().flatten().map(Rate::as_bits_per_s)
     }
 }
@@ -376,7 +381,7 @@ mod tests {
             let request = Request::parse(Cmd::Del, &env(args), stdin.as_bytes()).unwrap();
             let forgiven: Vec<String> = request.forgiven.iter().map(Error::to_string).collect();
             assert_eq!(forgiven, [error.to_string()]);
-            assert!(matches!(request.subject, Subject::Attachment(_)));
+            assert!(matches!(request.subject, Subject::Endpoint(_)));
         }
     }
 

@@ -18,12 +18,12 @@ use aya::{
     programs::{Program, ProgramError},
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use podshaper_abi::{EGRESS, INGRESS, Limit as AbiLimit, OWNER_SIZE, QUEUE_FQ, QUEUE_HTB, QUEUE_NONE};
+use podshaper_abi::{Limit as AbiLimit, OWNER_SIZE, QUEUE_FQ, QUEUE_HTB, QUEUE_NONE};
 
 use crate::{
+    direction::Direction,
     error::{Code, Error, Result},
-    ingress::IngressBy,
-    packets,
+    interface::{IngressBy, Record, bulk_segments},
     pins::{LIMITS, METERS, OWNER},
     pod::Owner,
     qdisc,
@@ -111,10 +111,10 @@ pub enum Queue {
 
 impl Queue {
     /// What is on the interface of a recorded attachment.
-    pub fn of(owner: &Owner) -> Self {
-        match owner {
-            Owner { fq: true, .. } => Self::Fq,
-            Owner { htb: true, .. } => Self::Htb,
+    pub fn of(record: &Record) -> Self {
+        match record {
+            Record { fq: true, .. } => Self::Fq,
+            Record { htb: true, .. } => Self::Htb,
             _ => Self::None,
         }
     }
@@ -140,6 +140,12 @@ impl Queue {
 }
 
 impl Settings {
+    /// Those of an attachment that is there, but for its interface's index, which only its programs know.
+    pub fn of(owner: &Owner, limits: Limits) -> Self {
+        let record = &owner.interface;
+        Self { ifindex: 0, limits, queue: Queue::of(record), ingress_by: record.ingress_by }
+    }
+
     /// The largest first.
     fn programs(&self) -> Vec<Hooked> {
         let mut programs = Vec::new();
@@ -165,7 +171,7 @@ impl Settings {
     }
 
     /// The limits as the programs read them, by direction.
-    fn abi_limits(&self) -> [(u32, &'static str, AbiLimit); 2] {
+    fn abi_limits(&self) -> [(Direction, AbiLimit); 2] {
         let link = |rate| match self.queue {
             Queue::Htb => (qdisc::with_ethernet(rate), qdisc::ETHERNET_HEADER_BYTES),
             Queue::None | Queue::Fq => (rate.as_bits_per_s(), 0),
@@ -187,7 +193,7 @@ impl Settings {
             },
             IngressBy::Drops => abi_limit(limit, DATAGRAM_BOUND_NS, DROPS_BOUND_NS),
         });
-        [(EGRESS, "egress", egress.unwrap_or_default()), (INGRESS, "ingress", ingress.unwrap_or_default())]
+        [(Direction::Egress, egress.unwrap_or_default()), (Direction::Ingress, ingress.unwrap_or_default())]
     }
 }
 
@@ -195,7 +201,7 @@ impl Settings {
 ///
 /// # Errors
 /// [`Code::Kernel`]: the kernel refuses a map or program, and why.
-pub fn load(settings: &Settings, subnets: &Subnets, owner: &Owner) -> Result<Loaded> {
+pub fn load(settings: &Settings, subnets: &Subnets) -> Result<Loaded> {
     let mut object = without_kernel_btf(EbpfLoader::new)
         .override_global("IFINDEX", &settings.ifindex, true)
         .override_global("SUBNETS_MODE", &subnets.mode(), true)
@@ -206,18 +212,25 @@ pub fn load(settings: &Settings, subnets: &Subnets, owner: &Owner) -> Result<Loa
     let programs = settings.programs();
     load_programs(&mut object, &programs)?;
 
-    let mut limits_map = array_mut::<AbiLimit>(&mut object, LIMITS)?;
-    for (direction, _, limit) in settings.abi_limits() {
-        limits_map.set(direction, limit, 0).map_err(|cause| refused("write the limits", &cause))?;
-    }
     list_subnets(&mut object, subnets)?;
     try_flows(&object)?;
-    let mut owner_map = array_mut::<[u8; OWNER_SIZE]>(&mut object, OWNER)?;
-    owner_map.set(0, owner_bytes(owner)?, 0).map_err(|cause| refused("write the owner", &cause))?;
     Ok(Loaded { object, programs })
 }
 
 impl Loaded {
+    /// Writes the limits, and whose they are.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] with what the kernel says; [`Code::Config`] if the owner's names are too long.
+    pub fn write(&mut self, settings: &Settings, owner: &Owner) -> Result<()> {
+        let mut limits_map = array_mut::<AbiLimit>(&mut self.object, LIMITS)?;
+        for (direction, limit) in settings.abi_limits() {
+            limits_map.set(direction.index(), limit, 0).map_err(|cause| refused("write the limits", &cause))?;
+        }
+        let mut owner_map = array_mut::<[u8; OWNER_SIZE]>(&mut self.object, OWNER)?;
+        owner_map.set(0, owner_bytes(owner)?, 0).map_err(|cause| refused("write the owner", &cause))
+    }
+
     /// Attaches every program to the cgroup, beside whatever is attached there already.
     ///
     /// # Errors
@@ -286,7 +299,7 @@ fn abi_limit(limit: &Limit, stream_mark_ns: u64, horizon_ns: u64) -> AbiLimit {
         datagram_mark_ns: DATAGRAM_MARK_NS,
         stream_mark_ns,
         horizon_ns,
-        bulk_segments: packets::bulk_segments(limit.rate),
+        bulk_segments: bulk_segments(limit.rate),
         queue: QUEUE_NONE,
         link_bits_per_s: limit.rate.as_bits_per_s(),
         link_header_bytes: 0,

@@ -4,6 +4,7 @@
 mod attach;
 mod cgroups;
 mod failures;
+mod interface;
 pub mod mounts;
 mod races;
 mod verbs;

@@ -12,6 +12,10 @@ mod install;
 mod kernel;
 /// Labels and annotations from an API server.
 mod labels;
+/// podshaper's own: iproute2 lacks what is read and set with it.
+#[allow(dead_code, reason = "the tests use a part")]
+#[path = "../src/netlink.rs"]
+mod netlink;
 /// The commands for a person.
 mod operator;
 /// The protocol: what a runtime writes and reads, as far as it needs no privilege.

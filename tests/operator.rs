@@ -5,8 +5,12 @@
 mod cgroups;
 /// doctor and gc.
 mod health;
+/// Calls that come between the reading and the change of another.
+mod meanwhile;
 /// Prometheus and node_exporter, the real ones.
 mod metrics;
+/// Limits of cgroups with a namespace of their own, whose interface podshaper changes.
+mod namespaces;
 /// Many attachments, and what the commands cost.
 mod scale;
 /// list, show, top.

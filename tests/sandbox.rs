@@ -12,6 +12,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use netlink_packet_route::link::LinkAttribute;
+use nix::net::if_::if_nametoindex;
 use serde_json::{Map, Value, json};
 
 use super::harness::cgroup::{self, Driver, PodCgroup};
@@ -19,9 +21,10 @@ use super::harness::cni::{Call, Cni};
 use super::harness::netns::Netns;
 use super::harness::pod::{container_id, uuid};
 use super::harness::{process, unique};
+use super::netlink;
 
 /// Where podshaper of this layout pins.
-pub const PINS: &str = "/sys/fs/bpf/podshaper/v4";
+pub const PINS: &str = "/sys/fs/bpf/podshaper/v5";
 /// What a sandbox asks for unless told otherwise, in bits per second.
 pub const RATE: u64 = 10_000_000;
 /// How long the kernel may take to free what nothing refers to any more: it does so after a grace period of RCU, in a worker.
@@ -124,10 +127,7 @@ impl Sandbox {
 
     /// The largest packet that may be built for eth0, in bytes.
     pub fn gso_max_size(&self) -> u32 {
-        let said = self.netns.run("ip", &["-details", "-oneline", "link", "show", "dev", "eth0"]).unwrap();
-        let value =
-            said.split_once("gso_max_size ").map(|(_, after)| after.split(' ').next().unwrap().parse().unwrap());
-        value.unwrap_or_else(|| panic!("no gso_max_size in {said}"))
+        sizes(&self.netns).0
     }
 
     /// Makes a call that must succeed.
@@ -158,6 +158,15 @@ impl Sandbox {
         let bytes: Vec<u8> = serde_json::from_value(dump[0].clone()).unwrap();
         let json: Vec<u8> = bytes.into_iter().take_while(|byte| *byte != 0).collect();
         serde_json::from_slice(&json).unwrap()
+    }
+
+    /// Writes another record of an attachment, whatever it says.
+    pub fn write_owner(&self, text: &str) {
+        let path = self.pod_directory().join("eth0/OWNER").display().to_string();
+        let mut bytes: Vec<String> = text.bytes().map(|byte| byte.to_string()).collect();
+        bytes.resize(podshaper_abi::OWNER_SIZE, "0".to_owned());
+        let update = ["map", "update", "pinned", &path, "key", "0", "0", "0", "0", "value"];
+        process::run(Command::new("bpftool").args(update).args(&bytes)).unwrap();
     }
 
     /// The rates in the limits map: egress and ingress, 0 for none.
@@ -292,6 +301,29 @@ impl Objects {
 /// Whether this kernel's TCP builds large packets for short round trips, whatever their pace: since Linux 5.18.
 pub fn builds_large_packets() -> bool {
     Path::new("/proc/sys/net/ipv4/tcp_tso_rtt_log").exists()
+}
+
+/// `gso_max_size` of a namespace's eth0, and `gso_ipv4_max_size`, which Linux has since 6.3 and the oldest iproute2 does not show.
+pub fn sizes(netns: &Netns) -> (u32, Option<u32>) {
+    let link = netns.inside(|| netlink::link(if_nametoindex("eth0").unwrap()).unwrap().unwrap()).unwrap();
+    let find = |wanted: fn(&LinkAttribute) -> Option<u32>| link.attributes.iter().find_map(wanted);
+    let max = find(|attribute| if let LinkAttribute::GsoMaxSize(bytes) = attribute { Some(*bytes) } else { None });
+    let ipv4 = find(|attribute| if let LinkAttribute::GsoIpv4MaxSize(bytes) = attribute { Some(*bytes) } else { None });
+    (max.unwrap(), ipv4)
+}
+
+/// Sets both; the second where there is one.
+pub fn set_sizes(netns: &Netns, max: u32, ipv4: u32) {
+    let has_ipv4 = sizes(netns).1.is_some();
+    let ipv4 = has_ipv4.then_some(LinkAttribute::GsoIpv4MaxSize(ipv4));
+    let attributes = [LinkAttribute::GsoMaxSize(max)].into_iter().chain(ipv4).collect();
+    netns.inside(|| netlink::set_link(if_nametoindex("eth0").unwrap(), attributes).unwrap()).unwrap();
+}
+
+/// A setting of the namespace's TCP; `None` where this kernel has no such one.
+pub fn sysctl(netns: &Netns, name: &str) -> Option<u32> {
+    let path = format!("/proc/sys/net/ipv4/{name}");
+    netns.inside(|| fs::read_to_string(path)).unwrap().ok().map(|text| text.trim().parse().unwrap())
 }
 
 /// A namespace with these interfaces, each with an end that leads nowhere.

@@ -5,7 +5,7 @@
 
 use std::{
     fs::{self, File},
-    os::{fd::AsFd, unix::fs::MetadataExt},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -20,15 +20,14 @@ use super::{
     output,
 };
 use crate::{
+    attachment::{self, Directory, Plan, Scope},
     cgroup::Hierarchies,
-    cni::{self, Prepared},
+    direction::Direction,
     error::{Code, Error, Result},
-    ingress::{self, IngressBy},
-    netns,
-    pins::{BPFFS, Pins, Place},
+    interface::Record,
+    pins::Place,
     pod::Owner,
     request::{Limit, Limits, Source, Subnets},
-    shaper::{self, Queue, Settings},
     units::{Burst, Rate},
 };
 
@@ -47,14 +46,14 @@ pub struct Arguments {
     #[arg(long, value_name = "PATH", requires = "interface")]
     netns: Option<PathBuf>,
     #[command(flatten)]
-    asked: Asked,
+    asked: LimitArguments,
 }
 
 /// Limits, as they are asked for on the command line.
 #[derive(Args)]
-pub struct Asked {
+pub struct LimitArguments {
     #[command(flatten)]
-    rates: Rates,
+    rates: RateArguments,
     /// What may be sent at once, in bits [default: 5 ms of the rate, at least 10 packets of 1500 bytes]
     #[arg(long, value_name = "BITS")]
     burst: Option<Burst>,
@@ -62,7 +61,7 @@ pub struct Asked {
 
 #[derive(Args)]
 #[group(required = true, multiple = true)]
-struct Rates {
+struct RateArguments {
     /// Limit of what is sent, in bits per second: 10M, 1.5G, 512Ki
     #[arg(long, value_name = "RATE")]
     egress: Option<Rate>,
@@ -71,7 +70,7 @@ struct Rates {
     ingress: Option<Rate>,
 }
 
-impl Asked {
+impl LimitArguments {
     pub fn limits(&self) -> Limits {
         let limit = |rate: Rate| {
             let limit = Limit::of(rate, Source::Operator);
@@ -90,11 +89,10 @@ impl Arguments {
         if limits.egress.is_some() {
             output::complain("connections that exist already are counted but not paced; new ones are");
         }
-        let both = [("egress", limits.egress), ("ingress", limits.ingress)];
-        let lines = both.into_iter().filter_map(|(name, limit)| {
-            let Limit { rate, burst, .. } = limit?;
+        let lines = Direction::BOTH.into_iter().filter_map(|direction| {
+            let Limit { rate, burst, .. } = limits.of(direction)?;
             let Target { path, interface, .. } = &target;
-            Some(format!("{} {interface}: {name} {rate}bit/s, burst {burst}bit\n", path.display()))
+            Some(format!("{} {interface}: {direction} {rate}bit/s, burst {burst}bit\n", path.display()))
         });
         output::print(&lines.collect::<String>())
     }
@@ -109,8 +107,6 @@ pub struct Target {
     interface: String,
     ifindex: u32,
     netns: Option<PathBuf>,
-    /// The interface's own, where the attachment that this one takes the place of has changed it.
-    gso_max_size: Option<u32>,
 }
 
 impl Target {
@@ -128,22 +124,16 @@ impl Target {
         let place = Place { pod: format!("cgroup-{id}"), interface: interface.clone() };
         let ifindex = match (netns, interface.as_str()) {
             (_, EVERY_INTERFACE) => 0,
-            (Some(netns), name) => netns::in_netns(netns, || netns::interface(name, netns))?.index,
+            // It is found when the namespace is entered.
+            (Some(_), _) => 0,
             (None, name) => index_on_this_node(&path, name)?,
         };
-        let others = attachments::read()?;
-        let gso_max_size = others.iter().find(|other| other.place == place).and_then(|other| other.owner.gso_max_size);
         let netns = netns.map(Path::to_path_buf);
-        let target = Self { path, directory, place, interface, ifindex, netns, gso_max_size };
-        match others.iter().find(|other| target.is_limited_by(other)) {
+        let target = Self { path, directory, place, interface, ifindex, netns };
+        match attachments::read()?.iter().find(|other| target.is_limited_by(other)) {
             Some(other) => Err(target.overlaps(other)),
             None => Ok(target),
         }
-    }
-
-    /// Where it will be pinned.
-    pub fn place(&self) -> &Place {
-        &self.place
     }
 
     /// Whether another attachment limits the same traffic. Cgroup programs run for all that is below their cgroup.
@@ -171,50 +161,39 @@ impl Target {
         Error::new(Code::Cgroup, text)
     }
 
-    /// Loads, attaches and pins.
+    /// Makes the attachment.
     ///
     /// # Errors
-    /// What the kernel says. Nothing is left then.
+    /// What the kernel says. Nothing is left then, and an attachment of before is as it was.
     pub fn attach(&self, limits: &Limits) -> Result<()> {
-        let mut owner = Owner {
-            ifname: self.interface.clone(),
-            netns: self.netns.as_ref().map(|netns| netns.to_string_lossy().into_owned()),
+        if self.netns.is_none() && limits.ingress.is_some() {
+            log::warn!(
+                "what is received is limited by drops: podshaper puts no qdisc on the node's own interfaces; TCP may get much less \
+                 than the limit (an own network namespace, given with --netns and --interface, has more)"
+            );
+        }
+        let scope = match &self.netns {
+            Some(netns) => Scope::Interface { netns, name: &self.interface },
+            None => Scope::Node { index: self.ifindex },
+        };
+        let owner = Owner {
+            interface: Record { ifname: self.interface.clone(), ..Record::default() },
             cgroup: self.path.to_string_lossy().into_owned(),
             ..Owner::default()
         };
-        let (queue, gso_max_size, ingress_by) = self.prepare(limits)?;
-        (owner.fq, owner.htb) = (queue == Queue::Fq, queue == Queue::Htb);
-        owner.gso_max_size = gso_max_size;
-        owner.ingress_by = ingress_by.map(|mechanism| mechanism.to_string());
-        let settings = Settings { ifindex: self.ifindex, limits: *limits, queue, ingress_by };
-        let pinned = shaper::load(&settings, &Subnets::default(), &owner).and_then(|loaded| {
-            let pins = Pins::ensure(Path::new(BPFFS))?.lock()?;
-            let attached = loaded.attach(self.directory.as_fd())?;
-            let staged = pins.stage(&self.place)?;
-            attached.pin(staged.directory())?;
-            staged.commit()
-        });
-        if pinned.is_err() {
-            ingress::undo(&owner);
-        }
-        pinned
+        let (place, cgroup) = (self.place.clone(), Directory::Other(&self.directory));
+        let plan = Plan { place, cgroup, scope, limits: *limits, subnets: &Subnets::default(), owner };
+        attachment::attach(&plan).map(drop)
     }
 
-    /// Where packets wait, the interface's own `gso_max_size`, and what holds ingress.
-    fn prepare(&self, limits: &Limits) -> Result<(Queue, Option<u32>, Option<IngressBy>)> {
-        let Some(netns) = &self.netns else {
-            if limits.ingress.is_some() {
-                log::warn!(
-                    "what is received is limited by drops: podshaper puts no qdisc on the node's own interfaces; TCP may get much \
-                     less than the limit (an own network namespace, given with --netns and --interface, has more)"
-                );
-            }
-            return Ok((Queue::None, None, limits.ingress.map(|_| IngressBy::Drops)));
-        };
-        let prepare = || cni::prepare_netns(&self.interface, netns, limits, self.gso_max_size);
-        let Prepared { gso_max_size, inside, .. } = netns::in_netns(netns, prepare)?;
-        let queue = inside.queue();
-        Ok((queue, gso_max_size, limits.ingress.map(|limit| inside.choose(self.ifindex, &limit, true))))
+    /// Removes it again.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn detach(&self) -> Result<()> {
+        let path = self.path.to_string_lossy();
+        let is_ours = |_: &Path, owner: Option<&Owner>| owner.is_none_or(|owner| owner.cgroup == path);
+        attachment::remove(&self.place, is_ours).map(drop)
     }
 }
 

@@ -20,7 +20,9 @@ use serde::{Serialize, Serializer, ser::SerializeMap};
 use super::chart;
 use crate::{
     cgroup::Hierarchies,
+    direction::Direction,
     error::{Code, Error, Result},
+    interface::Record,
     pins::{self, BPFFS, Pins, Place},
     pod::Owner,
     request::{Limit, Limits, Source},
@@ -41,16 +43,16 @@ pub struct Attachment {
     /// Whether its programs are attached.
     pub links: Links,
     /// What the pod sends; `None` without a limit.
-    pub egress: Option<Direction>,
+    pub egress: Option<Measured>,
     /// What the pod receives.
-    pub ingress: Option<Direction>,
+    pub ingress: Option<Measured>,
     /// What could not be read, and why.
     pub problem: Option<String>,
     read_at: Instant,
 }
 
-/// One direction of an attachment.
-pub struct Direction {
+/// The limit of one direction, and what it let pass.
+pub struct Measured {
     /// The limit's rate.
     pub rate: Rate,
     /// Its burst.
@@ -162,7 +164,7 @@ impl Attachment {
         } else if problem.is_none() {
             match read_directions(&pinned, &owner) {
                 Ok(directions) => {
-                    let settings = settings(&owner, limits_of(&directions));
+                    let settings = Settings::of(&owner, limits_of(directions.each_ref()));
                     names = Some(settings.program_names().map(str::to_owned).collect());
                     [egress, ingress] = directions;
                 }
@@ -204,16 +206,22 @@ impl Attachment {
         }
     }
 
-    /// Its directions with their names, egress first.
-    pub fn directions(&self) -> impl Iterator<Item = (&'static str, &Direction)> {
-        let both = [("egress", &self.egress), ("ingress", &self.ingress)];
-        both.into_iter().filter_map(|(name, direction)| Some((name, direction.as_ref()?)))
+    /// Its directions, egress first.
+    pub fn directions(&self) -> impl Iterator<Item = (Direction, &Measured)> {
+        let both = [(Direction::Egress, &self.egress), (Direction::Ingress, &self.ingress)];
+        both.into_iter().filter_map(|(direction, measured)| Some((direction, measured.as_ref()?)))
+    }
+
+    /// Whether a reading under the lock, or a later one, is of this very attachment: another one may have come in its place.
+    pub fn is_still(&self, directory: &Path, owner: Option<&Owner>) -> bool {
+        let has_same_owner = owner
+            .is_none_or(|owner| owner.container_id == self.owner.container_id && owner.cgroup == self.owner.cgroup);
+        self.directory == directory && has_same_owner && self.made_at == pins::made_at(directory)
     }
 
     /// Its limits, as an ADD would have them.
     pub fn limits(&self) -> Limits {
-        let limit = |direction: &Option<Direction>| direction.as_ref().map(Direction::limit);
-        Limits { egress: limit(&self.egress), ingress: limit(&self.ingress) }
+        limits_of([&self.egress, &self.ingress])
     }
 
     fn compare(&mut self, earlier: &Self) {
@@ -226,7 +234,7 @@ impl Attachment {
     }
 }
 
-impl Direction {
+impl Measured {
     /// The limit, as it would have been asked for.
     pub fn limit(&self) -> Limit {
         Limit { burst: self.burst, ..Limit::of(self.rate, Source::Operator) }
@@ -282,31 +290,25 @@ impl Links {
     }
 }
 
-fn read_directions(pinned: &Pinned<'_>, owner: &Owner) -> Result<[Option<Direction>; 2]> {
-    let egress_by = match Queue::of(owner) {
+fn read_directions(pinned: &Pinned<'_>, owner: &Owner) -> Result<[Option<Measured>; 2]> {
+    let egress_by = match Queue::of(&owner.interface) {
         Queue::Fq => "pacing+fq",
         Queue::Htb => "pacing+htb",
         Queue::None => "pacing",
     };
-    let ingress_by = owner.ingress_by.as_deref().unwrap_or("?");
+    let ingress_by = owner.interface.ingress_by.map_or("?".to_owned(), |by| by.to_string());
     let [egress, ingress] = pinned.limits()?;
     let [sent, received] = pinned.meters()?;
     let direction = |limit: &AbiLimit, by: &str, counters| {
         let Limit { rate, burst, .. } = shaper::limit_of(limit)?;
-        Some(Direction { rate, burst, by: by.to_owned(), counters, passing: None })
+        Some(Measured { rate, burst, by: by.to_owned(), counters, passing: None })
     };
-    Ok([direction(&egress, egress_by, sent.counters), direction(&ingress, ingress_by, received.counters)])
+    Ok([direction(&egress, egress_by, sent.counters), direction(&ingress, &ingress_by, received.counters)])
 }
 
-fn limits_of([egress, ingress]: &[Option<Direction>; 2]) -> Limits {
-    let limit = |direction: &Option<Direction>| direction.as_ref().map(Direction::limit);
+fn limits_of([egress, ingress]: [&Option<Measured>; 2]) -> Limits {
+    let limit = |measured: &Option<Measured>| measured.as_ref().map(Measured::limit);
     Limits { egress: limit(egress), ingress: limit(ingress) }
-}
-
-/// The settings of an attachment, but for its interface's index, which only its programs know.
-pub fn settings(owner: &Owner, limits: Limits) -> Settings {
-    let ingress_by = owner.ingress_by.as_deref().and_then(|name| name.parse().ok());
-    Settings { ifindex: 0, limits, queue: Queue::of(owner), ingress_by }
 }
 
 /// `None` if it was another attachment's counters: they only ever grow.
@@ -333,7 +335,7 @@ impl Serialize for Attachment {
         let Owner {
             container_id,
             network,
-            netns,
+            interface: Record { netns, .. },
             pod_namespace,
             pod_name,
             uid,
@@ -368,7 +370,7 @@ impl Serialize for Attachment {
     }
 }
 
-impl Serialize for Direction {
+impl Serialize for Measured {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let Counters { bytes, packets, drops, marks, max_backlog_ns, backlog } = &self.counters;
         let mut map = serializer.serialize_map(None)?;

@@ -10,12 +10,9 @@ use super::{
     select::Selector,
 };
 use crate::{
-    error::Result,
-    ingress,
-    pins::{self, BPFFS, Pins},
-    request::{Limit, Limits, Source},
-    shaper::Pinned,
-    units::Rate,
+    attachment::{self, End},
+    error::{self, Code, Error, Result},
+    pod::Owner,
 };
 
 /// The kernel keeps a socket's pace when the programs go. So the limit is lifted first, and every connection that sends within this
@@ -41,41 +38,36 @@ impl Arguments {
         let found = wanted.select(attachments::read()?)?;
         let live = found.iter().any(|attachment| !attachment.links.are_dead());
         for attachment in &found {
-            lift(attachment)?;
+            attachment::lift(&attachment.place, |directory, owner| attachment.is_still(directory, Some(owner)))?;
         }
         if live {
             thread::sleep(LET_GO);
         }
-        let gone = found.iter().map(|attachment| {
+        let mut gone = String::new();
+        let removed = found.iter().map(|attachment| {
             remove(attachment)?;
-            Ok(format!("{} {}: no limit any more\n", attachment.name(), attachment.place.interface))
+            gone += &format!("{} {}: no limit any more\n", attachment.name(), attachment.place.interface);
+            Ok(())
         });
-        output::print(&gone.collect::<Result<String>>()?)
+        let removed = error::all(removed);
+        output::print(&gone)?;
+        removed
     }
 }
 
 /// Takes an attachment away with all that was made for it.
-///
-/// # Errors
-/// What the kernel says.
-pub fn remove(attachment: &Attachment) -> Result<()> {
-    let Some(pins) = Pins::existing(Path::new(BPFFS)) else { return Ok(()) };
-    pins.lock()?.remove(&attachment.place)?;
-    ingress::undo(&attachment.owner);
-    Ok(())
-}
-
-fn lift(attachment: &Attachment) -> Result<()> {
-    if !pins::is_current(&attachment.directory) || attachment.problem.is_some() {
-        return Ok(());
+fn remove(attachment: &Attachment) -> Result<()> {
+    let is_meant = |directory: &Path, owner: Option<&Owner>| attachment.is_still(directory, owner);
+    match attachment::remove(&attachment.place, is_meant)? {
+        End::Nothing | End::Removed => Ok(()),
+        End::Another(_) => {
+            let text = format!(
+                "take the limit off {} {}: it has just been replaced by another one, which stays; call podshaper detach again to \
+                 take that one off",
+                attachment.name(),
+                attachment.place.interface
+            );
+            Err(Error::new(Code::Mismatch, text))
+        }
     }
-    let Some(pins) = Pins::existing(Path::new(BPFFS)) else { return Ok(()) };
-    let pins = pins.lock()?;
-    let Some(directory) = pins.find(&attachment.place) else { return Ok(()) };
-    let unlimited = Limit::of(Rate::MAX, Source::Operator);
-    let limits = Limits {
-        egress: attachment.egress.as_ref().map(|_| unlimited),
-        ingress: attachment.ingress.as_ref().map(|_| unlimited),
-    };
-    Pinned::at(&directory).change(&attachments::settings(&attachment.owner, limits), &attachment.owner)
 }

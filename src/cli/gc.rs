@@ -6,14 +6,14 @@ use clap::Args;
 
 use super::{
     attachments::{self, Attachment},
-    detach,
     output::Output,
     run,
     table::{Left, Table},
 };
 use crate::{
-    error::Result,
-    pins::{BPFFS, Pins},
+    attachment::{self, End},
+    error::{self, Result},
+    pod::Owner,
 };
 
 #[derive(Args)]
@@ -27,15 +27,16 @@ pub struct Arguments {
 
 impl Arguments {
     pub fn run(self) -> Result<()> {
-        let stale: Vec<_> = attachments::read()?.into_iter().filter(is_stale).collect();
+        let mut stale: Vec<_> = attachments::read()?.into_iter().filter(is_stale).collect();
+        let mut results = Vec::new();
         if !self.dry_run {
-            for attachment in &stale {
-                detach::remove(attachment)?;
-                run::remove_cgroup_of_the_dead(Path::new(&attachment.owner.cgroup));
-            }
-            if let Some(pins) = Pins::existing(Path::new(BPFFS)) {
-                pins.lock()?.settle_all()?;
-            }
+            stale.retain(|attachment| {
+                remove(attachment).unwrap_or_else(|error| {
+                    results.push(Err(error));
+                    false
+                })
+            });
+            results.push(attachment::lock().and_then(|pins| pins.map_or(Ok(()), |pins| pins.settle_all())));
         }
         self.output.print(&stale, || {
             let done = if self.dry_run { "WOULD REMOVE" } else { "REMOVED" };
@@ -44,8 +45,20 @@ impl Arguments {
                 table.row(vec![place.pod.clone(), place.interface.clone(), directory.display().to_string()]);
             }
             table.text()
-        })
+        })?;
+        error::all(results)
     }
+}
+
+/// Removes an attachment that was found stale; whether it did. What is there by now may be another one, which is not stale.
+fn remove(found: &Attachment) -> Result<bool> {
+    let is_stale =
+        |directory: &Path, _: Option<&Owner>| is_stale(&Attachment::read(found.place.clone(), directory.to_path_buf()));
+    let is_removed = matches!(attachment::remove(&found.place, is_stale)?, End::Removed);
+    if is_removed {
+        run::remove_cgroup_of_the_dead(Path::new(&found.owner.cgroup));
+    }
+    Ok(is_removed)
 }
 
 /// Whether nothing can come back to life: the links are dead and the cgroup is gone, or it is that of a `podshaper run` that was

@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::{
-    attachments::{self, Attachment, Direction},
+    attachments::{self, Attachment, Measured},
     chart,
     output::Output,
     table::{Left, NOTHING, Right, Table},
@@ -50,8 +50,8 @@ pub fn table(found: &[Attachment]) -> Table {
         ("CGROUP", Left),
     ]);
     for attachment in found {
-        for (name, direction) in attachment.directions() {
-            table.row(row(attachment, name, cells(direction)));
+        for (direction, measured) in attachment.directions() {
+            table.row(row(attachment, direction.name(), cells(measured)));
         }
         // Nothing is left out because it cannot be read.
         if attachment.directions().next().is_none() {
@@ -75,10 +75,10 @@ fn row(attachment: &Attachment, direction: &str, numbers: [String; 9]) -> Vec<St
     cells
 }
 
-fn cells(direction: &Direction) -> [String; 9] {
-    let Direction { rate, burst, by, counters, passing } = direction;
+fn cells(measured: &Measured) -> [String; 9] {
+    let Measured { rate, burst, by, counters, passing } = measured;
     let now = passing.as_ref().map_or(NOTHING.to_owned(), |passing| chart::short(passing.bits_per_s));
-    let used = direction
+    let used = measured
         .used()
         .map_or(NOTHING.to_owned(), |used| format!("{} {:>3.0}%", chart::bar(used, BAR_WIDTH), used * 100.0));
     let p99 =

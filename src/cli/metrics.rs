@@ -10,7 +10,7 @@ use clap::Args;
 use podshaper_abi::{BACKLOG_BUCKETS, Counters, backlog_bucket_end_ns};
 
 use super::{
-    attachments::{self, Attachment, Direction},
+    attachments::{self, Attachment, Measured},
     output,
 };
 use crate::error::{Code, Error, Result};
@@ -44,7 +44,7 @@ impl Arguments {
 }
 
 /// One metric: its name without "podshaper_", what it is, and its value of a direction.
-type Metric = (&'static str, &'static str, &'static str, fn(&Direction) -> f64);
+type Metric = (&'static str, &'static str, &'static str, fn(&Measured) -> f64);
 
 const METRICS: [Metric; 7] = [
     ("limit_bytes_per_second", "gauge", "Rate of the limit, in bytes at layer 3.", |direction| {
@@ -90,11 +90,11 @@ fn text(found: &[Attachment]) -> String {
     text
 }
 
-fn directions(found: &[Attachment]) -> impl Iterator<Item = (String, &Direction)> {
+fn directions(found: &[Attachment]) -> impl Iterator<Item = (String, &Measured)> {
     found.iter().flat_map(|attachment| {
         attachment
             .directions()
-            .map(|(name, direction)| (format!("{},direction=\"{name}\"", labels(attachment)), direction))
+            .map(|(direction, measured)| (format!("{},direction=\"{direction}\"", labels(attachment)), measured))
     })
 }
 
@@ -115,7 +115,7 @@ fn labels(attachment: &Attachment) -> String {
 
 fn info(attachment: &Attachment) -> String {
     let by =
-        |direction: &Option<Direction>| direction.as_ref().map(|direction| direction.by.clone()).unwrap_or_default();
+        |direction: &Option<Measured>| direction.as_ref().map(|direction| direction.by.clone()).unwrap_or_default();
     format!(
         "podshaper_attachment_info{{{},network=\"{}\",cgroup=\"{}\",egress_by=\"{}\",ingress_by=\"{}\"}} 1\n",
         labels(attachment),

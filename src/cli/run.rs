@@ -23,11 +23,10 @@ use nix::{
     unistd::Pid,
 };
 
-use super::attach::{Asked, Target};
+use super::attach::{LimitArguments, Target};
 use crate::{
     cgroup::Hierarchies,
     error::{Code, Error, Result},
-    pins::{BPFFS, Pins},
     sys,
 };
 
@@ -41,7 +40,7 @@ const EXIT_NOT_FOUND: u8 = 127;
 #[derive(Args)]
 pub struct Arguments {
     #[command(flatten)]
-    asked: Asked,
+    asked: LimitArguments,
     /// The command and its arguments, after --
     #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
     command: Vec<OsString>,
@@ -81,8 +80,7 @@ struct Limited<'a> {
 
 impl Drop for Limited<'_> {
     fn drop(&mut self) {
-        let removed = Pins::existing(Path::new(BPFFS)).map_or(Ok(()), |pins| pins.lock()?.remove(self.target.place()));
-        if let Err(error) = removed {
+        if let Err(error) = self.target.detach() {
             log::error!("{error}");
         }
     }

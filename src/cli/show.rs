@@ -6,12 +6,12 @@ use clap::Args;
 use podshaper_abi::{BACKLOG_BUCKETS, Counters, backlog_bucket_end_ns};
 
 use super::{
-    attachments::{self, Attachment, Direction},
+    attachments::{self, Attachment, Measured},
     chart, list,
     output::Output,
     select::Selector,
 };
-use crate::{error::Result, pod::Owner, units::Rate};
+use crate::{direction::Direction, error::Result, pod::Owner, units::Rate};
 
 const BAR_WIDTH: usize = 40;
 
@@ -42,7 +42,7 @@ impl Arguments {
 }
 
 fn text(attachment: &Attachment) -> String {
-    let Owner { container_id, network, netns, cgroup, changed, .. } = &attachment.owner;
+    let Owner { container_id, network, interface, cgroup, changed, .. } = &attachment.owner;
     let mut text = String::new();
     let mut line = |what: &str, value: &str| {
         if !value.is_empty() {
@@ -54,7 +54,7 @@ fn text(attachment: &Attachment) -> String {
     line("Key", &attachment.place.pod);
     line("Container", container_id);
     line("Network", network);
-    line("Netns", netns.as_deref().unwrap_or_default());
+    line("Netns", interface.netns.as_deref().unwrap_or_default());
     line("Cgroup", cgroup);
     line("Pins", &attachment.directory.display().to_string());
     line("Age", &attachment.age().map(chart::age).unwrap_or_default());
@@ -62,20 +62,18 @@ fn text(attachment: &Attachment) -> String {
     attachment.links.faults().iter().for_each(|fault| line("", fault));
     line("Problem", attachment.problem.as_deref().unwrap_or_default());
     line("Limits", if *changed { "changed by podshaper set; a new sandbox has the pod's own again" } else { "" });
-    for (name, direction) in attachment.directions() {
-        let owner = &attachment.owner;
-        let max = if name == "egress" { owner.max_egress } else { owner.max_ingress };
-        text += &format!("\n{}", direction_text(name, direction, max));
+    for (direction, measured) in attachment.directions() {
+        text += &format!("\n{}", direction_text(direction, measured, attachment.owner.max(direction)));
     }
     text
 }
 
-fn direction_text(name: &str, direction: &Direction, max: Option<u64>) -> String {
-    let Direction { rate, burst, by, counters, passing } = direction;
+fn direction_text(direction: Direction, measured: &Measured, max: Option<Rate>) -> String {
+    let Measured { rate, burst, by, counters, passing } = measured;
     let Counters { bytes, packets, drops, marks, max_backlog_ns, backlog } = counters;
-    let max = max.and_then(|max| Rate::bits_per_s(max).ok()).map(|max| format!(", at most {max}")).unwrap_or_default();
-    let mut text = format!("{name:<12}{rate}bit/s, burst {burst}bit, by {by}{max}\n");
-    if let (Some(passing), Some(used)) = (passing, direction.used()) {
+    let max = max.map(|max| format!(", at most {max}")).unwrap_or_default();
+    let mut text = format!("{direction:<12}{rate}bit/s, burst {burst}bit, by {by}{max}\n");
+    if let (Some(passing), Some(used)) = (passing, measured.used()) {
         let bar = chart::bar(used, BAR_WIDTH);
         text += &format!("  now       {}bit/s {bar} {:.0}%\n", chart::short(passing.bits_per_s), used * 100.0);
     }

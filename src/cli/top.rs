@@ -14,10 +14,10 @@ use std::{
 use clap::{Args, ValueEnum};
 
 use super::{
-    attachments::{self, Attachment, Direction},
+    attachments::{self, Attachment, Measured},
     chart, list, output,
 };
-use crate::error::Result;
+use crate::{direction::Direction, error::Result};
 
 /// Readings that are kept of each direction.
 const HISTORY: usize = 60;
@@ -101,23 +101,23 @@ fn interval(text: &str) -> Result<Duration, String> {
 /// One direction of an attachment, as the screen shows it.
 struct Row<'a> {
     attachment: &'a Attachment,
-    name: &'static str,
-    direction: &'a Direction,
+    direction: Direction,
+    measured: &'a Measured,
     history: Option<&'a VecDeque<f64>>,
 }
 
 impl Row<'_> {
     fn bits_per_s(&self) -> f64 {
-        self.direction.passing.as_ref().map_or(0.0, |passing| passing.bits_per_s)
+        self.measured.passing.as_ref().map_or(0.0, |passing| passing.bits_per_s)
     }
 
     fn used(&self) -> f64 {
-        self.direction.used().unwrap_or_default()
+        self.measured.used().unwrap_or_default()
     }
 
     /// Of the last reading alone.
     fn p99_ns(&self) -> Option<u64> {
-        let passing = self.direction.passing.as_ref();
+        let passing = self.measured.passing.as_ref();
         passing.and_then(|passing| chart::percentile_ns(&passing.backlog, 0.99))
     }
 }
@@ -141,8 +141,8 @@ impl Watch {
         // What has gone is forgotten.
         for attachment in &now {
             let mut history = before.remove(&attachment.directory).unwrap_or_default();
-            for (shares, direction) in history.iter_mut().zip([&attachment.egress, &attachment.ingress]) {
-                shares.extend(direction.as_ref().and_then(Direction::used));
+            for (shares, measured) in history.iter_mut().zip([&attachment.egress, &attachment.ingress]) {
+                shares.extend(measured.as_ref().and_then(Measured::used));
                 if shares.len() > HISTORY {
                     shares.pop_front();
                 }
@@ -155,13 +155,12 @@ impl Watch {
 
     fn rows(&self, sort: Sort) -> Vec<Row<'_>> {
         let rows = self.last.iter().flat_map(|attachment| {
-            let [sent, received] =
-                self.history.get(&attachment.directory).map_or([None, None], |[a, b]| [Some(a), Some(b)]);
-            attachment.directions().map(move |(name, direction)| Row {
+            let histories = self.history.get(&attachment.directory);
+            attachment.directions().map(move |(direction, measured)| Row {
                 attachment,
-                name,
                 direction,
-                history: if name == "egress" { sent } else { received },
+                measured,
+                history: histories.and_then(|both| both.get(direction.index() as usize)),
             })
         });
         let mut rows: Vec<Row<'_>> = rows.collect();
@@ -170,7 +169,7 @@ impl Watch {
             Sort::Now => rows.sort_by(|a, b| b.bits_per_s().total_cmp(&a.bits_per_s())),
             Sort::Used => rows.sort_by(|a, b| b.used().total_cmp(&a.used())),
             Sort::P99 => rows.sort_by_cached_key(|row| std::cmp::Reverse(row.p99_ns())),
-            Sort::Drops => rows.sort_by_key(|row| std::cmp::Reverse(row.direction.counters.drops)),
+            Sort::Drops => rows.sort_by_key(|row| std::cmp::Reverse(row.measured.counters.drops)),
             Sort::Pod => rows.sort_by_cached_key(|row| row.attachment.name()),
         }
         rows

@@ -1,7 +1,7 @@
 //! When the API server is asked, and what a call makes of no answer; asking is [`crate::kube`]'s.
 
 use super::config::OnApiError;
-use super::{Attachment, Request, Subject};
+use super::{Endpoint, Request, Subject};
 use crate::error::{Code, Error, Result};
 use crate::kube::{self, Metadata, Pod};
 
@@ -23,7 +23,7 @@ impl Request {
 
     fn pod_uid(&self) -> Result<&str> {
         let uid = match &self.subject {
-            Subject::Attachment(Attachment { key, .. }) => key.uid(),
+            Subject::Endpoint(Endpoint { key, .. }) => key.uid(),
             Subject::NeverAdded(_) | Subject::Node => None,
         };
         let text = "configuration key \"kubeconfig\": this runtime passes no K8S_POD_UID, and a pod of the same name may be another one: \

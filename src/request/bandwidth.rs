@@ -5,7 +5,8 @@
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::limits::{Asked, Direction, Source, decode};
+use super::limits::{Asked, Source, decode};
+use crate::direction::Direction;
 use crate::error::{Code, Error, Result, quoted};
 use crate::units::{Burst, Rate};
 

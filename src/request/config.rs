@@ -21,9 +21,9 @@ use log::LevelFilter;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::limits::Direction;
 use super::subnets::Subnets;
 use super::{MAX_PATH_BYTES, NO_CGROUP_PATH, Tolerance, below_cgroup_mount, json};
+use crate::direction::Direction;
 use crate::error::{Code, Error, Result, quoted};
 use crate::units::{Burst, Rate, UnitError};
 

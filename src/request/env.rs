@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use rscni_plugin::error::Error as CniError;
 use rscni_plugin::types::{CNI_ARGS, CNI_COMMAND, CNI_CONTAINERID, CNI_IFNAME, CNI_NETNS, CNI_PATH, Cmd};
 
-use super::{Attachment, MAX_PATH_BYTES, Subject, Tolerance};
+use super::{Endpoint, MAX_PATH_BYTES, Subject, Tolerance};
 use crate::error::{Code, Error, Result, quoted};
 use crate::pod::{PodKey, container_id, interface_name, object_name};
 
@@ -67,8 +67,8 @@ impl Env {
         }
         let (args, malformed) = pairs(utf8(CNI_ARGS, self.args.as_deref())?.unwrap_or_default());
         tolerance.weigh(malformed.map_or(Ok(()), Err))?;
-        let subject = match self.attachment(&args) {
-            Ok(attachment) => Subject::Attachment(attachment),
+        let subject = match self.endpoint(&args) {
+            Ok(endpoint) => Subject::Endpoint(endpoint),
             Err(error) if cmd == Cmd::Del => Subject::NeverAdded(error),
             Err(error) => return Err(error),
         };
@@ -99,7 +99,7 @@ impl Env {
         if missing.is_empty() { Ok(()) } else { Err(CniError::missing_env(&missing).into()) }
     }
 
-    fn attachment(&self, args: &[(String, String)]) -> Result<Attachment> {
+    fn endpoint(&self, args: &[(String, String)]) -> Result<Endpoint> {
         let named = |name, error| Error::because(Code::Environment, name, error);
         let id = utf8(CNI_CONTAINERID, self.container_id.as_deref())?.unwrap_or_default();
         let container_id = container_id(id).map_err(|error| named(CNI_CONTAINERID, error))?;
@@ -107,7 +107,7 @@ impl Env {
         let ifname = interface_name(ifname).map_err(|error| named(CNI_IFNAME, error))?;
         let uid = arg(args, "K8S_POD_UID", str::parse)?;
         let key = uid.map_or_else(|| PodKey::Container(container_id.clone()), PodKey::Uid);
-        Ok(Attachment { key, container_id, ifname })
+        Ok(Endpoint { key, container_id, ifname })
     }
 }
 
@@ -239,11 +239,11 @@ mod tests {
     fn without_a_uid_the_container_is_the_key() {
         for (args, key) in [("", "c1"), ("K8S_POD_UID=", "c1"), ("IgnoreUnknown=1;K8S_POD_UID=6c9b65a9", "6c9b65a9")] {
             let request = add(args, &config("")).unwrap();
-            let Subject::Attachment(attachment) = &request.subject else { panic!("{:?}", request.subject) };
-            assert_eq!(attachment.key.as_str(), key, "{args}");
-            let owner = request.owner(attachment, Path::new("/sys/fs/cgroup/a"));
-            assert!(owner.is(&request.network, &attachment.container_id, &attachment.ifname));
-            assert_eq!((owner.uid.is_some(), owner.netns.as_deref()), (key != "c1", Some("/run/netns/n1")));
+            let Subject::Endpoint(endpoint) = &request.subject else { panic!("{:?}", request.subject) };
+            assert_eq!(endpoint.key.as_str(), key, "{args}");
+            let owner = request.owner(endpoint, Path::new("/sys/fs/cgroup/a"));
+            assert!(owner.is(&request.network, &endpoint.container_id, &endpoint.ifname));
+            assert_eq!((owner.uid.is_some(), owner.interface.netns.as_deref()), (key != "c1", Some("/run/netns/n1")));
         }
     }
 

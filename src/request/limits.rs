@@ -7,7 +7,7 @@
 //! 6. `egress` and `ingress` of the configuration
 //!
 //! A source below the first one that is set is not looked at: a tenant cannot break a pod by writing nonsense into a key
-//! that does not count. The keys of 2 to 5 are [`Direction::key`], in bits per second, and the ancestor's `rate`.
+//! that does not count. The keys of 2 to 5 are [`Direction::annotation`], in bits per second, and the ancestor's `rate`.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -16,6 +16,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::{Request, bandwidth, env, json};
+use crate::direction::Direction;
 use crate::error::{Code, Error, Result, quoted};
 use crate::kube::Metadata;
 use crate::units::{Burst, Rate, UnitError};
@@ -33,6 +34,14 @@ impl Limits {
     /// Whether there is nothing to do.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
+    }
+
+    /// The limit of a direction.
+    pub fn of(&self, direction: Direction) -> Option<&Limit> {
+        match direction {
+            Direction::Egress => self.egress.as_ref(),
+            Direction::Ingress => self.ingress.as_ref(),
+        }
     }
 }
 
@@ -89,23 +98,6 @@ impl fmt::Display for Source {
             Self::Config => "configuration",
             Self::Operator => "command line",
         })
-    }
-}
-
-/// A direction, seen from the pod.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Direction {
-    Egress,
-    Ingress,
-}
-
-impl Direction {
-    /// Kubernetes' annotation for the direction.
-    fn key(self) -> &'static str {
-        match self {
-            Self::Egress => "kubernetes.io/egress-bandwidth",
-            Self::Ingress => "kubernetes.io/ingress-bandwidth",
-        }
     }
 }
 
@@ -197,7 +189,7 @@ impl Request {
         value: impl Fn(&str) -> Result<Option<String>, String>,
     ) -> Result<Option<Asked>> {
         let megabytes = self.config.rate_key.as_deref().filter(|_| direction == Direction::Egress);
-        let standard = (direction.key(), Rate::from_quantity as fn(&str) -> Result<Rate, UnitError>, QUANTITY);
+        let standard = (direction.annotation(), Rate::from_quantity as fn(&str) -> Result<Rate, UnitError>, QUANTITY);
         let ancestor = megabytes.map(|key| (key, Rate::from_megabytes as fn(&str) -> _, MEGABYTES));
         for (key, parse, remedy) in [Some(standard), ancestor].into_iter().flatten() {
             let wrong = |shown: String, cause| {

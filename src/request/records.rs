@@ -140,10 +140,10 @@ fn every_recorded_call_is_understood() {
                 assert!(matches!(request.subject, Subject::Node), "{shown}");
                 continue;
             }
-            let Subject::Attachment(attachment) = &request.subject else { panic!("{shown}: {:?}", request.subject) };
-            assert_eq!(attachment.key.uid().unwrap().as_str(), *uid, "{shown}");
-            assert_eq!(&*attachment.ifname, "eth0", "{shown}");
-            assert_eq!(attachment.container_id.len(), 64, "{shown}");
+            let Subject::Endpoint(endpoint) = &request.subject else { panic!("{shown}: {:?}", request.subject) };
+            assert_eq!(endpoint.key.uid().unwrap().as_str(), *uid, "{shown}");
+            assert_eq!(&*endpoint.ifname, "eth0", "{shown}");
+            assert_eq!(endpoint.container_id.len(), 64, "{shown}");
             assert_eq!(request.pod_name.as_deref(), Some(*name), "{shown}");
             assert_eq!(request.pod_namespace.as_deref(), Some("default"), "{shown}");
             assert_eq!(request.cgroup_hint(), cgroup.map(Path::new), "{shown}");

@@ -41,6 +41,20 @@ impl<'a> Pinned<'a> {
         serde_json::from_slice(json).map_err(|cause| Error::because(Code::Kernel, self.reading(OWNER), cause))
     }
 
+    /// The same; `None` where there is a record that nobody can read, now or later. A record of another layout can be read.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] where this process may not read it, or not now.
+    pub fn owner_if_readable(&self) -> Result<Option<Owner>> {
+        let bytes = self.map(OWNER).and_then(|map| sys::element_bytes(map.as_fd(), 0));
+        match bytes.map_err(|cause| (cause.raw_os_error(), cause)) {
+            Err((Some(libc::EPERM | libc::EACCES | libc::ENOMEM | libc::EMFILE | libc::ENFILE), cause)) => {
+                Err(refused(self.reading(OWNER), &cause))
+            }
+            _ => Ok(self.owner().ok()),
+        }
+    }
+
     /// The limits of both directions, as the programs read them.
     ///
     /// # Errors
@@ -77,9 +91,9 @@ impl<'a> Pinned<'a> {
         let owner = owner_bytes(&Owner { changed: true, ..owner.clone() })?;
         let written = self.map(OWNER).and_then(|map| sys::set_element(map.as_fd(), 0, &owner));
         written.map_err(|cause| refused(writing(OWNER), &cause))?;
-        let limits = settings.abi_limits().into_iter().filter(|(.., limit)| limit.rate_bits_per_s != 0);
-        for (direction, _, limit) in limits {
-            let written = self.map(LIMITS).and_then(|map| sys::set_element(map.as_fd(), direction, &limit));
+        let limits = settings.abi_limits().into_iter().filter(|(_, limit)| limit.rate_bits_per_s != 0);
+        for (direction, limit) in limits {
+            let written = self.map(LIMITS).and_then(|map| sys::set_element(map.as_fd(), direction.index(), &limit));
             written.map_err(|cause| refused(writing(LIMITS), &cause))?;
         }
         Ok(())
@@ -99,7 +113,7 @@ impl<'a> Pinned<'a> {
         if self.owner()?.changed {
             return Ok(());
         }
-        for ((_, name, asked), found) in settings.abi_limits().into_iter().zip(self.limits()?) {
+        for ((name, asked), found) in settings.abi_limits().into_iter().zip(self.limits()?) {
             if found != asked {
                 let AbiLimit { rate_bits_per_s: rate, burst_ns: burst, .. } = found;
                 let AbiLimit { rate_bits_per_s: asked_rate, burst_ns: asked_burst, .. } = asked;

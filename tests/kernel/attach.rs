@@ -1,4 +1,5 @@
 use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -12,20 +13,21 @@ use crate::harness::process::Running;
 use crate::harness::traffic_program;
 use crate::sandbox::{
     ATTACHMENT, PROGRAMS, RATE, Sandbox, builds_large_packets, links_on, netns_with, netns_with_host_end, ok,
-    own_qdiscs, within,
+    own_qdiscs, sizes, sysctl, within,
 };
 
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn an_add_pins_and_attaches_what_it_says_and_a_del_leaves_nothing() {
     let pod = Sandbox::new();
-    let gso_max_size = pod.gso_max_size();
+    let sizes = sizes(&pod.netns);
+    let [least_segments, rtt_log] = ["tcp_min_tso_segs", "tcp_tso_rtt_log"].map(|name| sysctl(&pod.netns, name));
     let add = pod.call("ADD");
     assert_eq!(add.stdout, r#"{"cniVersion":"1.1.0","ips":[]}"#);
     pod.assert_limited(&pod.container_id, RATE);
     // Whether this kernel has fq is its own affair; what is recorded must be what is on the interface.
     let qdisc = pod.netns.run("tc", &["qdisc", "show", "dev", "eth0"]).unwrap();
-    let has_fq = qdisc.starts_with("qdisc fq ");
+    let [has_fq, has_htb] = ["fq", "htb"].map(|kind| qdisc.starts_with(&format!("qdisc {kind} ")));
     let mut owner = json!({
         "containerId": pod.container_id,
         "fq": has_fq,
@@ -37,14 +39,27 @@ fn an_add_pins_and_attaches_what_it_says_and_a_del_leaves_nothing() {
         "uid": pod.uid,
         "cgroup": pod.cgroup.path(),
     });
+    owner["netnsInode"] = std::fs::metadata(pod.netns.path()).unwrap().ino().into();
+    if has_htb {
+        owner["htb"] = true.into();
+    }
+    owner["tcpMinTsoSegs"] = least_segments.into();
     if builds_large_packets() {
-        owner["gsoMaxSize"] = gso_max_size.into();
+        owner["gsoMaxSize"] = sizes.0.into();
+        owner["tcpTsoRttLog"] = rtt_log.into();
+        if let Some(ipv4) = sizes.1 {
+            owner["gsoIpv4MaxSize"] = ipv4.into();
+        }
     }
     assert_eq!(pod.owner("eth0"), owner);
     let expected = format!(
         "default/web ({}) eth0: egress 10Mbit/s, burst 15000 bytes, by pacing and {}, from runtimeConfig.bandwidth; ",
         pod.uid,
-        if has_fq { "fq" } else { "drops" }
+        match (has_fq, has_htb) {
+            (true, _) => "fq",
+            (_, true) => "htb",
+            _ => "drops",
+        }
     );
     assert!(add.stderr.contains(&expected), "{add}");
 
@@ -209,8 +224,9 @@ fn no_qdisc_outlives_the_limit_it_was_put_there_for() {
         let by = pod.owner("eth0")["ingressBy"].clone();
         assert_eq!(qdiscs(), usize::from(by != "drops"), "{by}");
         end();
-        // fq serves what is sent as well.
-        assert_eq!(qdiscs(), usize::from(sends && by == "held-acks"), "after {what}: {by}");
+        // fq serves what is sent as well; htb is for nothing else.
+        let serves = || ["fq", "htb"].iter().any(|queue| pod.owner("eth0")[queue] == true);
+        assert_eq!(qdiscs(), usize::from(sends && serves()), "after {what}: {by}");
     }
     pod.call("DEL");
 }

@@ -64,25 +64,30 @@ fn check_misses_a_qdisc_that_was_taken_off() {
     let (netns, host_end) = netns_with_host_end();
     let pod = Sandbox::with_netns(Arc::new(netns));
     let path = &pod.stdin["runtimeConfig"]["cgroupPath"];
-    let asked = json!({ "bandwidth": { "ingressRate": RATE }, "cgroupPath": path });
-    let stdin = pod.stdin_with(json!({ "runtimeConfig": asked }));
-    ok(&pod.cni("ADD").stdin(&stdin));
-    ok(&pod.cni("CHECK").stdin(&stdin));
-    let delete = ["qdisc", "del", "root", "dev"];
-    let what = match pod.owner("eth0")["ingressBy"].as_str() {
-        Some("tbf") => {
-            process::run(Command::new("tc").args(delete).arg(&host_end)).unwrap();
-            "tbf, at the host's end,"
-        }
-        _ => {
-            pod.netns.run("tc", &[&delete[..], &["eth0"]].concat()).unwrap();
-            "fq"
-        }
-    };
-    let gone = format!("{what} has been taken off eth0 of {}: podshaper put it there", pod.netns.path().display());
-    assert_eq!(refused(&pod.cni("CHECK").stdin(&stdin)), (MISMATCH, gone));
-    ok(&pod.cni("ADD").stdin(&stdin));
-    ok(&pod.cni("CHECK").stdin(&stdin));
+    for direction in ["ingressRate", "egressRate"] {
+        let asked = json!({ "bandwidth": { direction: RATE }, "cgroupPath": path });
+        let stdin = pod.stdin_with(json!({ "runtimeConfig": asked }));
+        ok(&pod.cni("ADD").stdin(&stdin));
+        ok(&pod.cni("CHECK").stdin(&stdin));
+        let owner = pod.owner("eth0");
+        let delete = ["qdisc", "del", "root", "dev"];
+        let inside = ["fq", "htb"].into_iter().find(|queue| owner[queue] == true);
+        let what = match inside {
+            Some(queue) => {
+                pod.netns.run("tc", &[&delete[..], &["eth0"]].concat()).unwrap();
+                queue
+            }
+            None if owner["ingressBy"] == "tbf" => {
+                process::run(Command::new("tc").args(delete).arg(&host_end)).unwrap();
+                "tbf, at the host's end,"
+            }
+            None => continue,
+        };
+        let gone = format!("{what} has been taken off eth0 of {}: podshaper put it there", pod.netns.path().display());
+        assert_eq!(refused(&pod.cni("CHECK").stdin(&stdin)), (MISMATCH, gone));
+        ok(&pod.cni("ADD").stdin(&stdin));
+        ok(&pod.cni("CHECK").stdin(&stdin));
+    }
     pod.call("DEL");
 }
 

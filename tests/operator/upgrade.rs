@@ -99,3 +99,26 @@ fn a_new_add_moves_a_pod_to_the_new_layout_and_it_is_never_unlimited() {
         }
     });
 }
+
+/// An ADD puts the new attachment in its place first, and removes that of the older layout then. Killed in between, it leaves both.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn a_late_del_does_not_take_the_new_limit_for_the_old_layouts() {
+    alone(|| {
+        let pod = Sandbox::new();
+        pod.call("ADD");
+        age(&pod);
+        let [left, aside] = [pod.uid.as_str(), "aside"].map(|name| format!("{OLD}/{name}"));
+        fs::rename(&left, &aside).unwrap();
+        let id = container_id().unwrap();
+        ok(&pod.cni_of("ADD", &id).stdin(pod.stdin_at(2 * RATE)));
+        fs::rename(&aside, &left).unwrap();
+        // The DEL of the sandbox of before.
+        pod.call("DEL");
+        assert_eq!(pod.owner("eth0")["containerId"], id.as_str());
+        assert!(!is_old(&pod));
+        pod.assert_limited(&id, 2 * RATE);
+        ok(&pod.cni_of("DEL", &id));
+        pod.assert_unlimited();
+    });
+}

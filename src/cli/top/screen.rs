@@ -13,7 +13,7 @@ use ratatui::{
 
 use super::{Arguments, Row, Sort, Watch};
 use crate::{
-    cli::{attachments::Direction, chart, table::NOTHING},
+    cli::{attachments::Measured, chart, table::NOTHING},
     error::{Code, Error, Result},
 };
 
@@ -135,7 +135,7 @@ fn header(sort: Sort) -> Line_<'static> {
 fn widths(rows: &[Row<'_>]) -> [Constraint; 12] {
     let longest = |length: &dyn Fn(&Row<'_>) -> usize| rows.iter().map(length).max().unwrap_or_default() as u16;
     let pod = longest(&|row| row.attachment.name().chars().count()).clamp(3, 40);
-    let limit = longest(&|row| row.direction.rate.to_string().len()).clamp(6, 16);
+    let limit = longest(&|row| row.measured.rate.to_string().len()).clamp(6, 16);
     [
         Constraint::Length(pod),
         Constraint::Length(9),
@@ -153,14 +153,14 @@ fn widths(rows: &[Row<'_>]) -> [Constraint; 12] {
 }
 
 fn line(row: &Row<'_>) -> Line_<'static> {
-    let Direction { rate, burst: _, by, counters, passing: _ } = row.direction;
+    let Measured { rate, burst: _, by, counters, passing: _ } = row.measured;
     let number = |text: String| Cell::from(Text::from(text).right_aligned());
     let is_whole = row.attachment.links.faults().is_empty();
     let style = if is_whole { Style::new() } else { Style::new().add_modifier(Modifier::CROSSED_OUT) };
     Line_::new([
         Cell::from(row.attachment.name()),
         Cell::from(row.attachment.place.interface.clone()),
-        Cell::from(row.name),
+        Cell::from(row.direction.name()),
         number(rate.to_string()),
         Cell::from(by.clone()),
         number(chart::short(row.bits_per_s())),

@@ -1,0 +1,167 @@
+//! One attachment, from nothing to pinned and back. Whoever limits something or ends a limit does it through here: the CNI verbs and
+//! the commands for a person alike.
+//!
+//! An attachment is programs on a cgroup (`shaper`), changes on an interface (`interface`) and pins (`pins`), which come, change and
+//! go together, under the lock of the pins. What takes long, loading the programs, comes before the lock. So whoever holds the lock
+//! reads again what is there: an attachment that was seen without it may have been replaced since.
+
+mod attach;
+mod end;
+
+use std::{
+    fs::{self, File},
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
+    path::{Path, PathBuf},
+};
+
+use crate::{
+    cgroup::{self, Hierarchies, PodCgroup},
+    direction::Direction,
+    error::{Code, Error, Result},
+    interface::{Need, Record},
+    pins::{self, BPFFS, LockedPins, Pins, Place},
+    pod::Owner,
+    request::{Limit, Limits, Source, Subnets},
+    shaper::{self, Pinned},
+};
+
+pub use attach::attach;
+pub use end::{End, change, lift, remove, remove_locked};
+
+/// An attachment to be made.
+pub struct Plan<'a> {
+    /// Where it is pinned.
+    pub place: Place,
+    /// The cgroup its programs are put on.
+    pub cgroup: Directory<'a>,
+    /// What of the cgroup's traffic is limited.
+    pub scope: Scope<'a>,
+    /// To what.
+    pub limits: Limits,
+    /// Which remote addresses that is for.
+    pub subnets: &'a Subnets,
+    /// Whose it is. What is changed on the interface is added to it.
+    pub owner: Owner,
+}
+
+/// Which interfaces are limited.
+#[derive(Clone, Copy)]
+pub enum Scope<'a> {
+    /// One of a network namespace of its own. podshaper may change it.
+    Interface { netns: &'a Path, name: &'a str },
+    /// One of the node's, by number, or with 0 every one but loopback. It is left as it is.
+    Node { index: u32 },
+}
+
+/// The cgroup of an attachment.
+#[derive(Clone, Copy)]
+pub enum Directory<'a> {
+    /// A pod's, which podshaper may have to make, and then removes with the pod's last attachment.
+    Pod(&'a PodCgroup),
+    /// Somebody else's.
+    Other(&'a File),
+}
+
+/// An attachment as it is pinned.
+pub struct Present {
+    /// Where.
+    pub place: Place,
+    /// Its directory of pins.
+    pub directory: PathBuf,
+    /// Whose it is.
+    pub owner: Owner,
+    /// Its limits; `None` where they cannot be read, being of another layout.
+    pub limits: Option<Limits>,
+}
+
+impl Directory<'_> {
+    fn open(self) -> Result<OwnedFd> {
+        match self {
+            Self::Pod(cgroup) => cgroup.open(),
+            Self::Other(directory) => {
+                let text = "keep the cgroup's directory open";
+                directory.as_fd().try_clone_to_owned().map_err(|cause| Error::because(Code::Cgroup, text, cause))
+            }
+        }
+    }
+}
+
+impl Present {
+    /// The attachment that is pinned in a directory.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`]: its record cannot be read.
+    pub fn read(place: Place, directory: PathBuf) -> Result<Self> {
+        let owner = Pinned::at(&directory).owner()?;
+        Ok(Self::of(place, directory, owner))
+    }
+
+    fn of(place: Place, directory: PathBuf, mut owner: Owner) -> Self {
+        owner.interface.complete();
+        let limits = Some(&directory).filter(|directory| pins::is_current(directory));
+        let limits = limits.and_then(|directory| Pinned::at(directory).limits().ok()).map(|both| {
+            let [egress, ingress] = both.map(|limit| shaper::limit_of(&limit));
+            Limits { egress, ingress }
+        });
+        Self { place, directory, owner, limits }
+    }
+
+    fn need(&self) -> Need {
+        Need { record: self.owner.interface.clone(), limits: self.limits }
+    }
+
+    /// Its limits with another rate in the directions that `to` has.
+    fn limits_with(&self, to: &Limits) -> Limits {
+        let now = self.limits.unwrap_or_default();
+        let limit = |direction: Direction| to.of(direction).or(now.of(direction)).copied();
+        Limits { egress: limit(Direction::Egress), ingress: limit(Direction::Ingress) }
+    }
+}
+
+/// podshaper's pins, locked; `None` if nothing was ever attached since boot.
+///
+/// # Errors
+/// [`Code::Kernel`]: somebody else holds the lock and does not let go of it.
+pub fn lock() -> Result<Option<LockedPins>> {
+    Pins::existing(Path::new(BPFFS)).map(|pins| pins.lock()).transpose()
+}
+
+/// What the other attachments in the namespace of `own`, which is the record of `place`, need there.
+fn others(pins: &Pins, place: &Place, own: &Record) -> Vec<Need> {
+    let Some(inode) = own.netns_inode else { return Vec::new() };
+    let noted = pins.noted(inode).into_iter().filter(|other| other != place);
+    let there = noted.filter_map(|other| {
+        let directory = pins.find(&other)?;
+        Present::read(other, directory).ok()
+    });
+    let here = there.filter(|other| other.owner.interface.shares_namespace(own) && is_there(&other.owner, inode));
+    here.map(|other| other.need()).collect()
+}
+
+/// Whether an attachment is still in the namespace of this number, which the kernel gives to another one when it is gone. A path in
+/// /proc goes with its process, and its namespace may stay: then the cgroup says whether the attachment lives.
+fn is_there(owner: &Owner, inode: u64) -> bool {
+    match owner.interface.path().map(fs::metadata) {
+        Some(Ok(found)) => found.ino() == inode,
+        Some(Err(cause)) if cause.kind() == io::ErrorKind::NotFound => Path::new(&owner.cgroup).exists(),
+        _ => false,
+    }
+}
+
+/// Removes a pod's cgroup2 directory on a hybrid host, if podshaper made it and nothing is left in it.
+pub fn remove_cgroup_if_made(path: &Path) {
+    let removed = Hierarchies::of_this_host().and_then(|hierarchies| cgroup::remove_if_made(&hierarchies, path));
+    if let Err(error) = removed {
+        log::warn!("{error}");
+    }
+}
+
+/// A limit that limits nothing, in the directions that have one.
+fn unlimited(limits: &Limits) -> Limits {
+    let lifted = |limit: Option<Limit>| limit.map(|_| Limit::of(crate::units::Rate::MAX, Source::Operator));
+    Limits { egress: lifted(limits.egress), ingress: lifted(limits.ingress) }
+}

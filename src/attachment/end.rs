@@ -1,0 +1,142 @@
+//! Changes the limits of an attachment that is there, lifts them, and removes it.
+
+use std::path::Path;
+
+use super::{Present, lock, others, unlimited};
+use crate::{
+    error::{Code, Error, Result},
+    interface::{self, Interface, Record},
+    pins::{LockedPins, Pins, Place},
+    pod::Owner,
+    request::Limits,
+    shaper::{Pinned, Settings},
+};
+
+/// What became of an attachment that was to end.
+pub enum End {
+    /// There was none.
+    Nothing,
+    /// It is gone.
+    Removed,
+    /// What is there now is not the one that was meant: it has been replaced, and stays.
+    Another(Box<Owner>),
+}
+
+/// Removes the attachment at a place with all that was made for it, if it is still the one that is meant when the lock is ours.
+/// `is_meant` gets `None` for one whose record nobody can read.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn remove(place: &Place, is_meant: impl FnOnce(&Path, Option<&Owner>) -> bool) -> Result<End> {
+    lock()?.map_or(Ok(End::Nothing), |pins| remove_locked(&pins, place, is_meant))
+}
+
+/// The same where the lock is ours already.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn remove_locked(
+    pins: &LockedPins,
+    place: &Place,
+    is_meant: impl FnOnce(&Path, Option<&Owner>) -> bool,
+) -> Result<End> {
+    pins.settle(place)?;
+    let Some(directory) = pins.find(place) else { return Ok(End::Nothing) };
+    let owner = Pinned::at(&directory).owner_if_readable()?;
+    if !is_meant(&directory, owner.as_ref()) {
+        return Ok(End::Another(Box::new(owner.unwrap_or_default())));
+    }
+    pins.remove(place)?;
+    match owner {
+        Some(mut owner) => {
+            owner.interface.complete();
+            leave(pins, place, &owner.interface);
+        }
+        None => log::warn!(
+            "removed {}, whose record cannot be read: what was changed on the pod's interface is not known, and stays",
+            directory.display()
+        ),
+    }
+    log::info!("removed {}", directory.display());
+    Ok(End::Removed)
+}
+
+/// Brings an interface to what is needed by the attachments that stay there. Errors are in the log.
+pub(super) fn leave(pins: &LockedPins, place: &Place, ended: &Record) {
+    interface::undo(ended, &others(pins, place, ended));
+    if let Some(inode) = ended.netns_inode {
+        interface::warn("the note of a limit that ended is left", pins.forget(inode, place));
+    }
+}
+
+/// Changes the limits of an attachment, in the directions that `to` names when it is given what is there; it may refuse.
+///
+/// # Errors
+/// [`Code::Mismatch`]: it is gone. Those of `to`, and what the kernel says: the limits are as they were then.
+pub fn change(place: &Place, to: impl FnOnce(&Present) -> Result<Limits>) -> Result<()> {
+    // Between the reading and the lock a DEL or an ADD may have come.
+    let gone = || {
+        let text = format!("change the limits of {} of pod {}: it is gone", place.interface, place.pod);
+        Error::new(Code::Mismatch, text)
+    };
+    let pins = lock()?.ok_or_else(gone)?;
+    let directory = pins.find(place).ok_or_else(gone)?;
+    let present = Present::read(place.clone(), directory)?;
+    let limits = to(&present)?;
+    let mut interface = Interface::of(&present.owner.interface)?;
+    let changed = settle(&pins, &present, &mut interface, &limits).and_then(|()| present.write(&limits));
+    if changed.is_err() {
+        let before = settle(&pins, &present, &mut interface, &Limits::default());
+        interface::warn("the limit of before could not be put back", before);
+    }
+    changed
+}
+
+/// Brings the interface to other limits of an attachment, before they are in force.
+fn settle(pins: &Pins, present: &Present, interface: &mut Option<Interface>, to: &Limits) -> Result<()> {
+    let record = &present.owner.interface;
+    let Some(interface) = interface else {
+        let text = "change the queue that holds the limit: the pod's interface is not to be found any more";
+        return if is_held_by_qdisc(record, to) { Err(Error::new(Code::Netns, text)) } else { Ok(()) };
+    };
+    let mut own = present.need();
+    own.limits = Some(present.limits_with(to));
+    let mut needs = others(pins, &present.place, record);
+    // Of those that have a tbf or an htb, which earlier versions allowed, this one is changed.
+    needs.insert(0, own);
+    let settled = interface.settle(record, &needs);
+    interface::warn("TCP may send larger packets than this limit is good for", settled.packets);
+    if is_held_by_qdisc(record, to) {
+        return settled.qdiscs;
+    }
+    interface::warn(interface::LEFT, settled.qdiscs);
+    Ok(())
+}
+
+/// Whether a qdisc has one of these limits too.
+fn is_held_by_qdisc(record: &Record, limits: &Limits) -> bool {
+    (record.has_tbf() && limits.ingress.is_some()) || (record.htb && limits.egress.is_some())
+}
+
+/// Lifts the limits of an attachment, if it is the one that is meant: a connection that sends before it is removed goes on without a
+/// pace. One that is of another layout, or cannot be read, stays as it is.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn lift(place: &Place, is_meant: impl FnOnce(&Path, &Owner) -> bool) -> Result<()> {
+    let Some(pins) = lock()? else { return Ok(()) };
+    let found = pins.find(place).and_then(|directory| Present::read(place.clone(), directory).ok());
+    match found {
+        Some(present) if is_meant(&present.directory, &present.owner) => match &present.limits {
+            Some(limits) => present.write(&unlimited(limits)),
+            None => Ok(()),
+        },
+        _ => Ok(()),
+    }
+}
+
+impl Present {
+    fn write(&self, limits: &Limits) -> Result<()> {
+        Pinned::at(&self.directory).change(&Settings::of(&self.owner, *limits), &self.owner)
+    }
+}

@@ -1,0 +1,330 @@
+//! The one owner of what podshaper changes on a pod's interface and in its network namespace: fq or htb, tbf at the host's end, the
+//! sizes and sysctls that decide how large packets are.
+//!
+//! How an interface is to be follows from the attachments that are on it: each brings what it needs ([`Need`]), and
+//! [`Interface::settle`] makes the interface so. What no attachment needs is put back as it was before podshaper. So an ADD counts
+//! its own needs among the others', a DEL leaves its own out, and an ADD that failed counts those of the attachment that stays.
+//!
+//! A namespace is entered once for all of it. The steps in it are those of `qdisc` and `packets`; which attachments share an
+//! interface is known to `attachment`.
+
+mod mechanism;
+mod packets;
+mod record;
+
+use std::path::{Path, PathBuf};
+
+use crate::{
+    error::{self, Code, Error, Result},
+    netns::{self, Entered, Namespace},
+    qdisc,
+    request::{Limit, Limits},
+    shaper::Queue,
+};
+
+pub use mechanism::IngressBy;
+pub use packets::bulk_segments;
+use record::Found;
+pub use record::{Need, Record};
+
+/// An interface in a network namespace that was entered.
+pub struct Interface {
+    inside: Entered,
+    /// Its number in its namespace.
+    pub index: u32,
+    netns: PathBuf,
+    netns_inode: u64,
+    ifname: String,
+}
+
+/// What came of bringing an interface to what is needed. Each part is tried, whatever became of the others.
+#[must_use]
+pub struct Settled {
+    /// The sizes of packets.
+    pub packets: Result<()>,
+    /// fq, htb and tbf.
+    pub qdiscs: Result<()>,
+}
+
+impl Settled {
+    /// Every error.
+    ///
+    /// # Errors
+    /// What the kernel refused, all of it.
+    pub fn all(self) -> Result<()> {
+        error::all([self.packets, self.qdiscs])
+    }
+}
+
+/// What was done and found in the namespace.
+struct Inside {
+    packets: Result<()>,
+    fq: Result<()>,
+    /// `None` where it is not wanted.
+    htb: Option<Result<()>>,
+    peer: Result<Option<u32>>,
+}
+
+impl Interface {
+    /// Enters the namespace and finds the interface; changes nothing.
+    ///
+    /// # Errors
+    /// [`Code::Netns`]: no such namespace or interface.
+    pub fn enter(netns: &Path, ifname: &str) -> Result<Self> {
+        Self::find(Namespace::open(netns)?, netns, ifname)?
+    }
+
+    /// The same by an attachment's record. `None` where there is nothing to put back any more: the interface is gone, or the path
+    /// names another namespace by now.
+    ///
+    /// # Errors
+    /// [`Code::Netns`]: the namespace is there and cannot be entered.
+    pub fn of(record: &Record) -> Result<Option<Self>> {
+        let Some(netns) = record.path() else { return Ok(None) };
+        let found = match Namespace::open(netns) {
+            Ok(opened) if record.netns_inode.is_none_or(|inode| inode == opened.inode) => {
+                Self::find(opened, netns, &record.ifname)?
+            }
+            Ok(_) => Err(another(netns)),
+            Err(error) => Err(error),
+        };
+        // Most often the namespace is gone, and with it all that was done there.
+        Ok(found.inspect_err(|error| log::debug!("{error}")).ok())
+    }
+
+    /// The inner error: it was entered, and has no such interface.
+    fn find(opened: Namespace, netns: &Path, ifname: &str) -> Result<Result<Self>> {
+        let netns_inode = opened.inode;
+        let mut inside = opened.enter()?;
+        let (name, path) = (ifname.to_owned(), netns.to_path_buf());
+        let link = inside.run(move || netns::link(&name, &path));
+        let (netns, ifname) = (netns.to_path_buf(), ifname.to_owned());
+        Ok(link.map(|link| Self { inside, index: link.index, netns, netns_inode, ifname }))
+    }
+
+    /// The record of an attachment that has not changed anything.
+    pub fn record(&self) -> Record {
+        Record {
+            ifname: self.ifname.clone(),
+            netns: Some(self.netns.to_string_lossy().into_owned()),
+            netns_inode: Some(self.netns_inode),
+            ..Record::default()
+        }
+    }
+
+    /// Puts fq on, which decides which programs are loaded. It is of use to both directions: it lets acknowledgements leave when
+    /// they should, and what the pod sends without having waited. htb, which [`Interface::change`] puts on, is for the latter, where
+    /// there is no fq.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`]: the kernel has no fq, or there is a qdisc of somebody else's.
+    pub fn prepare(&mut self) -> Result<()> {
+        let index = self.index;
+        self.inside.run(move || qdisc::put_fq(index))
+    }
+
+    /// Makes the interface what an attachment with these limits needs of it, beside those that are `there`; `others` are those of
+    /// them that it does not replace, and `fq` is what [`Interface::prepare`] answered. What is changed is in `record`, also after an
+    /// error. Says in the log why the ingress mechanism is not a better one.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`]: fq is gone again, and another one cannot be put on.
+    pub fn change(
+        &mut self,
+        record: &mut Record,
+        limits: &Limits,
+        fq: &Result<()>,
+        there: &[Need],
+        others: &[Need],
+        all_traffic: bool,
+    ) -> Result<()> {
+        let (index, has_fq, limits) = (self.index, fq.is_ok(), *limits);
+        let (mine, there, staying) = (record.clone(), there.to_vec(), others.to_vec());
+        let (found, inside) = self.inside.run(move || change_inside(index, mine, limits, has_fq, &there, staying));
+        record.found = found;
+        record.htb = matches!(inside.htb, Some(Ok(())));
+        if let (Err(no_fq), Some(Err(no_htb))) = (fq, &inside.htb) {
+            log::warn!("what the pod sends without having waited has no queue: {no_fq}; {no_htb}");
+        }
+        // Without it the rate holds and the latency does not: not worth a pod.
+        warn("TCP may send large packets in bursts", inside.packets);
+        inside.fq?;
+        let Some(limit) = limits.ingress else { return Ok(()) };
+        record.ingress_by = Some(match fq {
+            Ok(()) => IngressBy::HeldAcks,
+            Err(no_fq) => {
+                log::warn!("ingress is held by a queue or by drops, not by acknowledgements: {no_fq}");
+                let is_taken =
+                    others.iter().any(|other| other.record.has_tbf() && other.record.shares_interface(record));
+                match self.hold_by_tbf(inside.peer, &limit, is_taken, all_traffic) {
+                    Ok(()) => IngressBy::Tbf,
+                    Err(error) => {
+                        log::warn!("{error}");
+                        IngressBy::Drops
+                    }
+                }
+            }
+        });
+        Ok(())
+    }
+
+    /// A queue is for all that the interface receives: it is none if the limit is for a part.
+    fn hold_by_tbf(&self, peer: Result<Option<u32>>, limit: &Limit, is_taken: bool, all_traffic: bool) -> Result<()> {
+        let no = |why| Err(Error::new(Code::Kernel, why));
+        match peer? {
+            _ if !all_traffic => no("exemptSubnets and shapedSubnets leave drops: tbf would limit what they exempt"),
+            _ if is_taken => no("another limit of this interface has tbf, which leaves drops: there is room for one"),
+            None => no("the pod's interface is no veth with an end on this host to put tbf on"),
+            Some(peer) => qdisc::put_tbf(peer, self.index, limit),
+        }
+    }
+
+    /// Brings the interface, on which `own` tells what was changed, to what is needed, and to what it was before where nothing is.
+    pub fn settle(&mut self, own: &Record, needs: &[Need]) -> Settled {
+        let (index, record, all) = (self.index, own.clone(), needs.to_vec());
+        let Inside { packets, fq, htb, peer } = self.inside.run(move || settle_inside(index, &record, &all));
+        let tbf = match needs.iter().find(|need| need.record.has_tbf() && need.record.shares_interface(own)) {
+            // Of another layout: it has what it needs.
+            Some(Need { limits: None, .. }) => Ok(()),
+            Some(Need { limits: Some(limits), .. }) => peer.and_then(|peer| match (peer, &limits.ingress) {
+                (Some(peer), Some(limit)) => qdisc::put_tbf(peer, index, limit),
+                (None, Some(_)) => {
+                    let text = "change tbf: the pod's interface has no end on this host any more";
+                    Err(Error::new(Code::Kernel, text))
+                }
+                (_, None) => Ok(()),
+            }),
+            None if own.has_tbf() => {
+                peer.and_then(|peer| peer.map_or(Ok(()), |peer| qdisc::take_off_peer(peer, index)))
+            }
+            None => Ok(()),
+        };
+        Settled { packets, qdiscs: error::all([fq, htb.unwrap_or(Ok(())), tbf]) }
+    }
+}
+
+/// Brings the interface of an attachment that ends to what those that stay need. All errors are in the log: what is left does not
+/// keep a pod.
+pub fn undo(ended: &Record, staying: &[Need]) {
+    if ended.is_unchanged() {
+        return;
+    }
+    match Interface::of(ended) {
+        Ok(Some(mut interface)) => warn(LEFT, interface.settle(ended, staying).all()),
+        Ok(None) => {}
+        Err(error) => log::warn!("{LEFT}: {error}"),
+    }
+}
+
+/// Before what could not be put back.
+pub const LEFT: &str = "not all that was changed on the pod's interface could be put back";
+
+/// Notes an error that is not worth a pod.
+pub fn warn(what: &str, result: Result<()>) {
+    if let Err(error) = result {
+        log::warn!("{what}: {error}");
+    }
+}
+
+/// Checks that what was put on the interfaces for an attachment is still there.
+///
+/// # Errors
+/// [`Code::Mismatch`] naming what is gone; [`Code::Netns`] or [`Code::Kernel`] where it cannot be looked at.
+pub fn check(record: &Record) -> Result<()> {
+    let queue = match Queue::of(record) {
+        Queue::Fq => Some("fq"),
+        Queue::Htb => Some("htb"),
+        Queue::None => None,
+    };
+    let wants_tbf = record.has_tbf();
+    let Some(netns) = record.path().filter(|_| queue.is_some() || wants_tbf) else { return Ok(()) };
+    let opened = Namespace::open(netns)?;
+    if record.netns_inode.is_some_and(|inode| inode != opened.inode) {
+        return Err(another(netns));
+    }
+    let mut interface = Interface::find(opened, netns, &record.ifname)??;
+    let index = interface.index;
+    let (has_queue, peer) = interface.inside.run(move || {
+        let has_queue = queue.map_or(Ok(true), |kind| qdisc::has(index, kind))?;
+        Ok::<_, Error>((has_queue, if wants_tbf { qdisc::veth_peer(index)? } else { None }))
+    })?;
+    let gone = |what: &str| {
+        let text =
+            format!("{what} has been taken off {} of {}: podshaper put it there", record.ifname, netns.display());
+        Err(Error::new(Code::Mismatch, text))
+    };
+    if let Some(kind) = queue.filter(|_| !has_queue) {
+        return gone(kind);
+    }
+    if wants_tbf && !peer.map_or(Ok(false), |peer| qdisc::has(peer, "tbf"))? {
+        return gone("tbf, at the host's end,");
+    }
+    Ok(())
+}
+
+fn another(netns: &Path) -> Error {
+    let text = format!("{} names another network namespace than when the limit was put there", netns.display());
+    Error::new(Code::Mismatch, text)
+}
+
+/// In the namespace: what [`Interface::change`] does there, and the settings as they were before.
+fn change_inside(
+    index: u32,
+    mut mine: Record,
+    limits: Limits,
+    has_fq: bool,
+    there: &[Need],
+    others: Vec<Need>,
+) -> (Found, Inside) {
+    let mut packets = Ok(());
+    if limits.egress.is_some() {
+        packets = packets::find(index, &mine, there).and_then(|found| {
+            mine.found = found;
+            let mut needs = others.clone();
+            needs.push(Need { record: mine.clone(), limits: Some(limits) });
+            packets::settle(index, &mine, &needs)
+        });
+    }
+    let fq = if has_fq { keep_fq(index) } else { Ok(()) };
+    let htb = limits.egress.filter(|_| !has_fq).map(|limit| put_htb(index, &mine, &limit, &others));
+    let needs_peer = !has_fq && limits.ingress.is_some();
+    let peer = if needs_peer { qdisc::veth_peer(index) } else { Ok(None) };
+    (mine.found, Inside { packets, fq, htb, peer })
+}
+
+/// In the namespace: what [`Interface::settle`] does there.
+fn settle_inside(index: u32, own: &Record, needs: &[Need]) -> Inside {
+    let here = || needs.iter().filter(|need| need.record.shares_interface(own));
+    let packets = packets::settle(index, own, needs);
+    let (mut fq, mut htb) = (Ok(()), None);
+    if here().any(|need| need.record.fq) {
+        fq = keep_fq(index);
+    } else if let Some(need) = here().find(|need| need.record.htb) {
+        // One of another layout has what it needs.
+        htb = need.limits.and_then(|limits| limits.egress).map(|limit| qdisc::put_htb(index, &limit));
+    } else if own.fq || own.htb {
+        fq = qdisc::take_off(index);
+    }
+    let needs_peer = own.has_tbf() || here().any(|need| need.record.has_tbf());
+    let peer = if needs_peer { qdisc::veth_peer(index) } else { Ok(None) };
+    Inside { packets, fq, htb, peer }
+}
+
+/// Puts htb on, with this limit, where it is not another attachment's.
+fn put_htb(index: u32, own: &Record, limit: &Limit, others: &[Need]) -> Result<()> {
+    if others.iter().any(|other| (other.record.htb || other.record.fq) && other.record.shares_interface(own)) {
+        let text = "another limit of this interface has its queue, which leaves drops: there is room for one";
+        return Err(Error::new(Code::Kernel, text));
+    }
+    let put = qdisc::put_htb(index, limit);
+    if put.is_err() {
+        // Without its classes it is of no use, and no record would tell that it is there.
+        warn(LEFT, qdisc::take_off(index));
+    }
+    put
+}
+
+/// Puts fq on where it is not: a DEL that came in between may have taken it off.
+fn keep_fq(index: u32) -> Result<()> {
+    if qdisc::has(index, "fq")? { Ok(()) } else { qdisc::put_fq(index) }
+}

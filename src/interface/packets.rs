@@ -1,0 +1,241 @@
+//! How large a packet TCP builds in the pod: as large as the limit lets it, whatever the flow's share of it, and no larger. Fewer and
+//! larger packets cost less CPU, and each is a timer less. Left alone, a flow with a short round trip builds up to 64 KiB at any pace,
+//! 52 ms of a 10 Mbit/s link in one packet (since Linux 5.18, `tcp_tso_autosize` in net/ipv4/tcp_output.c), and one of many flows two
+//! segments. It takes three settings of the pod's network namespace:
+//!
+//! - `net.ipv4.tcp_min_tso_segs`: the segments that a flow builds however slow it is (bbr has a number of its own, 2);
+//! - `net.ipv4.tcp_tso_rtt_log` = 0: what is added to a packet is `gso_max_size >> round trip in us`, and not in units of 512 us;
+//! - `gso_max_size` of the interface, and for IPv4, since Linux 6.3, `gso_ipv4_max_size`: at 2 us, which a connection within the node
+//!   can have, what is added is 16 KiB still.
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind};
+use std::path::Path;
+
+use netlink_packet_route::link::LinkAttribute;
+
+use super::record::{Found, Need, Record};
+use crate::{
+    error::{self, Code, Error, Result},
+    netlink,
+    units::Rate,
+};
+
+/// How long a packet of a bulk flow takes at the limit, however many flows there are: together they are ahead of the limit by one of each.
+const PACKET_NS: u64 = 2_000_000;
+/// How long the packet of a flow may take at the limit that is alone.
+const LARGEST_PACKET_NS: u64 = 10_000_000;
+/// Segments that it has at least, but where single ones are long (below).
+const LEAST_BULK_SEGMENTS: u64 = 2;
+/// Segments of the usual size in a packet of 64 KiB, which is the largest there is without BIG TCP.
+const MOST_BULK_SEGMENTS: u64 = 44;
+/// Payload of a segment of the usual size, with timestamps.
+const USUAL_MSS: u64 = 1448;
+/// Below this rate single segments are built. From here on bbr builds two all the same (`bbr_min_tso_rate`, net/ipv4/tcp_bbr.c).
+const SINGLE_SEGMENTS_BELOW_BITS_PER_S: u64 = 1_200_000;
+
+const LEAST_SEGMENTS: &str = "/proc/sys/net/ipv4/tcp_min_tso_segs";
+const RTT_LOG: &str = "/proc/sys/net/ipv4/tcp_tso_rtt_log";
+
+/// What the kernel keeps free of `gso_max_size` for headers, and more: `sk_setup_caps` takes MAX_TCP_HEADER off, at most 320.
+const HEADERS_BYTES: u64 = 512;
+
+/// Segments of the packets that a bulk flow builds at this limit, at its slowest.
+pub fn bulk_segments(limit: Rate) -> u64 {
+    if limit.as_bits_per_s() < SINGLE_SEGMENTS_BELOW_BITS_PER_S {
+        return 1;
+    }
+    (bytes_in(PACKET_NS, limit) / USUAL_MSS).clamp(LEAST_BULK_SEGMENTS, MOST_BULK_SEGMENTS)
+}
+
+/// What a link of the limit's rate carries in a time.
+fn bytes_in(ns: u64, limit: Rate) -> u64 {
+    limit.as_bits_per_s() / 8 / (1_000_000_000 / ns)
+}
+
+/// The settings as they were before podshaper: what the attachments that are there already have found, or else what is there now. To
+/// be called in the namespace.
+///
+/// # Errors
+/// [`Code::Kernel`]: the interface cannot be read.
+pub fn find(index: u32, own: &Record, others: &[Need]) -> Result<Found> {
+    let limited: Vec<&Record> =
+        others.iter().filter(|other| other.limits_egress()).map(|other| &other.record).collect();
+    // Of an attachment of an earlier version, which did not record it, it is not known.
+    let sysctl = |recorded: fn(&Found) -> Option<u32>, file| match limited.as_slice() {
+        [] => read_sysctl(file),
+        limited => limited.iter().find_map(|record| recorded(&record.found)),
+    };
+    let tcp_tso_rtt_log = sysctl(|found| found.tcp_tso_rtt_log, RTT_LOG);
+    let tcp_min_tso_segs = sysctl(|found| found.tcp_min_tso_segs, LEAST_SEGMENTS);
+    let lowered = limited.iter().find(|record| record.shares_interface(own) && record.found.gso_max_size.is_some());
+    let sizes = match lowered {
+        Some(Record { found: Found { gso_max_size, gso_ipv4_max_size, .. }, .. }) => {
+            (*gso_max_size, *gso_ipv4_max_size)
+        }
+        None if builds_large() => Sizes::read(index)?.map_or((None, None), |now| (Some(now.gso_max), now.gso_ipv4_max)),
+        None => (None, None),
+    };
+    Ok(Found { gso_max_size: sizes.0, gso_ipv4_max_size: sizes.1, tcp_tso_rtt_log, tcp_min_tso_segs })
+}
+
+/// Sets interface and namespace so that packets are as small as the attachments there need, or as they were `found` where none does.
+/// Goes on after an error. To be called in the namespace. Connections that exist keep the size they have.
+///
+/// # Errors
+/// [`Code::Netns`] or [`Code::Kernel`]: what the kernel refuses, all of it. Lacking a setting is no error.
+pub fn settle(index: u32, own: &Record, needs: &[Need]) -> Result<()> {
+    let limited = || needs.iter().filter(|need| need.limits_egress());
+    let segments = |need: &Need| match need.limits.and_then(|limits| limits.egress) {
+        Some(limit) => u32::try_from(bulk_segments(limit.rate)).ok(),
+        // Of another layout: it has what it needs.
+        None => read_sysctl(LEAST_SEGMENTS),
+    };
+    let rtt_log = limited().next().map(|_| 0);
+    let least_segments = limited().filter_map(segments).min();
+    error::all([
+        set_sysctl(LEAST_SEGMENTS, least_segments.or(own.found.tcp_min_tso_segs)),
+        set_sysctl(RTT_LOG, rtt_log.or(own.found.tcp_tso_rtt_log)),
+        settle_sizes(index, own, needs),
+    ])
+}
+
+fn settle_sizes(index: u32, own: &Record, needs: &[Need]) -> Result<()> {
+    // What nobody has recorded could not be put back.
+    let Some(found) = own.found.gso_max_size.filter(|_| builds_large()) else { return Ok(()) };
+    let Some(now) = Sizes::read(index)? else { return Ok(()) };
+    let here = needs.iter().filter(|need| need.limits_egress() && need.record.shares_interface(own));
+    let most = here.map(|need| match need.limits.and_then(|limits| limits.egress) {
+        Some(limit) => largest(limit.rate, now.mtu),
+        None => now.gso_max,
+    });
+    let most = most.min().unwrap_or(u32::MAX);
+    let wanted = Sizes {
+        gso_max: found.min(most),
+        gso_ipv4_max: own.found.gso_ipv4_max_size.map(|found| found.min(most)).or(now.gso_ipv4_max),
+        mtu: now.mtu,
+    };
+    if wanted == now { Ok(()) } else { wanted.set(index, own.found.gso_ipv4_max_size.is_some()) }
+}
+
+/// Whether this kernel's TCP builds large packets for short round trips, whatever their pace: since Linux 5.18.
+fn builds_large() -> bool {
+    Path::new(RTT_LOG).exists()
+}
+
+/// The largest packet a flow may build at a limit, in bytes with its headers.
+fn largest(limit: Rate, mtu: u32) -> u32 {
+    let bytes = bytes_in(LARGEST_PACKET_NS, limit).max(2 * u64::from(mtu)).saturating_add(HEADERS_BYTES);
+    u32::try_from(bytes).unwrap_or(u32::MAX)
+}
+
+/// Sizes of an interface, in bytes.
+#[derive(PartialEq, Eq)]
+struct Sizes {
+    gso_max: u32,
+    gso_ipv4_max: Option<u32>,
+    mtu: u32,
+}
+
+impl Sizes {
+    fn read(index: u32) -> Result<Option<Self>> {
+        let what = "read the gso_max_size of the pod's interface";
+        let link = netlink::link(index).map_err(|cause| Error::because(Code::Kernel, what, cause))?;
+        let Some(link) = link else { return Ok(None) };
+        let (mut gso_max, mut gso_ipv4_max, mut mtu) = (None, None, None);
+        for attribute in &link.attributes {
+            match attribute {
+                LinkAttribute::GsoMaxSize(bytes) => gso_max = Some(*bytes),
+                LinkAttribute::GsoIpv4MaxSize(bytes) => gso_ipv4_max = Some(*bytes),
+                LinkAttribute::Mtu(bytes) => mtu = Some(*bytes),
+                _ => {}
+            }
+        }
+        Ok(gso_max.zip(mtu).map(|(gso_max, mtu)| Self { gso_max, gso_ipv4_max, mtu }))
+    }
+
+    /// `ip link set dev INDEX gso_max_size BYTES gso_ipv4_max_size BYTES`. The kernel takes them in this order, and the first sets
+    /// the second along where it is 64 KiB or less (`netif_set_gso_max_size`, net/core/dev.c).
+    fn set(&self, index: u32, knows_ipv4: bool) -> Result<()> {
+        let ipv4 = self.gso_ipv4_max.filter(|_| knows_ipv4).map(LinkAttribute::GsoIpv4MaxSize);
+        let attributes = [LinkAttribute::GsoMaxSize(self.gso_max)].into_iter().chain(ipv4).collect();
+        netlink::set_link(index, attributes).map_err(|cause: io::Error| {
+            let text = format!("set the gso_max_size of the pod's interface to {}", self.gso_max);
+            Error::because(Code::Kernel, text, cause)
+        })
+    }
+}
+
+fn read_sysctl(file: &str) -> Option<u32> {
+    fs::read_to_string(file).ok()?.trim().parse().ok()
+}
+
+fn set_sysctl(file: &str, value: Option<u32>) -> Result<()> {
+    match value.filter(|value| read_sysctl(file) != Some(*value)) {
+        Some(value) => write_sysctl(Path::new(file), &value.to_string()),
+        None => Ok(()),
+    }
+}
+
+/// Files below /proc/sys/net are those of the namespace of the thread that opens them, wherever and whenever procfs was mounted
+/// (Linux net/sysctl_net.c, net_ctl_header_lookup()). Where there is no such file, none is made.
+fn write_sysctl(file: &Path, value: &str) -> Result<()> {
+    let written =
+        File::options().write(true).open(file).and_then(|mut open| io::Write::write_all(&mut open, value.as_bytes()));
+    match written {
+        Err(cause) if cause.kind() != ErrorKind::NotFound => {
+            let text = format!("write {value} to {} (is /proc/sys mounted read-only?)", file.display());
+            Err(Error::because(Code::Netns, text, cause))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::tempdir;
+
+    use super::*;
+
+    #[test]
+    fn a_packet_is_two_segments_or_ten_milliseconds_of_the_limit() {
+        let megabit = |megabits: u64| Rate::bits_per_s(megabits * 1_000_000).unwrap();
+        for (limit, mtu, bytes) in [
+            (Rate::bits_per_s(1_000).unwrap(), 1500, 3_000 + 512),
+            (megabit(1), 1500, 3_000 + 512),
+            (megabit(10), 1500, 12_500 + 512),
+            (megabit(10), 9000, 18_000 + 512),
+            (megabit(100), 1500, 125_000 + 512),
+            (megabit(1_000), 1500, 1_250_000 + 512),
+            (Rate::MAX, 1500, u32::MAX),
+        ] {
+            assert_eq!(largest(limit, mtu), bytes, "{limit}bit/s with an MTU of {mtu}");
+        }
+    }
+
+    #[test]
+    fn slow_flows_of_a_fast_pod_build_packets_of_the_pods_limit() {
+        for (megabits, segments) in [(1, 1), (2, 2), (10, 2), (100, 17), (1_000, 44), (100_000, 44)] {
+            assert_eq!(bulk_segments(Rate::bits_per_s(megabits * 1_000_000).unwrap()), segments, "{megabits} Mbit/s");
+        }
+    }
+
+    #[test]
+    fn a_sysctl_this_kernel_lacks_is_not_an_error_but_a_refused_one_is() {
+        let dir = tempdir().unwrap();
+        let [absent, directory, file] = ["absent", "directory", "file"].map(|name| dir.path().join(name));
+        std::fs::create_dir(&directory).unwrap();
+        std::fs::write(&file, "9").unwrap();
+        write_sysctl(&absent, "0").unwrap();
+        assert!(!absent.exists());
+        write_sysctl(&file, "0").unwrap();
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "0");
+        assert_eq!(
+            write_sysctl(&directory, "0").unwrap_err().to_string(),
+            format!(
+                "write 0 to {} (is /proc/sys mounted read-only?): Is a directory (os error 21)",
+                directory.display()
+            )
+        );
+    }
+}

@@ -1,0 +1,165 @@
+//! What an attachment has changed on its interface and in its namespace: a part of the owner record, so that it can be put back by
+//! a call that knows nothing else.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::mechanism::{IngressBy, known};
+use crate::request::Limits;
+
+/// The interface of an attachment, and what was done to it.
+///
+/// Earlier versions wrote `netns`, `ifname`, `fq`, `htb`, `gsoMaxSize` and `ingressBy` alone. A key that is missing is empty.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Record {
+    /// The interface: `CNI_IFNAME` of the ADD, or `*` for every one but loopback.
+    pub ifname: String,
+    /// Path of its network namespace; `None` for the node's own, where nothing is changed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub netns: Option<String>,
+    /// The namespace's inode number: the path may name another namespace by now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub netns_inode: Option<u64>,
+    /// Whether fq is on the interface, to honour departure times.
+    pub fq: bool,
+    /// Whether htb is on the interface, in which packets wait where there is no fq.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub htb: bool,
+    /// What holds the ingress limit, if there is one.
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "known")]
+    pub ingress_by: Option<IngressBy>,
+    /// What was there before.
+    #[serde(flatten)]
+    pub found: Found,
+}
+
+/// The settings that decide how large a packet TCP builds, as they were before podshaper; `None` where it left one alone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Found {
+    /// `gso_max_size` of the interface.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gso_max_size: Option<u32>,
+    /// `gso_ipv4_max_size` of the interface, since Linux 6.3.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gso_ipv4_max_size: Option<u32>,
+    /// `net.ipv4.tcp_tso_rtt_log` of the namespace, since Linux 5.18.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tcp_tso_rtt_log: Option<u32>,
+    /// `net.ipv4.tcp_min_tso_segs` of the namespace.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tcp_min_tso_segs: Option<u32>,
+}
+
+/// What an attachment needs of its interface and namespace.
+#[derive(Clone, Debug)]
+pub struct Need {
+    /// What it has there.
+    pub record: Record,
+    /// Its limits; `None` where they cannot be read, being of another layout.
+    pub limits: Option<Limits>,
+}
+
+impl Record {
+    /// The namespace's path; `None` where there is nothing to change.
+    pub fn path(&self) -> Option<&Path> {
+        self.netns.as_deref().map(Path::new)
+    }
+
+    /// Whether tbf, on the host's end of the interface, holds the ingress limit.
+    pub fn has_tbf(&self) -> bool {
+        self.ingress_by == Some(IngressBy::Tbf)
+    }
+
+    /// Adds the number of its namespace to the record of an earlier version, as long as its path names one.
+    pub fn complete(&mut self) {
+        if self.netns_inode.is_none() {
+            self.netns_inode = self.path().and_then(|path| fs::metadata(path).ok()).map(|found| found.ino());
+        }
+    }
+
+    /// Whether there is anything to put back.
+    pub fn is_unchanged(&self) -> bool {
+        !self.fq && !self.htb && !self.has_tbf() && self.found == Found::default()
+    }
+
+    /// Whether both are in one namespace.
+    pub fn shares_namespace(&self, other: &Self) -> bool {
+        match (self.netns_inode, other.netns_inode) {
+            (Some(own), Some(others)) => own == others,
+            // Earlier versions recorded the path alone.
+            _ => self.netns.is_some() && self.netns == other.netns,
+        }
+    }
+
+    /// Whether both are on one interface.
+    pub fn shares_interface(&self, other: &Self) -> bool {
+        self.ifname == other.ifname && self.shares_namespace(other)
+    }
+
+    /// Whether something of this record would stay behind if `other` took its place on the same interface.
+    pub fn has_more_than(&self, other: &Self) -> bool {
+        let is_left = |own: Option<u32>, others: Option<u32>| own.is_some() && others.is_none();
+        let Found { gso_max_size, gso_ipv4_max_size: _, tcp_tso_rtt_log, tcp_min_tso_segs } = self.found;
+        (self.fq && !other.fq)
+            || (self.htb && !other.htb)
+            || (self.has_tbf() && !other.has_tbf())
+            || is_left(gso_max_size, other.found.gso_max_size)
+            || is_left(tcp_tso_rtt_log, other.found.tcp_tso_rtt_log)
+            || is_left(tcp_min_tso_segs, other.found.tcp_min_tso_segs)
+    }
+}
+
+impl Need {
+    /// Whether what is sent is limited.
+    pub fn limits_egress(&self) -> bool {
+        let recorded = self.record.found != Found::default();
+        self.limits.map_or(recorded, |limits| limits.egress.is_some())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_of_earlier_versions_are_readable() {
+        let earlier =
+            r#"{"netns":"/run/netns/a","ifname":"eth0","fq":true,"gsoMaxSize":65536,"ingressBy":"held-acks"}"#;
+        let found = Found { gso_max_size: Some(65536), ..Found::default() };
+        let expected = Record {
+            ifname: "eth0".into(),
+            netns: Some("/run/netns/a".into()),
+            netns_inode: None,
+            fq: true,
+            htb: false,
+            ingress_by: Some(IngressBy::HeldAcks),
+            found,
+        };
+        assert_eq!(serde_json::from_str::<Record>(earlier).unwrap(), expected);
+        assert_eq!(serde_json::from_str::<Record>("{}").unwrap(), Record::default());
+        let newer = r#"{"ifname":"eth0","ingressBy":"teleport","gsoMaxSize":null}"#;
+        assert_eq!(
+            serde_json::from_str::<Record>(newer).unwrap(),
+            Record { ifname: "eth0".into(), ..Record::default() }
+        );
+    }
+
+    #[test]
+    fn a_namespace_is_known_by_its_inode_and_by_its_path_only_without_one() {
+        let of = |inode, path: &str| Record { netns_inode: inode, netns: Some(path.into()), ..Record::default() };
+        for (one, other, same) in [
+            (of(Some(1), "/a"), of(Some(1), "/b"), true),
+            (of(Some(1), "/a"), of(Some(2), "/a"), false),
+            (of(None, "/a"), of(Some(2), "/a"), true),
+            (of(None, "/a"), of(None, "/b"), false),
+            (Record::default(), Record::default(), false),
+        ] {
+            assert_eq!(one.shares_namespace(&other), same, "{one:?} {other:?}");
+        }
+    }
+}
