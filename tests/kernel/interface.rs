@@ -63,8 +63,8 @@ fn settings_of_the_namespace_come_back_as_they_were() {
     let before = settings();
     ok(&pod.cni("ADD").stdin(pod.stdin_at(100_000)));
     assert_eq!(settings(), [Some(1), before[1].map(|_| 0)]);
-    // From 1.2 Mbit/s on it is two segments, or ten milliseconds of the limit.
-    for (rate, segments) in [(2_000_000, 2), (RATE, 8), (100_000_000, 44)] {
+    // From 1.2 Mbit/s on it is two segments, or two milliseconds of the limit.
+    for (rate, segments) in [(2_000_000, 2), (RATE, 2), (100_000_000, 17)] {
         ok(&pod.cni("ADD").stdin(pod.stdin_at(rate)));
         assert_eq!(settings(), [Some(segments), before[1].map(|_| 0)]);
     }
