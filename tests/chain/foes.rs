@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::{Bed, MBIT, assert_rate, has_fq};
+use super::{Bed, MBIT, assert_rate, has_queue};
 use crate::harness::limiter::Limiter;
 use crate::harness::measure::{self, Bulk, Udp};
 use crate::harness::meter;
@@ -60,7 +60,7 @@ fn a_socket_for_each_packet_gets_no_more_than_one_for_all() {
     let bed = Bed::new();
     let pod = bed.pod(Limiter::Podshaper, RATE);
     let (from, most_backlog_ms) =
-        if has_fq(&pod) { (HORIZON_SECONDS + 1.0, HORIZON_SECONDS * 1e3) } else { (1.0, 400.0) };
+        if has_queue(&pod) { (HORIZON_SECONDS + 1.0, HORIZON_SECONDS * 1e3) } else { (1.0, 400.0) };
     let udp = Udp { rate: 4 * RATE, seconds: from + 2.0, fresh_sockets: true, ..Udp::default() };
     let result = measure::udp(&pod, &udp).unwrap();
     let backlog_ms = meter::egress(&pod).unwrap().max_backlog_ns as f64 / 1e6;

@@ -94,6 +94,11 @@ fn has_fq(pod: &Pod) -> bool {
     pod.netns.run("tc", &["qdisc", "show", "dev", INTERFACE]).unwrap().contains("qdisc fq ")
 }
 
+/// Whether packets whose sender has not waited have a queue to wait in: fq, or htb where there is none.
+fn has_queue(pod: &Pod) -> bool {
+    has_fq(pod) || pod.netns.run("tc", &["qdisc", "show", "dev", INTERFACE]).unwrap().contains("qdisc htb ")
+}
+
 /// An attachment that no chain of the harness made; removed on drop.
 pub struct Attachment {
     del: Cni,

@@ -2,7 +2,7 @@ use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
 
-use super::{Bed, MBIT, assert_rate, has_fq};
+use super::{Bed, MBIT, assert_rate, has_queue};
 use crate::harness::limiter::{Limiter, Limits};
 use crate::harness::measure::{self, Bulk, Udp, Way};
 use crate::harness::meter;
@@ -66,7 +66,7 @@ fn assert_udp_is_held(rate: u64) {
     let counters = meter::egress(&pod).unwrap();
     let dropped = counters.drops as f64 / result.sent as f64;
     eprintln!("dropped {dropped:.3}");
-    let expected = if has_fq(&pod) { 0.0..=0.0 } else { 0.4..=0.6 };
+    let expected = if has_queue(&pod) { 0.0..=0.0 } else { 0.4..=0.6 };
     assert!(expected.contains(&dropped), "of {} packets at twice the rate: {counters:?}", result.sent);
     assert!(ping.lost_percent <= 2.0, "ping beside UDP at {rate} bit/s: {ping:?}");
 }
