@@ -38,9 +38,8 @@ const LONG_WAIT_NS: u64 = NANOS_PER_SECOND;
 /// Segments that a sparse flow may send before it waits.
 const SPARSE_SEGMENTS: u64 = 2;
 
-/// Until the next segment the pace is raised to this many times the last one: TCP builds it of as many milliseconds of that pace
-/// (`tcp_tso_autosize`). The packets of all flows together are then a backlog of no more milliseconds, however many flows there are ..
-const RAISE: u64 = 8;
+/// Until the next segment the pace is raised to this many times the last one ..
+const RAISE: u64 = 2;
 /// .. or, if that is more, to this many packets of the least size a second: up to there the pace does not change how large TCP builds them.
 const RAISE_AT_LEAST_PACKETS_PER_S: u64 = 1_000;
 
@@ -146,8 +145,8 @@ pub extern "C" fn raise(paced_bytes_per_s: u64, mss: u64) -> u64 {
     let at_least = limit.bulk_segments * mss * RAISE_AT_LEAST_PACKETS_PER_S;
     // One that was not paced is from here on: else a flow that begins sends one more round before it is told. But faster than the limit,
     // which is how a pod that was stopped for a while, and has a lag, makes up for it.
-    let most = limit.rate_bits_per_s / 8 * if paced_bytes_per_s == NOT_PACED { CATCH_UP } else { RAISE };
-    (RAISE * paced_bytes_per_s).min(most).max(at_least)
+    let most = limit.rate_bits_per_s / 8 * if paced_bytes_per_s == NOT_PACED { CATCH_UP } else { 1 };
+    (RAISE * paced_bytes_per_s).max(at_least).min(most)
 }
 
 /// What SO_MAX_PACING_RATE is to be, in bytes/s, where `chosen` is wanted, the application's is `own` and it was last set to `set`.
