@@ -104,6 +104,10 @@ impl Turn {
             return Decision { class: privilege, wait_ns: own_ns };
         }
         let has_waited = self.due_ns != 0 && now_ns >= self.due_ns;
+        if has_waited {
+            // Also where it follows others into the queue: what it sent before its wait is no part of this burst.
+            self.burst_bytes = 0;
+        }
         if !follows && (has_waited || before_ns == 0) {
             self.wait(packet, now_ns, own_ns, backlog_ns)
         } else {
