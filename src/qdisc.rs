@@ -281,7 +281,8 @@ fn rate_spec(bytes_per_s: u64) -> Vec<u8> {
 
 /// The bits per second that full packets of this rate have with their Ethernet headers, as queueing disciplines count them.
 pub fn with_ethernet(rate: Rate) -> u64 {
-    rate.as_bits_per_s() / FULL_PACKET_BYTES * (FULL_PACKET_BYTES + ETHERNET_HEADER_BYTES)
+    // Multiplied first: divided first, the lowest rates were none. The highest one (`Rate::MAX`, 10^15) times 1514 is below 2^61.
+    rate.as_bits_per_s() * (FULL_PACKET_BYTES + ETHERNET_HEADER_BYTES) / FULL_PACKET_BYTES
 }
 
 fn tbf_options(limit: &Limit) -> Vec<TcOption> {
@@ -352,4 +353,21 @@ fn linked_to(link: &LinkMessage) -> Option<u32> {
         LinkAttribute::Link(index) => Some(*index),
         _ => None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ethernet_headers_of_full_packets_are_added_at_every_rate() {
+        for (rate, with_headers) in [
+            (Rate::MIN, 1_009),
+            (Rate::bits_per_s(8_000).unwrap(), 8_074),
+            (Rate::bits_per_s(10_000_000).unwrap(), 10_093_333),
+            (Rate::MAX, 1_009_333_333_333_333),
+        ] {
+            assert_eq!(with_ethernet(rate), with_headers, "{rate}bit/s");
+        }
+    }
 }
