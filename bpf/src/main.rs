@@ -195,7 +195,7 @@ fn class_of(direction: u32, wire: &Wire, socket: Option<NonNull<bpf_sock>>, flow
         bulk_bytes,
         is_stream,
         is_bulk: false,
-        has_arrived: is_stream && has_arrived(socket),
+        has_arrived: direction == EGRESS && is_stream && has_arrived(socket),
     };
     if direction == INGRESS && is_stream {
         // Its acknowledgements hold its sender.

@@ -79,10 +79,12 @@ pub fn pace(ctx: &SockOpsContext, choose: impl FnOnce(&SockOpsContext, &mut Flow
 pub fn of_segment(ctx: &SockOpsContext, flow: &mut Flow) -> u64 {
     let payload = tcp::payload_bytes(ctx);
     let mss = tcp::mss(ctx);
+    // As TCP counts them (`tcp_skb_pcount`): the rest of a write is one too.
+    let segments = payload.div_ceil(mss.max(1));
     let decision = flow.out.decide(&Packet {
         direction: EGRESS,
         bytes: packet::wire_bytes_of_tcp(payload, mss, tcp::is_ipv6(ctx).into()),
-        segments: payload.div_ceil(mss.max(1)),
+        segments,
         credit_bytes: SPARSE_SEGMENTS * mss,
         bulk_bytes: 0,
         is_stream: true,
@@ -91,7 +93,7 @@ pub fn of_segment(ctx: &SockOpsContext, flow: &mut Flow) -> u64 {
     });
     // `count_egress`, which runs next, for this segment, is told.
     flow.decided = decision.class + 1;
-    let is_of_first = tcp::sent_segments(ctx) + payload.checked_div(mss).unwrap_or(0) < FIRST_SEGMENTS;
+    let is_of_first = tcp::sent_segments(ctx) + segments < FIRST_SEGMENTS;
     flow.paced_bytes_per_s =
         if is_of_first && decision.wait_ns < LONG_WAIT_NS { 0 } else { wait_for(payload, decision.wait_ns) };
     flow.paced_bytes_per_s
