@@ -46,7 +46,7 @@ enum Command {
     /// Send requests one after the other and time every reply
     Ask(ask::Ask),
     /// Answer short requests, each with as much as it asks for
-    WebServe(web::WebServe),
+    WebServe(Receive),
     /// Ask in a closed loop, on connections that are short or kept, and time every response
     WebGet(web::WebGet),
     /// Say what this network namespace has received so far
@@ -55,6 +55,7 @@ enum Command {
     Sources(sources::Sources),
 }
 
+/// What a server is told that counts what arrives.
 #[derive(clap::Args)]
 struct Receive {
     /// Address and port to listen on; port 0 takes a free one
@@ -66,9 +67,6 @@ struct Receive {
     /// Give up when nothing has arrived after this long
     #[arg(long, value_parser = seconds, default_value = "10")]
     wait: Duration,
-    /// Fail unless so many flows came
-    #[arg(long)]
-    flows: Option<usize>,
 }
 
 fn main() -> ExitCode {

@@ -20,6 +20,9 @@ const FIRST_BYTE_WAIT: Duration = Duration::from_secs(10);
 pub struct Sink {
     #[command(flatten)]
     receive: Receive,
+    /// Fail unless so many flows came
+    #[arg(long)]
+    flows: Option<usize>,
     #[command(flatten)]
     protocol: Protocol,
     /// Say a message of so many bytes on each flow, again and again; 8 bytes have room for the time, which `send` wants
@@ -44,7 +47,7 @@ pub struct Fetch {
 }
 
 pub fn sink(options: &Sink) -> io::Result<Timeline> {
-    let Receive { listen, seconds, wait, flows } = options.receive;
+    let Receive { listen, seconds, wait } = options.receive;
     let listener = options.protocol.listen(listen)?;
     let sampler = Sampler::new(options.protocol)?;
     say_listening(listener.local_addr()?);
@@ -62,7 +65,7 @@ pub fn sink(options: &Sink) -> io::Result<Timeline> {
         }
     });
     let report = sampler.sample(seconds, wait)?;
-    match flows {
+    match options.flows {
         Some(wanted) if report.flows.len() != wanted => {
             Err(io::Error::other(format!("{} flows came instead of {wanted}", report.flows.len())))
         }

@@ -18,7 +18,7 @@ use super::sampler::{BUCKET, Sampler, Timeline};
 use super::sockets::Protocol;
 use super::times::{Times, micros};
 use super::wire::Segments;
-use super::{say_listening, seconds};
+use super::{Receive, say_listening, seconds};
 
 /// Of a request, and of the answer to what was posted.
 const REQUEST_BYTES: usize = 100;
@@ -27,19 +27,6 @@ const SERVED_AT_ONCE: usize = 160;
 const BUFFER_BYTES: usize = 1 << 16;
 /// A client that was refused does not ask again at once: on a machine of two CPUs it would keep the others from theirs.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_millis(10);
-
-#[derive(clap::Args)]
-pub struct WebServe {
-    /// Address and port to listen on; port 0 takes a free one
-    #[arg(long)]
-    listen: SocketAddr,
-    /// Stop this long after the first byte
-    #[arg(long, value_parser = seconds)]
-    seconds: Duration,
-    /// Give up when nothing has arrived after this long
-    #[arg(long, value_parser = seconds, default_value = "10")]
-    wait: Duration,
-}
 
 #[derive(clap::Args)]
 pub struct WebGet {
@@ -123,7 +110,7 @@ impl Request {
     }
 }
 
-pub fn serve(options: &WebServe) -> io::Result<WebServeReport> {
+pub fn serve(options: &Receive) -> io::Result<WebServeReport> {
     let listener = Arc::new(Protocol::TCP.listen(options.listen)?);
     let before = Segments::now()?;
     let sampler = Sampler::new(Protocol::TCP)?;
