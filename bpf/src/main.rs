@@ -30,7 +30,7 @@ use aya_ebpf::{
     programs::{SkBuffContext, SockOpsContext, SockoptContext},
 };
 use podshaper_abi::{
-    DATAGRAM, EGRESS, FRESH, HTB_QUEUE, INGRESS, LOOPBACK_IFINDEX, QDISC_MAJOR, QUEUE_FQ, QUEUE_HTB, STREAM,
+    DATAGRAM, EGRESS, FRESH, HTB_QUEUE, INGRESS, LOOPBACK_IFINDEX, ORDERED, QDISC_MAJOR, QUEUE_FQ, QUEUE_HTB, STREAM,
 };
 
 use crate::{flow::Flow, packet::Wire, subnets::Remote, turn::Packet};
@@ -77,7 +77,7 @@ pub fn count_egress(ctx: SkBuffContext) -> i32 {
     let wire = Wire::of(&ctx);
     let before_ns = clock::backlog(EGRESS.into(), 0, 0);
     let class = class_of(EGRESS, &wire, socket, flow);
-    if class == STREAM || class == DATAGRAM {
+    if matches!(class, STREAM | DATAGRAM | ORDERED) {
         match limit.queue {
             QUEUE_FQ => departs_ns = departs_ns.max(clock::now_ns() + before_ns),
             QUEUE_HTB => wait_in_htb(&ctx),

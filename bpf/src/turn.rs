@@ -3,7 +3,7 @@
 //! ```text
 //!   there is no backlog                                       it leaves at once
 //!   it is of a *sparse* flow, and those have their share left  it leaves at once
-//!   its sender has waited since the packet before              it leaves at once
+//!   its sender has waited since the packet before              it leaves at once, if the backlog is not a long one
 //!   else                                                       it waits, in order, until what is before it has drained
 //! ```
 //!
@@ -16,7 +16,9 @@
 //! an idle pod comes from. Nobody gains by being sparse many times: all sparse flows together have a quarter of the limit, and those that are
 //! new, which is what a pod's clients make in numbers, have an eighth of their own.
 
-use podshaper_abi::{DATAGRAM, FRESH, QUEUE_HTB, QUEUE_NONE, SMALL_COST, SPARSE, STREAM, WAITED, wait_slack_ns};
+use podshaper_abi::{
+    DATAGRAM, FRESH, ORDERED, QUEUE_HTB, QUEUE_NONE, SMALL_COST, SPARSE, STREAM, WAITED, wait_slack_ns,
+};
 
 use crate::clock;
 
@@ -31,6 +33,9 @@ const SMALL_LAG_NS: u64 = 20_000_000;
 /// A flow counts as no more than this of a backlog: a first flight of TCP. Others are to give way to what one has in the queue, but not so
 /// far that the backlog grows by it without end.
 const MOST_BURST_BYTES: u64 = 1 << 14;
+/// Flows whose senders have waited are ahead of the limit by a packet each. Hundreds at a low rate would be ahead by seconds: beyond this
+/// backlog their packets leave in order.
+const LONGEST_AHEAD_NS: u64 = 500_000_000;
 /// A packet up to this is taken for an acknowledgement where nothing else is known. Data that it overtakes is not in disorder for that.
 const ACKNOWLEDGEMENT_BYTES: u64 = 100;
 /// What htb may be late by, whose timer is one of the kernel's. After so long a flow's packets have left it for sure, and the next one may go
@@ -80,7 +85,7 @@ pub struct Packet {
 /// What becomes of a packet.
 #[derive(Clone, Copy)]
 pub struct Decision {
-    /// `WAITED`, `SPARSE`, `FRESH`, `STREAM` or `DATAGRAM`.
+    /// `WAITED`, `SPARSE`, `FRESH`, `STREAM`, `DATAGRAM` or `ORDERED`.
     pub class: u64,
     /// How long its sender is to wait after it, in nanoseconds.
     pub wait_ns: u64,
@@ -96,6 +101,7 @@ impl Turn {
         let own_ns = clock::transmit_ns(direction, packet.bytes, packet.segments);
         let backlog_ns = if packet.is_bulk { clock::backlog(direction, own_ns, 1) } else { before_ns + own_ns };
         let privilege = self.privilege(packet, now_ns, backlog_ns, own_ns);
+        let was_queued = self.queued_until_ns != 0;
         if packet.has_arrived || now_ns >= self.queued_until_ns {
             self.queued_until_ns = 0;
         }
@@ -109,21 +115,35 @@ impl Turn {
             self.burst_bytes = 0;
         }
         if !follows && (has_waited || before_ns == 0) {
-            self.wait(packet, now_ns, own_ns, backlog_ns)
+            self.wait(packet, now_ns, before_ns, own_ns, backlog_ns, was_queued)
         } else {
             self.queue(packet, now_ns, before_ns, own_ns, backlog_ns)
         }
     }
 
-    /// The packet leaves, and the flow waits for its part of the backlog.
+    /// The packet leaves, and the flow waits for its part of the backlog; for all of it once, if its packets before were in the queue. What is
+    /// there still leaves as it was to, and what flows that have left the queue send beside it is beyond the limit: one packet of each is.
     #[inline(always)]
-    fn wait(&mut self, packet: &Packet, now_ns: u64, own_ns: u64, backlog_ns: u64) -> Decision {
+    fn wait(
+        &mut self,
+        packet: &Packet,
+        now_ns: u64,
+        before_ns: u64,
+        own_ns: u64,
+        backlog_ns: u64,
+        was_queued: bool,
+    ) -> Decision {
         self.burst_bytes = packet.bytes;
-        let wait_ns = clock::fair_wait(packet.direction.into(), packet.bytes, self.burst_bytes, own_ns, backlog_ns);
+        let fair_ns = clock::fair_wait(packet.direction.into(), packet.bytes, self.burst_bytes, own_ns, backlog_ns);
+        let wait_ns = if was_queued { backlog_ns } else { fair_ns };
         let late_ns = if self.due_ns == 0 { 0 } else { now_ns.max(self.due_ns) - self.due_ns };
         let due_ns = now_ns + wait_ns;
         self.due_ns = due_ns - wait_slack_ns(wait_ns, late_ns).min(wait_ns);
-        Decision { class: WAITED, wait_ns }
+        if before_ns <= LONGEST_AHEAD_NS || clock::queue(packet.direction.into()) == QUEUE_NONE {
+            return Decision { class: WAITED, wait_ns };
+        }
+        self.queued_until_ns = now_ns + before_ns;
+        Decision { class: ORDERED, wait_ns }
     }
 
     /// The packet waits, and the flow until then.

@@ -72,6 +72,9 @@ pub const STREAM: u64 = 3;
 /// Of a packet: the same, but not of TCP. Nothing tells its sender when there is too much, so its bound is nearer.
 pub const DATAGRAM: u64 = 4;
 
+/// Of a packet: its sender has waited, and it waits all the same, since the backlog is a long one. It is not dropped.
+pub const ORDERED: u64 = 5;
+
 /// Where packets wait whose sender has not: nowhere, they pass or are dropped.
 pub const QUEUE_NONE: u64 = 0;
 /// Where packets wait whose sender has not: in fq, for their departure time.
