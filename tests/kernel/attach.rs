@@ -3,7 +3,7 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -301,13 +301,13 @@ fn a_replaced_attachment_leaves_no_unshaped_moment() {
     let mut flood = std::process::Command::new("sh");
     flood.args(["-c", "echo $$ >\"$1\" && shift && exec \"$@\"", "sh"]).arg(container.join("cgroup.procs"));
     flood.arg("nsenter").arg(format!("--net={}", netns.path().display())).arg("--").arg(traffic_program().unwrap());
-    flood.args(["udp-send", "--to", "10.9.9.2:9", "--rate", "20000000000", "--seconds", "60"]);
+    flood.args(["udp-send", "--to", "10.9.9.2:9", "--rate", "20000000000", "--seconds", "600"]);
     let flood = Running::start(&mut flood).unwrap();
     assert!(within(Duration::from_secs(5), || sent() > 0), "nothing is sent");
     // Now the first burst is over.
     thread::sleep(Duration::from_millis(300));
 
-    let before = sent();
+    let (before, started) = (sent(), Instant::now());
     let stop = AtomicBool::new(false);
     let mut fewest = usize::MAX;
     thread::scope(|scope| {
@@ -325,14 +325,15 @@ fn a_replaced_attachment_leaves_no_unshaped_moment() {
         fewest = watch.join().unwrap();
     });
     let passed = sent() - before;
+    let seconds = started.elapsed().as_secs();
     drop(flood);
     assert!(fewest >= PROGRAMS.len() && fewest != usize::MAX, "seen on the cgroup: {fewest} programs");
     // A new attachment starts with a full burst, here of one packet, unless what the old one drops has used it up already; 10 ms
-    // of backlog are allowed, which one packet exceeds, and 2 s with fq, which is one more. The rate itself lets one pass every 1.4 s.
+    // of backlog are allowed, which one packet exceeds, and 2 s with fq, which is one more.
     let packets_each = if pod.owner("eth0")["fq"] == true { 3 } else { 2 };
-    // And a few of the kernel's own, of IPv6.
-    let most = REPLACEMENTS * packets_each + 20;
-    assert!((1..=most).contains(&passed), "{passed} packets passed in {REPLACEMENTS} replacements");
+    // The rate itself lets one pass every 1.4 s: a CPU in software takes minutes. And a few are the kernel's own, of IPv6.
+    let most = REPLACEMENTS * packets_each + seconds + 20;
+    assert!((1..=most).contains(&passed), "{passed} packets passed in {REPLACEMENTS} replacements, {seconds} s");
 }
 
 #[test]
