@@ -22,6 +22,9 @@ pub struct Flow {
     pub paced_bytes_per_s: u64,
     /// Whether the socket's last packet left by the attachment's interface (u64 and not bool: no padding).
     pub is_ours: u64,
+    /// When a link of the ingress limit would have delivered what the remote sent before anything could slow it: no answer to that leaves
+    /// earlier. 0: there is nothing to wait for.
+    pub answer_from_ns: u64,
     /// The receive window.
     pub window: Window,
 }

@@ -43,6 +43,9 @@ static IFINDEX: Global<u32> = Global::new(0);
 /// segments.)
 const SPARSE_BYTES: u64 = 2 * 1500;
 
+/// What a TCP sender sends before the first acknowledgement: ten segments (RFC 6928).
+const FIRST_FLIGHT_BYTES: u64 = 10 * 1460;
+
 /// cgroup_skb/egress: the packet goes on.
 const PASS: i32 = 1;
 /// cgroup_skb/egress: the packet is dropped and the sender told as by a full qdisc (NET_XMIT_DROP), so that a UDP sendto() still
@@ -67,7 +70,7 @@ pub fn count_egress(ctx: SkBuffContext) -> i32 {
     let mut departs_ns = 0;
     if let Some(flow) = flow.as_deref_mut() {
         flow.is_ours = 1;
-        departs_ns = core::mem::take(&mut flow.window.hold_until_ns);
+        departs_ns = core::mem::take(&mut flow.window.hold_until_ns).max(answer_departs_ns(&ctx, flow));
     }
     let Some(limit) = maps::limit(EGRESS) else {
         // Of a pod with an ingress limit alone.
@@ -125,10 +128,10 @@ pub fn pace_tcp(ctx: SockOpsContext) -> u32 {
 #[sock_ops]
 pub fn hold_acks(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
-        BPF_SOCK_OPS_RWND_INIT => ctx.set_reply(window::first_segments() as u32),
-        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB | BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => {
+        BPF_SOCK_OPS_RWND_INIT => ctx.set_reply(window::first_segments(tcp::is_request(&ctx)) as u32),
+        op @ (BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB | BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB) => {
             tcp::ask_for(&ctx, tcp::SEGMENTS);
-            window::open(&ctx);
+            window::open(&ctx, op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB);
         }
         BPF_SOCK_OPS_HDR_OPT_LEN_CB if tcp::is_segment(&ctx) => window::acknowledge(&ctx),
         _ => {}
@@ -198,8 +201,11 @@ fn class_of(direction: u32, wire: &Wire, socket: Option<NonNull<bpf_sock>>, flow
         has_arrived: direction == EGRESS && is_stream && has_arrived(socket),
     };
     if direction == INGRESS && is_stream {
-        // Its acknowledgements hold its sender.
-        turn.note(&packet);
+        // Its acknowledgements hold its sender, but for the first flight, which has left before there is one.
+        let delivered_ns = turn.note(&packet);
+        if received_bytes(socket) < FIRST_FLIGHT_BYTES {
+            flow.answer_from_ns = flow.answer_from_ns.max(delivered_ns);
+        }
         return STREAM;
     }
     turn.decide(&packet).class
@@ -229,6 +235,29 @@ fn listens(socket: NonNull<bpf_sock>) -> bool {
 fn has_arrived(socket: Option<NonNull<bpf_sock>>) -> bool {
     // SAFETY: the helper takes a full socket, which `full_socket` gave; it is null where that is not TCP.
     socket.and_then(|socket| unsafe { bpf_tcp_sock(socket.as_ptr()).as_ref() }).is_some_and(|tcp| tcp.packets_out == 0)
+}
+
+/// Bytes of payload that a TCP socket has received before this packet.
+#[inline(always)]
+fn received_bytes(socket: Option<NonNull<bpf_sock>>) -> u64 {
+    // SAFETY: as in `has_arrived`.
+    socket
+        .and_then(|socket| unsafe { bpf_tcp_sock(socket.as_ptr()).as_ref() })
+        .map_or(u64::MAX, |tcp| tcp.bytes_received)
+}
+
+/// When an answer may leave to what the remote sent in its first flight. A request that would have waited in a queue at the limit's rate is
+/// answered no earlier than that queue would have allowed, so a pod's clients, who send the next one then, keep to the limit. The pure
+/// acknowledgement is not held so long: the remote would take its request for lost.
+#[inline(always)]
+fn answer_departs_ns(ctx: &SkBuffContext, flow: &mut Flow) -> u64 {
+    if flow.answer_from_ns == 0 {
+        return 0;
+    }
+    if clock::now_ns() >= flow.answer_from_ns {
+        flow.answer_from_ns = 0;
+    }
+    if packet::is_pure_ack(ctx) { 0 } else { flow.answer_from_ns }
 }
 
 /// Gives a packet a departure time, which fq honours. An application's own (SO_TXTIME), and TCP's, hold where they are later. 0: none.

@@ -105,6 +105,18 @@ impl Headers {
     }
 }
 
+/// Whether a TCP packet is an acknowledgement and nothing else: no payload, and no SYN, FIN or RST.
+#[inline(always)]
+pub fn is_pure_ack(ctx: &SkBuffContext) -> bool {
+    const OPENS_OR_CLOSES: u64 = 0b111;
+    let start: [u64; 2] = load(ctx, 0);
+    let extension: u16 = load(ctx, IPV6_HEADER_BYTES);
+    let network_bytes = Headers(network_headers(start[0], start[1], extension.into())).network_bytes();
+    let [data_offset, flags]: [u8; 2] = load(ctx, network_bytes + TCP_DATA_OFFSET_OFFSET);
+    let headers_bytes = network_bytes + u64::from(data_offset >> 4) * 4;
+    u64::from(ctx.len()) <= headers_bytes && u64::from(flags) & OPENS_OR_CLOSES == 0
+}
+
 /// The headers of a packet before its transport header, from its first 16 bytes and the two that follow an IPv6 header.
 ///
 /// One extension header is looked behind: the jumbo header, or one an application asked for. With more than that in a row each

@@ -36,6 +36,13 @@ pub fn is_segment(ctx: &SockOpsContext) -> bool {
     ctx.arg(0) != BPF_WRITE_HDR_TCP_CURRENT_MSS
 }
 
+/// Whether the socket is the request for a connection that a remote opens. It is no full socket yet.
+#[inline(always)]
+pub fn is_request(ctx: &SockOpsContext) -> bool {
+    // SAFETY: sock_ops programs may read is_fullsock.
+    unsafe { (*ctx.ops).is_fullsock == 0 }
+}
+
 /// Bytes of the segment's payload: its headers are not there yet.
 #[inline(always)]
 pub fn payload_bytes(ctx: &SockOpsContext) -> u64 {
@@ -86,6 +93,14 @@ pub fn mss(ctx: &SockOpsContext) -> u64 {
 pub fn rtt_ns(ctx: &SockOpsContext) -> u64 {
     // SAFETY: sock_ops programs may read srtt_us, which the kernel keeps in eighths of a microsecond.
     u64::from(unsafe { (*ctx.ops).srtt_us }) * 1000 / 8
+}
+
+/// The shortest round-trip time of the last minutes, in nanoseconds: without what the pod's own packets waited.
+#[inline(always)]
+pub fn shortest_rtt_ns(ctx: &SockOpsContext) -> u64 {
+    // SAFETY: sock_ops programs may read rtt_min, which the kernel keeps in microseconds; all ones where there is none.
+    let us = unsafe { (*ctx.ops).rtt_min };
+    if us == u32::MAX { 0 } else { u64::from(us) * 1000 }
 }
 
 /// Bytes of payload the socket has received in order.

@@ -167,12 +167,15 @@ impl Turn {
         Decision { class, wait_ns: before_ns + own_ns }
     }
 
-    /// Whether the packet is of a sparse flow, where all that can be done is to acknowledge it at once.
+    /// Notes a packet that has passed already, of a flow that acknowledgements hold. Returns when a link of the limit would have delivered it,
+    /// in the clock's nanoseconds, or 0 if it is of a sparse flow, which would not have waited.
     #[inline(always)]
-    pub fn note(&mut self, packet: &Packet) {
+    pub fn note(&mut self, packet: &Packet) -> u64 {
         let direction = u64::from(packet.direction);
+        let now_ns = clock::now_ns();
         let own_ns = clock::transmit_ns(direction, packet.bytes, packet.segments);
-        self.privilege(packet, clock::now_ns(), clock::backlog(direction, own_ns, 0), own_ns);
+        let backlog_ns = clock::backlog(direction, own_ns, 0);
+        if self.privilege(packet, now_ns, backlog_ns, own_ns) == WAITED { now_ns + backlog_ns } else { 0 }
     }
 
     /// The class that the flow's credit gives the packet: `SPARSE`, `FRESH`, or `WAITED` for none. Takes the credit.

@@ -47,6 +47,9 @@ const WHOLE_SEGMENTS_NS: u64 = 25_000_000;
 /// How long the first flight may take at the limit, if that is between one segment and [`FIRST_MOST_SEGMENTS`]: the backlog of a few flows
 /// that begin together is then not longer than their senders will wait.
 const FIRST_FLIGHT_NS: u64 = 4_000_000;
+/// How long it may take where the remote has opened the connection. It sends a request, whose answer waits until the link would have delivered
+/// it; a request that finds no room for its end waits for its sender's persist timer besides.
+const FIRST_REQUEST_NS: u64 = 20_000_000;
 /// The first flight of a sender that nobody limits (RFC 6928).
 const FIRST_MOST_SEGMENTS: u64 = 10;
 /// Payload of a full packet, where the connection's own is not known yet.
@@ -78,19 +81,20 @@ pub struct Window {
     pub hold_until_ns: u64,
 }
 
-/// The first window, in segments.
+/// The first window, in segments. `is_answered`: the remote has opened the connection.
 #[inline(always)]
-pub fn first_segments() -> u64 {
+pub fn first_segments(is_answered: bool) -> u64 {
     let limit = maps::limit(INGRESS);
-    let flight_bytes = limit.map_or(0, |limit| link_bytes(&limit, FIRST_FLIGHT_NS));
+    let flight_ns = if is_answered { FIRST_REQUEST_NS } else { FIRST_FLIGHT_NS };
+    let flight_bytes = limit.map_or(0, |limit| link_bytes(&limit, flight_ns));
     (flight_bytes / USUAL_MSS).clamp(1, FIRST_MOST_SEGMENTS)
 }
 
 /// A connection is established: its window starts small. From the first acknowledgement on it may be smaller than the first flight.
 #[inline(always)]
-pub fn open(ctx: &SockOpsContext) {
+pub fn open(ctx: &SockOpsContext, is_answered: bool) {
     let (Some(limit), Some(flow)) = (maps::limit(INGRESS), tcp::flow(ctx)) else { return };
-    let first_bytes = first_segments() * tcp::mss(ctx);
+    let first_bytes = first_segments(is_answered) * tcp::mss(ctx);
     flow.window.bytes = first_bytes.min(link_bytes(&limit, SHORTEST_ROUND_NS)).max(part_of_segment(ctx));
     flow.window.changed_ns = clock::now_ns();
     flow.window.edge_bytes = first_bytes;
@@ -107,8 +111,9 @@ pub fn acknowledge(ctx: &SockOpsContext) {
     let (Some(limit), Some(flow)) = (maps::limit(INGRESS), tcp::flow(ctx)) else { return };
     let backlog_ns = clock::backlog(INGRESS.into(), 0, 0);
     let now_ns = clock::now_ns();
-    // The remote's estimate counts what its acknowledgements were held. It waits for two of it, whatever else.
-    let two_rtt_ns = 2 * (tcp::rtt_ns(ctx) + flow.window.held_ns);
+    // The remote's estimate counts what its acknowledgements were held. It waits for two of it, whatever else. What the pod itself sends may
+    // wait for long, in either direction's name, and the remote's estimate does not count that.
+    let two_rtt_ns = 2 * (tcp::shortest_rtt_ns(ctx) + flow.window.held_ns);
     // Of a sparse flow the remote may wait for it before it sends the rest of a request. But where a packet of each flow is a long
     // backlog already, its first ones count.
     let is_sparse = flow.into.is_sparse() && backlog_ns <= LOSS_PROBE_OF_ONE_NS;
