@@ -39,6 +39,9 @@ const SHORTEST_ROUND_NS: u64 = 1_000_000;
 const LOSS_PROBE_NS: u64 = 2_000_000;
 /// For a single packet it allows 200 ms more for a delayed acknowledgement (`TCP_RTO_MIN`). Some of that is the network's.
 const LOSS_PROBE_OF_ONE_NS: u64 = 150_000_000;
+/// Beyond this backlog a remote that has more to send is to pause for its persist timer. A few dozen requests that came at once are less than
+/// this, and their answers wait for it anyway.
+const LONG_NS: u64 = 700_000_000;
 /// A backlog that is longer than twice the round trip by this is too much for the flow's window. Not as short as [`LOSS_PROBE_NS`]: a
 /// new flow, whose round trip does not count a hold yet, is to grow in a backlog that is as long as others aim for.
 const TOO_LONG_NS: u64 = 4_000_000;
@@ -155,8 +158,7 @@ fn hold(window: &mut Window, now_ns: u64, hold_ns: u64) {
 #[inline(always)]
 fn collapse(ctx: &SockOpsContext, window: &mut Window, now_ns: u64, backlog_ns: u64) {
     window.met_backlog = 1;
-    // The persist timer is a long pause, for what is too much by more than that.
-    window.bytes = if backlog_ns > LOSS_PROBE_OF_ONE_NS { part_of_segment(ctx) } else { least_bytes(ctx, window) };
+    window.bytes = if backlog_ns > LONG_NS { part_of_segment(ctx) } else { least_bytes(ctx, window) };
     window.changed_ns = now_ns;
     window.received_bytes = tcp::received_bytes(ctx);
 }
