@@ -57,7 +57,7 @@ fn answer(env: &Env, stdin: &mut Vec<u8>) -> Result<Vec<u8>> {
         (Cmd::Add, Subject::Endpoint(endpoint)) => add(&request, endpoint),
         (Cmd::Check, Subject::Endpoint(endpoint)) => check(&request, endpoint).map(|()| Vec::new()),
         (Cmd::Del, Subject::Endpoint(endpoint)) => del(&request, endpoint).map(|()| Vec::new()),
-        (Cmd::Status, _) => probe::node(Path::new(BPFFS)).map(|()| Vec::new()),
+        (Cmd::Status, _) => status(&request).map(|()| Vec::new()),
         (Cmd::Gc, _) => gc(&request).map(|()| Vec::new()),
         // Only a DEL is parsed into this: ADD and CHECK refuse such names.
         (_, Subject::NeverAdded(why)) => {
@@ -76,6 +76,14 @@ fn version(asked: Option<SpecVersion>) -> Result<Vec<u8>> {
     let known = PluginInfo::default();
     let info = PluginInfo::new(asked.unwrap_or(known.cni_version()), known.supported_versions().to_vec());
     serde_json::to_vec(&info).map_err(|cause| Error::because(Code::Io, text, cause))
+}
+
+/// Whether every pod could be added: one that asks for nothing needs no more than a configuration that can be read.
+fn status(request: &Request) -> Result<()> {
+    // Those of a pod that asks for none. What is malformed in them would fail every ADD.
+    let limits = request.limits()?;
+    request.check_kubeconfig()?;
+    probe::status(Path::new(BPFFS), Path::new(probe::MEMORY), !limits.is_empty())
 }
 
 /// Everything an ADD needs to know before it changes anything.

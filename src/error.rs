@@ -22,7 +22,7 @@ pub enum Code {
     Config,
     /// 8: the pod's network namespace cannot be entered.
     Netns,
-    /// 50: this node cannot limit pods at all (answer to STATUS).
+    /// 50: no pod can be added (answer to STATUS).
     Unavailable,
     /// 100: the pod's cgroup was not found.
     Cgroup,

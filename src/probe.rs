@@ -1,7 +1,16 @@
 //! What this node can do: the answer to STATUS, and the first lines of `podshaper doctor`. Features are tried, not deduced from the
 //! kernel's version, which distributions patch.
+//!
+//! STATUS is asked about the node, and a node that answers no gets no pods at all. A pod without a limit takes nothing of what is
+//! checked here, so what is missing is for the log, unless the configuration limits every pod.
 
-use std::{fs, path::Path, thread};
+use std::{
+    fs, io,
+    os::unix::fs::{DirBuilderExt, MetadataExt},
+    path::Path,
+    thread,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use nix::sched::{CloneFlags, unshare};
 
@@ -15,6 +24,14 @@ use crate::{
     units::Rate,
 };
 
+/// Where STATUS remembers what it has found. A tmpfs: what another boot found is forgotten.
+pub const MEMORY: &str = "/run/podshaper";
+/// The file there. It holds [`FIT`], or what is missing.
+const FOUND: &str = "status";
+const FIT: &str = "fit";
+/// How long that counts. A check loads all the programs, and containerd asks every 5 s; a warning must still be in a log that is rotated.
+const REMEMBERED: Duration = Duration::from_secs(60 * 60);
+
 /// A check of one thing: its name, and what was found, or an error that says what to do.
 pub type Check = (&'static str, fn(&Path) -> Result<String>);
 
@@ -24,15 +41,66 @@ pub const NEEDS: [Check; 3] = [("cgroup v2", cgroup), ("bpffs", bpffs), ("eBPF p
 /// What makes it better.
 pub const WISHES: [Check; 1] = [("fq", fq)];
 
-/// Whether an ADD with a limit could succeed.
+/// The answer to STATUS.
 ///
 /// # Errors
-/// [`Code::Unavailable`] with the reason.
-pub fn node(path: &Path) -> Result<()> {
-    NEEDS.iter().try_for_each(|(_, check)| {
-        let unavailable = |error: Error| Error::new(Code::Unavailable, format!("this node cannot limit pods: {error}"));
-        check(path).map(drop).map_err(unavailable)
-    })
+/// [`Code::Unavailable`] with the reason, where every pod has a limit and none can be had.
+pub fn status(bpffs: &Path, memory: &Path, is_every_pod_limited: bool) -> Result<()> {
+    match recall(memory).as_deref() {
+        Some(FIT) => return Ok(()),
+        Some(missing) if !is_every_pod_limited => {
+            log::debug!("as STATUS has found before: {missing}");
+            return Ok(());
+        }
+        // Who waits for the node to be ready again is not told what was found an hour ago.
+        _ => {}
+    }
+    let found = node(bpffs);
+    let text = found.as_ref().err().map(Error::to_string);
+    if let Err(cause) = remember(memory, text.as_deref().unwrap_or(FIT)) {
+        log::debug!("STATUS will check again: write {}: {cause}", memory.join(FOUND).display());
+    }
+    match (found, is_every_pod_limited) {
+        (Ok(()), _) => Ok(()),
+        (Err(error), true) => {
+            let text = format!("this node cannot limit pods, and its configuration limits each of them: {error}");
+            Err(Error::new(Code::Unavailable, text))
+        }
+        (Err(error), false) => {
+            log::warn!("this node cannot limit pods; one that asks for a limit will fail: {error}");
+            Ok(())
+        }
+    }
+}
+
+/// Whether an ADD with a limit could succeed.
+fn node(bpffs: &Path) -> Result<()> {
+    NEEDS.iter().try_for_each(|(_, check)| check(bpffs).map(drop))
+}
+
+/// What was found, as long as it counts.
+fn recall(memory: &Path) -> Option<String> {
+    let path = memory.join(FOUND);
+    let written = fs::metadata(&path).and_then(|file| file.modified()).ok()?;
+    // When it was put there; whoever copies a program may let it keep the time it was built.
+    let program = fs::metadata("/proc/self/exe").ok()?;
+    let installed = UNIX_EPOCH + Duration::new(program.ctime().try_into().ok()?, program.ctime_nsec().try_into().ok()?);
+    // One that is just being written is empty.
+    let text = || fs::read_to_string(&path).ok().filter(|text| !text.is_empty());
+    if counts(written, installed, SystemTime::now()) { text() } else { None }
+}
+
+/// Whether it was found by this very program, and within [`REMEMBERED`]. A clock that was set back says nothing of its age.
+fn counts(written: SystemTime, installed: SystemTime, now: SystemTime) -> bool {
+    written > installed && now.duration_since(written).is_ok_and(|age| age < REMEMBERED)
+}
+
+fn remember(memory: &Path, text: &str) -> io::Result<()> {
+    match fs::DirBuilder::new().mode(0o700).create(memory) {
+        Err(cause) if cause.kind() != io::ErrorKind::AlreadyExists => return Err(cause),
+        _ => {}
+    }
+    fs::write(memory.join(FOUND), text)
 }
 
 fn cgroup(_: &Path) -> Result<String> {
@@ -69,4 +137,37 @@ fn fq(_: &Path) -> Result<String> {
     let consequence = "UDP over the limit is dropped, and ingress is held by tbf or drops";
     tried.map_err(|error| Error::new(Code::Kernel, format!("{error}: {consequence}")))?;
     Ok("in this kernel".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_found_counts_for_an_hour_and_for_the_program_that_found_it() {
+        let at = |minute: u64| UNIX_EPOCH + Duration::from_secs(60 * minute);
+        for (written, installed, now, counted) in [
+            (100, 90, 100, true),
+            (100, 90, 159, true),
+            (100, 90, 160, false),
+            (100, 100, 101, false),
+            (100, 101, 102, false),
+            (100, 90, 99, false),
+        ] {
+            assert_eq!(counts(at(written), at(installed), at(now)), counted, "{written} {installed} {now}");
+        }
+    }
+
+    #[test]
+    fn what_is_remembered_is_recalled_and_an_empty_file_is_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let memory = directory.path().join("podshaper");
+        assert_eq!(recall(&memory), None);
+        for text in [FIT, "no cgroup2", FIT] {
+            remember(&memory, text).unwrap();
+            assert_eq!(recall(&memory).as_deref(), Some(text));
+        }
+        remember(&memory, "").unwrap();
+        assert_eq!(recall(&memory), None);
+    }
 }

@@ -1,5 +1,5 @@
 //! `podshaper doctor`: what this node needs, has and lacks, and what to do about it, a line each. The checks of the kernel are those
-//! behind the CNI verb STATUS ([`probe`]).
+//! that the CNI verb STATUS logs ([`probe`]), made anew at each call.
 
 mod conflists;
 

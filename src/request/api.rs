@@ -1,6 +1,8 @@
 //! When the API server is asked, and what a call makes of no answer; asking is [`crate::kube`]'s.
 
-use super::config::OnApiError;
+use std::fs::File;
+
+use super::config::{Config, OnApiError};
 use super::{Endpoint, Request, Subject};
 use crate::error::{Code, Error, Result};
 use crate::kube::{self, Metadata, Pod};
@@ -19,6 +21,17 @@ impl Request {
             }
             (answer, _) => answer.map(Some),
         }
+    }
+
+    /// Whether the kubeconfig is there, where an ADD fails without it. What is in it, and whether the server answers, is found when it
+    /// is asked: STATUS may not wait for a server.
+    ///
+    /// # Errors
+    /// [`Code::Unavailable`] with the reason.
+    pub fn check_kubeconfig(&self) -> Result<()> {
+        let Config { kubeconfig: Some(path), on_api_error: OnApiError::Fail, .. } = &self.config else { return Ok(()) };
+        let text = || format!("open the kubeconfig {}, without which every ADD fails (\"onApiError\")", path.display());
+        File::open(path).map(drop).map_err(|cause| Error::because(Code::Unavailable, text(), cause))
     }
 
     fn pod_uid(&self) -> Result<&str> {

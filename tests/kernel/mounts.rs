@@ -22,6 +22,14 @@ pub fn without(path: &Path) {
     umount2(path, MntFlags::MNT_DETACH).unwrap();
 }
 
+/// Has STATUS remember nothing, and what it finds from now on only where [`with_own`] is at work.
+pub fn without_memory() {
+    let memory = Path::new("/run/podshaper");
+    // It is the node's own, where there is one.
+    std::fs::create_dir_all(memory).unwrap();
+    mount(Some("none"), memory, Some("tmpfs"), MsFlags::empty(), Some("mode=700")).unwrap();
+}
+
 /// How many filesystems are mounted at a path, one over the other.
 pub fn count_at(path: &Path) -> usize {
     let mounts = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();

@@ -4,11 +4,14 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
+use super::mounts;
 use crate::harness::cni::Cni;
 use crate::harness::pod::container_id;
 use crate::harness::process;
 use crate::sandbox::{RATE, Sandbox, netns_with, netns_with_host_end, ok, refused};
 
+const CONFIG: u64 = 7;
+const UNAVAILABLE: u64 = 50;
 const MISMATCH: u64 = 102;
 
 #[test]
@@ -91,12 +94,50 @@ fn check_misses_a_qdisc_that_was_taken_off() {
     pod.call("DEL");
 }
 
+/// A runtime asks every few seconds. That nothing is tried again shows where nothing may be.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
-fn status_is_fine_on_a_node_that_can() {
-    let status = Cni::new(env!("CARGO_BIN_EXE_podshaper"), "STATUS");
-    let call = ok(&status.stdin(r#"{"cniVersion": "1.1.0", "name": "net", "type": "podshaper"}"#));
-    assert_eq!((call.stdout.as_str(), call.stderr.as_str()), ("", ""));
+fn status_finds_out_what_a_limit_needs_once_and_remembers() {
+    let may_not = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"];
+    let status = |keys: &str, wrapper: &[&str]| {
+        let stdin = format!(r#"{{"cniVersion": "1.1.0", "name": "net", "type": "podshaper"{keys}}}"#);
+        let call = ok(&Cni::new(env!("CARGO_BIN_EXE_podshaper"), "STATUS").stdin(stdin).through(wrapper));
+        assert_eq!(call.stdout, "");
+        call.stderr
+    };
+    mounts::with_own(|| {
+        mounts::without_memory();
+        assert_eq!(status("", &[]), "");
+        let all_limited = r#", "egress": "10M", "ingress": "10M""#;
+        assert_eq!((status("", &may_not), status(all_limited, &may_not)), (String::new(), String::new()));
+        // By a program that was here before this one.
+        process::run(Command::new("touch").args(["--date", "1990-01-01", "/run/podshaper/status"])).unwrap();
+        assert!(status("", &may_not).contains("[WARN] this node cannot limit pods"));
+    });
+}
+
+/// What fails every pod's ADD.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn status_is_not_fine_where_the_configuration_fails_every_add() {
+    let status = |keys: &str| {
+        let stdin = format!(r#"{{"cniVersion": "1.1.0", "name": "net", "type": "podshaper", {keys}}}"#);
+        Cni::new(env!("CARGO_BIN_EXE_podshaper"), "STATUS").stdin(stdin)
+    };
+    let unreadable = |key: &str| format!("configuration key \"{key}\": \"fast\" is not a rate");
+    for (keys, expected, text) in [
+        (r#""egress": "fast""#, CONFIG, unreadable("egress")),
+        (r#""max": {"ingress": "fast"}"#, CONFIG, unreadable("max.ingress")),
+        (r#""kubeconfig": "/nowhere/kubeconfig""#, UNAVAILABLE, "open the kubeconfig /nowhere/kubeconfig".to_owned()),
+    ] {
+        let (code, details) = refused(&status(keys));
+        assert!(code == expected && details.starts_with(&text), "{keys}: {code} {details}");
+    }
+    mounts::with_own(|| {
+        mounts::without_memory();
+        let forgiving = status(r#""kubeconfig": "/nowhere/kubeconfig", "onApiError": "ignore""#);
+        assert_eq!(ok(&forgiving).stderr, "");
+    });
 }
 
 #[test]
