@@ -16,6 +16,8 @@ pub struct Flow {
     pub decided: u64,
     /// The application's own SO_MAX_PACING_RATE in bytes/s. 0: it set none.
     pub application_bytes_per_s: u64,
+    /// The application's own TCP_WINDOW_CLAMP in bytes. 0: it set none.
+    pub application_window_bytes: u64,
     /// SO_MAX_PACING_RATE as it was set here last, in bytes/s. 0: not since it was new, or since the application set its own.
     pub set_bytes_per_s: u64,
     /// The pace that its last segment was given, in bytes/s. 0: it has been raised since.

@@ -128,7 +128,9 @@ pub fn pace_tcp(ctx: SockOpsContext) -> u32 {
 #[sock_ops]
 pub fn hold_acks(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
-        BPF_SOCK_OPS_RWND_INIT => ctx.set_reply(window::first_segments(tcp::is_request(&ctx)) as u32),
+        BPF_SOCK_OPS_RWND_INIT if tcp::may_be_ours(&ctx) => {
+            ctx.set_reply(window::first_segments(tcp::is_request(&ctx)) as u32);
+        }
         op @ (BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB | BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB) => {
             tcp::ask_for(&ctx, tcp::SEGMENTS);
             window::open(&ctx, op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB);
@@ -139,11 +141,12 @@ pub fn hold_acks(ctx: SockOpsContext) -> u32 {
     CONTINUE as u32
 }
 
-/// Called for every setsockopt() in the pod, before the kernel does it: learns the application's own pacing rate, which
-/// [`pace`] would otherwise overwrite.
+/// Called for every setsockopt() in the pod, before the kernel does it: learns the application's own pacing rate and window clamp, which
+/// [`pace`] and [`window`] would otherwise overwrite.
 #[cgroup_sockopt(setsockopt)]
 pub fn note_setsockopt(ctx: SockoptContext) -> i32 {
     note_pacing_rate(&ctx);
+    note_window_clamp(&ctx);
     keep_large_option(&ctx);
     CONTINUE
 }
@@ -290,34 +293,59 @@ fn admit(ctx: &SkBuffContext, direction: u32, wire: &Wire, class: u64, before_ns
 #[inline(always)]
 fn note_pacing_rate(ctx: &SockoptContext) {
     const SOL_SOCKET: i32 = 1;
-    // SAFETY: all fields may be read in cgroup/setsockopt; the option's bytes between optval and optval_end, which the verifier
-    // sees compared; `sk` is the full socket of the call.
+    if !is_option(ctx, SOL_SOCKET, pace::SO_MAX_PACING_RATE) {
+        return;
+    }
+    // As sk_setsockopt() reads it: an unsigned long where there is room for one, else an unsigned int, all ones meaning none.
+    let rate = match (option_value::<u64>(ctx), option_value::<u32>(ctx)) {
+        (Some(rate), _) => rate,
+        (None, Some(u32::MAX)) => u64::MAX,
+        (None, Some(rate)) => u64::from(rate),
+        (None, None) => return,
+    };
+    if let Some(flow) = option_flow(ctx) {
+        flow.application_bytes_per_s = if rate == u64::MAX { 0 } else { rate };
+        // The kernel's own is about to be overwritten.
+        flow.set_bytes_per_s = 0;
+    }
+}
+
+/// Learns the application's own window clamp, which [`window`] would otherwise overwrite.
+#[inline(always)]
+fn note_window_clamp(ctx: &SockoptContext) {
+    if !is_option(ctx, window::IPPROTO_TCP, window::TCP_WINDOW_CLAMP) {
+        return;
+    }
+    if let (Some(bytes), Some(flow)) = (option_value::<u32>(ctx), option_flow(ctx)) {
+        flow.application_window_bytes = u64::from(bytes);
+    }
+}
+
+#[inline(always)]
+fn is_option(ctx: &SockoptContext, level: i32, name: i32) -> bool {
+    // SAFETY: cgroup/setsockopt programs may read level and optname.
+    unsafe { (*ctx.sockopt).level == level && (*ctx.sockopt).optname == name }
+}
+
+/// The option's value; `None` where the call has fewer bytes.
+#[inline(always)]
+fn option_value<T: Copy>(ctx: &SockoptContext) -> Option<T> {
+    // SAFETY: all fields may be read; the option's bytes are between optval and optval_end, which the verifier sees compared.
+    // Unaligned: to the verifier they are packet data, two bytes off where an architecture minds.
     unsafe {
         let option = &*ctx.sockopt;
-        if option.level != SOL_SOCKET || option.optname != pace::SO_MAX_PACING_RATE {
-            return;
-        }
         let start = option.__bindgen_anon_2.optval as usize;
         let end = option.__bindgen_anon_3.optval_end as usize;
-        // Unaligned: to the verifier they are packet data, two bytes off where an architecture minds.
-        // As sk_setsockopt() reads it: an unsigned long where there is room for one, else an unsigned int, all ones meaning none.
-        let rate = if start + 8 <= end && option.optlen >= 8 {
-            (start as *const u64).read_unaligned()
-        } else if start + 4 <= end {
-            match (start as *const u32).read_unaligned() {
-                u32::MAX => u64::MAX,
-                rate => u64::from(rate),
-            }
-        } else {
-            return;
-        };
-        let socket = NonNull::new(option.__bindgen_anon_1.sk);
-        if let Some(flow) = socket.and_then(|socket| maps::flow_or_new(socket)) {
-            flow.application_bytes_per_s = if rate == u64::MAX { 0 } else { rate };
-            // The kernel's own is about to be overwritten.
-            flow.set_bytes_per_s = 0;
-        }
+        let has_room = start + size_of::<T>() <= end && option.optlen >= size_of::<T>() as i32;
+        has_room.then(|| (start as *const T).read_unaligned())
     }
+}
+
+/// The flow of the socket that the call is for.
+#[inline(always)]
+fn option_flow<'a>(ctx: &SockoptContext) -> Option<&'a mut Flow> {
+    // SAFETY: `sk` may be read, and is the full socket of the call.
+    unsafe { NonNull::new((*ctx.sockopt).__bindgen_anon_1.sk).and_then(|socket| maps::flow_or_new(socket)) }
 }
 
 /// A program sees the first page of an option only, and the kernel refuses longer ones (EFAULT: iptables inside the pod) unless

@@ -28,17 +28,25 @@ impl Remote {
 /// Whether the packet is neither limited nor counted because of its remote address.
 #[inline(always)]
 pub fn are_exempt(ctx: &SkBuffContext, remote: Remote) -> bool {
+    if SUBNETS_MODE.load() == SUBNETS_NONE {
+        return false;
+    }
+    let first: u8 = packet::load(ctx, 0);
+    is_exempt(if first >> 4 == 4 {
+        podshaper_abi::ipv4_mapped(packet::load(ctx, remote.ipv4_offset))
+    } else {
+        packet::load(ctx, remote.ipv6_offset)
+    })
+}
+
+/// Whether what goes to a remote address and comes from it is neither limited nor counted.
+#[inline(always)]
+pub fn is_exempt(remote: SubnetAddress) -> bool {
     let mode = SUBNETS_MODE.load();
     if mode == SUBNETS_NONE {
         return false;
     }
-    let first: u8 = packet::load(ctx, 0);
-    let address: SubnetAddress = if first >> 4 == 4 {
-        podshaper_abi::ipv4_mapped(packet::load(ctx, remote.ipv4_offset))
-    } else {
-        packet::load(ctx, remote.ipv6_offset)
-    };
-    match maps::subnet(&Key::new(u128::BITS, address)) {
+    match maps::subnet(&Key::new(u128::BITS, remote)) {
         Some(is_exempt) => is_exempt,
         None => mode == SUBNETS_EXEMPT_BY_DEFAULT,
     }

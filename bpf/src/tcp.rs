@@ -10,7 +10,9 @@ use aya_ebpf::{
     programs::SockOpsContext,
 };
 
-use crate::{flow::Flow, maps};
+use podshaper_abi::SubnetAddress;
+
+use crate::{flow::Flow, maps, subnets};
 
 /// First argument of the callback where `tcp_current_mss` asks (uapi/linux/bpf.h; not in aya's bindings).
 const BPF_WRITE_HDR_TCP_CURRENT_MSS: u32 = 1;
@@ -41,6 +43,32 @@ pub fn is_segment(ctx: &SockOpsContext) -> bool {
 pub fn is_request(ctx: &SockOpsContext) -> bool {
     // SAFETY: sock_ops programs may read is_fullsock.
     unsafe { (*ctx.ops).is_fullsock == 0 }
+}
+
+/// Whether a connection that is being opened may be the attachment's, by its addresses: the pod does not talk to itself, and the remote is
+/// not exempt. By which interface it will send is not known yet.
+#[inline(always)]
+pub fn may_be_ours(ctx: &SockOpsContext) -> bool {
+    // SAFETY: sock_ops programs may read the addresses, which are in network order, of a request as well as of a full socket.
+    let (local, remote) = unsafe {
+        let socket = &*ctx.ops;
+        if ctx.family() == AF_INET6 {
+            (address(socket.local_ip6), address(socket.remote_ip6))
+        } else {
+            (
+                podshaper_abi::ipv4_mapped(socket.local_ip4.to_ne_bytes()),
+                podshaper_abi::ipv4_mapped(socket.remote_ip4.to_ne_bytes()),
+            )
+        }
+    };
+    local != remote && !subnets::is_exempt(remote)
+}
+
+#[inline(always)]
+fn address([a, b, c, d]: [u32; 4]) -> SubnetAddress {
+    let words = [a, b, c, d].map(u32::to_ne_bytes);
+    // SAFETY: as many bytes, in the same order.
+    unsafe { core::mem::transmute(words) }
 }
 
 /// Bytes of the segment's payload: its headers are not there yet.

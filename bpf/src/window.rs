@@ -20,11 +20,11 @@
 use aya_ebpf::{helpers::bpf_setsockopt, programs::SockOpsContext};
 use podshaper_abi::{INGRESS, Limit};
 
-use crate::{clock, maps, tcp};
+use crate::{clock, flow::Flow, maps, tcp};
 
-const IPPROTO_TCP: i32 = 6;
+pub const IPPROTO_TCP: i32 = 6;
 /// uapi/linux/tcp.h. Taken from sock_ops since Linux 5.11.
-const TCP_WINDOW_CLAMP: i32 = 10;
+pub const TCP_WINDOW_CLAMP: i32 = 10;
 
 /// The backlog that windows aim for on a short path: enough that a late timer does not leave the clock idle.
 const SHORTEST_TARGET_NS: u64 = 5_000_000;
@@ -101,7 +101,7 @@ pub fn open(ctx: &SockOpsContext, is_answered: bool) {
     flow.window.bytes = first_bytes.min(link_bytes(&limit, SHORTEST_ROUND_NS)).max(part_of_segment(ctx));
     flow.window.changed_ns = clock::now_ns();
     flow.window.edge_bytes = first_bytes;
-    clamp(ctx, flow.window.bytes);
+    clamp(ctx, flow.window.bytes, flow.application_window_bytes);
 }
 
 /// A segment is about to leave. If it is a pure ACK: when it may, and with which window.
@@ -128,7 +128,7 @@ pub fn acknowledge(ctx: &SockOpsContext) {
     } else {
         resize(ctx, &limit, &mut flow.window, now_ns, backlog_ns);
     }
-    advertise(ctx, &mut flow.window);
+    advertise(ctx, flow);
 }
 
 /// Whether the remote cannot have sent more than one packet since the last acknowledgement. In the window of a whole segment it can: the
@@ -222,17 +222,19 @@ fn link_bytes(limit: &Limit, time_ns: u64) -> u64 {
 
 /// Sets the window of the acknowledgement that is about to leave.
 #[inline(always)]
-fn advertise(ctx: &SockOpsContext, window: &mut Window) {
+fn advertise(ctx: &SockOpsContext, flow: &mut Flow) {
+    let window = &mut flow.window;
     window.acknowledged_bytes = tcp::received_bytes(ctx);
     // A window never takes back what it has given.
     window.edge_bytes = window.edge_bytes.max(window.acknowledged_bytes + window.bytes);
     window.largest_bytes = window.largest_bytes.max(window.edge_bytes - window.acknowledged_bytes);
-    clamp(ctx, window.bytes);
+    clamp(ctx, window.bytes, flow.application_window_bytes);
 }
 
+/// `own_bytes`: the application's own clamp, which holds where it is the smaller one. 0: there is none.
 #[inline(always)]
-fn clamp(ctx: &SockOpsContext, bytes: u64) {
-    let mut value = bytes as u32;
+fn clamp(ctx: &SockOpsContext, bytes: u64, own_bytes: u64) {
+    let mut value = if own_bytes == 0 { bytes } else { bytes.min(own_bytes) } as u32;
     // SAFETY: sock_ops programs may set this option on the locked socket of their context; the value is on the stack. Linux 5.10
     // does not know it here: windows then grow until the bound drops.
     unsafe {
