@@ -3,24 +3,19 @@
 //! No runtime passes labels, so this is the only way to them. One GET within [`TIME`], of the pod the call is about and of no other:
 //! a pod deleted and made again under its name is told by the UID. An ADD that needs none of this starts none of it.
 //!
-//! rustls and httparse, and not a client library, for one request of a process that lives for milliseconds: `ureq` with the same
-//! TLS and YAML makes the program 1.4 MB larger, this 0.9; `kube` brings an async runtime as well. What is left out is in
-//! `kube/tls.rs` and `kube/resolve.rs`, with the reason.
+//! The request is ureq's (`kube/client.rs`); what it asks and whom is here.
 
-mod http;
+mod client;
 mod kubeconfig;
-mod resolve;
-mod tls;
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 
 use crate::error::{Code, Error, Result, quoted};
-use http::{Answer, Timed};
+use client::Answer;
 use kubeconfig::Server;
 
 /// All the time there is for an answer, name, handshake and body included: kubelet starts no other container of the pod meanwhile.
@@ -65,51 +60,15 @@ struct ObjectMeta {
 /// # Errors
 /// [`Code::Config`] for the kubeconfig, [`Code::ApiServer`] for everything after it.
 pub fn metadata(kubeconfig: &Path, pod: Pod<'_>) -> Result<Metadata> {
-    let deadline = Instant::now() + TIME;
+    let start = Instant::now();
     let server = Server::read(kubeconfig)?;
     let asked = || format!("ask {} for pod {}/{}", server.url, pod.namespace, pod.name);
-    let answer = get(&server, pod, deadline).map_err(|error| Error::because(Code::ApiServer, asked(), error))?;
+    let path = format!("/api/v1/namespaces/{}/pods/{}", pod.namespace, pod.name);
+    let answer = client::get(&server, &path, TIME).map_err(|error| Error::because(Code::ApiServer, asked(), error))?;
     let found =
         understand(&answer, pod.uid).map_err(|text| Error::new(Code::ApiServer, format!("{}: {text}", asked())));
-    log::debug!("{} took {:?}", asked(), TIME.saturating_sub(deadline.saturating_duration_since(Instant::now())));
+    log::debug!("{} took {:?}", asked(), start.elapsed());
     found
-}
-
-fn get(server: &Server, pod: Pod<'_>, deadline: Instant) -> Result<Answer> {
-    let path = format!("{}/api/v1/namespaces/{}/pods/{}", server.path, pod.namespace, pod.name);
-    let tls = tls::session(server)?;
-    let tcp = connect(&server.host, server.port, deadline)?;
-    let mut stream = rustls::StreamOwned::new(tls, Timed::new(tcp, deadline));
-    http::get(&mut stream, &server.authority(), &path, server.token.as_deref()).map_err(|cause| {
-        let text = match cause.kind() {
-            std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut => format!("no whole answer within {TIME:?}"),
-            _ => "talk to it".to_owned(),
-        };
-        Error::because(Code::ApiServer, text, tls::explained(cause))
-    })
-}
-
-/// To the first address that takes the connection. One that does not answer leaves the others their time.
-fn connect(host: &str, port: u16, deadline: Instant) -> Result<TcpStream> {
-    let literal = host.parse::<IpAddr>().ok();
-    let addresses = literal.map_or_else(|| resolve::addresses(host, deadline), |address| Ok(vec![address]))?;
-    let mut failed = Vec::new();
-    for (tried, address) in addresses.iter().enumerate() {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let share = left / u32::try_from(addresses.len() - tried).unwrap_or(u32::MAX);
-        if share.is_zero() {
-            break;
-        }
-        match TcpStream::connect_timeout(&SocketAddr::new(*address, port), share) {
-            Ok(stream) => {
-                // Else the request, which follows the handshake's last packet, waits for that one's acknowledgement: 40 ms.
-                let _ = stream.set_nodelay(true);
-                return Ok(stream);
-            }
-            Err(cause) => failed.push(format!("{address}: {cause}")),
-        }
-    }
-    Err(Error::new(Code::ApiServer, format!("connect: {}", failed.join("; "))))
 }
 
 /// The metadata in an answer, if it is about this very pod.

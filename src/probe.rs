@@ -73,6 +73,13 @@ pub fn status(bpffs: &Path, memory: &Path, is_every_pod_limited: bool) -> Result
     }
 }
 
+/// Forgets what STATUS remembers, and leaves nothing of it on the node. What cannot be removed goes with the next boot.
+pub fn forget(memory: &Path) {
+    if let Err(cause) = fs::remove_dir_all(memory) {
+        log::debug!("remove {}: {cause}", memory.display());
+    }
+}
+
 /// Whether an ADD with a limit could succeed.
 fn node(bpffs: &Path) -> Result<()> {
     NEEDS.iter().try_for_each(|(_, check)| check(bpffs).map(drop))
@@ -169,5 +176,7 @@ mod tests {
         }
         remember(&memory, "").unwrap();
         assert_eq!(recall(&memory), None);
+        forget(&memory);
+        assert!(!memory.exists());
     }
 }

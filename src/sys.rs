@@ -1,7 +1,7 @@
-//! All the unsafe code of podshaper: cgroup links and array maps by bpf(2), and a signal handler. aya 0.14 makes links, but lets none of a
+//! All the unsafe code of podshaper: cgroup links and array maps by bpf(2), a signal handler, and how names are looked up. aya 0.14 makes links, but lets none of a
 //! cgroup/setsockopt program out to be pinned, and says of none which cgroup it is on. Of maps it allocates and asks more than a list
 //! of 500 attachments can afford, and it takes a map for what another podshaper pinned only if every size is as it knows it.
-#![expect(unsafe_code, reason = "bpf(2) is a raw system call")]
+#![expect(unsafe_code, reason = "bpf(2) is a raw system call, and libc's functions are C")]
 
 use std::{
     ffi::CString,
@@ -306,6 +306,29 @@ pub fn survive(signal: libc::c_int) -> io::Result<()> {
     let before = unsafe { libc::signal(signal, nothing as extern "C" fn(libc::c_int) as libc::sighandler_t) };
     if before == libc::SIG_ERR { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
+
+/// Has getaddrinfo look into /etc/hosts and ask the servers of /etc/resolv.conf, each for one second, and nobody else.
+///
+/// glibc (2.34 and later) has these two ways in itself. For any other that the node's nsswitch.conf names (`resolve`, `mymachines`,
+/// ..) it loads the node's library into the process, and a static binary has another glibc than that library was made for. The second
+/// is for a server that is down: with glibc's 5 the next one would be asked too late.
+#[cfg(target_env = "gnu")]
+pub fn look_up_names_without_plugins() {
+    unsafe extern "C" {
+        /// nss.h
+        fn __nss_configure_lookup(database: *const libc::c_char, services: *const libc::c_char) -> libc::c_int;
+    }
+    // SAFETY: both are C strings, which glibc copies; no other thread of this process looks up names or reads the environment.
+    // It fails only for want of memory, or where these services are unknown, and then nsswitch.conf counts.
+    unsafe {
+        __nss_configure_lookup(c"hosts".as_ptr(), c"files dns".as_ptr());
+        libc::setenv(c"RES_OPTIONS".as_ptr(), c"timeout:1 attempts:2".as_ptr(), 0);
+    }
+}
+
+/// Other libcs have no plugins.
+#[cfg(not(target_env = "gnu"))]
+pub fn look_up_names_without_plugins() {}
 
 /// A command that opens a descriptor.
 fn bpf_fd<T>(command: libc::c_long, attr: &mut T) -> io::Result<OwnedFd> {

@@ -1,10 +1,15 @@
 //! A pod's labels and annotations, from an API server that a test makes. That a label was read shows without root in the error about
 //! one that is no rate.
 
-use std::net::TcpListener;
+use std::net::{TcpListener, UdpSocket};
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use nix::sched::{CloneFlags, unshare};
+use rcgen::KeyPair;
 use serde_json::{Value, json};
 
 use super::chain::{Attachment, Bed, MBIT};
@@ -13,6 +18,8 @@ use super::harness::cni::Cni;
 use super::harness::limiter::Limiter;
 use super::harness::meter;
 use super::harness::pod::INTERFACE;
+use super::harness::process;
+use super::kernel::mounts;
 use super::sandbox::{ok, refused};
 
 const PODSHAPER: &str = env!("CARGO_BIN_EXE_podshaper");
@@ -65,8 +72,9 @@ fn a_label_and_an_annotation_of_the_api_server_are_limits() {
         assert!(details.starts_with(&format!("{source}: \"fast\" is not a rate (")), "{details}");
         let requests = server.requests();
         assert_eq!(requests.len(), 1, "one GET: {requests:?}");
-        let expected = format!("GET /api/v1/namespaces/default/pods/web-0 HTTP/1.1\r\nHost: {}\r\n", server.address);
-        assert!(requests[0].starts_with(&expected) && requests[0].ends_with("(with a certificate)"), "{requests:?}");
+        let (line, host) = ("GET /api/v1/namespaces/default/pods/web-0 HTTP/1.1\r\n", server.address);
+        assert!(requests[0].starts_with(line) && requests[0].ends_with("(with a certificate)"), "{requests:?}");
+        assert!(requests[0].contains(&format!("\r\nhost: {host}\r\n")), "{requests:?}");
     }
 }
 
@@ -108,7 +116,7 @@ fn tokens_are_shown_and_static_pods_known_by_their_mirror() {
     assert!(details.starts_with("API server's pod annotation rate: \"fast\""), "{details}");
     let request = &server.requests()[0];
     assert!(
-        request.contains("\r\nAuthorization: Bearer a.b-c\r\n") && request.ends_with("(without a certificate)"),
+        request.contains("\r\nauthorization: Bearer a.b-c\r\n") && request.ends_with("(without a certificate)"),
         "{request}"
     );
 }
@@ -118,6 +126,13 @@ fn tokens_are_shown_and_static_pods_known_by_their_mirror() {
 fn no_answer_is_an_error_that_says_why_unless_it_is_to_be_ignored() {
     let flood = Reply::Flood(vec![b'x'; 1 << 16]);
     let huge = Reply::Bytes([b"HTTP/1.1 200 OK\r\n\r\n".to_vec(), vec![b' '; 3 << 20]].concat());
+    let sized = |bytes: usize| {
+        [format!("HTTP/1.1 200 OK\r\nContent-Length: {bytes}\r\n\r\n").into_bytes(), vec![b' '; bytes]].concat()
+    };
+    let raw = |text: &str| Reply::Bytes(text.into());
+    let too_early = "talk to it: its answer ends too early".to_owned();
+    let no_http = |why: &str| format!("talk to it: its answer is not HTTP: {why}");
+    let no_pod = |why: &str| format!("its answer is no pod: {why}");
     let (again, none) = ("kubelet will give it up or try again", json!({}));
     for (reply, expected) in [
         (Reply::status("404 Not Found", "pods \"web-0\" not found"), "it answered 404 \"pods \\\"web-0\\\" not found\": there is no such pod (any more), or it is another cluster's API server".to_owned()),
@@ -127,8 +142,18 @@ fn no_answer_is_an_error_that_says_why_unless_it_is_to_be_ignored() {
         (Reply::pod("other", &none, &none), format!("it has another pod of this name by now: UID \"other\", and the runtime makes {UID}; {again}")),
         (Reply::json("200 OK", &json!({ "metadata": {} })), "its answer is no pod: missing field `uid` at line 1 column 14".to_owned()),
         (huge, "talk to it: its answer has more than 2097152 bytes".to_owned()),
-        (flood, "talk to it: its answer is not HTTP: invalid HTTP version".to_owned()),
-        (Reply::Bytes(Vec::new()), "talk to it: its answer ends after 0 bytes, too early".to_owned()),
+        (flood, "talk to it: its answer is not HTTP: http parse fail: invalid HTTP version".to_owned()),
+        (raw(""), too_early.clone()),
+        (raw("HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n{} "), too_early.clone()),
+        (raw("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\n{} \r\n"), too_early.clone()),
+        (raw("HTTP/1.1 200 OK\r\nX: y\r\n"), too_early),
+        (raw("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nx\r\n"), no_http("chunk length cannot be read as a number")),
+        (raw("HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\nx"), no_pod("expected value at line 1 column 1")),
+        (raw("HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n"), no_http("content-length header not a number")),
+        (Reply::Bytes(sized(3 << 20)), "talk to it: its answer has more than 2097152 bytes".to_owned()),
+        (raw("SSH-2.0-OpenSSH_9.2\r\n"), no_http("http parse fail: invalid HTTP version")),
+        (Reply::Bytes([b"HTTP/1.1 200 OK\r\nX: ".to_vec(), vec![b'x'; 1 << 20]].concat()), "talk to it: the head of its answer has more than 16384 bytes".to_owned()),
+        (raw("HTTP/1.1 302 Found\r\nLocation: https://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"), "it answered 302 \"\": is it an API server, and well?".to_owned()),
     ] {
         let server = ApiServer::start(reply).unwrap();
         let path = kubeconfig(&server);
@@ -200,7 +225,7 @@ fn a_server_that_is_not_the_one_is_not_believed() {
     let (_, details) =
         refused(&add(&server.kubeconfig(&json!({ "server": "https://127.0.0.1:1" }), &none).unwrap(), ""));
     assert!(
-        details.ends_with("for pod default/web-0: connect: 127.0.0.1: Connection refused (os error 111)"),
+        details.ends_with("for pod default/web-0: connect to 127.0.0.1:1: Connection refused (os error 111)"),
         "{details}"
     );
     let (code, details) = refused(&add(Path::new("/nowhere/kubeconfig"), ""));
@@ -208,6 +233,127 @@ fn a_server_that_is_not_the_one_is_not_believed() {
         (code, details.as_str()),
         (CONFIG, "kubeconfig /nowhere/kubeconfig: read /nowhere/kubeconfig: No such file or directory (os error 2)")
     );
+}
+
+/// What ureq alone would not do, or not so: see src/kube/client.rs.
+#[test]
+fn the_server_is_asked_where_the_kubeconfig_says_and_under_its_own_name() {
+    let reply = || Reply::pod(UID, &json!({ "rate": "fast" }), &json!(null));
+    let none = json!({});
+    let versions = rustls::ALL_VERSIONS;
+    for server in [
+        ApiServer::start_with("[::1]:0", versions, reply()).unwrap(),
+        ApiServer::start_with("127.0.0.1:0", &[&rustls::version::TLS12], reply()).unwrap(),
+        ApiServer::start_with("127.0.0.1:0", &[&rustls::version::TLS13], reply()).unwrap(),
+    ] {
+        // A name that nobody can look up, and a proxy that nobody is.
+        for cluster in [&none, &json!({ "tls-server-name": "api.example.org" })] {
+            let path = server.kubeconfig(cluster, &none).unwrap();
+            let (_, details) = refused(&add(&path, "").env("HTTPS_PROXY", "http://127.0.0.1:1"));
+            assert!(details.starts_with("API server's pod label rate: \"fast\""), "{details}");
+            let request = server.requests().pop().unwrap();
+            assert!(request.contains(&format!("\r\nhost: {}\r\n", server.address)), "{request}");
+        }
+        let url = json!({ "server": format!("https://{}/k8s/c-1/", server.address) });
+        refused(&add(&server.kubeconfig(&url, &none).unwrap(), ""));
+        let request = server.requests().pop().unwrap();
+        assert!(request.starts_with("GET /k8s/c-1/api/v1/namespaces/default/pods/web-0 HTTP/1.1\r\n"), "{request}");
+    }
+}
+
+#[test]
+fn credentials_that_are_none_are_said() {
+    let server = ApiServer::start(Reply::Silence).unwrap();
+    // Not base64 of a certificate's insides: PEM all the same.
+    let hollow = STANDARD.encode("-----BEGIN CERTIFICATE-----\nYQ==\n-----END CERTIFICATE-----\n");
+    let key = STANDARD.encode(KeyPair::generate().unwrap().serialize_pem());
+    let none = json!({});
+    for (cluster, user, expected) in [
+        (&json!({ "certificate-authority-data": "Y2E=" }), &none, "its certificate-authority holds no certificate"),
+        (
+            &json!({ "certificate-authority-data": hollow }),
+            &none,
+            "its certificate-authority holds no certificate that can be read",
+        ),
+        (&json!({ "tls-server-name": "a b" }), &none, "\"a b\" is not a name for a certificate: invalid dns name"),
+        (&none, &json!({ "client-certificate-data": "Y2E=" }), "its client-certificate holds no certificate"),
+        (&none, &json!({ "client-key-data": "Y2E=" }), "its client-key is no PEM of a key: no items found"),
+        (
+            &none,
+            &json!({ "client-key-data": key }),
+            "its client-certificate and client-key: keys may not be consistent: KeyMismatch",
+        ),
+        (&none, &json!({ "client-certificate-data": hollow }), "its client-certificate and client-key: "),
+    ] {
+        let (code, details) = refused(&add(&server.kubeconfig(cluster, user).unwrap(), ""));
+        assert_eq!(code, API, "{details}");
+        let (asked, found) = details.split_once(" for pod default/web-0: ").unwrap();
+        assert!(asked.starts_with("ask https://127.0.0.1:") && found.starts_with(expected), "{details}");
+    }
+}
+
+/// A name server that knows one name, with an alias and an address of each kind.
+fn serve_names(socket: &UdpSocket) {
+    let mut buffer = [0; 512];
+    while let Ok((read, from)) = socket.recv_from(&mut buffer) {
+        let question = &buffer[12..read];
+        let end = question.iter().position(|byte| *byte == 0).unwrap() + 5;
+        let (known, kind) = (question.starts_with(b"\x03api\x07example\x03org\0"), question[end - 3]);
+        let address: &[u8] =
+            if kind == 1 { &[127, 0, 0, 1] } else { &[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1] };
+        // RFC 1035, 4.1: a response, of one question, with two answers or without such a name.
+        let mut packet = buffer[..2].to_vec();
+        packet.extend([0x81, if known { 0x80 } else { 0x83 }, 0, 1, 0, if known { 2 } else { 0 }, 0, 0, 0, 0]);
+        packet.extend(&question[..end]);
+        if known {
+            packet.extend([0xc0, 12, 0, 5, 0, 1, 0, 0, 0, 9, 0, 4, 1, b'x', 0xc0, 16]);
+            packet.extend([1, b'x', 0xc0, 16, 0, kind, 0, 1, 0, 0, 0, 9, 0, u8::try_from(address.len()).unwrap()]);
+            packet.extend(address);
+        }
+        socket.send_to(&packet, from).unwrap();
+    }
+}
+
+/// The nsswitch.conf names libraries alone. Had podshaper loaded them, which a static binary must not, no name would be found.
+#[test]
+#[ignore = "needs root"]
+fn names_come_from_name_servers_in_time_and_from_no_library_of_the_node() {
+    mounts::with_own(|| {
+        unshare(CloneFlags::CLONE_NEWNET).unwrap();
+        process::run(Command::new("ip").args(["link", "set", "lo", "up"])).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let put = |name: &str, text: &str| {
+            let file = directory.path().join(name);
+            std::fs::write(&file, text).unwrap();
+            mounts::bind(&file, &Path::new("/etc").join(name));
+        };
+        put("nsswitch.conf", "hosts: mymachines resolve [!UNAVAIL=return] myhostname\n");
+        put("resolv.conf", "nameserver 127.0.0.9\nnameserver 127.0.0.1\n");
+        let names = UdpSocket::bind("127.0.0.1:53").unwrap();
+        std::thread::spawn(move || serve_names(&names));
+        let server = ApiServer::start(Reply::pod(UID, &json!({ "rate": "fast" }), &json!(null))).unwrap();
+        let none = json!({});
+        let call = |name: &str| {
+            let url = json!({ "server": format!("https://{name}:{}", server.address.port()) });
+            let cni = add(&server.kubeconfig(&url, &none).unwrap(), "");
+            let (start, answer) = (Instant::now(), refused(&cni).1);
+            (start.elapsed(), answer)
+        };
+        // Nobody is at the first server's address, which is told at once, and then one is there who says nothing.
+        for silent in [None, Some(UdpSocket::bind("127.0.0.9:53").unwrap())] {
+            let (took, details) = call("api.example.org");
+            assert!(details.starts_with("API server's pod label rate: \"fast\""), "{silent:?}: {details}");
+            assert!(took < Duration::from_millis(1500), "{silent:?}: {took:?}");
+        }
+        let (_, details) = call("api.example.net");
+        let text = "find the address of api.example.net in /etc/hosts or by the servers of /etc/resolv.conf: ";
+        assert!(details.contains(&format!("{text}failed to lookup address information: ")), "{details}");
+        std::fs::write(directory.path().join("resolv.conf"), "nameserver 127.0.0.9\n").unwrap();
+        let _silent = UdpSocket::bind("127.0.0.9:53").unwrap();
+        let (took, details) = call("api.example.org");
+        assert!(details.ends_with(": no answer in time"), "{details}");
+        assert!(took > Duration::from_millis(1900) && took < Duration::from_millis(2600), "{took:?}: {details}");
+    });
 }
 
 #[test]

@@ -18,6 +18,7 @@ use rscni_plugin::types::Cmd;
 use serde_json::{Map, Value};
 
 use crate::error::{Code, Error, Result};
+use crate::probe;
 use crate::request::{Env, Request};
 use conflist::{BANDWIDTH, CAPABILITIES, Conflist, Entry, PODSHAPER};
 
@@ -203,6 +204,9 @@ impl Uninstall {
             report.say(format!("podshaper is in no conflist of {}", self.place.conf_dir.display()));
         }
         self.remove_program(&mut report)?;
+        if !self.place.dry_run {
+            probe::forget(Path::new(probe::MEMORY));
+        }
         Ok(report.text)
     }
 

@@ -11,6 +11,8 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
+use ureq::http::Uri;
+use ureq::http::uri::Scheme;
 
 use crate::error::{Code, Error, Result, quoted};
 
@@ -160,9 +162,19 @@ impl Server {
         })
     }
 
+    /// The name or address that the server's certificate has to be for.
+    pub(super) fn certificate_name(&self) -> &str {
+        self.tls_name.as_ref().unwrap_or(&self.host)
+    }
+
     /// Host and port as HTTP writes them.
     pub(super) fn authority(&self) -> String {
-        let Self { host, port, .. } = self;
+        self.authority_of(&self.host)
+    }
+
+    /// Another host's name and this port, likewise.
+    pub(super) fn authority_of(&self, host: &str) -> String {
+        let port = self.port;
         if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
     }
 }
@@ -194,20 +206,16 @@ fn refuse(cluster: &Cluster, user: &User) -> Result<()> {
 /// `https://host[:port][/path]`. Whatever else a URL can hold has no meaning here.
 fn split(url: &str) -> Result<(String, u16, String)> {
     let no_url = || wrong(format!("its server {} is not of the form https://HOST:PORT", quoted(url)));
-    let rest = url.strip_prefix("https://").ok_or_else(no_url)?;
-    let (authority, path) = rest.find('/').map_or((rest, ""), |slash| rest.split_at(slash));
-    let (host, port) = match authority.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
-        Some((host, port)) => (host, port.strip_prefix(':').or(port.is_empty().then_some("443"))),
-        None => authority.split_once(':').map_or((authority, Some("443")), |(host, port)| (host, Some(port))),
-    };
-    let port = port.and_then(|port| port.parse().ok()).ok_or_else(no_url)?;
-    let plain = |text: &str, more: &str| {
-        text.bytes().all(|byte| byte.is_ascii_alphanumeric() || more.as_bytes().contains(&byte))
-    };
-    if host.is_empty() || !plain(host, "-._:") || !plain(path, "-._~/:%") {
+    let uri = url.parse::<Uri>().map_err(|_| no_url())?;
+    let authority = uri.authority().filter(|_| uri.scheme() == Some(&Scheme::HTTPS)).ok_or_else(no_url)?;
+    let (host, port) = (authority.host(), authority.port_u16());
+    // Else it has a user, or a port that is no number.
+    let plain = authority.as_str() == port.map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"));
+    if host.is_empty() || !plain || uri.query().is_some() {
         return Err(no_url());
     }
-    Ok((host.to_owned(), port, path.trim_end_matches('/').to_owned()))
+    let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    Ok((bare.to_owned(), port.unwrap_or(443), uri.path().trim_end_matches('/').to_owned()))
 }
 
 /// PEM from base64 in the kubeconfig, which counts first, or from a file.

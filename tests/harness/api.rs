@@ -1,4 +1,4 @@
-//! An API server, as far as podshaper asks one: TLS 1.3 on loopback with certificates of its own, and answers as a test wants them.
+//! An API server, as far as podshaper asks one: TLS on loopback with certificates of its own, and answers as a test wants them.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -10,7 +10,7 @@ use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair}
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
-use rustls::{RootCertStore, ServerConfig, ServerConnection, StreamOwned};
+use rustls::{RootCertStore, ServerConfig, ServerConnection, StreamOwned, SupportedProtocolVersion};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -72,6 +72,11 @@ pub struct ApiServer {
 impl ApiServer {
     /// On loopback, in this thread's network namespace.
     pub fn start(reply: Reply) -> Result<Self> {
+        Self::start_with("127.0.0.1:0", rustls::ALL_VERSIONS, reply)
+    }
+
+    /// At another address, with these versions of TLS.
+    pub fn start_with(address: &str, versions: &[&'static SupportedProtocolVersion], reply: Reply) -> Result<Self> {
         let key = || KeyPair::generate().context("make a key");
         let mut authority = CertificateParams::default();
         authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -82,8 +87,8 @@ impl ApiServer {
                 .context("name a certificate")?;
             Ok((params.signed_by(&key, &authority).context("sign a certificate")?.pem(), key.serialize_pem()))
         };
-        let (server, client) = (signed(&["127.0.0.1", "localhost"])?, signed(&["node"])?);
-        let listener = TcpListener::bind("127.0.0.1:0").context("listen")?;
+        let (server, client) = (signed(&["127.0.0.1", "::1", "localhost", "api.example.org"])?, signed(&["node"])?);
+        let listener = TcpListener::bind(address).context("listen")?;
         let this = Self {
             address: listener.local_addr().context("listen")?,
             authority_pem: authority.pem(),
@@ -91,7 +96,7 @@ impl ApiServer {
             directory: tempfile::tempdir().context("make a directory")?,
             requests: Arc::default(),
         };
-        let config = Arc::new(tls(&this.authority_pem, &server)?);
+        let config = Arc::new(tls(&this.authority_pem, &server, versions)?);
         let requests = this.requests.clone();
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
@@ -103,7 +108,7 @@ impl ApiServer {
         Ok(this)
     }
 
-    /// What was asked so far, head by head.
+    /// What was asked so far, head by head; the names of headers in lower case.
     pub fn requests(&self) -> Vec<String> {
         self.requests.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
     }
@@ -134,19 +139,32 @@ impl ApiServer {
     }
 }
 
-fn tls(authority_pem: &str, (certificate, key): &(String, String)) -> Result<ServerConfig> {
+fn tls(
+    authority_pem: &str,
+    (certificate, key): &(String, String),
+    versions: &[&'static SupportedProtocolVersion],
+) -> Result<ServerConfig> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let der = |pem: &str| CertificateDer::from_pem_slice(pem.as_bytes()).context("read a certificate");
     let mut roots = RootCertStore::empty();
     roots.add(der(authority_pem)?).context("trust the authority")?;
     let clients =
         WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone()).allow_unauthenticated();
-    let builder = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().context("TLS")?;
+    let builder = ServerConfig::builder_with_provider(provider).with_protocol_versions(versions).context("TLS")?;
     let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).context("read a key")?;
     builder
         .with_client_cert_verifier(clients.build().context("verify clients")?)
         .with_single_cert(vec![der(certificate)?], key)
         .context("use the certificate")
+}
+
+/// HTTP knows the name of a header in any case.
+fn with_lower_names(head: &str) -> String {
+    let lower = |(at, line): (usize, &str)| match line.split_once(':') {
+        Some((name, value)) if at > 0 => format!("{}:{value}", name.to_ascii_lowercase()),
+        _ => line.to_owned(),
+    };
+    head.split("\r\n").enumerate().map(lower).collect::<Vec<_>>().join("\r\n")
 }
 
 fn serve(stream: TcpStream, config: Arc<ServerConfig>, requests: &Mutex<Vec<String>>, reply: &Reply) -> Result<()> {
@@ -158,7 +176,7 @@ fn serve(stream: TcpStream, config: Arc<ServerConfig>, requests: &Mutex<Vec<Stri
         request.extend_from_slice(&buffer[..read]);
     }
     let certificate = stream.conn.peer_certificates().map_or("without", |_| "with");
-    let head = format!("{} ({certificate} a certificate)", String::from_utf8_lossy(&request));
+    let head = format!("{} ({certificate} a certificate)", with_lower_names(&String::from_utf8_lossy(&request)));
     requests.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(head);
     match reply {
         Reply::Bytes(bytes) => stream.write_all(bytes).context("answer")?,

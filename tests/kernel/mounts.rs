@@ -30,6 +30,11 @@ pub fn without_memory() {
     mount(Some("none"), memory, Some("tmpfs"), MsFlags::empty(), Some("mode=700")).unwrap();
 }
 
+/// Shows a file or a directory at another place as well.
+pub fn bind(from: &Path, to: &Path) {
+    mount(Some(from), to, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>).unwrap();
+}
+
 /// How many filesystems are mounted at a path, one over the other.
 pub fn count_at(path: &Path) -> usize {
     let mounts = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
@@ -38,9 +43,6 @@ pub fn count_at(path: &Path) -> usize {
 
 /// Puts a /sys/fs in place in which there are cgroups, but no directory to mount bpffs on.
 pub fn hide_bpffs() {
-    let bind = |from: &Path, to: &Path| {
-        mount(Some(from), to, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>).unwrap();
-    };
     let (cgroups, aside) = (Path::new("/sys/fs/cgroup"), tempfile::tempdir().unwrap());
     bind(cgroups, aside.path());
     mount(Some("none"), "/sys/fs", Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();

@@ -1,0 +1,202 @@
+//! One GET by ureq, over TLS 1.2 or 1.3 by rustls with ring, within bounds of time and size.
+//!
+//! Left to the library: HTTP, TLS, and the addresses tried one after the other. Here is what a kubeconfig asks for beyond that
+//! (the name in the certificate may be another than the server's), and what an operator reads when the server gives no answer.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::sign::CertifiedKey;
+use rustls::{AlertDescription, RootCertStore};
+use ureq::Agent;
+use ureq::config::Config;
+use ureq::http::Uri;
+use ureq::tls::{Certificate, ClientCert, PrivateKey, RootCerts, TlsConfig};
+use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
+use ureq::unversioned::transport::{ConnectionDetails, Connector, NextTimeout, RustlsConnector, TcpConnector};
+
+use super::kubeconfig::Server;
+use crate::error::{Code, Error, Result};
+
+/// Most that is read of an answer's body. etcd takes no object above 1.5 MiB.
+const MAX_BODY_BYTES: u64 = 2 << 20;
+/// Most that is read of its head.
+const MAX_HEAD_BYTES: usize = 16 << 10;
+/// Only metadata is asked for; an API server too old to select it (before 1.15) sends the whole pod.
+const ACCEPT: &str = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1, application/json";
+
+/// Status and body.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Answer {
+    pub(super) status: u16,
+    pub(super) body: Vec<u8>,
+}
+
+/// # Errors
+/// Also an answer too long, or not of HTTP.
+pub(super) fn get(server: &Server, path: &str, time: Duration) -> Result<Answer> {
+    let config = Agent::config_builder()
+        .timeout_global(Some(time))
+        .http_status_as_error(false)
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .https_only(true)
+        // Else it would be the one of the environment.
+        .proxy(None)
+        .max_response_header_size(MAX_HEAD_BYTES)
+        .max_idle_connections(0)
+        .user_agent(concat!("podshaper/", env!("CARGO_PKG_VERSION")))
+        .accept(ACCEPT)
+        .tls_config(tls(server)?)
+        .build();
+    let host = Host { name: server.host.clone(), port: server.port };
+    let agent = Agent::with_parts(config, Tcp.chain(RustlsConnector::default()), host);
+    // The URI's host is the name that the certificate has to be for; where the server is, Host knows.
+    let uri = Uri::builder().scheme("https").authority(server.authority_of(server.certificate_name()));
+    let uri = uri.path_and_query(format!("{}{path}", server.path)).build();
+    let uri = uri.map_err(|cause| Error::because(Code::Config, "put the URL of the pod together", cause))?;
+    let mut request = agent.get(uri).header("Host", server.authority()).header("Connection", "close");
+    if let Some(token) = &server.token {
+        request = request.header("Authorization", format!("Bearer {token}"));
+    }
+    let answer = request.call().and_then(|mut response| {
+        let body = response.body_mut().with_config().limit(MAX_BODY_BYTES).read_to_vec()?;
+        Ok(Answer { status: response.status().as_u16(), body })
+    });
+    answer.map_err(|cause| explained(cause, time))
+}
+
+/// Where the server is, whatever name is in its certificate.
+#[derive(Debug)]
+struct Host {
+    name: String,
+    port: u16,
+}
+
+impl Resolver for Host {
+    fn resolve(&self, _: &Uri, config: &Config, timeout: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
+        if let Ok(address) = self.name.parse::<IpAddr>() {
+            let mut addresses = self.empty();
+            addresses.push(SocketAddr::new(address, self.port));
+            return Ok(addresses);
+        }
+        crate::sys::look_up_names_without_plugins();
+        let there =
+            Uri::builder().scheme("https").authority(format!("{}:{}", self.name, self.port)).path_and_query("/");
+        // In a thread of its own, which is left behind when the time is over.
+        DefaultResolver::default().resolve(&there.build()?, config, timeout).map_err(|cause| {
+            let text = format!("find the address of {} in /etc/hosts or by the servers of /etc/resolv.conf", self.name);
+            failed(text, cause)
+        })
+    }
+}
+
+/// TCP as ureq has it, with the addresses in its errors.
+#[derive(Debug)]
+struct Tcp;
+
+impl Connector for Tcp {
+    type Out = <TcpConnector as Connector>::Out;
+
+    fn connect(&self, details: &ConnectionDetails<'_>, chained: Option<()>) -> Result<Option<Self::Out>, ureq::Error> {
+        TcpConnector::default().connect(details, chained).map_err(|cause| {
+            let addresses: Vec<_> = details.addrs.iter().map(SocketAddr::to_string).collect();
+            failed(format!("connect to {}", addresses.join(", ")), cause)
+        })
+    }
+}
+
+/// ureq's error of a step that has a name.
+fn failed(step: String, cause: ureq::Error) -> ureq::Error {
+    ureq::Error::Other(match cause {
+        ureq::Error::Io(cause) => Error::because(Code::ApiServer, step, cause).into(),
+        ureq::Error::Timeout(_) => Error::new(Code::ApiServer, format!("{step}: no answer in time")).into(),
+        cause => Error::because(Code::ApiServer, step, cause).into(),
+    })
+}
+
+fn tls(server: &Server) -> Result<TlsConfig> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let name = server.certificate_name();
+    let no_name = |cause| Error::because(Code::Config, format!("{name:?} is not a name for a certificate"), cause);
+    ServerName::try_from(name).map_err(no_name)?;
+    let mut tls = TlsConfig::builder().unversioned_rustls_crypto_provider(provider.clone());
+    tls = match &server.authority_pem {
+        Some(pem) => tls.root_certs(authorities(pem)?),
+        // `insecure-skip-tls-verify`: the administrator says so.
+        None => tls.disable_verification(true),
+    };
+    if let Some((certificates, key)) = &server.client {
+        tls = tls.client_cert(Some(client(certificates, key, &provider)?));
+    }
+    Ok(tls.build())
+}
+
+fn authorities(pem: &[u8]) -> Result<RootCerts> {
+    let certificates = certificates_of(pem, "certificate-authority")?;
+    // Some of a bundle may be what rustls cannot read, which leaves them out; one has to be left.
+    if RootCertStore::empty().add_parsable_certificates(certificates.iter().cloned()).0 == 0 {
+        return Err(Error::new(Code::Config, "its certificate-authority holds no certificate that can be read"));
+    }
+    Ok(RootCerts::new_with_certs(&for_ureq(&certificates)))
+}
+
+fn client(certificates: &[u8], key_pem: &[u8], provider: &CryptoProvider) -> Result<ClientCert> {
+    let chain = certificates_of(certificates, "client-certificate")?;
+    let no_key = "its client-key is no PEM of a key";
+    let key = PrivateKeyDer::from_pem_slice(key_pem).map_err(|cause| Error::because(Code::Config, no_key, cause))?;
+    let certificates = for_ureq(&chain);
+    // ureq panics where these are no pair that rustls can use.
+    CertifiedKey::from_der(chain, key, provider)
+        .map_err(|cause| Error::because(Code::Config, "its client-certificate and client-key", cause))?;
+    let key = PrivateKey::from_pem(key_pem).map_err(|cause| Error::because(Code::Config, no_key, cause))?;
+    Ok(ClientCert::new_with_certs(&certificates, key))
+}
+
+fn certificates_of(pem: &[u8], key: &str) -> Result<Vec<CertificateDer<'static>>> {
+    let no_pem = |cause| Error::because(Code::Config, format!("its {key} is no PEM of certificates"), cause);
+    let found = CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>().map_err(no_pem)?;
+    if found.is_empty() { Err(Error::new(Code::Config, format!("its {key} holds no certificate"))) } else { Ok(found) }
+}
+
+fn for_ureq(certificates: &[CertificateDer<'_>]) -> Vec<Certificate<'static>> {
+    certificates.iter().map(|certificate| Certificate::from_der(certificate).to_owned()).collect()
+}
+
+/// What went wrong, with what an operator can do about it.
+fn explained(cause: ureq::Error, time: Duration) -> Error {
+    let text = match &cause {
+        ureq::Error::Timeout(_) => return Error::new(Code::ApiServer, format!("no whole answer within {time:?}")),
+        ureq::Error::Other(step) => return Error::new(Code::ApiServer, step.to_string()),
+        ureq::Error::BodyExceedsLimit(bytes) => format!("its answer has more than {bytes} bytes"),
+        ureq::Error::LargeResponseHeader(_, bytes) => format!("the head of its answer has more than {bytes} bytes"),
+        ureq::Error::Protocol(cause) => format!("its answer is not HTTP: {cause}"),
+        ureq::Error::Io(cause) if cause.kind() == io::ErrorKind::UnexpectedEof => {
+            "its answer ends too early".to_owned()
+        }
+        ureq::Error::Io(cause) => {
+            let tls = cause.get_ref().and_then(|inner| inner.downcast_ref());
+            format!("{cause}{}", tls.map_or("", remedy))
+        }
+        ureq::Error::Rustls(cause) => format!("{cause}{}", remedy(cause)),
+        cause => cause.to_string(),
+    };
+    Error::new(Code::ApiServer, format!("talk to it: {text}"))
+}
+
+fn remedy(cause: &rustls::Error) -> &'static str {
+    match cause {
+        rustls::Error::InvalidCertificate(_) => {
+            "; is certificate-authority the one of this cluster, and server a name or address in the server's certificate?"
+        }
+        rustls::Error::AlertReceived(AlertDescription::ProtocolVersion | AlertDescription::HandshakeFailure)
+        | rustls::Error::PeerIncompatible(_) => "; podshaper speaks TLS 1.2 and 1.3",
+        rustls::Error::InvalidMessage(_) => "; is there TLS on this port?",
+        _ => "",
+    }
+}
