@@ -159,6 +159,7 @@ impl Settings {
             // It is also what gives the acknowledgements their departure time.
             if self.limits.egress.is_none() {
                 programs.insert(0, COUNT_EGRESS);
+                programs.push(NOTE_SETSOCKOPT);
             }
             programs.push(HOLD_ACKS);
         }

@@ -49,26 +49,31 @@ pub fn is_request(ctx: &SockOpsContext) -> bool {
 /// not exempt. By which interface it will send is not known yet.
 #[inline(always)]
 pub fn may_be_ours(ctx: &SockOpsContext) -> bool {
-    // SAFETY: sock_ops programs may read the addresses, which are in network order, of a request as well as of a full socket.
-    let (local, remote) = unsafe {
-        let socket = &*ctx.ops;
-        if ctx.family() == AF_INET6 {
-            (address(socket.local_ip6), address(socket.remote_ip6))
-        } else {
-            (
-                podshaper_abi::ipv4_mapped(socket.local_ip4.to_ne_bytes()),
-                podshaper_abi::ipv4_mapped(socket.remote_ip4.to_ne_bytes()),
-            )
-        }
+    // SAFETY: sock_ops programs may read the addresses, which are in network order, of a request as well as of a full socket. Volatile, and all
+    // of them: the compiler would else choose between their places, and the verifier takes no pointer into the context that varies.
+    let (local4, remote4, local6, remote6) = unsafe {
+        let socket = ctx.ops;
+        (
+            (&raw const (*socket).local_ip4).read_volatile(),
+            (&raw const (*socket).remote_ip4).read_volatile(),
+            words(&raw const (*socket).local_ip6),
+            words(&raw const (*socket).remote_ip6),
+        )
+    };
+    let (local, remote) = if ctx.family() == AF_INET6 {
+        (local6, remote6)
+    } else {
+        (podshaper_abi::ipv4_mapped(local4.to_ne_bytes()), podshaper_abi::ipv4_mapped(remote4.to_ne_bytes()))
     };
     local != remote && !subnets::is_exempt(remote)
 }
 
+/// An address of the context.
 #[inline(always)]
-fn address([a, b, c, d]: [u32; 4]) -> SubnetAddress {
-    let words = [a, b, c, d].map(u32::to_ne_bytes);
-    // SAFETY: as many bytes, in the same order.
-    unsafe { core::mem::transmute(words) }
+unsafe fn words(address: *const [u32; 4]) -> SubnetAddress {
+    let first: *const u32 = address.cast();
+    // SAFETY: the caller's pointer is to four words, which are as many bytes in the same order.
+    unsafe { core::mem::transmute([0, 1, 2, 3].map(|word| first.add(word).read_volatile())) }
 }
 
 /// Bytes of the segment's payload: its headers are not there yet.

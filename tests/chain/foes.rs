@@ -3,8 +3,8 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::{Bed, MBIT, assert_rate, has_queue};
-use crate::harness::limiter::Limiter;
-use crate::harness::measure::{self, Bulk, Udp};
+use crate::harness::limiter::{Limiter, Limits};
+use crate::harness::measure::{self, Bulk, Udp, Way};
 use crate::harness::meter;
 use crate::harness::pod::Pod;
 use crate::harness::process::Running;
@@ -25,6 +25,19 @@ fn an_applications_own_lower_rate_holds() {
         let accepted = measure::served(&pod, OWN_BYTES_PER_S, 2.5).unwrap();
         assert_rate(&format!("{limiter:?}, inherited from listen()"), accepted.payload_rate(1.0, 2.5), OWN, 0.05);
     }
+}
+
+/// Applications bound what they are sent, and the smaller of two windows is the one that holds.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn an_applications_own_window_clamp_holds() {
+    const OWN_BYTES: u32 = 8192;
+    let bed = Bed::new();
+    let pod = bed.limited(Limits { egress: None, ingress: Some(100 * MBIT) });
+    let bulk = Bulk { way: Way::In, window_clamp: Some(OWN_BYTES), seconds: 2.0, ..Bulk::default() };
+    // The receiving end fails where another one is in force.
+    let rate = measure::bulk(&pod, &bulk).unwrap().timeline.steady_rate();
+    assert!((1e6..105e6).contains(&rate), "{rate} bit/s");
 }
 
 /// As far as one can: a socket that was told so sends one segment before its pace is set again, and the clock counts that one.

@@ -52,6 +52,8 @@ pub struct Bulk {
     pub small_segments: Option<u32>,
     /// Every so many bytes are a segment of their own.
     pub message_bytes: Option<usize>,
+    /// TCP_WINDOW_CLAMP of each flow at the receiving end, which must be that at the end too.
+    pub window_clamp: Option<u32>,
     /// What the receiving end says on each flow meanwhile.
     pub chatter: Option<Chatter>,
     /// Flows, requests and replies are MPTCP's.
@@ -74,6 +76,7 @@ impl Default for Bulk {
             unpace_every: None,
             small_segments: None,
             message_bytes: None,
+            window_clamp: None,
             chatter: None,
             mptcp: false,
             ask: None,
@@ -182,6 +185,9 @@ pub fn bulk(pod: &Pod, options: &Bulk) -> Result<BulkResult> {
     let mut sink = ends.receiver("sink")?;
     let mptcp = options.mptcp.then_some("--mptcp");
     sink.args(["--seconds", &options.seconds.to_string(), "--flows", &options.flows.to_string()]).args(mptcp);
+    if let Some(bytes) = options.window_clamp {
+        sink.args(["--window-clamp", &bytes.to_string()]);
+    }
     if let Some(Chatter { bytes, every }) = options.chatter {
         sink.args(["--chatter-bytes", &bytes.to_string(), "--chatter-us", &every.as_micros().to_string()]);
     }

@@ -2,10 +2,12 @@
 
 use std::io::{self, Read};
 use std::net::{SocketAddr, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
+
+use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 
 use super::sampler::{Sampler, Timeline};
 use super::sockets::Protocol;
@@ -16,6 +18,12 @@ const READ_BYTES: usize = 1 << 20;
 /// How long a server may take to send its first byte.
 const FIRST_BYTE_WAIT: Duration = Duration::from_secs(10);
 
+/// TCP_WINDOW_CLAMP.
+#[derive(Clone, Copy, Debug)]
+struct WindowClamp;
+nix::setsockopt_impl!(WindowClamp, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, u32, sockopt::SetStruct<u32>);
+nix::getsockopt_impl!(WindowClamp, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, u32, sockopt::GetStruct<u32>);
+
 #[derive(clap::Args)]
 pub struct Sink {
     #[command(flatten)]
@@ -23,6 +31,9 @@ pub struct Sink {
     /// Fail unless so many flows came
     #[arg(long)]
     flows: Option<usize>,
+    /// TCP_WINDOW_CLAMP of each flow; fail unless it is the same at the end
+    #[arg(long, value_name = "BYTES")]
+    window_clamp: Option<u32>,
     #[command(flatten)]
     protocol: Protocol,
     /// Say a message of so many bytes on each flow, again and again; 8 bytes have room for the time, which `send` wants
@@ -52,6 +63,8 @@ pub fn sink(options: &Sink) -> io::Result<Timeline> {
     let sampler = Sampler::new(options.protocol)?;
     say_listening(listener.local_addr()?);
     let (accepting, protocol) = (Arc::clone(&sampler), options.protocol);
+    let clamped = Arc::new(Mutex::new(Vec::new()));
+    let (window_clamp, streams) = (options.window_clamp, Arc::clone(&clamped));
     let chatter = options.chatter_bytes.zip(options.chatter_us.map(Duration::from_micros));
     // Never joined: accept() blocks for good, and the process ends when the samples are taken.
     thread::spawn(move || {
@@ -61,10 +74,21 @@ pub fn sink(options: &Sink) -> io::Result<Timeline> {
             if let (Some((bytes, every)), Ok(stream)) = (chatter, stream.try_clone()) {
                 thread::spawn(move || chatter::say(stream, bytes, every));
             }
+            if let (Some(bytes), Ok(stream)) = (window_clamp, stream.try_clone()) {
+                // An error shows at the end.
+                let _ = setsockopt(&stream, WindowClamp, &bytes);
+                streams.lock().unwrap_or_else(PoisonError::into_inner).push(stream);
+            }
             add(&accepting, stream);
         }
     });
     let report = sampler.sample(seconds, wait)?;
+    for stream in clamped.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+        let bytes = getsockopt(stream, WindowClamp)?;
+        if Some(bytes) != window_clamp {
+            return Err(io::Error::other(format!("the window clamp of a flow is {bytes} bytes at the end")));
+        }
+    }
     match options.flows {
         Some(wanted) if report.flows.len() != wanted => {
             Err(io::Error::other(format!("{} flows came instead of {wanted}", report.flows.len())))
