@@ -21,7 +21,7 @@ use crate::{
     pins::{BPFFS, LockedPins, Pins, Place},
     pod::{Owner, PodKey},
     probe,
-    request::{Endpoint, Env, Limit, Limits, Request, Subject, declared_version, read_stdin},
+    request::{Endpoint, Env, Limit, Limits, Request, Subject, declared_version, read_stdin, says_unknown},
     shaper::{Pinned, Queue, Settings},
 };
 
@@ -101,6 +101,9 @@ fn add(request: &Request, endpoint: &Endpoint) -> Result<Vec<u8>> {
              in the \"plugins\" list of a .conflist",
         )
     })?;
+    for key in &request.unknown_keys {
+        log::warn!("the configuration of network {}: {}; it is ignored", request.network, says_unknown(key));
+    }
     let limits = request.limits()?;
     if limits.is_empty() {
         forget_unlimited(endpoint)?;

@@ -15,6 +15,7 @@ mod limits;
 mod records;
 mod subnets;
 
+use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
@@ -28,13 +29,14 @@ use crate::error::{Code, Error, Result, quoted};
 use crate::interface::Record;
 use crate::pod::{NetworkName, Owner, PodKey};
 use crate::units::Rate;
-pub use config::Config;
+pub use config::{Config, says_unknown, unknown};
 pub use env::Env;
 pub use limits::{Limit, Limits, Source};
 pub use subnets::Subnets;
 
-/// Most that is read from stdin. An API server holds a pod's annotations under 256 KiB; the rest is the configuration.
-const MAX_STDIN_BYTES: u64 = 1 << 20;
+/// Most that is read from stdin. An API server holds a pod's annotations under 256 KiB, which are six times as many bytes where Go escapes
+/// each character; a runtime may pass them twice, and the rest is the configuration. A DEL that fails would keep IPAM's from being called.
+const MAX_STDIN_BYTES: u64 = 8 << 20;
 /// Longest path taken, the kernel's PATH_MAX.
 const MAX_PATH_BYTES: usize = 4096;
 
@@ -63,6 +65,8 @@ pub struct Request {
     pub prev_result: Option<Box<RawValue>>,
     /// `cni.dev/valid-attachments` of a GC. None is not an empty list: nothing may be removed then.
     pub valid_attachments: Option<Vec<GcAttachment>>,
+    /// Keys of the configuration that nobody knows.
+    pub unknown_keys: Vec<String>,
     /// What this DEL or GC did not need and found malformed; to be logged.
     pub forgiven: Vec<Error>,
     sources: limits::Sources,
@@ -94,13 +98,13 @@ pub struct Endpoint {
 /// Reads stdin to its end.
 ///
 /// # Errors
-/// Above 1 MiB, or the read fails.
+/// Above 8 MiB, or the read fails.
 pub fn read_stdin(stdin: impl Read) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let read = stdin.take(MAX_STDIN_BYTES + 1).read_to_end(&mut bytes);
     read.map_err(|cause| Error::because(Code::Io, "read the network configuration from stdin", cause))?;
     if bytes.len() as u64 > MAX_STDIN_BYTES {
-        return Err(Error::new(Code::Decode, "the network configuration on stdin has more than 1 MiB (1048576 bytes)"));
+        return Err(Error::new(Code::Decode, "the network configuration on stdin has more than 8 MiB (8388608 bytes)"));
     }
     Ok(bytes)
 }
@@ -152,6 +156,8 @@ impl Request {
         let read = || format!("decode the network configuration on stdin ({} bytes)", stdin.len());
         let decoded: Stdin = json::object(stdin).map_err(|cause| Error::because(Code::Decode, read(), cause))?;
         let keys = json::object(stdin).map_err(|cause| Error::because(Code::Decode, read(), cause))?;
+        let all: BTreeMap<String, &RawValue> =
+            json::object(stdin).map_err(|cause| Error::because(Code::Decode, read(), cause))?;
         let version = negotiate(cmd, decoded.cni_version.as_deref().unwrap_or_default())?;
         let network = decoded.name.as_deref().unwrap_or_default().parse()?;
 
@@ -178,6 +184,7 @@ impl Request {
             cgroup_path: tolerance.weigh(cgroup_path)?,
             prev_result: decoded.prev_result,
             valid_attachments: attachments.transpose()?,
+            unknown_keys: unknown(all.keys()),
             forgiven: tolerance.forgiven,
             sources: limits::Sources { bandwidth, annotations, args: decoded.args, cni_args: call.args },
         })
@@ -427,9 +434,9 @@ mod tests {
 
     #[test]
     fn stdin_is_read_up_to_a_mebibyte() {
-        assert_eq!(read_stdin(std::io::repeat(b' ').take(1 << 20)).unwrap().len(), 1 << 20);
+        assert_eq!(read_stdin(std::io::repeat(b' ').take(8 << 20)).unwrap().len(), 8 << 20);
         let error = read_stdin(std::io::repeat(b' ')).unwrap_err();
         assert_eq!(error.code(), Code::Decode);
-        assert_eq!(error.to_string(), "the network configuration on stdin has more than 1 MiB (1048576 bytes)");
+        assert_eq!(error.to_string(), "the network configuration on stdin has more than 8 MiB (8388608 bytes)");
     }
 }

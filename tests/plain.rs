@@ -184,7 +184,7 @@ fn errors_are_whole() {
 #[test]
 fn stdin_that_is_no_configuration_is_refused_by_every_verb_that_reads_it() {
     let mut huge = config("");
-    huge.insert_str(1, &" ".repeat(1 << 20));
+    huge.insert_str(1, &" ".repeat(8 << 20));
     let whole = config("");
     let deep = "[".repeat(500_000);
     let mut inputs: Vec<(Vec<u8>, u64)> = vec![
@@ -319,7 +319,8 @@ fn an_add_without_a_limit_gives_back_what_it_got_and_needs_no_privilege() {
     let odd = "{ \"cniVersion\" :\t\"1.0.0\",\r\n  \"ips\":[ ] , \"\\u0069ps\": \"\\u00e9\\ud83d\\ude00\\/\", \"x\": {\"y\": [1e400, \
                0.1e-5, -0, 123456789012345678901234567890, null]},\"x\":2}";
     for prev in [weave, flannel, odd, "{}", "[ 1 ]", "\"text\""] {
-        let stdin = format!(r#"{{"cniVersion": "1.0.0", "name": "net", "unknown": [{{}}], "prevResult":  {prev} }}"#);
+        let stdin =
+            format!(r#"{{"cniVersion": "1.0.0", "name": "net", "example.org/other": [{{}}], "prevResult":  {prev} }}"#);
         for arguments in ["", "IgnoreUnknown=1;K8S_POD_UID=b210522c-ecca-47e2-908a-76691272b43d"] {
             let call = ok(&unprivileged(&cni("ADD")).env("CNI_ARGS", arguments).stdin(&stdin));
             assert_eq!(call.stdout, prev, "{call}");
@@ -329,9 +330,21 @@ fn an_add_without_a_limit_gives_back_what_it_got_and_needs_no_privilege() {
 }
 
 #[test]
+fn a_key_that_nobody_knows_is_warned_of() {
+    let stdin = r#"{"cniVersion": "1.0.0", "name": "net", "egres": "1M", "prevResult": {}}"#;
+    let call = ok(&cni("ADD").stdin(stdin));
+    assert!(call.stderr.contains("WARN") && call.stderr.contains("\"egres\" is no key of podshaper's"), "{call}");
+}
+
+#[test]
 fn a_del_succeeds_whatever_the_pod_and_its_runtime_write() {
     let nested = "[".repeat(50_000) + &"]".repeat(50_000);
+    // All that an API server takes of annotations, as Go writes it where it escapes each character, and the runtime has it twice.
+    let most = r"\u003c".repeat(256 << 10);
     for keys in [
+        &format!(
+            r#", "runtimeConfig": {{"io.kubernetes.cri.pod-annotations": {{"a": "{most}"}}}}, "args": {{"a": "{most}"}}"#
+        ),
         r#", "runtimeConfig": {"io.kubernetes.cri.pod-annotations": {"kubernetes.io/egress-bandwidth": "1e30"}}"#,
         r#", "runtimeConfig": {"io.kubernetes.cri.pod-annotations": "all of them", "bandwidth": 1e400}"#,
         r#", "runtimeConfig": {"cgroupPath": "/../../etc"}, "args": "none", "max": 3"#,

@@ -19,7 +19,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Code, Error, Result};
 use crate::probe;
-use crate::request::{Env, Request};
+use crate::request::{self, Env, Request};
 use conflist::{BANDWIDTH, CAPABILITIES, Conflist, Entry, PODSHAPER};
 
 /// Where the node's runtime looks.
@@ -163,6 +163,9 @@ fn install_program(place: &Place, report: &mut Report<'_>) -> Result<()> {
 fn keys(json: &str) -> Result<Map<String, Value>> {
     let wrong = |cause| Error::because(Code::Config, "--config is not a JSON object", cause);
     let keys: Map<String, Value> = serde_json::from_str(json).map_err(wrong)?;
+    if let Some(key) = request::unknown(keys.keys()).first() {
+        return Err(Error::new(Code::Config, format!("--config: {}", request::says_unknown(key))));
+    }
     let mut stdin = keys.clone();
     stdin.extend(
         [("cniVersion", "1.1.0"), ("name", "install"), ("type", PODSHAPER)]

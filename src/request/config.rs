@@ -4,7 +4,7 @@
 //! | --- | --- | --- |
 //! | `egress`, `ingress` | rate of pods that ask for none: quantity, or number of bits/s | unlimited |
 //! | `egressBurst`, `ingressBurst` | their bursts: quantity or number, bits | 5 ms, 10 packets at least |
-//! | `max` | `{"egress", "ingress"}`: no pod gets more, whatever it asks for | none |
+//! | `max` | `{"egress", "ingress"}`: no pod gets more, whatever it asks for, and one that asks for nothing gets this | none |
 //! | `rateKey` | annotation that holds whole megabytes/s; `""` for none | `rate` |
 //! | `exemptSubnets`, `shapedSubnets` | remote addresses that are not limited, that are: see `subnets.rs` | none, all |
 //! | `cgroupPath` | below the cgroup2 mount, for runtimes that pass no UID; `{containerID}` is replaced | none |
@@ -12,7 +12,8 @@
 //! | `onApiError` | what an ADD does that gets no answer: fail, ignore | fail |
 //! | `logFile`, `logLevel` | absolute path; off, error, warn, info, debug, trace | stderr, info |
 //!
-//! Other keys are other people's and are left alone, except in `max`, where a misspelled key would lift the cap in silence.
+//! A key that nobody knows is an error to `install` and `doctor` and a warning of each ADD ([`unknown`]): most often it is one of these,
+//! misspelt. In `max` it is an error of each ADD.
 //! Rates are decoded when a limit is asked for, everything else at once.
 
 use std::path::PathBuf;
@@ -33,6 +34,54 @@ const RATE: &str = "a rate (\"10M\", or a number of bits per second, 1k to 1P)";
 const BURST: &str = "a burst (\"400k\", or a number of bits, below 4 GiB)";
 /// Longest annotation or label key: a prefix, a slash, a name.
 const MAX_KEY_BYTES: usize = 253 + 1 + 63;
+
+/// The keys of [`Keys`], with their aliases.
+const OURS: [&str; 16] = [
+    "logFile",
+    "logLevel",
+    "rateKey",
+    "cgroupPath",
+    "kubeconfig",
+    "onApiError",
+    "exemptSubnets",
+    "unshapedSubnets",
+    "shapedSubnets",
+    "egress",
+    "egressRate",
+    "ingress",
+    "ingressRate",
+    "egressBurst",
+    "ingressBurst",
+    "max",
+];
+/// Keys that the configuration of any plugin may have (SPEC.md, "Plugin configuration objects", "Deriving execution configuration").
+const OF_ANY_PLUGIN: [&str; 12] = [
+    "cniVersion",
+    "cniVersions",
+    "name",
+    "type",
+    "args",
+    "capabilities",
+    "runtimeConfig",
+    "prevResult",
+    "ipMasq",
+    "ipam",
+    "dns",
+    "disableCheck",
+];
+
+/// Those of an object's keys that nobody knows. What a slash or an underscore marks as somebody else's, or as a comment, is known.
+pub fn unknown<'a>(keys: impl IntoIterator<Item = &'a String>) -> Vec<String> {
+    let is_known = |key: &str| {
+        OURS.contains(&key) || OF_ANY_PLUGIN.contains(&key) || key.contains('/') || key.starts_with(['_', '#'])
+    };
+    keys.into_iter().filter(|key| !is_known(key)).cloned().collect()
+}
+
+/// What is wrong with a key that nobody knows.
+pub fn says_unknown(key: &str) -> String {
+    format!("{} is no key of podshaper's (those are {})", quoted(key), OURS.join(", "))
+}
 
 /// The plugin's own configuration.
 #[derive(Debug)]
@@ -75,9 +124,10 @@ pub(super) struct Keys {
     cgroup_path: Option<Box<RawValue>>,
     kubeconfig: Option<Box<RawValue>>,
     on_api_error: Option<Box<RawValue>>,
+    #[serde(alias = "unshapedSubnets")]
     exempt_subnets: Option<Box<RawValue>>,
     shaped_subnets: Option<Box<RawValue>>,
-    // The aliases are the bandwidth plugin's keys, which mean the same; a conflist may be carried over from it.
+    // The aliases, here and above, are the bandwidth plugin's keys, which mean the same; a conflist may be carried over from it.
     #[serde(alias = "egressRate")]
     egress: Option<Box<RawValue>>,
     #[serde(alias = "ingressRate")]
@@ -225,6 +275,21 @@ mod tests {
         // The configured cgroup is for pods without a UID only.
         assert_eq!(request.cgroup_hint(), Some(Path::new("/machine.slice/libpod-c1.scope")));
         assert_eq!(add("K8S_POD_UID=u", &config(keys)).unwrap().cgroup_hint(), None);
+    }
+
+    #[test]
+    fn every_key_is_known_and_a_misspelt_one_is_not() {
+        let keys = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        // Each is a field or an alias of one: with two values it is there twice.
+        for key in OURS {
+            let twice = format!(r#"{{"{key}": null, "{key}": null}}"#);
+            assert!(serde_json::from_str::<Keys>(&twice).is_err(), "{key}");
+        }
+        assert_eq!(unknown(&keys(&OURS)), keys(&[]));
+        assert_eq!(unknown(&keys(&["cniVersion", "type", "cni.dev/valid-attachments", "_comment"])), keys(&[]));
+        assert_eq!(unknown(&keys(&["egres", "max", "maxx", "Egress"])), keys(&["egres", "maxx", "Egress"]));
+        let request = add("", &config(r#""egres": "1M", "_why": 1"#)).unwrap();
+        assert_eq!(request.unknown_keys, keys(&["egres"]));
     }
 
     #[test]

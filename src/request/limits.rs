@@ -4,7 +4,7 @@
 //! 2. the pod's annotations, where the runtime passes them
 //! 3. `args.cni`, 4. `CNI_ARGS`: the same keys
 //! 5. the pod's annotations, then its labels, as the API server has them, if `kubeconfig` says to ask it
-//! 6. `egress` and `ingress` of the configuration
+//! 6. `egress` and `ingress` of the configuration, else its `max`
 //!
 //! A source below the first one that is set is not looked at: a tenant cannot break a pod by writing nonsense into a key
 //! that does not count. The keys of 2 to 5 are [`Direction::annotation`], in bits per second, and the ancestor's `rate`.
@@ -142,7 +142,10 @@ impl Request {
                 }
                 asked => asked,
             };
-            let max = self.config.max(direction)?.unwrap_or(Rate::MAX);
+            let max = self.config.max(direction)?;
+            // No pod gets more, nor does one that asks for nothing.
+            let asked = asked.or_else(|| max.map(|rate| Asked { rate, burst: None, source: Source::Config }));
+            let max = max.unwrap_or(Rate::MAX);
             Ok(asked.map(|Asked { rate: asked, burst, source }| {
                 let rate = asked.min(max);
                 Limit { rate, burst: burst.unwrap_or_else(|| Burst::default_for(rate)), asked, source }
@@ -330,10 +333,15 @@ pub(super) mod tests {
     fn the_administrators_cap_holds_for_every_source() {
         let max = r#""max": {"egress": "1G", "ingress": 100000000}"#;
         for (call, keys, egress, ingress) in [
-            ("", "", "", ""),
-            ("", r#", "egress": "2G", "egressBurst": "80k""#, "1G 10000 configuration not 2G", ""),
+            ("", "", "1G 625000 configuration", "100M 62500 configuration"),
+            (
+                "",
+                r#", "egress": "2G", "egressBurst": "80k""#,
+                "1G 10000 configuration not 2G",
+                "100M 62500 configuration",
+            ),
             ("rate=1M;kubernetes.io/ingress-bandwidth=1G", "", "8M 15000 CNI_ARGS", "100M 62500 CNI_ARGS not 1G"),
-            ("kubernetes.io/egress-bandwidth=1P", "", "1G 625000 CNI_ARGS not 1P", ""),
+            ("kubernetes.io/egress-bandwidth=1P", "", "1G 625000 CNI_ARGS not 1P", "100M 62500 configuration"),
         ] {
             let request = add(call, &config(&format!("{max}{keys}"))).unwrap();
             assert_eq!(outcome(&request), Ok([egress, ingress].map(String::from)), "{call} {keys}");

@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{Finding, State};
+use crate::request;
 
 const CHECK: &str = "conflist";
 /// Capabilities by which limits reach podshaper: one of them at least.
@@ -31,6 +32,8 @@ struct Plugin {
     kind: String,
     #[serde(default)]
     capabilities: Option<Map<String, Value>>,
+    #[serde(flatten)]
+    others: Map<String, Value>,
 }
 
 /// What is found in the directories of configurations and of plugins.
@@ -110,6 +113,9 @@ fn problems(plugins: &[Plugin]) -> Option<Vec<(State, String)>> {
     let podshaper = plugins.get(place)?;
     let mut problems = Vec::new();
     let mut say = |state, text: &str| problems.push((state, text.to_owned()));
+    for key in request::unknown(podshaper.others.keys()) {
+        say(State::Missing, &request::says_unknown(&key));
+    }
     if place == 0 {
         say(State::Missing, "podshaper is the first plugin, and there is no interface to limit yet: put it last");
     } else if place + 1 < plugins.len() {
@@ -205,6 +211,11 @@ mod tests {
                 format!(r#"{bridge}, {{"type": "bandwidth"}}, {podshaper}"#),
                 State::Missing,
                 "the bandwidth plugin limits the same pods",
+            ),
+            (
+                format!(r#"{bridge}, {{"type": "podshaper", "egres": "1M", {ALL}}}"#),
+                State::Missing,
+                "\"egres\" is no key of podshaper's",
             ),
             (
                 format!(r#"{bridge}, {{"type": "podshaper"}}"#),
