@@ -134,7 +134,10 @@ fn replay(run: &str, pods: &[RecordedPod]) {
                 let answer = ok(&call.cni());
                 assert_eq!(answer.stdout, call.prev_result(), "{shown}");
                 if *limits == [0, 0] {
-                    assert_eq!(answer.stderr, "", "{shown}");
+                    // The recorded configurations have a key that nobody knows.
+                    let others: Vec<&str> =
+                        answer.stderr.lines().filter(|line| !line.contains("\"myKey\" is no key")).collect();
+                    assert_eq!(others, [""; 0], "{shown}");
                 } else {
                     objects.insert(name.to_owned(), sandbox.objects());
                     added.insert(name.to_owned(), (call.env["CNI_CONTAINERID"].clone(), *limits));
