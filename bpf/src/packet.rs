@@ -16,6 +16,8 @@ const IPV6_HEADER_BYTES: u64 = 40;
 const UDP_HEADER_BYTES: u64 = 8;
 const TCP_HEADER_WITH_TIMESTAMPS_BYTES: u64 = 32;
 const TCP_DATA_OFFSET_OFFSET: u64 = 12;
+/// FIN, SYN and RST of TCP's flags byte.
+pub const OPENS_OR_CLOSES: u8 = 0b111;
 /// IANA protocol numbers.
 pub const IPPROTO_TCP: u8 = 6;
 const IPPROTO_HOPOPTS: u8 = 0;
@@ -108,13 +110,12 @@ impl Headers {
 /// Whether a TCP packet is an acknowledgement and nothing else: no payload, and no SYN, FIN or RST.
 #[inline(always)]
 pub fn is_pure_ack(ctx: &SkBuffContext) -> bool {
-    const OPENS_OR_CLOSES: u64 = 0b111;
     let start: [u64; 2] = load(ctx, 0);
     let extension: u16 = load(ctx, IPV6_HEADER_BYTES);
     let network_bytes = Headers(network_headers(start[0], start[1], extension.into())).network_bytes();
     let [data_offset, flags]: [u8; 2] = load(ctx, network_bytes + TCP_DATA_OFFSET_OFFSET);
     let headers_bytes = network_bytes + u64::from(data_offset >> 4) * 4;
-    u64::from(ctx.len()) <= headers_bytes && u64::from(flags) & OPENS_OR_CLOSES == 0
+    u64::from(ctx.len()) <= headers_bytes && flags & OPENS_OR_CLOSES == 0
 }
 
 /// The headers of a packet before its transport header, from its first 16 bytes and the two that follow an IPv6 header.

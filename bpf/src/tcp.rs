@@ -9,16 +9,13 @@ use aya_ebpf::{
     bindings::{BPF_SOCK_OPS_RTT_CB_FLAG, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG, bpf_sock},
     programs::SockOpsContext,
 };
-
 use podshaper_abi::SubnetAddress;
 
-use crate::{flow::Flow, maps, subnets};
+use crate::{flow::Flow, maps, packet, subnets};
 
 /// First argument of the callback where `tcp_current_mss` asks (uapi/linux/bpf.h; not in aya's bindings).
 const BPF_WRITE_HDR_TCP_CURRENT_MSS: u32 = 1;
 const AF_INET6: u32 = 10;
-/// FIN, SYN and RST of the flags byte.
-const OPENS_OR_CLOSES: u32 = 0b111;
 
 /// The callback at every segment that leaves.
 pub const SEGMENTS: u32 = BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
@@ -101,7 +98,7 @@ pub fn has_arrived(ctx: &SockOpsContext) -> bool {
 #[inline(always)]
 pub fn opens_or_closes(ctx: &SockOpsContext) -> bool {
     // SAFETY: as for skb_len.
-    unsafe { (*ctx.ops).skb_tcp_flags & OPENS_OR_CLOSES != 0 }
+    unsafe { (*ctx.ops).skb_tcp_flags & u32::from(packet::OPENS_OR_CLOSES) != 0 }
 }
 
 /// The socket's flow, if it sends by the attachment's interface. `count_egress` made it with the first packet that left.
