@@ -5,7 +5,12 @@
 //! and the eBPF toolchain is there. `bpf/build` knows how; `bpf/build --check` is what CI runs.
 #![allow(clippy::expect_used, clippy::print_stdout, reason = "a build script talks to cargo by panics and stdout")]
 
-use std::{env, fs, path::Path, process::Command};
+use std::{
+    env, fs,
+    hash::{DefaultHasher, Hash, Hasher},
+    path::Path,
+    process::Command,
+};
 
 const COMMITTED: &str = "bpf/podshaper.bpf.o";
 
@@ -25,6 +30,14 @@ fn main() {
     } else {
         fs::copy(COMMITTED, &output).expect("copy the committed eBPF object");
     }
+    println!("cargo::rustc-env=PODSHAPER_BPF_IDENTITY={}", identity(&fs::read(&output).expect("read the eBPF object")));
+}
+
+/// A number that another object does not have, as text.
+fn identity(object: &[u8]) -> String {
+    let mut hasher = DefaultHasher::new();
+    object.hash(&mut hasher);
+    format!("{:016x}", hasher.finish())
 }
 
 /// In release builds, which abort on a panic; tests unwind. On the machine it was tried on.

@@ -18,6 +18,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use podshaper_abi::Scope;
+
 use crate::{
     cgroup::{self, Hierarchies, PodCgroup},
     direction::Direction,
@@ -39,7 +41,7 @@ pub struct Plan<'a> {
     /// The cgroup its programs are put on.
     pub cgroup: Directory<'a>,
     /// What of the cgroup's traffic is limited.
-    pub scope: Scope<'a>,
+    pub interfaces: Interfaces<'a>,
     /// To what.
     pub limits: Limits,
     /// Which remote addresses that is for.
@@ -50,11 +52,11 @@ pub struct Plan<'a> {
 
 /// Which interfaces are limited.
 #[derive(Clone, Copy)]
-pub enum Scope<'a> {
+pub enum Interfaces<'a> {
     /// One of a network namespace of its own. podshaper may change it.
-    Interface { netns: &'a Path, name: &'a str },
+    One { netns: &'a Path, name: &'a str },
     /// One of the node's, by number, or with 0 every one but loopback. It is left as it is.
-    Node { index: u32 },
+    OfNode { index: u32 },
 }
 
 /// The cgroup of an attachment.
@@ -102,8 +104,8 @@ impl Present {
 
     fn of(place: Place, directory: PathBuf, mut owner: Owner) -> Self {
         owner.interface.complete();
-        let limits = Some(&directory).filter(|directory| pins::is_current(directory));
-        let limits = limits.and_then(|directory| Pinned::at(directory).limits().ok()).map(|both| {
+        let pinned = Some(Pinned::at(&directory)).filter(|_| pins::is_current(&directory));
+        let limits = pinned.and_then(|pinned| pinned.limits(&owner, &pinned.set().ok()?).ok()).map(|both| {
             let [egress, ingress] = both.map(|limit| shaper::limit_of(&limit));
             Limits { egress, ingress }
         });
@@ -128,6 +130,12 @@ impl Present {
 /// [`Code::Kernel`]: somebody else holds the lock and does not let go of it.
 pub fn lock() -> Result<Option<LockedPins>> {
     Pins::existing(Path::new(BPFFS)).map(|pins| pins.lock()).transpose()
+}
+
+/// The other attachments of a pod that share the node's programs with that of a place.
+fn sharing(pins: &Pins, place: &Place) -> Vec<Scope> {
+    let others = pins.sharing(&place.pod).into_iter().filter(|(other, _)| other != place);
+    others.filter_map(|(_, directory)| Some(Pinned::at(&directory).owner().ok()?.scope())).collect()
 }
 
 /// What the other attachments in the namespace of `own`, which is the record of `place`, need there.

@@ -13,7 +13,7 @@ use rscni_plugin::{
 };
 
 use crate::{
-    attachment::{self, Directory, End, Plan, Scope, remove_cgroup_if_made},
+    attachment::{self, Directory, End, Interfaces, Plan, remove_cgroup_if_made},
     cgroup::{self, Hierarchies, PodCgroup, Wanted},
     direction::Direction,
     error::{self, Code, Error, Result},
@@ -138,7 +138,7 @@ fn limit(request: &Request, endpoint: &Endpoint, resolved: Resolved) -> Result<(
     let plan = Plan {
         place: place(endpoint),
         cgroup: Directory::Pod(&cgroup),
-        scope: Scope::Interface { netns: &netns, name: &endpoint.ifname },
+        interfaces: Interfaces::One { netns: &netns, name: &endpoint.ifname },
         limits,
         subnets: &request.config.subnets,
         owner: request.owner(endpoint, &cgroup.path),

@@ -2,11 +2,16 @@
 //!
 //! ```text
 //! /sys/fs/bpf/podshaper/            locked (flock) by whoever changes anything below
-//!   v5/                             layout of what follows: podshaper_abi::LAYOUT
+//!   v6/                             layout of what follows: podshaper_abi::LAYOUT
+//!     %node/                        the node's programs and maps, which its pods share; goes with the last of them
+//!       LIMITS  METERS  ..          maps
+//!       count_egress  ..            programs
 //!     <pod uid or container id>/
+//!       %links/                     the links of the node's programs on this pod's cgroup
+//!         count_egress  ..
 //!       <interface>/                one attachment, whole: it is made under another name and renamed
-//!         OWNER  LIMITS  METERS     maps
-//!         count_egress  ..          links; the last one that goes takes its program along
+//!         OWNER                     a map: whose it is
+//!         LIMITS  ..  count_egress  only of one that cannot share: its own maps and links; the last one that goes takes its program along
 //!       <interface>%new             being made, or (%old) being replaced: left only by a call that was killed
 //!   netns/<inode>/<pod>%on%<interface>   an empty directory for each attachment in that network namespace: see `pins/sharing.rs`
 //! ```
@@ -48,6 +53,12 @@ pub const OWNER: &str = "OWNER";
 pub const LIMITS: &str = "LIMITS";
 /// The map of clocks and counters.
 pub const METERS: &str = "METERS";
+/// The map that says which attachments a cgroup has.
+pub const SCOPES: &str = "SCOPES";
+/// The map of subnets.
+pub const SUBNETS: &str = "SUBNETS";
+/// The map of what the programs know of each socket.
+pub const FLOWS: &str = "FLOWS";
 /// How long a call waits for another one. All of a node's pods may start at once, and each needs a few milliseconds; a runtime gives
 /// up after minutes, without a word of why.
 const LOCK_WAIT: Duration = Duration::from_secs(30);
@@ -56,6 +67,9 @@ const LOCK_RETRY: Duration = Duration::from_millis(1);
 /// Name parts of unfinished attachments. Neither can come out of [`encode`]: '%' is followed by two hexadecimal digits there.
 const NEW: &str = "%new";
 const OLD: &str = "%old";
+/// Directories of what pods and interfaces share. Neither can come out of [`encode`].
+const NODE: &str = "%node";
+const LINKS: &str = "%links";
 
 /// Where one attachment is pinned.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -141,6 +155,29 @@ impl Pins {
         find(&self.root, place)
     }
 
+    /// The directory of the node's programs and maps, of this podshaper's layout.
+    pub fn node(&self) -> PathBuf {
+        self.layout().join(NODE)
+    }
+
+    /// The directory of the links of the node's programs on a pod's cgroup.
+    pub fn links(&self, pod: &str) -> PathBuf {
+        self.layout().join(encode(pod)).join(LINKS)
+    }
+
+    /// The attachments of a pod that share the node's programs.
+    pub fn sharing(&self, pod: &str) -> Vec<(Place, PathBuf)> {
+        let found = directories(&self.layout().join(encode(pod))).into_iter();
+        let attachments = found.filter_map(|(name, path)| Some((decode(&name)?, path)));
+        let attachments = attachments.map(|(interface, path)| (Place { pod: pod.to_owned(), interface }, path));
+        attachments.filter(|(_, path)| path.join(OWNER).exists() && !has_own_maps(path)).collect()
+    }
+
+    /// The directory of this podshaper's layout.
+    fn layout(&self) -> PathBuf {
+        self.root.join(format!("v{LAYOUT}"))
+    }
+
     /// All attachments, of every layout. Unlocked: one may go before it is looked at.
     pub fn list(&self) -> Vec<(Place, PathBuf)> {
         list(&self.root)
@@ -158,7 +195,7 @@ impl Pins {
 
     /// How many directories calls that were killed have left, or calls at work need just now.
     pub fn unfinished(&self) -> usize {
-        let pods = layouts(&self.root).into_iter().flat_map(|layout| directories(&layout));
+        let pods = layouts(&self.root).into_iter().flat_map(|layout| pods(&layout));
         let names = pods.flat_map(|(_, pod)| directories(&pod)).map(|(name, _)| name);
         names.filter(|name| [NEW, OLD].iter().any(|suffix| name.ends_with(suffix))).count()
     }
@@ -179,7 +216,7 @@ impl LockedPins {
         error::all(layouts(&self.root).iter().map(|layout| {
             let pod = layout.join(encode(&place.pod));
             settle(&pod, &encode(&place.interface))?;
-            remove_if_empty(&pod)
+            remove_pod_if_unused(&pod)
         }))?;
         if self.find(place).is_some_and(|directory| is_current(&directory)) {
             self.remove_others(place)
@@ -194,12 +231,12 @@ impl LockedPins {
     /// [`Code::Kernel`] with what the kernel says, of each that could not be cleared.
     pub fn settle_all(&self) -> Result<()> {
         let mut results = Vec::new();
-        for (_, pod) in layouts(&self.root).iter().flat_map(|layout| directories(layout)) {
-            for (name, _) in directories(&pod) {
+        for (_, pod) in layouts(&self.root).iter().flat_map(|layout| pods(layout)) {
+            for (name, _) in directories(&pod).into_iter().filter(|(name, _)| name != LINKS) {
                 let interface = [NEW, OLD].iter().find_map(|suffix| name.strip_suffix(suffix)).unwrap_or(&name);
                 results.push(settle(&pod, interface));
             }
-            results.push(remove_if_empty(&pod));
+            results.push(remove_pod_if_unused(&pod));
         }
         results.extend(self.list().iter().map(|(place, _)| self.settle(place)));
         results.push(self.prune());
@@ -238,9 +275,70 @@ impl LockedPins {
         error::all(others.map(|layout| remove_from(&layout, place)))
     }
 
-    /// The directory of this podshaper's layout.
-    fn layout(&self) -> PathBuf {
-        self.root.join(format!("v{LAYOUT}"))
+    /// Makes the directory of the links on a pod's cgroup. The pod's directory is there.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] with what the kernel says.
+    pub fn make_links(&self, pod: &str) -> Result<PathBuf> {
+        let links = self.links(pod);
+        make_directory(&links)?;
+        Ok(links)
+    }
+
+    /// Removes the links of the node's programs on a pod's cgroup, if there are any: the kernel takes the programs off.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] with what the kernel says.
+    pub fn remove_links(&self, pod: &str) -> Result<()> {
+        remove_directory(&self.links(pod))
+    }
+
+    /// Makes the directory in which the node's programs and maps are then pinned.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] with what the kernel says.
+    pub fn stage_node(&self) -> Result<StagedNode> {
+        let target = self.node();
+        let directory = with_suffix(&target, NEW);
+        remove_directory(&directory)?;
+        for directory in [&self.layout(), &directory] {
+            make_directory(directory)?;
+        }
+        Ok(StagedNode { directory, target })
+    }
+}
+
+/// The node's programs and maps while they are being pinned. Removed when dropped, unless they were committed.
+pub struct StagedNode {
+    directory: PathBuf,
+    target: PathBuf,
+}
+
+impl StagedNode {
+    /// Where to pin.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Puts them in their place.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] with what the kernel says.
+    pub fn commit(self) -> Result<()> {
+        fs::rename(&self.directory, &self.target).map_err(|cause| {
+            let text = format!("rename {} to {}", self.directory.display(), self.target.display());
+            Error::because(Code::Kernel, text, cause)
+        })
+    }
+}
+
+impl Drop for StagedNode {
+    fn drop(&mut self) {
+        let layout = self.target.parent();
+        let removed = remove_directory(&self.directory).and_then(|()| layout.map_or(Ok(()), remove_if_empty));
+        if let Err(error) = removed {
+            log::warn!("{error}");
+        }
     }
 }
 
@@ -295,7 +393,7 @@ impl Staged<'_> {
 impl Drop for Staged<'_> {
     fn drop(&mut self) {
         let removed =
-            remove_directory(&self.directory).and_then(|()| self.directory.parent().map_or(Ok(()), remove_if_empty));
+            remove_directory(&self.directory).and_then(|()| self.directory.parent().map_or(Ok(()), remove_pod_if_unused));
         if let Err(error) = removed {
             log::warn!("{error}");
         }
@@ -313,11 +411,38 @@ pub fn is_current(directory: &Path) -> bool {
     layout_of(directory) == format!("v{LAYOUT}")
 }
 
+/// Whether an attachment has maps and programs of its own, as it had in all layouts before the sixth.
+fn has_own_maps(directory: &Path) -> bool {
+    directory.join(LIMITS).exists()
+}
+
+/// Where the maps of an attachment's programs are.
+pub fn maps_of(directory: &Path) -> PathBuf {
+    match directory.ancestors().nth(2) {
+        Some(layout) if shares(directory) => layout.join(NODE),
+        _ => directory.to_path_buf(),
+    }
+}
+
+/// Where the links of an attachment's programs are.
+pub fn links_of(directory: &Path) -> PathBuf {
+    match directory.parent() {
+        Some(pod) if shares(directory) => pod.join(LINKS),
+        _ => directory.to_path_buf(),
+    }
+}
+
+/// Whether an attachment shares the node's programs.
+pub fn shares(directory: &Path) -> bool {
+    is_current(directory) && !has_own_maps(directory)
+}
+
 /// The links of an attachment of any layout, by name.
 pub fn links(directory: &Path) -> Vec<String> {
-    let names =
-        fs::read_dir(directory).into_iter().flatten().flatten().filter_map(|pin| pin.file_name().into_string().ok());
-    let mut links: Vec<_> = names.filter(|name| ![OWNER, LIMITS, METERS].contains(&name.as_str())).collect();
+    let names = fs::read_dir(links_of(directory)).into_iter().flatten().flatten();
+    let names = names.filter_map(|pin| pin.file_name().into_string().ok());
+    let maps = [OWNER, LIMITS, METERS, SCOPES];
+    let mut links: Vec<_> = names.filter(|name| !maps.contains(&name.as_str())).collect();
     links.sort();
     links
 }
@@ -335,6 +460,29 @@ fn layouts(root: &Path) -> Vec<PathBuf> {
     layouts.into_iter().map(|(_, path)| path).collect()
 }
 
+/// The directories of pods in a layout, by their encoded names.
+fn pods(layout: &Path) -> Vec<(String, PathBuf)> {
+    directories(layout).into_iter().filter(|(name, _)| decode(name).is_some()).collect()
+}
+
+/// Removes a pod's directory, with its links, if there is no attachment in it, finished or not; and with the last pod what it shared.
+fn remove_pod_if_unused(pod: &Path) -> Result<()> {
+    if directories(pod).iter().all(|(name, _)| name == LINKS) {
+        remove_directory(&pod.join(LINKS))?;
+        remove_if_empty(pod)?;
+    }
+    pod.parent().map_or(Ok(()), remove_if_unused)
+}
+
+/// Removes what the pods of a layout shared, if there are none.
+fn remove_if_unused(layout: &Path) -> Result<()> {
+    if !pods(layout).is_empty() {
+        return Ok(());
+    }
+    remove_directory(&layout.join(NODE))?;
+    remove_if_empty(layout)
+}
+
 fn find(root: &Path, place: &Place) -> Option<PathBuf> {
     let below = Path::new(&encode(&place.pod)).join(encode(&place.interface));
     // Without OWNER it is what a killed DEL left.
@@ -347,7 +495,7 @@ fn list(root: &Path) -> Vec<(Place, PathBuf)> {
     let mut layouts = layouts(root);
     layouts.sort();
     for layout in layouts {
-        for (pod, pod_path) in directories(&layout) {
+        for (pod, pod_path) in pods(&layout) {
             for (interface, path) in directories(&pod_path) {
                 if let (Some(pod), Some(interface)) = (decode(&pod), decode(&interface)) {
                     found.push((Place { pod, interface }, path));
@@ -378,7 +526,7 @@ fn remove_from(layout: &Path, place: &Place) -> Result<()> {
     for suffix in [NEW, OLD, ""] {
         remove_directory(&pod.join(encode(&place.interface) + suffix))?;
     }
-    remove_if_empty(&pod)
+    remove_pod_if_unused(&pod)
 }
 
 /// Removes a directory of pins, OWNER last; not being there is no error.

@@ -7,6 +7,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use podshaper_abi::Scope;
 use rscni_plugin::types::{ContainerId, InterfaceName};
 use serde::{Deserialize, Serialize};
 
@@ -181,6 +182,15 @@ pub struct Owner {
     pub uid: Option<String>,
     /// The cgroup directory the programs are attached to.
     pub cgroup: String,
+    /// How the programs know it (`podshaper_abi::Scope`): the interface's number in the pod's network namespace. 0: every interface.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub ifindex: u32,
+    /// .. the key of its limits and meters ..
+    #[serde(skip_serializing_if = "is_zero")]
+    pub slot: u32,
+    /// .. and the number of its list of subnets.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub list: u64,
     /// The administrator's `max` at ADD, in bits per second: what `set` does not go beyond.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_egress: Option<u64>,
@@ -192,7 +202,16 @@ pub struct Owner {
     pub changed: bool,
 }
 
+fn is_zero<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
 impl Owner {
+    /// What the programs find on the cgroup.
+    pub fn scope(&self) -> Scope {
+        Scope { ifindex: self.ifindex, slot: self.slot, list: self.list }
+    }
+
     /// The administrator's `max` at ADD.
     pub fn max(&self, direction: Direction) -> Option<Rate> {
         let max = match direction {

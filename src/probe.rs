@@ -17,11 +17,7 @@ use nix::sched::{CloneFlags, unshare};
 use crate::{
     cgroup::Hierarchies,
     error::{Code, Error, Result},
-    interface::IngressBy,
-    pins, qdisc,
-    request::{Limit, Limits, Source, Subnets},
-    shaper::{self, Queue, Settings},
-    units::Rate,
+    pins, qdisc, shaper,
 };
 
 /// Where STATUS remembers what it has found. A tmpfs: what another boot found is forgotten.
@@ -123,10 +119,7 @@ fn bpffs(path: &Path) -> Result<String> {
 
 /// Loads and drops them: the kernel checks each program and all it uses.
 fn programs(_: &Path) -> Result<String> {
-    let limit = Limit::of(Rate::MAX, Source::Config);
-    let limits = Limits { egress: Some(limit), ingress: Some(limit) };
-    let settings = Settings { ifindex: 0, limits, queue: Queue::Fq, ingress_by: Some(IngressBy::HeldAcks) };
-    shaper::load(&settings, &Subnets::default())?;
+    shaper::try_programs()?;
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     Ok(format!("Linux {} takes them", release.trim()))
 }

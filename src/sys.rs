@@ -6,21 +6,29 @@
 use std::{
     ffi::CString,
     io,
-    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    marker::PhantomData,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     os::unix::ffi::OsStrExt,
     path::Path,
 };
 
-use podshaper_abi::SubnetAddress;
+use podshaper_abi::ListedAddress;
 
 /// Commands of bpf(2) (uapi/linux/bpf.h, `enum bpf_cmd`).
+const BPF_MAP_CREATE: libc::c_long = 0;
 const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
+const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
+const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
 const BPF_LINK_CREATE: libc::c_long = 28;
+const BPF_LINK_UPDATE: libc::c_long = 29;
+
+/// `enum bpf_map_type`
+const BPF_MAP_TYPE_ARRAY: u32 = 2;
 
 /// The kernel's include/linux/errno.h. It is not meant for user space, and gets there all the same.
 const ENOTSUPP: i32 = 524;
@@ -47,6 +55,30 @@ struct LinkCreateAttr {
     target_fd: u32,
     attach_type: u32,
     flags: u32,
+}
+
+/// `union bpf_attr`, the part for BPF_LINK_UPDATE.
+#[repr(C)]
+#[derive(Default)]
+struct LinkUpdateAttr {
+    link_fd: u32,
+    new_prog_fd: u32,
+    flags: u32,
+    old_prog_fd: u32,
+}
+
+/// `union bpf_attr`, the part for BPF_MAP_CREATE.
+#[repr(C)]
+#[derive(Default)]
+struct MapCreateAttr {
+    map_type: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    map_flags: u32,
+    inner_map_fd: u32,
+    numa_node: u32,
+    map_name: [u8; 16],
 }
 
 /// `union bpf_attr`, the part for BPF_OBJ_PIN and BPF_OBJ_GET.
@@ -85,7 +117,7 @@ pub struct CgroupLink {
     reserved_too: u32,
 }
 
-/// `union bpf_attr`, the part for BPF_MAP_LOOKUP_ELEM and BPF_MAP_UPDATE_ELEM.
+/// `union bpf_attr`, the part for one element of a map. BPF_MAP_GET_NEXT_KEY has the next key where the others have the value.
 #[repr(C)]
 #[derive(Default)]
 struct ElementAttr {
@@ -112,12 +144,12 @@ struct BatchAttr {
 
 /// A key of a trie (`struct bpf_lpm_trie_key`).
 #[repr(C)]
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct TrieKey {
-    /// How many bits of the address count.
+    /// How many bits of it count.
     pub bits: u32,
-    /// The address.
-    pub address: SubnetAddress,
+    /// The address in its list.
+    pub address: ListedAddress,
 }
 
 /// `struct bpf_map_info`, its beginning.
@@ -128,6 +160,12 @@ struct MapInfo {
     id: u32,
     key_size: u32,
     value_size: u32,
+}
+
+/// A map, of keys and values of these types.
+pub struct Map<K, V> {
+    fd: OwnedFd,
+    types: PhantomData<(K, V)>,
 }
 
 /// How an element of a map is read.
@@ -174,6 +212,15 @@ pub fn link_to_cgroup(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, hook: Cgr
     bpf_fd(BPF_LINK_CREATE, &mut attr)
 }
 
+/// Has a link run another program from now on. No packet passes in between that neither program sees.
+///
+/// # Errors
+/// What the kernel says; ENOLINK where the cgroup is gone.
+pub fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let (link_fd, new_prog_fd) = (link.as_raw_fd() as u32, program.as_raw_fd() as u32);
+    bpf(BPF_LINK_UPDATE, &mut LinkUpdateAttr { link_fd, new_prog_fd, ..LinkUpdateAttr::default() }).map(drop)
+}
+
 /// What the kernel knows of a cgroup link.
 ///
 /// # Errors
@@ -189,42 +236,146 @@ pub fn cgroup_link(link: BorrowedFd<'_>) -> io::Result<CgroupLink> {
     Ok(info)
 }
 
-/// The first two elements of an array map, which are all that podshaper's have.
-///
-/// # Errors
-/// What the kernel says; `InvalidData` if the map's elements have another size: it is another podshaper's.
-pub fn both_elements<V: aya::Pod + Default>(map: BorrowedFd<'_>, read: Read) -> io::Result<[V; 2]> {
-    check_size::<V>(map)?;
-    let mut values = [V::default(), V::default()];
-    for (index, value) in (0..).zip(&mut values) {
-        look_up(map, index, (&raw mut *value).cast(), read)?;
+impl<K: Copy + Default, V: aya::Pod + Default> Map<K, V> {
+    /// Takes a descriptor for that of a map.
+    ///
+    /// # Errors
+    /// What the kernel says; `InvalidData` if the map's elements have other sizes: it is another podshaper's.
+    pub fn of(fd: OwnedFd) -> io::Result<Self> {
+        let info = map_info(fd.as_fd())?;
+        // The kernel trusts the caller with the sizes.
+        if info.key_size as usize != size_of::<K>() || info.value_size as usize != size_of::<V>() {
+            let (found, own) = ((info.key_size, info.value_size), (size_of::<K>(), size_of::<V>()));
+            let text = format!("its keys and elements have {found:?} bytes and not {own:?}: it is another podshaper's");
+            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+        }
+        Ok(Self { fd, types: PhantomData })
     }
-    Ok(values)
+
+    /// The element of a key; `None` where there is none.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn get(&self, key: &K, read: Read) -> io::Result<Option<V>> {
+        let mut value = V::default();
+        let attr = self.attr(key, (&raw mut value) as u64, read as u64);
+        found(self.element(BPF_MAP_LOOKUP_ELEM, attr)).map(|found| found.map(|()| value))
+    }
+
+    /// Writes the element of a key.
+    ///
+    /// # Errors
+    /// What the kernel says; E2BIG where the map is full.
+    pub fn set(&self, key: &K, value: &V) -> io::Result<()> {
+        self.element(BPF_MAP_UPDATE_ELEM, self.attr(key, (&raw const *value) as u64, 0))
+    }
+
+    /// Removes the element of a key, if there is one.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn remove(&self, key: &K) -> io::Result<()> {
+        found(self.element(BPF_MAP_DELETE_ELEM, self.attr(key, 0, 0))).map(drop)
+    }
+
+    /// All keys.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn keys(&self) -> io::Result<Vec<K>> {
+        let mut keys = Vec::new();
+        loop {
+            let mut next = K::default();
+            let last = keys.last().map_or(0, |last| &raw const *last as u64);
+            let attr = ElementAttr {
+                map_fd: self.fd.as_raw_fd() as u32,
+                key: last,
+                value: (&raw mut next) as u64,
+                ..ElementAttr::default()
+            };
+            match found(self.element(BPF_MAP_GET_NEXT_KEY, attr))? {
+                Some(()) => keys.push(next),
+                None => return Ok(keys),
+            }
+        }
+    }
+
+    fn attr(&self, key: &K, value: u64, flags: u64) -> ElementAttr {
+        let map_fd = self.fd.as_raw_fd() as u32;
+        ElementAttr { map_fd, key: &raw const *key as u64, value, flags, ..ElementAttr::default() }
+    }
+
+    fn element(&self, command: libc::c_long, mut attr: ElementAttr) -> io::Result<()> {
+        bpf(command, &mut attr).map(drop)
+    }
 }
 
-/// An element of an array map of any size of elements.
+impl<K, V> AsFd for Map<K, V> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// `None` where the kernel says that there is no such element.
+fn found(result: io::Result<()>) -> io::Result<Option<()>> {
+    match result {
+        Err(cause) if cause.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        result => result.map(Some),
+    }
+}
+
+/// Makes an array map of one element, which is these bytes.
 ///
 /// # Errors
 /// What the kernel says.
-pub fn element_bytes(map: BorrowedFd<'_>, index: u32) -> io::Result<Vec<u8>> {
+pub fn new_element(name: &str, bytes: &[u8]) -> io::Result<OwnedFd> {
+    // Before Linux 5.11 maps count against this limit, which is 64 KiB on many nodes. Root may raise it.
+    let unlimited = libc::RLIM_INFINITY;
+    let _ = nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_MEMLOCK, unlimited, unlimited);
+    let mut map_name = [0; 16];
+    map_name.iter_mut().zip(name.bytes().take(15)).for_each(|(to, from)| *to = from);
+    let mut attr = MapCreateAttr {
+        map_type: BPF_MAP_TYPE_ARRAY,
+        key_size: 4,
+        value_size: bytes.len() as u32,
+        max_entries: 1,
+        map_name,
+        ..MapCreateAttr::default()
+    };
+    let map = bpf_fd(BPF_MAP_CREATE, &mut attr)?;
+    set_element_bytes(map.as_fd(), bytes)?;
+    Ok(map)
+}
+
+/// The first element of an array map of any size of elements.
+///
+/// # Errors
+/// What the kernel says.
+pub fn element_bytes(map: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
     // The kernel copies elements in units of eight bytes.
-    let mut value = vec![0; value_size(map)?.next_multiple_of(8)];
-    look_up(map, index, value.as_mut_ptr(), Read::Plain)?;
+    let mut value = vec![0; element_size(map)?.next_multiple_of(8)];
+    let (map_fd, key) = (map.as_raw_fd() as u32, 0u32);
+    let value_at = value.as_mut_ptr() as u64;
+    let mut attr = ElementAttr { map_fd, key: &raw const key as u64, value: value_at, ..ElementAttr::default() };
+    bpf(BPF_MAP_LOOKUP_ELEM, &mut attr)?;
     Ok(value)
 }
 
-/// Writes an element of an array map.
+/// Writes the first element of an array map, with zeros behind these bytes.
 ///
 /// # Errors
-/// What the kernel says; `InvalidData` if the map's elements have another size.
-pub fn set_element<V: aya::Pod>(map: BorrowedFd<'_>, index: u32, value: &V) -> io::Result<()> {
-    check_size::<V>(map)?;
-    let mut attr = ElementAttr {
-        map_fd: map.as_raw_fd() as u32,
-        key: &raw const index as u64,
-        value: &raw const *value as u64,
-        ..ElementAttr::default()
-    };
+/// What the kernel says; `InvalidData` if the map's elements are shorter.
+pub fn set_element_bytes(map: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
+    let size = element_size(map)?;
+    if bytes.len() > size {
+        let text = format!("its elements have {size} bytes, and this takes {}", bytes.len());
+        return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+    }
+    let mut value = bytes.to_vec();
+    value.resize(size.next_multiple_of(8), 0);
+    let (map_fd, key) = (map.as_raw_fd() as u32, 0u32);
+    let value_at = value.as_ptr() as u64;
+    let mut attr = ElementAttr { map_fd, key: &raw const key as u64, value: value_at, ..ElementAttr::default() };
     bpf(BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
 }
 
@@ -263,36 +414,19 @@ pub fn insert_all(map: BorrowedFd<'_>, keys: &[TrieKey], values: &[u32]) -> io::
     }
 }
 
-/// `value` has room for an element.
-fn look_up(map: BorrowedFd<'_>, index: u32, value: *mut u8, read: Read) -> io::Result<()> {
-    let map_fd = map.as_raw_fd() as u32;
-    let mut attr =
-        ElementAttr { map_fd, key: &raw const index as u64, value: value as u64, flags: read as u64, reserved: 0 };
-    bpf(BPF_MAP_LOOKUP_ELEM, &mut attr).map(drop)
-}
-
-/// The kernel trusts the caller with the size.
-fn check_size<V>(map: BorrowedFd<'_>) -> io::Result<()> {
-    match value_size(map)? {
-        size if size == size_of::<V>() => Ok(()),
-        size => {
-            let text = format!("its elements have {size} bytes and not {}: it is another podshaper's", size_of::<V>());
-            Err(io::Error::new(io::ErrorKind::InvalidData, text))
-        }
-    }
-}
-
 /// Bytes of an element, from the kernel; that the object is an array map with 32-bit keys is checked with it.
-fn value_size(map: BorrowedFd<'_>) -> io::Result<usize> {
-    const BPF_MAP_TYPE_ARRAY: u32 = 2;
-    let mut info = MapInfo::default();
-    let info_len = size_of::<MapInfo>() as u32;
-    let mut attr = InfoAttr { bpf_fd: map.as_raw_fd() as u32, info_len, info: &raw mut info as u64 };
-    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
-    match info {
+fn element_size(map: BorrowedFd<'_>) -> io::Result<usize> {
+    match map_info(map)? {
         MapInfo { map_type: BPF_MAP_TYPE_ARRAY, key_size: 4, value_size, .. } => Ok(value_size as usize),
         _ => Err(io::Error::new(io::ErrorKind::InvalidData, "it is no array map: not podshaper's")),
     }
+}
+
+fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {
+    let mut info = MapInfo::default();
+    let info_len = size_of::<MapInfo>() as u32;
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut InfoAttr { bpf_fd: map.as_raw_fd() as u32, info_len, info: &raw mut info as u64 })?;
+    Ok(info)
 }
 
 /// Has a signal do nothing, where it would end the process. Unlike one that is ignored, it is back to normal in a program that is

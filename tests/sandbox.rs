@@ -20,19 +20,23 @@ use super::harness::cgroup::{self, Driver, PodCgroup};
 use super::harness::cni::{Call, Cni};
 use super::harness::netns::Netns;
 use super::harness::pod::{container_id, uuid};
-use super::harness::{process, unique};
+use super::harness::{meter, process, unique};
 use super::netlink;
 
 /// Where podshaper of this layout pins.
-pub const PINS: &str = "/sys/fs/bpf/podshaper/v5";
+pub const PINS: &str = "/sys/fs/bpf/podshaper/v6";
+/// Where it pins the programs and maps that its pods share.
+pub const NODE: &str = "/sys/fs/bpf/podshaper/v6/%node";
 /// What a sandbox asks for unless told otherwise, in bits per second.
 pub const RATE: u64 = 10_000_000;
 /// How long the kernel may take to free what nothing refers to any more: it does so after a grace period of RCU, in a worker.
 const FREED_AFTER: Duration = Duration::from_secs(2);
 /// It frees maps one after the other, each after a few grace periods: a thousand of them take a slow kernel minutes.
 const NEXT_FREED_AFTER: Duration = Duration::from_secs(10);
-/// The pins of one attachment with an egress limit.
-pub const ATTACHMENT: [&str; 6] = ["LIMITS", "METERS", "OWNER", "count_egress", "note_setsockopt", "pace_tcp"];
+/// The pins of an attachment that shares the node's programs.
+pub const ATTACHMENT: [&str; 1] = ["OWNER"];
+/// The directory of a pod's links, and those of one egress limit.
+pub const LINKS: (&str, [&str; 3]) = ("%links", ["count_egress", "note_setsockopt", "pace_tcp"]);
 /// The programs on a cgroup with one such attachment: where, and which.
 pub const PROGRAMS: [(&str, &str); 3] =
     [("cgroup_inet_egress", "count_egress"), ("cgroup_setsockopt", "note_setsockopt"), ("cgroup_sock_ops", "pace_tcp")];
@@ -49,11 +53,11 @@ pub struct Sandbox {
     pub stdin: Map<String, Value>,
 }
 
-/// Programs and maps of an attachment, by id. The kernel does not use an id again before all 2^31 have been.
+/// What attachments have in the kernel: maps by id, which the kernel does not use again before all 2^31 have been, and slots.
 #[derive(Debug, Default)]
 pub struct Objects {
-    programs: BTreeSet<u64>,
     maps: BTreeSet<u64>,
+    slots: BTreeSet<u64>,
 }
 
 impl Sandbox {
@@ -154,24 +158,23 @@ impl Sandbox {
 
     /// Who the attachment of an interface is recorded to belong to; the interface as it is spelt in the pins.
     pub fn owner(&self, interface: &str) -> Value {
-        let dump = dump(&self.pod_directory().join(interface).join("OWNER"));
-        let bytes: Vec<u8> = serde_json::from_value(dump[0].clone()).unwrap();
-        let json: Vec<u8> = bytes.into_iter().take_while(|byte| *byte != 0).collect();
-        serde_json::from_slice(&json).unwrap()
+        meter::owner(&self.pod_directory().join(interface)).unwrap()
     }
 
     /// Writes another record of an attachment, whatever it says.
     pub fn write_owner(&self, text: &str) {
         let path = self.pod_directory().join("eth0/OWNER").display().to_string();
+        let size = bpftool(&["map", "show", "pinned", &path]).unwrap()["bytes_value"].as_u64().unwrap() as usize;
         let mut bytes: Vec<String> = text.bytes().map(|byte| byte.to_string()).collect();
-        bytes.resize(podshaper_abi::OWNER_SIZE, "0".to_owned());
+        assert!(bytes.len() <= size, "the record has room for {size} bytes");
+        bytes.resize(size, "0".to_owned());
         let update = ["map", "update", "pinned", &path, "key", "0", "0", "0", "0", "value"];
         process::run(Command::new("bpftool").args(update).args(&bytes)).unwrap();
     }
 
     /// The rates in the limits map: egress and ingress, 0 for none.
     pub fn rates(&self, interface: &str) -> [u64; 2] {
-        let limits = dump(&self.pod_directory().join(interface).join("LIMITS"));
+        let limits = meter::limits(&self.pod_directory().join(interface)).unwrap();
         [0, 1].map(|direction| limits[direction]["rate_bits_per_s"].as_u64().unwrap())
     }
 
@@ -210,18 +213,14 @@ impl Sandbox {
         pins.into_iter().find(is_its).map(|(_, pin)| pin).unwrap_or_default()
     }
 
-    /// The programs of the pod's links and the maps of both.
+    /// What the pod's attachments have in the kernel beside their links.
     pub fn objects(&self) -> Objects {
         let mut objects = Objects::default();
-        let id = |value: &Value| value.as_u64().unwrap();
-        for program in programs_on(self.cgroup.path()) {
-            objects.programs.insert(id(&program["id"]));
-            let program = bpftool(&["prog", "show", "id", &program["id"].to_string()]).unwrap();
-            objects.maps.extend(program["map_ids"].as_array().unwrap().iter().map(id));
-        }
-        for interface in self.pins().keys() {
+        for interface in self.pins().keys().filter(|name| *name != LINKS.0) {
             let owner = self.pod_directory().join(interface).join("OWNER");
-            objects.maps.insert(id(&bpftool(&["map", "show", "pinned", owner.to_str().unwrap()]).unwrap()["id"]));
+            let id = bpftool(&["map", "show", "pinned", owner.to_str().unwrap()]).unwrap()["id"].as_u64().unwrap();
+            objects.maps.insert(id);
+            objects.slots.insert(self.owner(interface)["slot"].as_u64().unwrap());
         }
         objects
     }
@@ -254,7 +253,10 @@ impl Sandbox {
     #[track_caller]
     pub fn assert_limited(&self, container_id: &str, egress: u64) {
         let whole = ATTACHMENT.map(String::from).to_vec();
-        assert_eq!(self.pins(), BTreeMap::from([("eth0".to_owned(), whole)]));
+        let mut pins = self.pins();
+        let links = pins.remove(LINKS.0).unwrap();
+        assert!(LINKS.1.iter().all(|name| links.iter().any(|link| link == name)), "{links:?}");
+        assert_eq!(pins, BTreeMap::from([("eth0".to_owned(), whole)]));
         assert_eq!(self.owner("eth0")["containerId"], container_id);
         self.assert_rates([egress, 0]);
     }
@@ -279,24 +281,26 @@ impl Objects {
     /// That the kernel has freed all of them.
     #[track_caller]
     pub fn assert_freed(&self) {
-        assert!(!self.programs.is_empty() && !self.maps.is_empty(), "there were none: {self:?}");
+        assert!(!self.slots.is_empty() && !self.maps.is_empty(), "there were none: {self:?}");
+        let slots: BTreeSet<u64> = meter::slots().unwrap();
+        assert!(self.slots.is_disjoint(&slots), "limits left: {:?}", &self.slots & &slots);
         let mut fewest = usize::MAX;
         loop {
-            let there = (loaded("prog"), loaded("map"));
-            let left = (&self.programs & &there.0, &self.maps & &there.1);
-            if left.0.is_empty() && left.1.is_empty() {
+            let there = maps();
+            let left = &self.maps & &there;
+            if left.is_empty() {
                 return;
             }
             // Of all there are, since others of this test may be before these.
-            fewest = fewest.min(there.0.len() + there.1.len());
-            let fewer = || loaded("prog").len() + loaded("map").len() < fewest;
-            assert!(within(NEXT_FREED_AFTER, fewer), "programs and maps left: {left:?}");
+            fewest = fewest.min(there.len());
+            let fewer = || maps().len() < fewest;
+            assert!(within(NEXT_FREED_AFTER, fewer), "maps left: {left:?}");
         }
     }
 
     pub fn extend(&mut self, other: Objects) {
-        self.programs.extend(other.programs);
         self.maps.extend(other.maps);
+        self.slots.extend(other.slots);
     }
 }
 
@@ -420,16 +424,11 @@ fn programs_on(cgroup: &Path) -> Vec<Value> {
     found.unwrap().as_array().cloned().unwrap_or_default()
 }
 
-fn loaded(kind: &str) -> BTreeSet<u64> {
+/// Ids of all maps.
+fn maps() -> BTreeSet<u64> {
     // One of another test may go while bpftool looks.
-    let all = (0..5).find_map(|_| bpftool(&[kind, "show"]).ok()).unwrap();
+    let all = (0..5).find_map(|_| bpftool(&["map", "show"]).ok()).unwrap();
     all.as_array().into_iter().flatten().map(|object| object["id"].as_u64().unwrap()).collect()
-}
-
-/// The values of a pinned map, in the order of their keys, as BTF describes them.
-fn dump(pin: &Path) -> Vec<Value> {
-    let dump = bpftool(&["map", "dump", "pinned", pin.to_str().unwrap()]).unwrap();
-    dump.as_array().unwrap().iter().map(|entry| entry["formatted"]["value"].clone()).collect()
 }
 
 fn bpftool(arguments: &[&str]) -> Result<Value, String> {

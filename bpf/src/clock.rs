@@ -4,10 +4,12 @@
 //! no compare-and-exchange, and an idle clock must be moved *up to* a time as well as *by* one: hence a spin lock
 //! (`bpf_spin_lock`, which disables interrupts while it is held). It is held for a few stores; the division is done before.
 
+use core::ptr::NonNull;
+
 use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_spin_lock, bpf_spin_unlock};
 use podshaper_abi::{
-    Clock, DATAGRAM, FRESH, FRESH_COST, Meter, QUEUE_NONE, SPARSE, SPARSE_COST, STREAM, advance_privilege,
-    backlog_bucket, fair_wait_ns, usual_bytes,
+    Clock, DATAGRAM, DIRECTIONS, FRESH, FRESH_COST, Limit, Meter, Meters, SPARSE, SPARSE_COST, STREAM,
+    advance_privilege, backlog_bucket, fair_wait_ns, usual_bytes,
 };
 
 use crate::maps;
@@ -19,91 +21,132 @@ pub fn now_ns() -> u64 {
     unsafe { bpf_ktime_get_ns() }
 }
 
-/// Virtual backlog of a direction in nanoseconds that a packet of `own_ns` more would leave; 0 without a limit. `is_bulk` (1 or 0): as those see
-/// it that leave the last of the burst to others. Read without the lock: a number that is one packet old makes one segment's pace a little
-/// wrong, and the next one, which sees both, makes up for it.
-///
-/// A global function, as all that follow and for all of them: the verifier checks it by itself, once, and not together with every way
-/// that leads to it. Its check is much of the time an ADD takes. They can be given numbers only, and give one back.
-#[inline(never)]
-#[unsafe(no_mangle)]
-pub extern "C" fn backlog(direction: u64, own_ns: u64, is_bulk: u64) -> u64 {
-    let direction = direction as u32;
-    let (Some(limit), Some(meter)) = (maps::limit(direction), maps::meter(direction)) else { return 0 };
-    // SAFETY: the verifier checked the pointer; an aligned u64 is loaded whole. Volatile: other CPUs write it.
-    let next_ns = unsafe { (&raw const (*meter).clock.next_ns).read_volatile() };
-    let now_ns = now_ns();
-    let caught_up_ns = Clock::caught_up_ns(next_ns, now_ns, limit.burst_ns);
-    let kept_ns = limit.kept_ns * is_bulk;
-    Clock::backlog_ns(caught_up_ns + kept_ns + own_ns, now_ns)
+/// The virtual link of one direction of an attachment: its limit, and its clock.
+#[derive(Clone, Copy)]
+pub struct Link {
+    /// The attachment and the direction, as one number: see [`admit`].
+    key: u64,
+    limit: Limit,
+    meters: NonNull<Meters>,
+    direction: usize,
 }
 
-/// How long the virtual link takes for a packet, in nanoseconds; 0 without a limit.
-#[inline(never)]
-#[unsafe(no_mangle)]
-pub extern "C" fn transmit_ns(direction: u64, wire_bytes: u64, segments: u64) -> u64 {
-    maps::limit(direction as u32).map_or(0, |limit| limit.transmit_time(wire_bytes, segments).ns)
-}
-
-/// Whether the flows of this class, `SPARSE` or `FRESH`, have had less than their part of the rate lately (1 or 0). Read without the lock,
-/// as in [`backlog`].
-#[inline(never)]
-#[unsafe(no_mangle)]
-pub extern "C" fn has_room(direction: u64, class: u64) -> u64 {
-    let Some(meter) = maps::meter(direction as u32) else { return 0 };
-    // SAFETY: as in `backlog`.
-    let next_ns = unsafe {
-        if class == SPARSE {
-            (&raw const (*meter).sparse_ns).read_volatile()
-        } else {
-            (&raw const (*meter).fresh_ns).read_volatile()
+impl Link {
+    /// The link of a direction; `None` where that has no limit.
+    #[inline(always)]
+    pub fn of(slot: u32, direction: u32) -> Option<Self> {
+        let direction = direction as usize;
+        let limit = maps::limits(slot)?[direction];
+        let meters = maps::meters(slot)?;
+        // Both or neither are 0; the one that is divided by is seen not to be.
+        if limit.rate_bits_per_s == 0 || limit.link_bits_per_s == 0 {
+            return None;
         }
-    };
-    (next_ns <= now_ns()).into()
+        Some(Self { key: u64::from(slot) << 1 | direction as u64, limit, meters, direction })
+    }
+
+    /// Its limit.
+    #[inline(always)]
+    pub fn limit(&self) -> &Limit {
+        &self.limit
+    }
+
+    /// Virtual backlog in nanoseconds that a packet of `own_ns` more would leave. `is_bulk`: as those see it that leave the last of the burst
+    /// to others. Read without the lock: a number that is one packet old makes one segment's pace a little wrong, and the next one, which sees
+    /// both, makes up for it.
+    #[inline(always)]
+    pub fn backlog_ns(&self, now_ns: u64, own_ns: u64, is_bulk: bool) -> u64 {
+        // SAFETY: the verifier checked the pointer; an aligned u64 is loaded whole. Volatile: other CPUs write it.
+        let next_ns = unsafe { (&raw const (*self.meter()).clock.next_ns).read_volatile() };
+        let caught_up_ns = Clock::caught_up_ns(next_ns, now_ns, self.limit.burst_ns);
+        let kept_ns = if is_bulk { self.limit.kept_ns } else { 0 };
+        Clock::backlog_ns(caught_up_ns + kept_ns + own_ns, now_ns)
+    }
+
+    /// How long the link takes for a packet, in nanoseconds.
+    #[inline(always)]
+    pub fn transmit_ns(&self, wire_bytes: u64, segments: u64) -> u64 {
+        self.limit.transmit_time(wire_bytes, segments).ns
+    }
+
+    /// Whether the flows of this class, `SPARSE` or `FRESH`, have had less than their part of the rate lately. Read without the lock, as in
+    /// [`Link::backlog_ns`].
+    #[inline(always)]
+    pub fn has_room(&self, class: u64, now_ns: u64) -> bool {
+        // SAFETY: as in `backlog_ns`.
+        let (sparse_ns, fresh_ns) = unsafe {
+            (
+                (&raw const (*self.meter()).sparse_ns).read_volatile(),
+                (&raw const (*self.meter()).fresh_ns).read_volatile(),
+            )
+        };
+        (if class == SPARSE { sparse_ns } else { fresh_ns }) <= now_ns
+    }
+
+    /// How long the sender of a packet is to wait after it: for itself to drain, and for what is before it in proportion to its part. Counts
+    /// the packet in the mean of what flows send between two waits (`burst`: this one, with this packet).
+    #[inline(always)]
+    pub fn fair_wait_ns(&self, wire_bytes: u64, burst: u64, own_ns: u64, backlog_ns: u64) -> u64 {
+        let own_ns = own_ns.min(backlog_ns);
+        // SAFETY: the verifier checked the pointer; an aligned u64 is loaded and stored whole. Volatile: other CPUs write it. What two of
+        // them lose is one packet of a mean.
+        let mean = unsafe { &raw mut (*self.meter()).usual_bytes };
+        let before = unsafe { mean.read_volatile() };
+        unsafe { mean.write_volatile(mean_of(before, burst, own_ns, backlog_ns)) };
+        fair_wait(backlog_ns, own_ns, wire_bytes, before)
+    }
+
+    /// Whether a packet of this class that finds this backlog is to be marked, if it is ECN-capable.
+    #[inline(always)]
+    pub fn is_marked(&self, class: u64, backlog_ns: u64) -> bool {
+        let mark_ns = match class {
+            STREAM => self.limit.stream_mark_ns,
+            DATAGRAM => self.limit.datagram_mark_ns,
+            _ => u64::MAX,
+        };
+        backlog_ns > mark_ns
+    }
+
+    /// Counts a packet of this class; false where it must be dropped. `is_marked`: it has the congestion mark.
+    #[inline(always)]
+    pub fn admits(&self, bytes: u64, segments: u64, class: u64, is_marked: bool) -> bool {
+        admit(self.key, bytes, segments, class, is_marked.into()) != 0
+    }
+
+    #[inline(always)]
+    fn meter(&self) -> *mut Meter {
+        // SAFETY: the direction is one of two.
+        unsafe { (&raw mut (*self.meters.as_ptr()).of).cast::<Meter>().add(self.direction) }
+    }
 }
 
-/// How long the sender of a packet is to wait after it: for itself to drain, and for what is before it in proportion to its part. Counts the
-/// packet in the mean of what flows send between two waits (`burst`: this one, with this packet).
+/// [`usual_bytes`], as a global function: the verifier checks it by itself, once, and not together with every way that leads to it. A global
+/// function can be given numbers only, and gives one back.
 #[inline(never)]
 #[unsafe(no_mangle)]
-pub extern "C" fn fair_wait(direction: u64, wire_bytes: u64, burst: u64, own_ns: u64, backlog_ns: u64) -> u64 {
-    let Some(meter) = maps::meter(direction as u32) else { return 0 };
-    let own_ns = own_ns.min(backlog_ns);
-    // SAFETY: the verifier checked the pointer; an aligned u32 is loaded and stored whole. Volatile: other CPUs write it. What two of
-    // them lose is one packet of a mean.
-    let mean = unsafe { &raw mut (*meter).usual_bytes };
-    let before = u64::from(unsafe { mean.read_volatile() });
-    unsafe { mean.write_volatile(usual_bytes(before, burst, own_ns, backlog_ns) as u32) };
+pub extern "C" fn mean_of(before: u64, burst: u64, own_ns: u64, backlog_ns: u64) -> u64 {
+    usual_bytes(before, burst, own_ns, backlog_ns)
+}
+
+/// [`fair_wait_ns`], as a global function.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn fair_wait(backlog_ns: u64, own_ns: u64, wire_bytes: u64, before: u64) -> u64 {
     fair_wait_ns(backlog_ns, own_ns, wire_bytes, before)
 }
 
-/// Where the packets of a direction wait: `QUEUE_NONE` and so on.
+/// Counts a packet of this class: moves the clock and returns the number of segments that pass, all or none: 0 where the backlog is beyond
+/// what such a packet may find. Then it must be dropped. `key`: the attachment's slot, and in the lowest bit the direction. `is_marked` (1 or
+/// 0): it has the congestion mark.
 #[inline(never)]
 #[unsafe(no_mangle)]
-pub extern "C" fn queue(direction: u64) -> u64 {
-    maps::limit(direction as u32).map_or(QUEUE_NONE, |limit| limit.queue)
-}
-
-/// Whether a packet of this class that finds this backlog is to be marked (1 or 0), if it is ECN-capable.
-#[inline(never)]
-#[unsafe(no_mangle)]
-pub extern "C" fn is_marked(direction: u64, class: u64, backlog_ns: u64) -> u64 {
-    let Some(limit) = maps::limit(direction as u32) else { return 0 };
-    let mark_ns = match class {
-        STREAM => limit.stream_mark_ns,
-        DATAGRAM => limit.datagram_mark_ns,
-        _ => u64::MAX,
-    };
-    (backlog_ns > mark_ns).into()
-}
-
-/// Counts a packet of this class: moves the direction's clock and returns the number of segments that pass, all or none: 0 where
-/// the backlog is beyond what such a packet may find. Then it must be dropped. `is_marked` (1 or 0): it has the congestion mark.
-#[inline(never)]
-#[unsafe(no_mangle)]
-pub extern "C" fn admit(direction: u64, bytes: u64, segments: u64, class: u64, is_marked: u64) -> u64 {
-    let direction = direction as u32;
-    let (Some(limit), Some(meter)) = (maps::limit(direction), maps::meter(direction)) else { return segments };
+pub extern "C" fn admit(key: u64, bytes: u64, segments: u64, class: u64, is_marked: u64) -> u64 {
+    let (slot, direction) = ((key >> 1) as u32, key as usize & (DIRECTIONS - 1));
+    let (Some(limits), Some(meters)) = (maps::limits(slot), maps::meters(slot)) else { return segments };
+    let limit = limits[direction];
+    if limit.link_bits_per_s == 0 {
+        return segments;
+    }
     let bound_ns = match class {
         STREAM => limit.horizon_ns,
         DATAGRAM => limit.datagram_bound_ns,
@@ -114,11 +157,12 @@ pub extern "C" fn admit(direction: u64, bytes: u64, segments: u64, class: u64, i
     let fresh_cost = if class == FRESH { FRESH_COST } else { 0 };
     let now_ns = now_ns();
     let time = limit.transmit_time(bytes, segments);
-    // SAFETY: `meter` points to a whole value of METERS, whose first field is the lock.
-    unsafe { bpf_spin_lock(meter.cast()) };
+    let meters = meters.as_ptr();
+    // SAFETY: `meters` points to a whole value of METERS, whose first field is the lock.
+    unsafe { bpf_spin_lock(meters.cast()) };
     // SAFETY: the lock is held: nobody else reads or writes these fields but the functions above, which expect it. The verifier allows
     // no call under the lock, so all of what follows is inlined.
-    let Meter { clock, sparse_ns, fresh_ns, counters, .. } = unsafe { &mut *meter };
+    let Meter { clock, sparse_ns, fresh_ns, counters, .. } = unsafe { &mut (&mut (*meters).of)[direction] };
     let backlog_ns = Clock::backlog_ns(clock.next_ns, now_ns);
     counters.max_backlog_ns = counters.max_backlog_ns.max(backlog_ns);
     let admitted = backlog_ns <= bound_ns;
@@ -134,6 +178,6 @@ pub extern "C" fn admit(direction: u64, bytes: u64, segments: u64, class: u64, i
         counters.drops += segments;
     }
     // SAFETY: as above.
-    unsafe { bpf_spin_unlock(meter.cast()) };
+    unsafe { bpf_spin_unlock(meters.cast()) };
     if admitted { segments } else { 0 }
 }

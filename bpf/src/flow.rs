@@ -22,8 +22,8 @@ pub struct Flow {
     pub set_bytes_per_s: u64,
     /// The pace that its last segment was given, in bytes/s. 0: it has been raised since.
     pub paced_bytes_per_s: u64,
-    /// Whether the socket's last packet left by the attachment's interface (u64 and not bool: no padding).
-    pub is_ours: u64,
+    /// The attachment by whose interface the socket's last packet left, as the maps know it (u64: no padding). 0: none of ours.
+    pub slot: u64,
     /// When a link of the ingress limit would have delivered what the remote sent before anything could slow it: no answer to that leaves
     /// earlier. 0: there is nothing to wait for.
     pub answer_from_ns: u64,

@@ -2,8 +2,9 @@
 //! [`turn`] (which packet leaves at once and which waits), [`clock`] (the pod clock), [`pace`] (TCP out), [`window`] (TCP in), [`flow`] (what
 //! is remembered of a socket), [`packet`] (bytes on the wire), [`subnets`] (what is exempt), [`maps`].
 //!
-//! Every attachment is a load of its own, with its own maps. All programs run in the context of whoever sends, on any CPU, many
-//! at once; what they share is in `METERS`, under its lock.
+//! A node has the programs and maps once. A program learns from the storage of the cgroup for which it runs which attachments are on that,
+//! and finds their numbers in the maps. All programs run in the context of whoever sends, on any CPU, many at once; what they share is in
+//! `METERS`, under its lock.
 #![no_std]
 #![no_main]
 
@@ -20,7 +21,6 @@ mod window;
 use core::ptr::NonNull;
 
 use aya_ebpf::{
-    Global,
     bindings::{
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_HDR_OPT_LEN_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
         BPF_SOCK_OPS_RTT_CB, BPF_SOCK_OPS_RWND_INIT, BPF_TCP_LISTEN, bpf_sock,
@@ -30,14 +30,10 @@ use aya_ebpf::{
     programs::{SkBuffContext, SockOpsContext, SockoptContext},
 };
 use podshaper_abi::{
-    DATAGRAM, EGRESS, FRESH, HTB_QUEUE, INGRESS, LOOPBACK_IFINDEX, ORDERED, QDISC_MAJOR, QUEUE_FQ, QUEUE_HTB, STREAM,
+    DATAGRAM, EGRESS, FRESH, HTB_QUEUE, INGRESS, ORDERED, QDISC_MAJOR, QUEUE_FQ, QUEUE_HTB, STREAM, Scope,
 };
 
-use crate::{flow::Flow, packet::Wire, subnets::Remote, turn::Packet};
-
-/// The attachment's interface, in the pod's network namespace. 0: every interface but loopback.
-#[unsafe(no_mangle)]
-static IFINDEX: Global<u32> = Global::new(0);
+use crate::{clock::Link, flow::Flow, packet::Wire, subnets::Remote, turn::Packet};
 
 /// What a flow that is not TCP may send as a sparse one, in bytes on the wire: two full packets of the usual MTU. (Of TCP it is two
 /// segments.)
@@ -61,49 +57,50 @@ const CONTINUE: i32 = 1;
 #[cgroup_skb(egress)]
 pub fn count_egress(ctx: SkBuffContext) -> i32 {
     let socket = packet::full_socket(&ctx);
-    if !is_ours(&ctx, Remote::DESTINATION) {
+    let Some(scope) = scope_of(&ctx, Remote::DESTINATION) else {
         leave(socket);
         return PASS;
-    }
+    };
     // SAFETY: `full_socket` returns what `bpf_sk_fullsock` gave.
     let mut flow = socket.and_then(|socket| unsafe { maps::flow_or_new(socket) });
     let mut departs_ns = 0;
     if let Some(flow) = flow.as_deref_mut() {
-        flow.is_ours = 1;
+        flow.slot = scope.slot.into();
         departs_ns = core::mem::take(&mut flow.window.hold_until_ns).max(answer_departs_ns(&ctx, flow));
     }
-    let Some(limit) = maps::limit(EGRESS) else {
+    let Some(link) = Link::of(scope.slot, EGRESS) else {
         // Of a pod with an ingress limit alone.
         depart(&ctx, departs_ns);
         return PASS;
     };
     let wire = Wire::of(&ctx);
-    let before_ns = clock::backlog(EGRESS.into(), 0, 0);
-    let class = class_of(EGRESS, &wire, socket, flow);
+    let now_ns = clock::now_ns();
+    let before_ns = link.backlog_ns(now_ns, 0, false);
+    let class = class_of(EGRESS, &link, &wire, socket, flow);
     if matches!(class, STREAM | DATAGRAM | ORDERED) {
-        match limit.queue {
-            QUEUE_FQ => departs_ns = departs_ns.max(clock::now_ns() + before_ns),
+        match link.limit().queue {
+            QUEUE_FQ => departs_ns = departs_ns.max(now_ns + before_ns),
             QUEUE_HTB => wait_in_htb(&ctx),
             _ => {}
         }
     }
     depart(&ctx, departs_ns);
-    if admit(&ctx, EGRESS, &wire, class, before_ns) { PASS } else { DROP }
+    if admit(&ctx, &link, &wire, class, before_ns) { PASS } else { DROP }
 }
 
 /// Called for every packet that reaches a socket of the pod, as a whole (GRO). Counts it on the clock.
 #[cgroup_skb(ingress)]
 pub fn count_ingress(ctx: SkBuffContext) -> i32 {
-    if !is_ours(&ctx, Remote::SOURCE) {
+    let Some(link) = scope_of(&ctx, Remote::SOURCE).and_then(|scope| Link::of(scope.slot, INGRESS)) else {
         return PASS;
-    }
+    };
     let socket = packet::full_socket(&ctx);
     // A listening socket is no flow: each packet to it is of a new one. SAFETY: as in `count_egress`.
     let flow = socket.filter(|socket| !listens(*socket)).and_then(|socket| unsafe { maps::flow_or_new(socket) });
     let wire = Wire::of(&ctx);
-    let before_ns = clock::backlog(INGRESS.into(), 0, 0);
-    let class = class_of(INGRESS, &wire, socket, flow);
-    if admit(&ctx, INGRESS, &wire, class, before_ns) { PASS } else { DROP_INGRESS }
+    let before_ns = link.backlog_ns(clock::now_ns(), 0, false);
+    let class = class_of(INGRESS, &link, &wire, socket, flow);
+    if admit(&ctx, &link, &wire, class, before_ns) { PASS } else { DROP_INGRESS }
 }
 
 /// Called with the events of every TCP socket of the pod, the socket locked. Egress.
@@ -115,7 +112,6 @@ pub fn pace_tcp(ctx: SockOpsContext) -> u32 {
         }
         // A pure ACK has no payload, and is not paced by TCP either.
         BPF_SOCK_OPS_HDR_OPT_LEN_CB if tcp::is_segment(&ctx) && tcp::payload_bytes(&ctx) != 0 => {
-            pace::ask_to_be_raised(&ctx);
             pace::pace(&ctx, pace::of_segment);
         }
         BPF_SOCK_OPS_RTT_CB => pace::pace(&ctx, pace::raised),
@@ -128,9 +124,7 @@ pub fn pace_tcp(ctx: SockOpsContext) -> u32 {
 #[sock_ops]
 pub fn hold_acks(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
-        BPF_SOCK_OPS_RWND_INIT if tcp::may_be_ours(&ctx) => {
-            ctx.set_reply(window::first_segments(tcp::is_request(&ctx)) as u32);
-        }
+        BPF_SOCK_OPS_RWND_INIT => window::announce(&ctx),
         op @ (BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB | BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB) => {
             tcp::ask_for(&ctx, tcp::SEGMENTS);
             window::open(&ctx, op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB);
@@ -151,32 +145,36 @@ pub fn note_setsockopt(ctx: SockoptContext) -> i32 {
     CONTINUE
 }
 
-/// Whether the packet is this attachment's: it goes by its interface, and its remote address is not exempt. Loopback never counts:
-/// the pod talks to itself.
+/// The attachment that the packet is for: the packet goes by its interface, and the remote address is not exempt.
 #[inline(always)]
-fn is_ours(ctx: &SkBuffContext, remote: Remote) -> bool {
+fn scope_of(ctx: &SkBuffContext, remote: Remote) -> Option<Scope> {
     // SAFETY: cgroup_skb programs may read ifindex; at egress it is that of the interface the route chose.
-    let ifindex = unsafe { (*ctx.skb.skb).ifindex };
-    let wanted = IFINDEX.load();
-    ifindex != LOOPBACK_IFINDEX && (wanted == 0 || ifindex == wanted) && !subnets::are_exempt(ctx, remote)
+    let scope = maps::scope(unsafe { (*ctx.skb.skb).ifindex })?;
+    (!subnets::are_exempt(ctx, &scope, remote)).then_some(scope)
 }
 
-/// The socket now sends what is not this attachment's: it is not paced for it any more.
+/// The socket now sends what is no attachment's: it is not paced any more.
 #[inline(always)]
 fn leave(socket: Option<NonNull<bpf_sock>>) {
     // SAFETY: as in `count_egress`.
     if let Some(flow) = socket.and_then(|socket| unsafe { maps::flow(socket) }) {
-        flow.is_ours = 0;
+        flow.slot = 0;
     }
 }
 
 /// The class of a packet.
 #[inline(always)]
-fn class_of(direction: u32, wire: &Wire, socket: Option<NonNull<bpf_sock>>, flow: Option<&mut Flow>) -> u64 {
+fn class_of(
+    direction: u32,
+    link: &Link,
+    wire: &Wire,
+    socket: Option<NonNull<bpf_sock>>,
+    flow: Option<&mut Flow>,
+) -> u64 {
     let is_stream = is_stream(socket);
     let Some(flow) = flow else {
         // What TCP sends without a full socket (a SYN-ACK, an ACK in TIME-WAIT), or memory was short: as new as a flow can be.
-        let is_fresh = clock::has_room(direction.into(), FRESH) != 0;
+        let is_fresh = link.has_room(FRESH, clock::now_ns());
         return if is_fresh {
             FRESH
         } else if is_stream {
@@ -194,7 +192,6 @@ fn class_of(direction: u32, wire: &Wire, socket: Option<NonNull<bpf_sock>>, flow
     // for what is sent: there the short ends of a bulk flow's writes would be an advantage over others.
     let bulk_bytes = if direction == INGRESS { SPARSE_BYTES / 4 } else { 0 };
     let packet = Packet {
-        direction,
         bytes: wire.bytes,
         segments: wire.segments,
         credit_bytes: SPARSE_BYTES,
@@ -205,13 +202,13 @@ fn class_of(direction: u32, wire: &Wire, socket: Option<NonNull<bpf_sock>>, flow
     };
     if direction == INGRESS && is_stream {
         // Its acknowledgements hold its sender, but for the first flight, which has left before there is one.
-        let delivered_ns = turn.note(&packet);
+        let delivered_ns = turn.note(link, &packet);
         if received_bytes(socket) < FIRST_FLIGHT_BYTES {
             flow.answer_from_ns = flow.answer_from_ns.max(delivered_ns);
         }
         return STREAM;
     }
-    turn.decide(&packet).class
+    turn.decide(link, &packet).class
 }
 
 /// Whether the packet is of a TCP connection, whose sender hears of what is dropped and of what waits. Also true for what TCP sends without a
@@ -283,11 +280,10 @@ fn wait_in_htb(ctx: &SkBuffContext) {
 
 /// Counts a packet on a direction's clock, and marks it if it is to be; false if it must be dropped.
 #[inline(always)]
-fn admit(ctx: &SkBuffContext, direction: u32, wire: &Wire, class: u64, before_ns: u64) -> bool {
-    let wants_mark = clock::is_marked(direction.into(), class, before_ns) != 0;
+fn admit(ctx: &SkBuffContext, link: &Link, wire: &Wire, class: u64, before_ns: u64) -> bool {
     // SAFETY: cgroup_skb programs may call it. It returns 1 where the packet is ECN-capable and now marked.
-    let is_marked = wants_mark && unsafe { bpf_skb_ecn_set_ce(ctx.skb.skb) } == 1;
-    clock::admit(direction.into(), wire.bytes, wire.segments, class, is_marked.into()) != 0
+    let is_marked = link.is_marked(class, before_ns) && unsafe { bpf_skb_ecn_set_ce(ctx.skb.skb) } == 1;
+    link.admits(wire.bytes, wire.segments, class, is_marked)
 }
 
 #[inline(always)]

@@ -1,76 +1,123 @@
-//! The maps, and all access to them. What is pinned and read by user space is laid out in `podshaper_abi`; [`Flow`] is the
-//! programs' own.
+//! The maps, and all access to them. What user space reads and writes is laid out in `podshaper_abi`; [`Flow`] is the programs' own.
 //!
-//! They are BTF maps because two of them cannot be anything else: the verifier finds the lock in `METERS` by its type, and
-//! socket storage must be described.
+//! They are BTF maps because some of them cannot be anything else: the verifier finds the lock in `METERS` by its type, and socket storage
+//! must be described.
 
 use core::ptr::NonNull;
 
 use aya_ebpf::{
     bindings::{
-        BPF_F_CLONE, BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_map_type::BPF_MAP_TYPE_SK_STORAGE, bpf_sock,
+        BPF_F_CLONE, BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE,
+        bpf_map_type::{BPF_MAP_TYPE_CGROUP_STORAGE, BPF_MAP_TYPE_SK_STORAGE},
+        bpf_sock,
     },
-    btf_maps::{Array, LpmTrie, lpm_trie::Key},
-    helpers::bpf_sk_storage_get,
+    btf_maps::{HashMap, LpmTrie, lpm_trie::Key},
+    helpers::{bpf_get_local_storage, bpf_sk_storage_get},
     macros::btf_map,
 };
-use podshaper_abi::{DIRECTIONS, Limit, MOST_SUBNETS, Meter, OWNER_SIZE, SUBNET_SHAPED, SubnetAddress};
+use podshaper_abi::{
+    LOOPBACK_IFINDEX, Limits, ListedAddress, MAX_ATTACHMENTS, MAX_LISTED_SUBNETS, Meters, SUBNET_EXEMPT, Scope, Scopes,
+};
 
 use crate::flow::Flow;
 
+/// A hash map of attachments, by slot. Not preallocated: most nodes have a hundred, and room for thousands would be megabytes. A changed
+/// element is another one to the kernel, so a program sees one limit from its beginning to its end.
+type BySlot<V> = HashMap<u32, V, MAX_ATTACHMENTS, { BPF_F_NO_PREALLOC as usize }>;
+
 #[btf_map]
-static LIMITS: Array<Limit, { DIRECTIONS as usize }> = Array::new();
+static LIMITS: BySlot<Limits> = BySlot::new();
 #[btf_map]
-static METERS: Array<Meter, { DIRECTIONS as usize }> = Array::new();
-/// Not used by any program: whose attachment this is, in JSON, written and read by user space. It lives and dies with the pins.
+static METERS: BySlot<Meters> = BySlot::new();
+/// The attachments of each cgroup, in the cgroup's own storage.
 #[btf_map]
-static OWNER: Array<[u8; OWNER_SIZE], 1> = Array::new();
-/// The subnets of the configuration. Made with room for as many as there are.
+static SCOPES: CgroupStorage = CgroupStorage::new();
+/// The subnets of all configurations, each list below a number of its own.
 #[btf_map]
-static SUBNETS: LpmTrie<SubnetAddress, u32, MOST_SUBNETS> = LpmTrie::new();
+static SUBNETS: LpmTrie<ListedAddress, u32, MAX_LISTED_SUBNETS> = LpmTrie::new();
 #[btf_map]
 static FLOWS: FlowStorage = FlowStorage::new();
 
-/// Declares the socket storage map as libbpf does in C, with `BPF_F_CLONE`, which aya's own type cannot: a socket that
-/// accept() makes inherits the listener's entry, as it inherits its pacing rate (net/core/bpf_sk_storage.c,
-/// `bpf_sk_storage_clone`).
-#[repr(C)]
-struct FlowStorage {
-    r#type: *const [i32; BPF_MAP_TYPE_SK_STORAGE as usize],
-    key: *const i32,
-    value: *const Flow,
-    max_entries: *const [i32; 0],
-    map_flags: *const [i32; (BPF_F_NO_PREALLOC | BPF_F_CLONE) as usize],
+/// Declares a map as libbpf does in C, which aya's own types cannot for these two.
+macro_rules! declare_map {
+    ($(#[$doc:meta])* $name:ident, $type:ident, $flags:expr, $key:ty, $value:ty) => {
+        $(#[$doc])*
+        #[repr(C)]
+        struct $name {
+            r#type: *const [i32; $type as usize],
+            key: *const $key,
+            value: *const $value,
+            max_entries: *const [i32; 0],
+            map_flags: *const [i32; $flags as usize],
+        }
+
+        // SAFETY: the fields are never read: the loader replaces the whole by a map's address.
+        unsafe impl Sync for $name {}
+
+        impl $name {
+            const fn new() -> Self {
+                use core::ptr::null;
+                Self { r#type: null(), key: null(), value: null(), max_entries: null(), map_flags: null() }
+            }
+        }
+    };
 }
 
-// SAFETY: the fields are never read: the loader replaces the whole by a map's address.
-unsafe impl Sync for FlowStorage {}
+declare_map!(
+    /// Socket storage with `BPF_F_CLONE`: a socket that accept() makes inherits the listener's entry, as it inherits its pacing rate
+    /// (net/core/bpf_sk_storage.c, `bpf_sk_storage_clone`).
+    FlowStorage, BPF_MAP_TYPE_SK_STORAGE, (BPF_F_NO_PREALLOC | BPF_F_CLONE), i32, Flow
+);
+declare_map!(
+    /// The storage of a cgroup that a program is attached to. With a key of 64 bits all programs of the cgroup share it (since Linux 5.9,
+    /// kernel/bpf/local_storage.c, `cgroup_storage_get_btf`).
+    CgroupStorage, BPF_MAP_TYPE_CGROUP_STORAGE, 0, u64, Scopes
+);
 
-impl FlowStorage {
-    const fn new() -> Self {
-        use core::ptr::null;
-        Self { r#type: null(), key: null(), value: null(), max_entries: null(), map_flags: null() }
+/// The attachment of an interface, on the cgroup for which the program runs. Loopback has none: the pod talks to itself.
+#[inline(always)]
+pub fn scope(ifindex: u32) -> Option<Scope> {
+    if ifindex == LOOPBACK_IFINDEX {
+        return None;
     }
+    let found = scopes().0.iter().find(|scope| scope.slot != 0 && (scope.ifindex == 0 || scope.ifindex == ifindex));
+    found.copied()
 }
 
-/// The limit of a direction; `None` while there is none. A copy, so that one packet sees one limit (user space may write
-/// between two fields, which are each one load).
+/// The only attachment on the cgroup for which the program runs; `None` where there are several.
 #[inline(always)]
-pub fn limit(direction: u32) -> Option<Limit> {
-    // Both or neither are 0; the one that is divided by is seen not to be.
-    LIMITS.get(direction).copied().filter(|limit| limit.rate_bits_per_s != 0 && limit.link_bits_per_s != 0)
+pub fn only_scope() -> Option<Scope> {
+    let [first, second, ..] = scopes().0;
+    (first.slot != 0 && second.slot == 0).then_some(first)
 }
 
-/// Whether the longest listed subnet around an address is exempt; `None` where there is none.
 #[inline(always)]
-pub fn subnet(address: &Key<SubnetAddress>) -> Option<bool> {
-    SUBNETS.get(address).map(|kind| *kind != SUBNET_SHAPED)
+fn scopes<'a>() -> &'a Scopes {
+    let map = (&raw const SCOPES).cast_mut().cast();
+    // SAFETY: the helper cannot fail in a program that is attached to a cgroup: the kernel made the storage then. User space replaces it
+    // whole, and what a program holds stays until it ends (RCU).
+    unsafe { &*bpf_get_local_storage(map, 0).cast::<Scopes>() }
 }
 
-/// The meter of a direction. Whoever changes it holds its lock; see `clock`.
+/// The limits of an attachment; `None` where it is gone.
 #[inline(always)]
-pub fn meter(direction: u32) -> Option<*mut Meter> {
-    METERS.get_ptr_mut(direction)
+pub fn limits<'a>(slot: u32) -> Option<&'a Limits> {
+    // SAFETY: nobody writes into an element: user space replaces it. What a program holds is not freed until it ends. Since Linux 6.1 it may
+    // become another attachment's: one packet is then paced by a limit that is not its own.
+    unsafe { LIMITS.get(slot) }
+}
+
+/// The meters of an attachment. Whoever changes them holds their lock; see `clock`.
+#[inline(always)]
+pub fn meters(slot: u32) -> Option<NonNull<Meters>> {
+    METERS.get_ptr_mut(slot).and_then(NonNull::new)
+}
+
+/// Whether the longest subnet around an address, of its list, is exempt.
+#[inline(always)]
+pub fn is_exempt(address: ListedAddress) -> bool {
+    let bits = 8 * size_of::<ListedAddress>() as u32;
+    SUBNETS.get(&Key::new(bits, address)).is_some_and(|kind| *kind == SUBNET_EXEMPT)
 }
 
 /// The socket's flow, made if there is none yet. `None` when memory is short (the storage counts against the socket's

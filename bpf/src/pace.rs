@@ -16,9 +16,9 @@
 //! once and raised with an ACK only (`tcp_update_pacing_rate`, bbr's `bbr_set_pacing_rate`): see [`raised`].
 
 use aya_ebpf::{helpers::bpf_setsockopt, programs::SockOpsContext};
-use podshaper_abi::{EGRESS, transmit_time};
+use podshaper_abi::EGRESS;
 
-use crate::{flow::Flow, maps, packet, tcp, turn::Packet};
+use crate::{clock::Link, flow::Flow, packet, tcp, turn::Packet};
 
 const NANOS_PER_SECOND: u64 = 1_000_000_000;
 const SOL_SOCKET: i32 = 1;
@@ -52,9 +52,11 @@ const SHORTEST_WAIT_NS: u64 = 1_000;
 
 /// Sets the pace that `choose` says, which is in bytes/s; 0 leaves the one that is in force.
 #[inline(always)]
-pub fn pace(ctx: &SockOpsContext, choose: impl FnOnce(&SockOpsContext, &mut Flow) -> u64) {
+pub fn pace(ctx: &SockOpsContext, choose: impl FnOnce(&SockOpsContext, &mut Flow, &Link) -> u64) {
     let Some(flow) = tcp::flow(ctx) else { return };
-    let chosen_bytes_per_s = choose(ctx, flow);
+    // Where the attachment is gone, what was set before must not stay for ever.
+    let link = Link::of(flow.slot as u32, EGRESS);
+    let chosen_bytes_per_s = link.map_or(NOT_PACED, |link| choose(ctx, flow, &link));
     let bytes_per_s = to_set(chosen_bytes_per_s, flow.application_bytes_per_s, flow.set_bytes_per_s);
     if bytes_per_s == 0 {
         return;
@@ -76,13 +78,13 @@ pub fn pace(ctx: &SockOpsContext, choose: impl FnOnce(&SockOpsContext, &mut Flow
 
 /// The pace for the segment that is about to leave, in bytes/s, by what its turn is: the sender waits that long after it.
 #[inline(always)]
-pub fn of_segment(ctx: &SockOpsContext, flow: &mut Flow) -> u64 {
+pub fn of_segment(ctx: &SockOpsContext, flow: &mut Flow, link: &Link) -> u64 {
+    ask_to_be_raised(ctx, link);
     let payload = tcp::payload_bytes(ctx);
     let mss = tcp::mss(ctx);
     // As TCP counts them (`tcp_skb_pcount`): the rest of a write is one too.
     let segments = payload.div_ceil(mss.max(1));
-    let decision = flow.out.decide(&Packet {
-        direction: EGRESS,
+    let decision = flow.out.decide(link, &Packet {
         bytes: packet::wire_bytes_of_tcp(payload, mss, tcp::is_ipv6(ctx).into()),
         segments,
         credit_bytes: SPARSE_SEGMENTS * mss,
@@ -103,11 +105,11 @@ pub fn of_segment(ctx: &SockOpsContext, flow: &mut Flow) -> u64 {
 /// right after this callback. Without it a shorter wait would begin one segment late, and a pod that waits for the longer of its
 /// last two backlogs loses rate. The next segment, which is told before it leaves, lowers it to what it then is.
 #[inline(always)]
-pub fn raised(ctx: &SockOpsContext, flow: &mut Flow) -> u64 {
+pub fn raised(ctx: &SockOpsContext, flow: &mut Flow, link: &Link) -> u64 {
     let paced_bytes_per_s = flow.paced_bytes_per_s;
     // Once for each segment, not for each acknowledgement.
     flow.paced_bytes_per_s = 0;
-    raise(paced_bytes_per_s, tcp::mss(ctx))
+    raise(link, paced_bytes_per_s, tcp::mss(ctx))
 }
 
 /// The pace, in bytes/s, at which a sender waits so long after so many bytes of payload.
@@ -122,32 +124,28 @@ fn wait_for(payload: u64, wait_ns: u64) -> u64 {
 
 /// Asks for the acknowledgements of a socket, that [`raised`] may be called, where the limit is one that a packet can wait for.
 #[inline(always)]
-pub fn ask_to_be_raised(ctx: &SockOpsContext) {
-    if ctx.cb_flags() & tcp::ACKNOWLEDGEMENTS == 0 && is_waited_for(tcp::mss(ctx)) != 0 {
+fn ask_to_be_raised(ctx: &SockOpsContext, link: &Link) {
+    if ctx.cb_flags() & tcp::ACKNOWLEDGEMENTS == 0 && is_waited_for(link, tcp::mss(ctx)) {
         tcp::ask_for(ctx, tcp::ACKNOWLEDGEMENTS);
     }
 }
 
 /// Whether the least packet of a bulk flow takes so long at the limit that it is worth a timer: up to 23 Gbit/s.
-#[inline(never)]
-#[unsafe(no_mangle)]
-pub extern "C" fn is_waited_for(mss: u64) -> u64 {
-    let Some(limit) = maps::limit(EGRESS) else { return 0 };
-    (transmit_time(limit.bulk_segments * mss, limit.rate_bits_per_s).ns >= SHORTEST_WAIT_NS).into()
+#[inline(always)]
+fn is_waited_for(link: &Link, mss: u64) -> bool {
+    link.transmit_ns(link.limit().bulk_segments * mss, 0) >= SHORTEST_WAIT_NS
 }
 
 /// The pace until the next segment, of a socket whose last one had the pace `paced_bytes_per_s`.
-#[inline(never)]
-#[unsafe(no_mangle)]
-pub extern "C" fn raise(paced_bytes_per_s: u64, mss: u64) -> u64 {
-    let Some(limit) = maps::limit(EGRESS) else { return 0 };
+#[inline(always)]
+fn raise(link: &Link, paced_bytes_per_s: u64, mss: u64) -> u64 {
     if paced_bytes_per_s == 0 {
         return 0;
     }
-    let at_least = limit.bulk_segments * mss * RAISE_AT_LEAST_PACKETS_PER_S;
+    let at_least = link.limit().bulk_segments * mss * RAISE_AT_LEAST_PACKETS_PER_S;
     // One that was not paced is from here on: else a flow that begins sends one more round before it is told. But faster than the limit,
     // which is how a pod that was stopped for a while, and has a lag, makes up for it.
-    let most = limit.rate_bits_per_s / 8 * if paced_bytes_per_s == NOT_PACED { CATCH_UP } else { 1 };
+    let most = link.limit().rate_bits_per_s / 8 * if paced_bytes_per_s == NOT_PACED { CATCH_UP } else { 1 };
     (RAISE * paced_bytes_per_s).max(at_least).min(most)
 }
 

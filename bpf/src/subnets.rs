@@ -1,15 +1,9 @@
 //! Which traffic the configuration exempts by its remote address: `exemptSubnets` and `shapedSubnets`, longest prefix first.
-//!
-//! A pod without such lists pays nothing for them: to the verifier [`SUBNETS_MODE`] is a constant, and what follows is dead code.
 
-use aya_ebpf::{Global, btf_maps::lpm_trie::Key, programs::SkBuffContext};
-use podshaper_abi::{SUBNETS_EXEMPT_BY_DEFAULT, SUBNETS_NONE, SubnetAddress};
+use aya_ebpf::programs::SkBuffContext;
+use podshaper_abi::{ListedAddress, Scope, SubnetAddress};
 
 use crate::{maps, packet};
-
-/// Whether there are lists, and what is with an address in none of them (`podshaper_abi::SUBNETS_NONE` and so on).
-#[unsafe(no_mangle)]
-static SUBNETS_MODE: Global<u32> = Global::new(SUBNETS_NONE);
 
 /// Where in a packet the remote address is: IPv4, IPv6.
 #[derive(Clone, Copy)]
@@ -27,12 +21,13 @@ impl Remote {
 
 /// Whether the packet is neither limited nor counted because of its remote address.
 #[inline(always)]
-pub fn are_exempt(ctx: &SkBuffContext, remote: Remote) -> bool {
-    if SUBNETS_MODE.load() == SUBNETS_NONE {
+pub fn are_exempt(ctx: &SkBuffContext, scope: &Scope, remote: Remote) -> bool {
+    // Most pods have no list, and pay nothing for it.
+    if scope.list == 0 {
         return false;
     }
     let first: u8 = packet::load(ctx, 0);
-    is_exempt(if first >> 4 == 4 {
+    is_exempt(scope, if first >> 4 == 4 {
         podshaper_abi::ipv4_mapped(packet::load(ctx, remote.ipv4_offset))
     } else {
         packet::load(ctx, remote.ipv6_offset)
@@ -41,13 +36,6 @@ pub fn are_exempt(ctx: &SkBuffContext, remote: Remote) -> bool {
 
 /// Whether what goes to a remote address and comes from it is neither limited nor counted.
 #[inline(always)]
-pub fn is_exempt(remote: SubnetAddress) -> bool {
-    let mode = SUBNETS_MODE.load();
-    if mode == SUBNETS_NONE {
-        return false;
-    }
-    match maps::subnet(&Key::new(u128::BITS, remote)) {
-        Some(is_exempt) => is_exempt,
-        None => mode == SUBNETS_EXEMPT_BY_DEFAULT,
-    }
+pub fn is_exempt(scope: &Scope, address: SubnetAddress) -> bool {
+    scope.list != 0 && maps::is_exempt(ListedAddress { list: scope.list.to_ne_bytes(), address })
 }

@@ -9,7 +9,7 @@ use aya_ebpf::{
     bindings::{BPF_SOCK_OPS_RTT_CB_FLAG, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG, bpf_sock},
     programs::SockOpsContext,
 };
-use podshaper_abi::SubnetAddress;
+use podshaper_abi::{Scope, SubnetAddress};
 
 use crate::{flow::Flow, maps, packet, subnets};
 
@@ -45,7 +45,7 @@ pub fn is_request(ctx: &SockOpsContext) -> bool {
 /// Whether a connection that is being opened may be the attachment's, by its addresses: the pod does not talk to itself, and the remote is
 /// not exempt. By which interface it will send is not known yet.
 #[inline(always)]
-pub fn may_be_ours(ctx: &SockOpsContext) -> bool {
+pub fn may_be_ours(ctx: &SockOpsContext, scope: &Scope) -> bool {
     // SAFETY: sock_ops programs may read the addresses, which are in network order, of a request as well as of a full socket. Volatile, and all
     // of them: the compiler would else choose between their places, and the verifier takes no pointer into the context that varies.
     let (local4, remote4, local6, remote6) = unsafe {
@@ -62,7 +62,7 @@ pub fn may_be_ours(ctx: &SockOpsContext) -> bool {
     } else {
         (podshaper_abi::ipv4_mapped(local4.to_ne_bytes()), podshaper_abi::ipv4_mapped(remote4.to_ne_bytes()))
     };
-    local != remote && !subnets::is_exempt(remote)
+    local != remote && !subnets::is_exempt(scope, remote)
 }
 
 /// An address of the context.
@@ -101,13 +101,13 @@ pub fn opens_or_closes(ctx: &SockOpsContext) -> bool {
     unsafe { (*ctx.ops).skb_tcp_flags & u32::from(packet::OPENS_OR_CLOSES) != 0 }
 }
 
-/// The socket's flow, if it sends by the attachment's interface. `count_egress` made it with the first packet that left.
+/// The socket's flow, if it sends by an attachment's interface. `count_egress` made it with the first packet that left.
 #[inline(always)]
 pub fn flow<'a>(ctx: &SockOpsContext) -> Option<&'a mut Flow> {
     // SAFETY: sock_ops programs may read sk, since Linux 5.9; the callbacks asked for run for full sockets only.
     unsafe {
         let socket: NonNull<bpf_sock> = NonNull::new((*ctx.ops).__bindgen_anon_2.sk)?;
-        maps::flow(socket).filter(|flow| flow.is_ours != 0)
+        maps::flow(socket).filter(|flow| flow.slot != 0)
     }
 }
 

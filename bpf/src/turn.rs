@@ -20,7 +20,7 @@ use podshaper_abi::{
     DATAGRAM, FRESH, ORDERED, QUEUE_HTB, QUEUE_NONE, SMALL_COST, SPARSE, STREAM, WAITED, wait_slack_ns,
 };
 
-use crate::clock;
+use crate::clock::{self, Link};
 
 /// The shortest time for one credit, where the backlog is shorter than any timer.
 const SPARSE_GAP_NS: u64 = 1_000_000;
@@ -64,8 +64,6 @@ pub struct Turn {
 
 /// What has to be known of a packet.
 pub struct Packet {
-    /// `EGRESS` or `INGRESS`.
-    pub direction: u32,
     /// Bytes on the wire.
     pub bytes: u64,
     /// Segments that it will be cut into.
@@ -94,19 +92,18 @@ pub struct Decision {
 impl Turn {
     /// Decides, and notes what follows for the packets after it.
     #[inline(always)]
-    pub fn decide(&mut self, packet: &Packet) -> Decision {
-        let direction = u64::from(packet.direction);
+    pub fn decide(&mut self, link: &Link, packet: &Packet) -> Decision {
         let now_ns = clock::now_ns();
-        let before_ns = clock::backlog(direction, 0, 0);
-        let own_ns = clock::transmit_ns(direction, packet.bytes, packet.segments);
-        let backlog_ns = if packet.is_bulk { clock::backlog(direction, own_ns, 1) } else { before_ns + own_ns };
+        let before_ns = link.backlog_ns(now_ns, 0, false);
+        let own_ns = link.transmit_ns(packet.bytes, packet.segments);
+        let backlog_ns = if packet.is_bulk { link.backlog_ns(now_ns, own_ns, true) } else { before_ns + own_ns };
         let privilege = self.privilege(packet, now_ns, backlog_ns, own_ns);
         let was_queued = self.queued_until_ns != 0;
         if packet.has_arrived || now_ns >= self.queued_until_ns {
             self.queued_until_ns = 0;
         }
         let follows = self.queued_until_ns != 0;
-        if !follows && privilege != WAITED && clock::has_room(direction, privilege) != 0 {
+        if !follows && privilege != WAITED && link.has_room(privilege, now_ns) {
             return Decision { class: privilege, wait_ns: own_ns };
         }
         let has_waited = self.due_ns != 0 && now_ns >= self.due_ns;
@@ -115,9 +112,9 @@ impl Turn {
             self.burst_bytes = 0;
         }
         if !follows && (has_waited || before_ns == 0) {
-            self.wait(packet, now_ns, before_ns, own_ns, backlog_ns, was_queued)
+            self.wait(link, packet, now_ns, before_ns, own_ns, backlog_ns, was_queued)
         } else {
-            self.queue(packet, now_ns, before_ns, own_ns, backlog_ns)
+            self.queue(link, packet, now_ns, before_ns, own_ns, backlog_ns)
         }
     }
 
@@ -126,6 +123,7 @@ impl Turn {
     #[inline(always)]
     fn wait(
         &mut self,
+        link: &Link,
         packet: &Packet,
         now_ns: u64,
         before_ns: u64,
@@ -134,12 +132,12 @@ impl Turn {
         was_queued: bool,
     ) -> Decision {
         self.burst_bytes = packet.bytes;
-        let fair_ns = clock::fair_wait(packet.direction.into(), packet.bytes, self.burst_bytes, own_ns, backlog_ns);
+        let fair_ns = link.fair_wait_ns(packet.bytes, self.burst_bytes, own_ns, backlog_ns);
         let wait_ns = if was_queued { backlog_ns } else { fair_ns };
         let late_ns = if self.due_ns == 0 { 0 } else { now_ns.max(self.due_ns) - self.due_ns };
         let due_ns = now_ns + wait_ns;
         self.due_ns = due_ns - wait_slack_ns(wait_ns, late_ns).min(wait_ns);
-        if before_ns <= LONGEST_AHEAD_NS || clock::queue(packet.direction.into()) == QUEUE_NONE {
+        if before_ns <= LONGEST_AHEAD_NS || link.limit().queue == QUEUE_NONE {
             return Decision { class: WAITED, wait_ns };
         }
         self.queued_until_ns = now_ns + before_ns;
@@ -148,15 +146,23 @@ impl Turn {
 
     /// The packet waits, and the flow until then.
     #[inline(always)]
-    fn queue(&mut self, packet: &Packet, now_ns: u64, before_ns: u64, own_ns: u64, backlog_ns: u64) -> Decision {
+    fn queue(
+        &mut self,
+        link: &Link,
+        packet: &Packet,
+        now_ns: u64,
+        before_ns: u64,
+        own_ns: u64,
+        backlog_ns: u64,
+    ) -> Decision {
         let class = if packet.is_stream { STREAM } else { DATAGRAM };
         self.burst_bytes = (self.burst_bytes + packet.bytes).min(MOST_BURST_BYTES);
         let leaves_ns = now_ns + before_ns;
-        let queue = clock::queue(packet.direction.into());
+        let queue = link.limit().queue;
         // Datagrams may overtake each other.
         let late_ns = if packet.is_stream && queue == QUEUE_HTB { HTB_LATE_NS } else { 0 };
         // Counted for the others; what it says of this one's own wait is of no use, since that is the queue.
-        clock::fair_wait(packet.direction.into(), packet.bytes, self.burst_bytes, own_ns, backlog_ns);
+        link.fair_wait_ns(packet.bytes, self.burst_bytes, own_ns, backlog_ns);
         if queue == QUEUE_NONE {
             // It passes or is dropped. What is dropped is no reason for the next one to wait longer.
             self.due_ns = if self.due_ns == 0 { leaves_ns } else { self.due_ns };
@@ -170,11 +176,10 @@ impl Turn {
     /// Notes a packet that has passed already, of a flow that acknowledgements hold. Returns when a link of the limit would have delivered it,
     /// in the clock's nanoseconds, or 0 if it is of a sparse flow, which would not have waited.
     #[inline(always)]
-    pub fn note(&mut self, packet: &Packet) -> u64 {
-        let direction = u64::from(packet.direction);
+    pub fn note(&mut self, link: &Link, packet: &Packet) -> u64 {
         let now_ns = clock::now_ns();
-        let own_ns = clock::transmit_ns(direction, packet.bytes, packet.segments);
-        let backlog_ns = clock::backlog(direction, own_ns, 0);
+        let own_ns = link.transmit_ns(packet.bytes, packet.segments);
+        let backlog_ns = link.backlog_ns(now_ns, own_ns, false);
         if self.privilege(packet, now_ns, backlog_ns, own_ns) == WAITED { now_ns + backlog_ns } else { 0 }
     }
 

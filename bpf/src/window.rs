@@ -20,7 +20,11 @@
 use aya_ebpf::{helpers::bpf_setsockopt, programs::SockOpsContext};
 use podshaper_abi::{INGRESS, Limit};
 
-use crate::{clock, flow::Flow, maps, tcp};
+use crate::{
+    clock::{self, Link},
+    flow::Flow,
+    maps, tcp,
+};
 
 pub const IPPROTO_TCP: i32 = 6;
 /// uapi/linux/tcp.h. Taken from sock_ops since Linux 5.11.
@@ -84,21 +88,29 @@ pub struct Window {
     pub hold_until_ns: u64,
 }
 
+/// A connection is about to open: says its first window, in segments, if the connection may be limited. By which interface it will send is
+/// not known yet.
+#[inline(always)]
+pub fn announce(ctx: &SockOpsContext) {
+    let Some(scope) = maps::only_scope().filter(|scope| tcp::may_be_ours(ctx, scope)) else { return };
+    if let Some(link) = Link::of(scope.slot, INGRESS) {
+        ctx.set_reply(first_segments(link.limit(), tcp::is_request(ctx)) as u32);
+    }
+}
+
 /// The first window, in segments. `is_answered`: the remote has opened the connection.
 #[inline(always)]
-pub fn first_segments(is_answered: bool) -> u64 {
-    let limit = maps::limit(INGRESS);
+fn first_segments(limit: &Limit, is_answered: bool) -> u64 {
     let flight_ns = if is_answered { FIRST_REQUEST_NS } else { FIRST_FLIGHT_NS };
-    let flight_bytes = limit.map_or(0, |limit| link_bytes(&limit, flight_ns));
-    (flight_bytes / USUAL_MSS).clamp(1, FIRST_MOST_SEGMENTS)
+    (link_bytes(limit, flight_ns) / USUAL_MSS).clamp(1, FIRST_MOST_SEGMENTS)
 }
 
 /// A connection is established: its window starts small. From the first acknowledgement on it may be smaller than the first flight.
 #[inline(always)]
 pub fn open(ctx: &SockOpsContext, is_answered: bool) {
-    let (Some(limit), Some(flow)) = (maps::limit(INGRESS), tcp::flow(ctx)) else { return };
-    let first_bytes = first_segments(is_answered) * tcp::mss(ctx);
-    flow.window.bytes = first_bytes.min(link_bytes(&limit, SHORTEST_ROUND_NS)).max(part_of_segment(ctx));
+    let Some((flow, link)) = limited(ctx) else { return };
+    let first_bytes = first_segments(link.limit(), is_answered) * tcp::mss(ctx);
+    flow.window.bytes = first_bytes.min(link_bytes(link.limit(), SHORTEST_ROUND_NS)).max(part_of_segment(ctx));
     flow.window.changed_ns = clock::now_ns();
     flow.window.edge_bytes = first_bytes;
     clamp(ctx, flow.window.bytes, flow.application_window_bytes);
@@ -111,9 +123,9 @@ pub fn acknowledge(ctx: &SockOpsContext) {
     if tcp::payload_bytes(ctx) != 0 || tcp::opens_or_closes(ctx) {
         return;
     }
-    let (Some(limit), Some(flow)) = (maps::limit(INGRESS), tcp::flow(ctx)) else { return };
-    let backlog_ns = clock::backlog(INGRESS.into(), 0, 0);
+    let Some((flow, link)) = limited(ctx) else { return };
     let now_ns = clock::now_ns();
+    let backlog_ns = link.backlog_ns(now_ns, 0, false);
     // The remote's estimate counts what its acknowledgements were held. It waits for two of it, whatever else. What the pod itself sends may
     // wait for long, in either direction's name, and the remote's estimate does not count that.
     let two_rtt_ns = 2 * (tcp::shortest_rtt_ns(ctx) + flow.window.held_ns);
@@ -126,9 +138,17 @@ pub fn acknowledge(ctx: &SockOpsContext) {
     if backlog_ns > two_rtt_ns + TOO_LONG_NS {
         collapse(ctx, &mut flow.window, now_ns, backlog_ns);
     } else {
-        resize(ctx, &limit, &mut flow.window, now_ns, backlog_ns);
+        resize(ctx, link.limit(), &mut flow.window, now_ns, backlog_ns);
     }
     advertise(ctx, flow);
+}
+
+/// The flow of a socket whose ingress is limited.
+#[inline(always)]
+fn limited<'a>(ctx: &SockOpsContext) -> Option<(&'a mut Flow, Link)> {
+    let flow = tcp::flow(ctx)?;
+    let link = Link::of(flow.slot as u32, INGRESS)?;
+    Some((flow, link))
 }
 
 /// Whether the remote cannot have sent more than one packet since the last acknowledgement. In the window of a whole segment it can: the

@@ -1,17 +1,19 @@
 //! Makes an attachment, in the place of one that may be there, or leaves everything as it was.
 
 use std::{
-    os::fd::AsFd,
+    os::fd::{AsFd, BorrowedFd},
     path::{Path, PathBuf},
 };
 
-use super::{Directory, Plan, Present, Scope, others, remove_cgroup_if_made};
+use podshaper_abi::Scope;
+
+use super::{Directory, Interfaces, Plan, Present, others, remove_cgroup_if_made, sharing};
 use crate::{
-    error::Result,
+    error::{Code, Error, Result},
     interface::{self, IngressBy, Interface, Need, Record},
-    pins::{BPFFS, LockedPins, Pins},
+    pins::{self, BPFFS, LockedPins, Pins},
     pod::Owner,
-    shaper::{self, Loaded, Queue, Settings},
+    shaper::{self, Attached, Queue, Set, Settings},
 };
 
 /// Makes an attachment and returns its record.
@@ -21,11 +23,11 @@ use crate::{
 pub fn attach(plan: &Plan<'_>) -> Result<Owner> {
     let mut attaching = Attaching::prepare(plan)?;
     // Not returned yet: what was changed on the interface is put back under the lock.
-    let loaded = shaper::load(&attaching.settings(), plan.subnets);
+    let own = attaching.own_set();
     attaching.lock()?;
-    let loaded = loaded?;
+    let own = own?;
     attaching.change()?;
-    attaching.commit(loaded)
+    attaching.commit(own)
 }
 
 /// An attachment that is being made. Dropped before it is committed, it puts back what it has changed.
@@ -41,6 +43,22 @@ struct Attaching<'a> {
     is_committed: bool,
 }
 
+/// The programs of an attachment that is being made.
+struct Programs {
+    set: Set,
+    /// With whom it shares them; `None` where they are its own.
+    sharing: Option<Sharing>,
+}
+
+/// Whom the node's programs are to find on the pod's cgroup beside an attachment that is being made.
+#[derive(Default)]
+struct Sharing {
+    /// The pod's others.
+    others: Vec<Scope>,
+    /// The slot of the one in whose place it comes.
+    before: Option<u32>,
+}
+
 /// What was read again when the lock was ours.
 struct UnderLock {
     pins: LockedPins,
@@ -53,9 +71,9 @@ struct UnderLock {
 impl<'a> Attaching<'a> {
     fn prepare(plan: &'a Plan<'a>) -> Result<Self> {
         let pins = Pins::ensure(Path::new(BPFFS))?;
-        let mut interface = match plan.scope {
-            Scope::Interface { netns, name } => Some(Interface::enter(netns, name)?),
-            Scope::Node { .. } => None,
+        let mut interface = match plan.interfaces {
+            Interfaces::One { netns, name } => Some(Interface::enter(netns, name)?),
+            Interfaces::OfNode { .. } => None,
         };
         let mut record = interface.as_ref().map_or_else(|| plan.owner.interface.clone(), Interface::record);
         let fq = interface.as_mut().map(Interface::prepare);
@@ -69,14 +87,14 @@ impl<'a> Attaching<'a> {
         let by_fq = if self.record.fq { IngressBy::HeldAcks } else { IngressBy::Drops };
         let limits = self.plan.limits;
         let ingress_by = self.record.ingress_by.or(limits.ingress.map(|_| by_fq));
-        Settings { ifindex: self.index(), limits, queue: Queue::of(&self.record), ingress_by }
+        Settings { limits, queue: Queue::of(&self.record), ingress_by }
     }
 
     fn index(&self) -> u32 {
-        match (&self.interface, self.plan.scope) {
+        match (&self.interface, self.plan.interfaces) {
             (Some(interface), _) => interface.index,
-            (None, Scope::Node { index }) => index,
-            (None, Scope::Interface { .. }) => 0,
+            (None, Interfaces::OfNode { index }) => index,
+            (None, Interfaces::One { .. }) => 0,
         }
     }
 
@@ -110,20 +128,75 @@ impl<'a> Attaching<'a> {
         interface.change(record, &plan.limits, fq, &staying, &under_lock.others, all_traffic)
     }
 
-    /// Attaches and pins; from then on it is there.
-    fn commit(mut self, mut loaded: Loaded) -> Result<Owner> {
-        let owner = Owner { interface: self.record.clone(), ..self.plan.owner.clone() };
-        loaded.write(&self.settings(), &owner)?;
-        let cgroup = self.plan.cgroup.open()?;
-        let attached = loaded.attach(cgroup.as_fd())?;
-        if let Some(UnderLock { pins, .. }) = &self.under_lock {
-            let staged = pins.stage(&self.plan.place)?;
-            attached.pin(staged.directory())?;
-            staged.commit()?;
+    /// Programs of its own, for a cgroup that is not a pod's: another attachment may be above or below, and have the same sockets.
+    fn own_set(&self) -> Result<Option<Set>> {
+        match self.plan.cgroup {
+            Directory::Pod(_) => Ok(None),
+            Directory::Other(_) => Set::own().map(Some),
         }
+    }
+
+    /// Attaches and pins; from then on it is there.
+    fn commit(mut self, own: Option<Set>) -> Result<Owner> {
+        let owner = self.attach(own)?;
         self.is_committed = true;
         self.leave_before();
         Ok(owner)
+    }
+
+    fn attach(&self, own: Option<Set>) -> Result<Owner> {
+        let UnderLock { pins, before, .. } = self.under_lock.as_ref().ok_or_else(not_locked)?;
+        let (place, settings) = (&self.plan.place, self.settings());
+        let cgroup = self.plan.cgroup.open()?;
+        let staged = pins.stage(place)?;
+        let Programs { set, sharing } = self.programs(own, pins, before.as_ref(), cgroup.as_fd())?;
+        let links = if sharing.is_some() {
+            pins.make_links(&place.pod)?
+        } else {
+            set.pin_maps(staged.directory())?;
+            staged.directory().to_path_buf()
+        };
+        let Sharing { others: mut scopes, before: slot_before } = sharing.unwrap_or_default();
+        let mut attached = Attached::write(&set, &settings, slot_before)?;
+        let owner = Owner {
+            interface: self.record.clone(),
+            ifindex: self.index(),
+            slot: attached.slot(),
+            list: set.list(self.plan.subnets)?,
+            ..self.plan.owner.clone()
+        };
+        shaper::pin_owner(&owner, staged.directory())?;
+        scopes.push(owner.scope());
+        attached.attach(&settings, cgroup.as_fd(), &scopes, &links)?;
+        staged.commit()?;
+        attached.keep();
+        if let Some(slot) = slot_before {
+            interface::warn("the numbers of the limit that was replaced are left", set.forget(slot));
+        }
+        Ok(owner)
+    }
+
+    /// The node's programs, if the attachment can share them; else its own.
+    fn programs(
+        &self,
+        own: Option<Set>,
+        pins: &LockedPins,
+        before: Option<&Present>,
+        cgroup: BorrowedFd<'_>,
+    ) -> Result<Programs> {
+        if let Some(set) = own {
+            return Ok(Programs { set, sharing: None });
+        }
+        let place = &self.plan.place;
+        let set = Set::of_node(pins)?;
+        let before = before.filter(|before| pins::shares(&before.directory)).map(|before| before.owner.slot);
+        let sharing = Sharing { others: sharing(pins, place), before };
+        let links = pins.links(&place.pod);
+        if shaper::can_share(&set, cgroup, self.index(), &sharing.others, before, &links)? {
+            Ok(Programs { set, sharing: Some(sharing) })
+        } else {
+            Ok(Programs { set: Set::own()?, sharing: None })
+        }
     }
 
     /// Puts back what the attachment that was replaced had changed and this one does not use.
@@ -175,6 +248,10 @@ impl<'a> Attaching<'a> {
             remove_cgroup_if_made(&cgroup.path);
         }
     }
+}
+
+fn not_locked() -> Error {
+    Error::new(Code::Kernel, "attach without podshaper's lock: please report this")
 }
 
 impl Drop for Attaching<'_> {

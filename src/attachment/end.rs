@@ -2,14 +2,14 @@
 
 use std::path::Path;
 
-use super::{Present, lock, others, unlimited};
+use super::{Present, lock, others, sharing, unlimited};
 use crate::{
     error::{Code, Error, Result},
     interface::{self, Interface, Record},
-    pins::{LockedPins, Pins, Place},
+    pins::{self, LockedPins, Pins, Place},
     pod::Owner,
     request::Limits,
-    shaper::{Pinned, Settings},
+    shaper::{self, Pinned, Settings},
 };
 
 /// What became of an attachment that was to end.
@@ -45,6 +45,9 @@ pub fn remove_locked(
     let owner = Pinned::at(&directory).owner_if_readable()?;
     if !is_meant(&directory, owner.as_ref()) {
         return Ok(End::Another(Box::new(owner.unwrap_or_default())));
+    }
+    if let Some(owner) = owner.as_ref().filter(|_| pins::shares(&directory)) {
+        shaper::release(pins, place, owner, &sharing(pins, place))?;
     }
     pins.remove(place)?;
     match owner {

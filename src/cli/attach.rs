@@ -20,7 +20,7 @@ use super::{
     output,
 };
 use crate::{
-    attachment::{self, Directory, Plan, Scope},
+    attachment::{self, Directory, Interfaces, Plan},
     cgroup::Hierarchies,
     direction::Direction,
     error::{Code, Error, Result},
@@ -172,9 +172,9 @@ impl Target {
                  than the limit (an own network namespace, given with --netns and --interface, has more)"
             );
         }
-        let scope = match &self.netns {
-            Some(netns) => Scope::Interface { netns, name: &self.interface },
-            None => Scope::Node { index: self.ifindex },
+        let interfaces = match &self.netns {
+            Some(netns) => Interfaces::One { netns, name: &self.interface },
+            None => Interfaces::OfNode { index: self.ifindex },
         };
         let owner = Owner {
             interface: Record { ifname: self.interface.clone(), ..Record::default() },
@@ -182,7 +182,7 @@ impl Target {
             ..Owner::default()
         };
         let (place, cgroup) = (self.place.clone(), Directory::Other(&self.directory));
-        let plan = Plan { place, cgroup, scope, limits: *limits, subnets: &Subnets::default(), owner };
+        let plan = Plan { place, cgroup, interfaces, limits: *limits, subnets: &Subnets::default(), owner };
         attachment::attach(&plan).map(drop)
     }
 

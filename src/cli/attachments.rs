@@ -297,8 +297,9 @@ fn read_directions(pinned: &Pinned<'_>, owner: &Owner) -> Result<[Option<Measure
         Queue::None => "pacing",
     };
     let ingress_by = owner.interface.ingress_by.map_or("?".to_owned(), |by| by.to_string());
-    let [egress, ingress] = pinned.limits()?;
-    let [sent, received] = pinned.meters()?;
+    let set = pinned.set()?;
+    let [egress, ingress] = pinned.limits(owner, &set)?;
+    let [sent, received] = pinned.meters(owner, &set)?;
     let direction = |limit: &AbiLimit, by: &str, counters| {
         let Limit { rate, burst, .. } = shaper::limit_of(limit)?;
         Some(Measured { rate, burst, by: by.to_owned(), counters, passing: None })

@@ -271,7 +271,7 @@ mod tests {
         assert_eq!(request.config.kubeconfig.as_deref(), Some(Path::new("/etc/k")));
         assert_eq!((plain.on_api_error, request.config.on_api_error), (OnApiError::Fail, OnApiError::Ignore));
         assert_eq!((request.config.log_level, request.config.rate_key.as_deref()), (LevelFilter::Debug, None));
-        assert_eq!(request.config.subnets.len(), 2);
+        assert_eq!(request.config.subnets.entries().count(), 2 + 1);
         // The configured cgroup is for pods without a UID only.
         assert_eq!(request.cgroup_hint(), Some(Path::new("/machine.slice/libpod-c1.scope")));
         assert_eq!(add("K8S_POD_UID=u", &config(keys)).unwrap().cgroup_hint(), None);

@@ -1,13 +1,13 @@
 //! `exemptSubnets` and `shapedSubnets`: which remote addresses a limit is for. An address belongs to the longest listed subnet around
 //! it; one that is in none is shaped, unless `shapedSubnets` says which ones are.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    hash::{DefaultHasher, Hash, Hasher},
+};
 
 use ipnetwork::IpNetwork;
-use podshaper_abi::{
-    MOST_SUBNETS, SUBNET_EXEMPT, SUBNET_SHAPED, SUBNETS_EXEMPT_BY_DEFAULT, SUBNETS_NONE, SUBNETS_SHAPED_BY_DEFAULT,
-    SubnetAddress, ipv4_mapped,
-};
+use podshaper_abi::{MAX_SUBNETS, SUBNET_EXEMPT, SUBNET_SHAPED, SubnetAddress, ipv4_mapped};
 use serde_json::value::RawValue;
 
 use crate::error::{Code, Error, Result, quoted};
@@ -16,7 +16,7 @@ use crate::error::{Code, Error, Result, quoted};
 const MAPPED_BITS: u32 = 96;
 
 /// The listed subnets as the eBPF programs have them.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Subnets {
     listed: BTreeMap<(u32, SubnetAddress), u32>,
     unlisted_are_exempt: bool,
@@ -39,36 +39,35 @@ impl Subnets {
             }
         }
         match subnets.listed.len() {
-            0..=MOST_SUBNETS => Ok(subnets),
+            0..=MAX_SUBNETS => Ok(subnets),
             count => {
                 let text = format!("configuration keys \"exemptSubnets\" and \"shapedSubnets\": {count} subnets");
-                Err(Error::new(Code::Config, format!("{text}, more than the {MOST_SUBNETS} there can be")))
+                Err(Error::new(Code::Config, format!("{text}, more than the {MAX_SUBNETS} there can be")))
             }
         }
     }
 
     /// Whether every address is shaped, there being no list.
     pub fn is_empty(&self) -> bool {
-        self.mode() == SUBNETS_NONE
+        self.listed.is_empty() && !self.unlisted_are_exempt
     }
 
-    /// What `SUBNETS_MODE` in the programs is to be.
-    pub fn mode(&self) -> u32 {
-        match self {
-            Self { unlisted_are_exempt: true, .. } => SUBNETS_EXEMPT_BY_DEFAULT,
-            Self { listed, .. } if listed.is_empty() => SUBNETS_NONE,
-            _ => SUBNETS_SHAPED_BY_DEFAULT,
+    /// The list's number: the same for equal lists, another one for others. 0 where there is none.
+    pub fn number(&self) -> u64 {
+        if self.is_empty() {
+            return 0;
         }
+        let mut hasher = DefaultHasher::new();
+        self.hash(&mut hasher);
+        hasher.finish().max(1)
     }
 
-    /// Number of listed subnets.
-    pub fn len(&self) -> usize {
-        self.listed.len()
-    }
-
-    /// Prefix length in bits, address and kind of each listed subnet.
+    /// Prefix length in bits, address and kind of each listed subnet, the shortest last: that one is around every address.
     pub fn entries(&self) -> impl Iterator<Item = (u32, SubnetAddress, u32)> {
-        self.listed.iter().map(|(&(bits, address), &kind)| (bits, address, kind))
+        const EVERY: (u32, SubnetAddress) = (0, [0; 16]);
+        let unlisted = if self.unlisted_are_exempt { SUBNET_EXEMPT } else { SUBNET_SHAPED };
+        let unlisted = (!self.listed.contains_key(&EVERY)).then_some((0, EVERY.1, unlisted));
+        self.listed.iter().rev().map(|(&(bits, address), &kind)| (bits, address, kind)).chain(unlisted)
     }
 }
 
@@ -103,16 +102,30 @@ mod tests {
 
     #[test]
     fn an_address_in_no_list_is_shaped_unless_it_is_said_which_are() {
-        for (exempt, shaped, mode) in [
-            ("", "", SUBNETS_NONE),
-            ("[]", "", SUBNETS_NONE),
-            (r#"["10.0.0.0/8"]"#, "", SUBNETS_SHAPED_BY_DEFAULT),
-            ("", r#"["0.0.0.0/0"]"#, SUBNETS_EXEMPT_BY_DEFAULT),
-            ("", "[]", SUBNETS_EXEMPT_BY_DEFAULT),
-            (r#"["10.0.0.0/8"]"#, r#"["10.1.0.0/16"]"#, SUBNETS_EXEMPT_BY_DEFAULT),
+        for (exempt, shaped, unlisted) in [
+            ("", "", None),
+            ("[]", "", None),
+            (r#"["10.0.0.0/8"]"#, "", Some(SUBNET_SHAPED)),
+            ("", r#"["0.0.0.0/0"]"#, Some(SUBNET_EXEMPT)),
+            ("", "[]", Some(SUBNET_EXEMPT)),
+            (r#"["10.0.0.0/8"]"#, r#"["10.1.0.0/16"]"#, Some(SUBNET_EXEMPT)),
+            (r#"["10.0.0.0/8"]"#, r#"["::/0"]"#, Some(SUBNET_SHAPED)),
         ] {
-            assert_eq!(read(exempt, shaped).unwrap().mode(), mode, "{exempt} {shaped}");
+            let subnets = read(exempt, shaped).unwrap();
+            assert_eq!(subnets.is_empty(), unlisted.is_none(), "{exempt} {shaped}");
+            assert_eq!(subnets.number() == 0, unlisted.is_none(), "{exempt} {shaped}");
+            let every: Vec<_> = subnets.entries().filter(|(bits, ..)| *bits == 0).collect();
+            assert_eq!(every.len(), 1, "{exempt} {shaped}");
+            assert!(unlisted.is_none_or(|kind| every[0].2 == kind && subnets.entries().last() == Some(every[0])));
         }
+    }
+
+    #[test]
+    fn a_list_has_a_number_of_its_own() {
+        let lists = [(r#"["10.0.0.0/8"]"#, ""), ("", r#"["10.0.0.0/8"]"#), (r#"["10.0.0.0/9"]"#, "")];
+        let numbers = lists.map(|(exempt, shaped)| read(exempt, shaped).unwrap().number());
+        assert!(numbers[0] != numbers[1] && numbers[1] != numbers[2] && numbers[0] != numbers[2], "{numbers:?}");
+        assert_eq!(read(r#"["10.1.2.3/8"]"#, "").unwrap().number(), numbers[0]);
     }
 
     #[test]
@@ -121,17 +134,18 @@ mod tests {
         let entries: Vec<_> = subnets.entries().collect();
         let address = |text: &str| text.parse::<std::net::Ipv6Addr>().unwrap().octets();
         let expected = [
-            (8, address("fd00::"), SUBNET_EXEMPT),
-            (32, address("fd00:1::"), SUBNET_SHAPED),
-            (104, address("::ffff:10.0.0.0"), SUBNET_EXEMPT),
             (128, address("::ffff:192.0.2.1"), SUBNET_EXEMPT),
+            (104, address("::ffff:10.0.0.0"), SUBNET_EXEMPT),
+            (32, address("fd00:1::"), SUBNET_SHAPED),
+            (8, address("fd00::"), SUBNET_EXEMPT),
+            (0, address("::"), SUBNET_EXEMPT),
         ];
         assert_eq!(entries, expected);
     }
 
     #[test]
     fn what_is_no_list_of_subnets_is_named() {
-        let too_many: Vec<String> = (0..=MOST_SUBNETS).map(|i| format!("10.{}.{}.0/24", i / 256, i % 256)).collect();
+        let too_many: Vec<String> = (0..=MAX_SUBNETS).map(|i| format!("10.{}.{}.0/24", i / 256, i % 256)).collect();
         for (exempt, shaped, why) in [
             (r#""10.0.0.0/8""#, "", r#"key "exemptSubnets": "\"10.0.0.0/8\"" is not a subnet"#),
             ("", r#"["10.0.0.0/33"]"#, r#"key "shapedSubnets": "10.0.0.0/33" is not a subnet"#),

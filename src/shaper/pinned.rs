@@ -4,19 +4,19 @@ use std::{
     fs,
     os::fd::{AsFd, OwnedFd},
     os::unix::fs::MetadataExt,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
-use podshaper_abi::{Limit as AbiLimit, Meter};
+use podshaper_abi::{Limit as AbiLimit, Limits as AbiLimits, Meter};
 
+use super::{Set, Settings, owner, refusal::refused};
 use crate::{
+    direction::Direction,
     error::{Code, Error, Result},
-    pins::{LIMITS, METERS, OWNER},
+    pins::{self, OWNER},
     pod::Owner,
     sys::{self, Read},
 };
-
-use super::{Settings, owner_bytes, refusal::refused};
 
 /// One attachment that is pinned.
 pub struct Pinned<'a> {
@@ -35,7 +35,7 @@ impl<'a> Pinned<'a> {
     /// [`Code::Kernel`] where the record cannot be read: it is being removed, or not podshaper's.
     pub fn owner(&self) -> Result<Owner> {
         // Whatever its size: a record of another layout must be readable for its pins to be removed.
-        let bytes = self.map(OWNER).and_then(|map| sys::element_bytes(map.as_fd(), 0));
+        let bytes = self.map(OWNER).and_then(|map| sys::element_bytes(map.as_fd()));
         let bytes = bytes.map_err(|cause| refused(self.reading(OWNER), &cause))?;
         let json = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
         serde_json::from_slice(json).map_err(|cause| Error::because(Code::Kernel, self.reading(OWNER), cause))
@@ -46,7 +46,7 @@ impl<'a> Pinned<'a> {
     /// # Errors
     /// [`Code::Kernel`] where this process may not read it, or not now.
     pub fn owner_if_readable(&self) -> Result<Option<Owner>> {
-        let bytes = self.map(OWNER).and_then(|map| sys::element_bytes(map.as_fd(), 0));
+        let bytes = self.map(OWNER).and_then(|map| sys::element_bytes(map.as_fd()));
         match bytes.map_err(|cause| (cause.raw_os_error(), cause)) {
             Err((Some(libc::EPERM | libc::EACCES | libc::ENOMEM | libc::EMFILE | libc::ENFILE), cause)) => {
                 Err(refused(self.reading(OWNER), &cause))
@@ -55,20 +55,28 @@ impl<'a> Pinned<'a> {
         }
     }
 
+    /// Its programs' maps.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] where they cannot be opened.
+    pub fn set(&self) -> Result<Set> {
+        Set::pinned(&pins::maps_of(self.directory))
+    }
+
     /// The limits of both directions, as the programs read them.
     ///
     /// # Errors
     /// [`Code::Kernel`] where they cannot be read.
-    pub fn limits(&self) -> Result<[AbiLimit; 2]> {
-        self.both(LIMITS, Read::Plain)
+    pub fn limits(&self, owner: &Owner, set: &Set) -> Result<AbiLimits> {
+        self.found("limits", set.limits.get(&owner.slot, Read::Plain))
     }
 
-    /// Clocks and counters of both directions, each of one moment.
+    /// Clocks and counters of both directions, all of one moment.
     ///
     /// # Errors
     /// [`Code::Kernel`] where they cannot be read.
-    pub fn meters(&self) -> Result<[Meter; 2]> {
-        self.both(METERS, Read::Locked)
+    pub fn meters(&self, owner: &Owner, set: &Set) -> Result<[Meter; 2]> {
+        self.found("meters", set.meters.get(&owner.slot, Read::Locked)).map(|meters| meters.of)
     }
 
     /// The cgroup a program is on, by the inode number of its directory; `None` if the link is dead.
@@ -76,8 +84,8 @@ impl<'a> Pinned<'a> {
     /// # Errors
     /// [`Code::Kernel`] where there is no such link.
     pub fn linked_cgroup(&self, program: &str) -> Result<Option<u64>> {
-        let link = sys::open_pin(&self.directory.join(program)).and_then(|link| sys::cgroup_link(link.as_fd()));
-        let link = link.map_err(|cause| refused(self.reading(program), &cause))?;
+        let link = sys::open_pin(&self.link(program)).and_then(|link| sys::cgroup_link(link.as_fd()));
+        let link = link.map_err(|cause| refused(format!("read {}", self.link(program).display()), &cause))?;
         Ok(Some(link.cgroup_id).filter(|id| *id != 0))
     }
 
@@ -87,19 +95,18 @@ impl<'a> Pinned<'a> {
     /// # Errors
     /// [`Code::Kernel`] with what the kernel says.
     pub fn change(&self, settings: &Settings, owner: &Owner) -> Result<()> {
-        let writing = |name: &str| format!("write {}", self.directory.join(name).display());
-        let owner = owner_bytes(&Owner { changed: true, ..owner.clone() })?;
-        let written = self.map(OWNER).and_then(|map| sys::set_element(map.as_fd(), 0, &owner));
-        written.map_err(|cause| refused(writing(OWNER), &cause))?;
-        let limits = settings.abi_limits().into_iter().filter(|(_, limit)| limit.rate_bits_per_s != 0);
-        for (direction, limit) in limits {
-            let written = self.map(LIMITS).and_then(|map| sys::set_element(map.as_fd(), direction.index(), &limit));
-            written.map_err(|cause| refused(writing(LIMITS), &cause))?;
+        let set = self.set()?;
+        let mut limits = self.limits(owner, &set)?;
+        owner::write(&Owner { changed: true, ..owner.clone() }, self.directory)?;
+        for (limit, to) in limits.iter_mut().zip(settings.abi_limits()).filter(|(_, to)| to.rate_bits_per_s != 0) {
+            *limit = to;
         }
-        Ok(())
+        let written = set.limits.set(&owner.slot, &limits);
+        written.map_err(|cause| refused(format!("write the limits of {}", self.directory.display()), &cause))
     }
 
-    /// Checks that every link is live and on this cgroup, and that the limits are these, unless an operator has set others.
+    /// Checks that every link is live and on this cgroup, that its programs find the attachment there, and that the limits are these, unless
+    /// an operator has set others.
     ///
     /// # Errors
     /// [`Code::Mismatch`] naming the first difference.
@@ -110,10 +117,16 @@ impl<'a> Pinned<'a> {
         for (name, _) in settings.programs() {
             self.check_link(name, cgroup, cgroup_id)?;
         }
-        if self.owner()?.changed {
+        let (owner, set) = (self.owner()?, self.set()?);
+        if !set.scopes_on(cgroup_id)?.contains(&owner.scope()) {
+            let (pins, cgroup) = (self.directory.display(), cgroup.display());
+            return Err(mismatch(format!("the programs on {cgroup} do not know of the limit pinned in {pins}")));
+        }
+        if owner.changed {
             return Ok(());
         }
-        for ((name, asked), found) in settings.abi_limits().into_iter().zip(self.limits()?) {
+        let found = self.limits(&owner, &set)?;
+        for ((name, asked), found) in Direction::BOTH.into_iter().zip(settings.abi_limits()).zip(found) {
             if found != asked {
                 let AbiLimit { rate_bits_per_s: rate, burst_ns: burst, .. } = found;
                 let AbiLimit { rate_bits_per_s: asked_rate, burst_ns: asked_burst, .. } = asked;
@@ -127,7 +140,7 @@ impl<'a> Pinned<'a> {
     }
 
     fn check_link(&self, name: &str, cgroup: &Path, cgroup_id: u64) -> Result<()> {
-        let path = self.directory.join(name);
+        let path = self.link(name);
         let link = sys::open_pin(&path)
             .and_then(|link| sys::cgroup_link(link.as_fd()))
             .map_err(|cause| Error::because(Code::Mismatch, format!("open the link {}", path.display()), cause))?;
@@ -142,9 +155,15 @@ impl<'a> Pinned<'a> {
         }
     }
 
-    fn both<V: aya::Pod + Default>(&self, name: &str, read: Read) -> Result<[V; 2]> {
-        let both = self.map(name).and_then(|map| sys::both_elements(map.as_fd(), read));
-        both.map_err(|cause| refused(self.reading(name), &cause))
+    fn found<V>(&self, what: &str, found: std::io::Result<Option<V>>) -> Result<V> {
+        let reading = || format!("read the {what} of {}", self.directory.display());
+        let found = found.map_err(|cause| refused(reading(), &cause))?;
+        found.ok_or_else(|| Error::new(Code::Kernel, format!("{}: they are gone", reading())))
+    }
+
+    /// Where the link of a program is pinned.
+    fn link(&self, program: &str) -> PathBuf {
+        pins::links_of(self.directory).join(program)
     }
 
     fn map(&self, name: &str) -> std::io::Result<OwnedFd> {

@@ -1,5 +1,6 @@
 //! What podshaper has pinned for a pod, read by somebody else's eyes: bpftool, by the types the maps describe themselves with.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -31,7 +32,7 @@ pub struct PinnedLimit {
 
 /// Where the attachment of one of the pod's interfaces is pinned.
 pub fn directory(pod: &Pod, interface: &str) -> PathBuf {
-    Path::new("/sys/fs/bpf/podshaper").join(format!("v{LAYOUT}")).join(&pod.uid).join(interface)
+    layout().join(&pod.uid).join(interface)
 }
 
 /// What the pod has sent by its first interface.
@@ -49,23 +50,59 @@ pub fn ingress(pod: &Pod) -> Result<Counters> {
 }
 
 fn counters(directory: &Path, direction: u32) -> Result<Counters> {
-    let meter = entry(&directory.join("METERS"), direction)?;
-    let counters = meter.get("counters").cloned().unwrap_or_default();
-    serde_json::from_value(counters).context(format_args!("read the counters in {meter}"))
+    let meters = numbers(directory, "METERS")?;
+    let counters = meters["of"][direction as usize].get("counters").cloned().unwrap_or_default();
+    serde_json::from_value(counters).context(format_args!("read the counters in {meters}"))
 }
 
 pub fn egress_limit(pod: &Pod, interface: &str) -> Result<PinnedLimit> {
-    let limit = entry(&directory(pod, interface).join("LIMITS"), EGRESS)?;
-    serde_json::from_value(limit).context("read the limit")
+    let limits = limits(&directory(pod, interface))?;
+    serde_json::from_value(limits[EGRESS as usize].clone()).context("read the limit")
 }
 
-/// The entry of a direction, which is its key.
-fn entry(map: &Path, direction: u32) -> Result<Value> {
+/// The limits of an attachment, by direction.
+pub fn limits(directory: &Path) -> Result<Value> {
+    numbers(directory, "LIMITS")
+}
+
+/// Whose an attachment is.
+pub fn owner(directory: &Path) -> Result<Value> {
+    let entry = lookup(&directory.join("OWNER"), 0)?;
+    let words: Vec<String> = serde_json::from_value(entry["value"].clone()).context("read the record's bytes")?;
+    let bytes = words.iter().filter_map(|word| u8::from_str_radix(word.trim_start_matches("0x"), 16).ok());
+    let json: Vec<u8> = bytes.take_while(|byte| *byte != 0).collect();
+    serde_json::from_slice(&json).context("read the record")
+}
+
+/// The slots that have limits in the node's maps.
+pub fn slots() -> Result<BTreeSet<u64>> {
+    let map = layout().join("%node/LIMITS");
+    if !map.exists() {
+        return Ok(BTreeSet::new());
+    }
+    let text = run(Command::new("bpftool").args(["-j", "map", "dump", "pinned"]).arg(&map))?;
+    let entries: Vec<Value> = serde_json::from_str(&text).context("read the node's limits")?;
+    Ok(entries.iter().filter_map(|entry| entry["formatted"]["key"].as_u64()).collect())
+}
+
+/// What a map has for an attachment: in the node's, or in a map of the attachment's own.
+fn numbers(directory: &Path, map: &str) -> Result<Value> {
+    let own = directory.join(map);
+    let map = if own.exists() { own } else { layout().join("%node").join(map) };
+    let slot = owner(directory)?["slot"].as_u64().unwrap_or_default();
+    let entry = lookup(&map, slot as u32)?;
+    let formatted = entry.get("formatted").and_then(|entry| entry.get("value")).cloned();
+    formatted.ok_or_else(|| Failure::new(format_args!("bpftool says nothing of types in {entry}")))
+}
+
+fn layout() -> PathBuf {
+    Path::new("/sys/fs/bpf/podshaper").join(format!("v{LAYOUT}"))
+}
+
+fn lookup(map: &Path, key: u32) -> Result<Value> {
     let mut bpftool = Command::new("bpftool");
-    let key = direction.to_ne_bytes().map(|byte| byte.to_string());
+    let key = key.to_ne_bytes().map(|byte| byte.to_string());
     bpftool.args(["-j", "map", "lookup", "pinned"]).arg(map).arg("key").args(key);
     let text = run(&mut bpftool)?;
-    let entry: Value = serde_json::from_str(&text).context(format_args!("read bpftool's answer {text:?}"))?;
-    let formatted = entry.get("formatted").and_then(|entry| entry.get("value")).cloned();
-    formatted.ok_or_else(|| Failure::new(format_args!("bpftool says nothing of types in {text}")))
+    serde_json::from_str(&text).context(format_args!("read bpftool's answer {text:?}"))
 }

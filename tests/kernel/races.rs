@@ -12,7 +12,7 @@ use super::mounts;
 use crate::harness::cni::Cni;
 use crate::harness::netns::Netns;
 use crate::harness::pod::container_id;
-use crate::sandbox::{ATTACHMENT, Objects, PROGRAMS, RATE, Sandbox, netns_with, ok, within};
+use crate::sandbox::{ATTACHMENT, LINKS, NODE, Objects, PROGRAMS, RATE, Sandbox, netns_with, ok, within};
 
 /// What an attachment's directory is called while it is made, and while it is replaced before Linux 5.17.
 const UNFINISHED: [&str; 2] = ["eth0%new", "eth0%old"];
@@ -48,7 +48,8 @@ fn an_add_that_is_killed_anywhere_is_repaired_by_the_next() {
         finished += u32::from(kill_after(&pod.cni_of("ADD", &id), &pod.stdin_at(RATE), moment));
         let pins = pod.pins();
         left += u32::from(pins.contains_key(UNFINISHED[0]));
-        assert!(pins.keys().all(|name| name == "eth0" || UNFINISHED.contains(&name.as_str())), "{pins:?}");
+        let known = ["eth0", LINKS.0];
+        assert!(pins.keys().all(|name| known.iter().chain(&UNFINISHED).any(|known| name == known)), "{pins:?}");
         // What has its name is whole.
         if pins.contains_key("eth0") {
             assert_eq!(pins["eth0"], ATTACHMENT);
@@ -92,15 +93,16 @@ fn every_unfinished_state_is_cleared_by_a_del_and_by_an_add() {
     let pod = Sandbox::new();
     let directory = pod.pod_directory();
     let at = |name: &str| directory.join(name);
-    let remove_pin = |name: &str| fs::remove_file(at("eth0").join(name)).unwrap();
-    let states: [(&str, &dyn Fn()); 7] = [
+    let remove_link = |name: &str| fs::remove_file(at(LINKS.0).join(name)).unwrap();
+    let states: [(&str, &dyn Fn()); 9] = [
         ("ADD: the pod's directory is made", &|| fs::create_dir(&directory).unwrap()),
         ("ADD: the staging directory is made", &|| fs::create_dir_all(at("eth0%new")).unwrap()),
-        ("ADD: some pins are made", &|| {
+        ("ADD: some links are made", &|| {
             pod.call("ADD");
-            remove_pin("pace_tcp");
+            remove_link("pace_tcp");
             fs::rename(at("eth0"), at("eth0%new")).unwrap();
         }),
+        ("ADD: the node's programs are half pinned", &|| fs::create_dir_all(format!("{NODE}%new")).unwrap()),
         ("ADD: all pins are made", &|| {
             pod.call("ADD");
             fs::rename(at("eth0"), at("eth0%new")).unwrap();
@@ -111,11 +113,16 @@ fn every_unfinished_state_is_cleared_by_a_del_and_by_an_add() {
         }),
         ("DEL: the links are removed", &|| {
             pod.call("ADD");
-            PROGRAMS.iter().for_each(|(_, name)| remove_pin(name));
+            PROGRAMS.iter().for_each(|(_, name)| remove_link(name));
         }),
-        ("DEL: the pins are removed", &|| {
+        ("DEL: the links and their directory are removed", &|| {
             pod.call("ADD");
-            ATTACHMENT.iter().for_each(|name| remove_pin(name));
+            fs::remove_dir_all(at(LINKS.0)).unwrap();
+        }),
+        ("DEL: the record is removed", &|| {
+            pod.call("ADD");
+            fs::remove_dir_all(at(LINKS.0)).unwrap();
+            fs::remove_file(at("eth0/OWNER")).unwrap();
         }),
     ];
     for (what, make) in states {

@@ -1,8 +1,8 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use aya::maps::{Array, Map, MapData};
-use podshaper_abi::{Counters, EGRESS, Meter};
+use aya::maps::{HashMap, Map, MapData};
+use podshaper_abi::{Counters, EGRESS, Meters as AbiMeters};
 use serde_json::json;
 
 use super::{limited_both_ways, listed, refuses, says};
@@ -12,7 +12,7 @@ use crate::harness::measure::{self, Bulk};
 use crate::harness::meter;
 use crate::harness::pod::{INTERFACE, container_id};
 use crate::harness::process;
-use crate::sandbox::{RATE, Sandbox, builds_large_packets, netns_with_host_end, ok};
+use crate::sandbox::{NODE, RATE, Sandbox, builds_large_packets, netns_with_host_end, ok};
 
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
@@ -154,16 +154,20 @@ fn a_change_is_in_force_at_once_on_live_flows_and_drops_nothing() {
 }
 
 /// The counters of a pod's egress, read faster than bpftool can be called.
-struct Meters(Array<MapData, Meter>);
+struct Meters {
+    map: HashMap<MapData, u32, AbiMeters>,
+    slot: u32,
+}
 
 impl Meters {
     fn of(directory: PathBuf) -> Self {
-        let map = MapData::from_pin(directory.join("METERS")).unwrap();
-        Self(Array::try_from(Map::Array(map)).unwrap())
+        let slot = meter::owner(&directory).unwrap()["slot"].as_u64().unwrap() as u32;
+        let map = MapData::from_pin(Path::new(NODE).join("METERS")).unwrap();
+        Self { map: HashMap::try_from(Map::HashMap(map)).unwrap(), slot }
     }
 
     fn read(&self) -> Counters {
-        self.0.get(&EGRESS, 0).unwrap().counters
+        self.map.get(&self.slot, 0).unwrap().of[EGRESS as usize].counters
     }
 
     /// How long until the first window of 50 ms that has the rate within a fifth.

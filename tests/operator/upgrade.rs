@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::{alone, listed, says};
 use crate::harness::pod::container_id;
 use crate::harness::process;
-use crate::sandbox::{PROGRAMS, RATE, Sandbox, ok};
+use crate::sandbox::{LINKS, PROGRAMS, RATE, Sandbox, ok};
 
 const OLD: &str = "/sys/fs/bpf/podshaper/v0";
 
@@ -18,11 +18,12 @@ fn age(pod: &Sandbox) {
     let (new, old) = (pod.pod_directory().join("eth0"), format!("{OLD}/{}/eth0", pod.uid));
     let owner = pod.owner("eth0").to_string();
     fs::create_dir_all(format!("{OLD}/{}", pod.uid)).unwrap();
-    fs::rename(&new, &old).unwrap();
+    fs::rename(pod.pod_directory().join(LINKS.0), &old).unwrap();
+    fs::remove_file(new.join("OWNER")).unwrap();
+    fs::remove_dir(&new).unwrap();
     fs::remove_dir(pod.pod_directory()).unwrap();
     for (name, size) in [("OWNER", 1000), ("LIMITS", 24)] {
         let path = format!("{old}/{name}");
-        fs::remove_file(&path).unwrap();
         let size = size.to_string();
         let map = ["type", "array", "key", "4", "value", &size, "entries", "1", "name", name];
         process::run(Command::new("bpftool").args(["map", "create", &path]).args(map)).unwrap();

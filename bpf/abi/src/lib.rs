@@ -6,14 +6,19 @@
 #![cfg_attr(not(test), no_std)]
 
 /// Version of the structures below and of the set of maps and programs that are pinned.
-pub const LAYOUT: u32 = 5;
+pub const LAYOUT: u32 = 6;
 
-/// Index of the egress direction in the `LIMITS` and `METERS` maps: what the pod sends.
+/// Index of the egress direction in an attachment's limits and meters: what the pod sends.
 pub const EGRESS: u32 = 0;
-/// Index of the ingress direction in the `LIMITS` and `METERS` maps: what the pod receives.
+/// Index of the ingress direction in an attachment's limits and meters: what the pod receives.
 pub const INGRESS: u32 = 1;
-/// Number of directions, that is of entries in those maps.
-pub const DIRECTIONS: u32 = 2;
+/// Number of directions.
+pub const DIRECTIONS: usize = 2;
+
+/// Most attachments that share one set of programs and maps. A hash map of so many has a table of 128 KiB, whatever is in it.
+pub const MAX_ATTACHMENTS: usize = 1 << 13;
+/// Most interfaces of one cgroup that share one set of programs.
+pub const MAX_SCOPES: usize = 4;
 
 /// Interfaces are numbered from 2 in a network namespace that has `lo`, which is always 1 (net/core/dev.c,
 /// `dev_new_index`; drivers/net/loopback.c, `BUG_ON(dev->ifindex != LOOPBACK_IFINDEX)`).
@@ -24,17 +29,10 @@ pub const BACKLOG_BUCKETS: usize = 32;
 /// The first bucket of the histogram counts backlogs below 2^10 ns (a microsecond); each further one reaches twice as far.
 pub const BACKLOG_FIRST_BUCKET_LOG2_NS: u32 = 10;
 
-/// Bytes of the `OWNER` map's single value: JSON text, padded with NUL bytes.
-pub const OWNER_SIZE: usize = 4096;
-
-/// Most subnets that can be listed, of both kinds together.
-pub const MOST_SUBNETS: usize = 1 << 14;
-/// `SUBNETS_MODE`: no subnet is listed.
-pub const SUBNETS_NONE: u32 = 0;
-/// `SUBNETS_MODE`: an address in no listed subnet is shaped.
-pub const SUBNETS_SHAPED_BY_DEFAULT: u32 = 1;
-/// `SUBNETS_MODE`: an address in no listed subnet is exempt.
-pub const SUBNETS_EXEMPT_BY_DEFAULT: u32 = 2;
+/// Most subnets that a configuration can list, of both kinds together.
+pub const MAX_SUBNETS: usize = 1 << 14;
+/// Most subnets of all lists of a node.
+pub const MAX_LISTED_SUBNETS: usize = 1 << 18;
 /// Value in the `SUBNETS` map: limited and counted.
 pub const SUBNET_SHAPED: u32 = 0;
 /// Value in the `SUBNETS` map: neither.
@@ -48,6 +46,34 @@ pub type SubnetAddress = [u8; 16];
 pub fn ipv4_mapped([a, b, c, d]: [u8; 4]) -> SubnetAddress {
     [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
 }
+
+/// What the `SUBNETS` map is asked: a list's number, and an address in it. The prefixes in the map are of these bytes, so each is longer than
+/// its subnet's by the number.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ListedAddress {
+    /// The list, by [`Scope::list`] in bytes.
+    pub list: [u8; 8],
+    /// The address.
+    pub address: SubnetAddress,
+}
+
+/// Which traffic of a cgroup an attachment is for, and where its limits are.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Scope {
+    /// The interface, in the pod's network namespace. 0: every one but loopback.
+    pub ifindex: u32,
+    /// The attachment, as the maps `LIMITS` and `METERS` know it. 0: this entry is free.
+    pub slot: u32,
+    /// Number of the list of subnets, which has a subnet around every address. 0: no list, and every address is shaped.
+    pub list: u64,
+}
+
+/// What a cgroup keeps: the attachments that are on it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Scopes(pub [Scope; MAX_SCOPES]);
 
 /// Nanoseconds a second has, times bits a byte has: what turns bytes and bits/s into nanoseconds.
 const BIT_NANOS_PER_BYTE_SECOND: u64 = 8_000_000_000;
@@ -128,14 +154,26 @@ pub struct bpf_spin_lock {
     val: u32,
 }
 
-/// One direction's clock and counters. All fields belong to whoever holds the lock, but the lock itself and the mean, which the
-/// programs read and write each whole.
+/// An attachment's limits, by direction.
+pub type Limits = [Limit; DIRECTIONS];
+
+/// An attachment's clocks and counters, by direction. All fields belong to whoever holds the lock, but the lock itself and the means, which
+/// the programs read and write each whole.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Meters {
+    lock: bpf_spin_lock,
+    reserved: u32,
+    /// The clocks and counters.
+    pub of: [Meter; DIRECTIONS],
+}
+
+/// One direction's clock and counters.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Meter {
-    lock: bpf_spin_lock,
     /// Bytes that a flow sends between two waits, on the mean of the bytes in the backlog. 0: none yet.
-    pub usual_bytes: u32,
+    pub usual_bytes: u64,
     /// The virtual link.
     pub clock: Clock,
     /// Time of a slower one for sparse flows: see [`SPARSE_COST`].
@@ -179,6 +217,15 @@ const _: () = assert!(size_of::<Limit>() == 88);
 const _: () = assert!(size_of::<Clock>() == 16);
 const _: () = assert!(size_of::<Counters>() == 40 + 8 * BACKLOG_BUCKETS);
 const _: () = assert!(size_of::<Meter>() == 8 + size_of::<Clock>() + 16 + size_of::<Counters>());
+const _: () = assert!(size_of::<Meters>() == 8 + 2 * size_of::<Meter>());
+const _: () = assert!(size_of::<Scope>() == 16);
+
+impl Meters {
+    /// Meters whose lock is free.
+    pub const fn new(of: [Meter; DIRECTIONS]) -> Self {
+        Self { lock: bpf_spin_lock { val: 0 }, reserved: 0, of }
+    }
+}
 
 /// Time that some bytes take at a rate: whole nanoseconds and the remainder, in units of 1 ns / rate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -295,7 +342,10 @@ pub fn backlog_bucket_end_ns(bucket: usize) -> Option<u64> {
 unsafe impl aya::Pod for Limit {}
 // SAFETY: as for Limit.
 #[cfg(feature = "user")]
-unsafe impl aya::Pod for Meter {}
+unsafe impl aya::Pod for Meters {}
+// SAFETY: as for Limit.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for Scopes {}
 
 #[cfg(test)]
 mod tests {

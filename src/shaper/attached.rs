@@ -1,0 +1,201 @@
+//! Puts an attachment into the maps of a set and its programs on a cgroup, or leaves everything as it was; and takes it off again.
+
+use std::{
+    collections::hash_map::RandomState,
+    fs,
+    hash::BuildHasher,
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::MetadataExt,
+    },
+    path::{Path, PathBuf},
+};
+
+use podshaper_abi::{Counters, MAX_ATTACHMENTS, MAX_SCOPES, Meter, Meters, Scope};
+
+use super::{Hooked, Set, Settings, refusal::refused};
+use crate::{
+    error::{Code, Error, Result},
+    pins::{LockedPins, Place},
+    pod::Owner,
+    sys::{self, Read},
+};
+
+/// An attachment in the maps of a set. Dropped before [`Attached::keep`], it is taken out again.
+pub struct Attached<'a> {
+    set: &'a Set,
+    slot: u32,
+    /// What was on the cgroup before, once that was changed.
+    changed: Option<(u64, Vec<Scope>)>,
+    /// The links that were made for it.
+    made: Vec<PathBuf>,
+    is_kept: bool,
+}
+
+impl<'a> Attached<'a> {
+    /// Writes the limits of an attachment. Nothing is in force yet. `before`: the slot of one in whose place it comes, whose clocks go on,
+    /// so that nobody gets a second burst by being attached again.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] with what the kernel says.
+    pub fn write(set: &'a Set, settings: &Settings, before: Option<u32>) -> Result<Self> {
+        let failed = |cause: io::Error| match cause.raw_os_error() {
+            Some(libc::E2BIG) => {
+                let text = format!("write the limits: this node has {MAX_ATTACHMENTS} already (podshaper gc removes what is dead)");
+                Error::because(Code::Kernel, text, cause)
+            }
+            _ => refused("write the limits", &cause),
+        };
+        let slot = free_slot(set).map_err(failed)?;
+        let attached = Self { set, slot, changed: None, made: Vec::new(), is_kept: false };
+        let meters = before.map(|before| going_on(set, before)).transpose().map_err(failed)?.unwrap_or_default();
+        let written = set.meters.set(&slot, &meters).and_then(|()| set.limits.set(&slot, &settings.abi_limits()));
+        written.map(|()| attached).map_err(failed)
+    }
+
+    /// The key of its limits and meters.
+    pub fn slot(&self) -> u32 {
+        self.slot
+    }
+
+    /// Attaches the programs that the settings need, beside whatever is on the cgroup already, and has them find `scopes`: this one, and
+    /// those of the set that stay there. The links are pinned in `links`; those that are there stay.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] with what the kernel says.
+    pub fn attach(
+        &mut self,
+        settings: &Settings,
+        cgroup: BorrowedFd<'_>,
+        scopes: &[Scope],
+        links: &Path,
+    ) -> Result<()> {
+        let cgroup_id = id(cgroup)?;
+        for hooked in settings.programs() {
+            self.link(hooked, cgroup, cgroup_id, links)?;
+        }
+        let before = self.set.scopes_on(cgroup_id)?;
+        self.changed = Some((cgroup_id, before));
+        let written = self.set.set_scopes(cgroup_id, scopes);
+        written.map_err(|cause| refused("put the limits in force on the pod's cgroup", &cause))
+    }
+
+    /// It stays.
+    pub fn keep(mut self) {
+        self.is_kept = true;
+    }
+
+    fn link(&mut self, (name, hook): Hooked, cgroup: BorrowedFd<'_>, cgroup_id: u64, links: &Path) -> Result<()> {
+        let path = links.join(name);
+        let failed = |cause: &io::Error| refused(format!("attach the eBPF program {name} to the pod's cgroup"), cause);
+        match sys::open_pin(&path).and_then(|link| sys::cgroup_link(link.as_fd())) {
+            Ok(link) if link.cgroup_id == cgroup_id => return Ok(()),
+            // The link is dead: a cgroup of the same path is another one.
+            Ok(_) => fs::remove_file(&path).map_err(|cause| failed(&cause))?,
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => {}
+            Err(cause) => return Err(failed(&cause)),
+        }
+        let program = self.set.program(name)?;
+        let link = sys::link_to_cgroup(program.as_fd(), cgroup, hook).map_err(|cause| match cause.raw_os_error() {
+            // The programs are loaded, so it is not for want of a capability.
+            Some(libc::EPERM) => {
+                occupied(name, "another one is attached there or above, and tolerates none beside it", cause)
+            }
+            Some(libc::E2BIG) => occupied(name, "64 are attached there already", cause),
+            _ => failed(&cause),
+        })?;
+        sys::pin(link.as_fd(), &path).map_err(|cause| refused(format!("pin {}", path.display()), &cause))?;
+        self.made.push(path);
+        Ok(())
+    }
+}
+
+impl Drop for Attached<'_> {
+    fn drop(&mut self) {
+        if self.is_kept {
+            return;
+        }
+        let scopes = self.changed.take().map(|(cgroup_id, before)| self.set.set_scopes(cgroup_id, &before));
+        let links = self.made.iter().map(fs::remove_file);
+        for cause in scopes.into_iter().chain(links).filter_map(Result::err) {
+            // Its directory may be gone with all that was in it.
+            if cause.kind() != io::ErrorKind::NotFound {
+                log::warn!("a limit that failed is not cleared whole: {cause}");
+            }
+        }
+        if let Err(error) = self.set.forget(self.slot) {
+            log::warn!("a limit that failed is not cleared whole: {error}");
+        }
+    }
+}
+
+/// Whether an attachment may share the node's set: the programs find it by the cgroup and the interface, and the links of the pod are on
+/// this cgroup. `others`: the attachments of the pod that share it.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn can_share(
+    set: &Set,
+    cgroup: BorrowedFd<'_>,
+    ifindex: u32,
+    others: &[Scope],
+    before: Option<u32>,
+    links: &Path,
+) -> Result<bool> {
+    let cgroup_id = id(cgroup)?;
+    let is_of_pod = |scope: &Scope| others.contains(scope) || Some(scope.slot) == before;
+    let is_live = |scope: &Scope| matches!(set.limits.get(&scope.slot, Read::Plain), Ok(Some(_)));
+    let is_alone = set.scopes_on(cgroup_id)?.iter().all(|scope| is_of_pod(scope) || !is_live(scope));
+    let overlaps = |other: &Scope| other.ifindex == ifindex || other.ifindex == 0 || ifindex == 0;
+    let are_elsewhere = fs::read_dir(links).into_iter().flatten().flatten().any(|link| {
+        let link = sys::open_pin(&link.path()).and_then(|link| sys::cgroup_link(link.as_fd()));
+        link.is_ok_and(|link| link.cgroup_id != 0 && link.cgroup_id != cgroup_id)
+    });
+    Ok(is_alone && !are_elsewhere && others.len() < MAX_SCOPES && !others.iter().any(overlaps))
+}
+
+/// Takes an attachment out of the maps of its set, before its pins go; `others`: those of its pod that share it and stay. Nothing limits its
+/// packets from here on. Where nothing of the pod stays, the links go first, and with them whatever could still look for it.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn release(pins: &LockedPins, place: &Place, owner: &Owner, others: &[Scope]) -> Result<()> {
+    let set = Set::pinned(&pins.node())?;
+    if others.is_empty() {
+        pins.remove_links(&place.pod)?;
+    } else if let Ok(cgroup) = fs::metadata(&owner.cgroup) {
+        let left = set.set_scopes(cgroup.ino(), others);
+        left.map_err(|cause| refused("take the limits off the pod's cgroup", &cause))?;
+    }
+    set.forget(owner.slot)
+}
+
+/// A slot that nobody has. Random, so that there is no counter to keep; 0 is none.
+fn free_slot(set: &Set) -> io::Result<u32> {
+    loop {
+        let slot = RandomState::new().hash_one(0) as u32;
+        if slot != 0 && set.meters.get(&slot, Read::Locked)?.is_none() {
+            return Ok(slot);
+        }
+    }
+}
+
+/// The clocks of a slot, with nothing counted.
+fn going_on(set: &Set, slot: u32) -> io::Result<Meters> {
+    let before = set.meters.get(&slot, Read::Locked)?.unwrap_or_default();
+    Ok(Meters::new(before.of.map(|meter| Meter { counters: Counters::default(), ..meter })))
+}
+
+fn id(cgroup: BorrowedFd<'_>) -> Result<u64> {
+    let directory = cgroup.try_clone_to_owned().map(fs::File::from).and_then(|directory| directory.metadata());
+    directory
+        .map(|directory| directory.ino())
+        .map_err(|cause| Error::because(Code::Cgroup, "look at the pod's cgroup", cause))
+}
+
+/// Why a program does not fit beside those that are attached.
+fn occupied(name: &str, why: &str, cause: io::Error) -> Error {
+    let text = format!("attach the eBPF program {name} to the pod's cgroup: {why} (bpftool cgroup tree shows them)");
+    Error::because(Code::Kernel, text, cause)
+}
