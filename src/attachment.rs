@@ -7,6 +7,7 @@
 
 mod attach;
 mod end;
+mod upgrade;
 
 use std::{
     fs::{self, File},
@@ -28,11 +29,12 @@ use crate::{
     pins::{self, BPFFS, LockedPins, Pins, Place},
     pod::Owner,
     request::{Limit, Limits, Source, Subnets},
-    shaper::{self, Pinned},
+    shaper::{self, Pinned, Settings},
 };
 
 pub use attach::attach;
-pub use end::{End, change, lift, remove, remove_locked};
+pub use end::{End, change, lift, remove, remove_locked, settle_all};
+pub use upgrade::{Upgrade, upgrade};
 
 /// An attachment to be made.
 pub struct Plan<'a> {
@@ -112,6 +114,11 @@ impl Present {
         Self { place, directory, owner, limits }
     }
 
+    /// The programs that it needs on its cgroup.
+    fn programs(&self) -> Vec<&'static str> {
+        Settings::of(&self.owner, self.limits.unwrap_or_default()).program_names().collect()
+    }
+
     fn need(&self) -> Need {
         Need { record: self.owner.interface.clone(), limits: self.limits }
     }
@@ -133,9 +140,14 @@ pub fn lock() -> Result<Option<LockedPins>> {
 }
 
 /// The other attachments of a pod that share the node's programs with that of a place.
-fn sharing(pins: &Pins, place: &Place) -> Vec<Scope> {
+fn sharing(pins: &Pins, place: &Place) -> Vec<Present> {
     let others = pins.sharing(&place.pod).into_iter().filter(|(other, _)| other != place);
-    others.filter_map(|(_, directory)| Some(Pinned::at(&directory).owner().ok()?.scope())).collect()
+    others.filter_map(|(other, directory)| Present::read(other, directory).ok()).collect()
+}
+
+/// What the programs are to find of them on the pod's cgroup.
+fn scopes(sharing: &[Present]) -> Vec<Scope> {
+    sharing.iter().map(|present| present.owner.scope()).collect()
 }
 
 /// What the other attachments in the namespace of `own`, which is the record of `place`, need there.

@@ -21,6 +21,7 @@ mod set;
 mod show;
 mod table;
 mod top;
+mod upgrade;
 
 use std::process::ExitCode;
 
@@ -100,6 +101,8 @@ enum Command {
     Install(install::Install),
     /// Take podshaper off this node
     Uninstall(install::Uninstall),
+    /// Give running pods this podshaper's eBPF programs; their limits and connections go on
+    Upgrade(upgrade::Arguments),
     /// Print the completions of a shell
     Completions(completions::Arguments),
     /// Print the manual page, of podshaper or of a command
@@ -122,6 +125,7 @@ impl Command {
             Self::Metrics(arguments) => arguments.run().map(done),
             Self::Install(arguments) => arguments.run().and_then(|report| output::print(&report)).map(done),
             Self::Uninstall(arguments) => arguments.run().and_then(|report| output::print(&report)).map(done),
+            Self::Upgrade(arguments) => arguments.run().map(done),
             Self::Completions(arguments) => arguments.run().map(done),
             Self::Man(arguments) => arguments.run().map(done),
         }

@@ -244,7 +244,7 @@ fn gc(request: &Request) -> Result<()> {
         }
         Ok(())
     };
-    let settled = pins.settle_all();
+    let settled = attachment::settle_all(&pins);
     let removed = pins.list().into_iter().map(|(place, directory)| remove(place, directory));
     error::all(std::iter::once(settled).chain(removed))
 }

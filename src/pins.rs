@@ -165,6 +165,12 @@ impl Pins {
         self.layout().join(encode(pod)).join(LINKS)
     }
 
+    /// The links of the node's programs, of all pods.
+    pub fn all_links(&self) -> Vec<PathBuf> {
+        let links = pods(&self.layout()).into_iter().flat_map(|(_, pod)| fs::read_dir(pod.join(LINKS)));
+        links.flatten().flatten().map(|link| link.path()).collect()
+    }
+
     /// The attachments of a pod that share the node's programs.
     pub fn sharing(&self, pod: &str) -> Vec<(Place, PathBuf)> {
         let found = directories(&self.layout().join(encode(pod))).into_iter();
@@ -285,12 +291,21 @@ impl LockedPins {
         Ok(links)
     }
 
-    /// Removes the links of the node's programs on a pod's cgroup, if there are any: the kernel takes the programs off.
+    /// Removes the links of the node's programs on a pod's cgroup that are not named: the kernel takes the programs off.
     ///
     /// # Errors
     /// [`Code::Kernel`] with what the kernel says.
-    pub fn remove_links(&self, pod: &str) -> Result<()> {
-        remove_directory(&self.links(pod))
+    pub fn keep_links(&self, pod: &str, names: &[&str]) -> Result<()> {
+        let links = self.links(pod);
+        if names.is_empty() {
+            return remove_directory(&links);
+        }
+        let all = fs::read_dir(&links).into_iter().flatten().flatten();
+        let unneeded = all.filter(|link| link.file_name().to_str().is_none_or(|name| !names.contains(&name)));
+        error::all(unneeded.map(|link| {
+            let failed = |cause| Error::because(Code::Kernel, format!("remove {}", link.path().display()), cause);
+            fs::remove_file(link.path()).map_err(failed)
+        }))
     }
 
     /// Makes the directory in which the node's programs and maps are then pinned.
@@ -392,8 +407,8 @@ impl Staged<'_> {
 
 impl Drop for Staged<'_> {
     fn drop(&mut self) {
-        let removed =
-            remove_directory(&self.directory).and_then(|()| self.directory.parent().map_or(Ok(()), remove_pod_if_unused));
+        let removed = remove_directory(&self.directory)
+            .and_then(|()| self.directory.parent().map_or(Ok(()), remove_pod_if_unused));
         if let Err(error) = removed {
             log::warn!("{error}");
         }
@@ -479,7 +494,9 @@ fn remove_if_unused(layout: &Path) -> Result<()> {
     if !pods(layout).is_empty() {
         return Ok(());
     }
-    remove_directory(&layout.join(NODE))?;
+    let node = layout.join(NODE);
+    remove_directory(&with_suffix(&node, NEW))?;
+    remove_directory(&node)?;
     remove_if_empty(layout)
 }
 

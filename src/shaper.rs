@@ -9,6 +9,7 @@ mod owner;
 mod pinned;
 mod refusal;
 mod set;
+mod upgrade;
 
 use podshaper_abi::{Limit as AbiLimit, Limits as AbiLimits, QUEUE_FQ, QUEUE_HTB, QUEUE_NONE};
 
@@ -21,10 +22,11 @@ use crate::{
     units::{Burst, Rate},
 };
 
-pub use attached::{Attached, can_share, release};
+pub use attached::{Attached, can_share, forget_others, leave};
 pub use owner::pin as pin_owner;
 pub use pinned::Pinned;
 pub use set::{Set, try_programs};
+pub use upgrade::NewPrograms;
 
 /// A program of the object, by the name that is also that of its link's pin, and where it is attached.
 type Hooked = (&'static str, CgroupHook);

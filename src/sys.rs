@@ -425,7 +425,10 @@ fn element_size(map: BorrowedFd<'_>) -> io::Result<usize> {
 fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {
     let mut info = MapInfo::default();
     let info_len = size_of::<MapInfo>() as u32;
-    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut InfoAttr { bpf_fd: map.as_raw_fd() as u32, info_len, info: &raw mut info as u64 })?;
+    bpf(
+        BPF_OBJ_GET_INFO_BY_FD,
+        &mut InfoAttr { bpf_fd: map.as_raw_fd() as u32, info_len, info: &raw mut info as u64 },
+    )?;
     Ok(info)
 }
 

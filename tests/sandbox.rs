@@ -151,6 +151,11 @@ impl Sandbox {
             .collect()
     }
 
+    /// The interfaces that have an attachment, finished or not, as they are spelt in the pins.
+    pub fn interfaces(&self) -> Vec<String> {
+        self.pins().into_keys().filter(|name| name != LINKS.0).collect()
+    }
+
     /// Where the pod's attachments are pinned.
     pub fn pod_directory(&self) -> PathBuf {
         Path::new(PINS).join(&self.uid)
@@ -216,7 +221,7 @@ impl Sandbox {
     /// What the pod's attachments have in the kernel beside their links.
     pub fn objects(&self) -> Objects {
         let mut objects = Objects::default();
-        for interface in self.pins().keys().filter(|name| *name != LINKS.0) {
+        for interface in &self.interfaces() {
             let owner = self.pod_directory().join(interface).join("OWNER");
             let id = bpftool(&["map", "show", "pinned", owner.to_str().unwrap()]).unwrap()["id"].as_u64().unwrap();
             objects.maps.insert(id);
@@ -431,7 +436,8 @@ fn maps() -> BTreeSet<u64> {
     all.as_array().into_iter().flatten().map(|object| object["id"].as_u64().unwrap()).collect()
 }
 
-fn bpftool(arguments: &[&str]) -> Result<Value, String> {
+/// What bpftool says.
+pub fn bpftool(arguments: &[&str]) -> Result<Value, String> {
     let output = process::run(Command::new("bpftool").arg("-j").args(arguments)).map_err(|error| error.to_string())?;
     if output.trim().is_empty() {
         Ok(json!([]))

@@ -5,9 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use podshaper_abi::Scope;
-
-use super::{Directory, Interfaces, Plan, Present, others, remove_cgroup_if_made, sharing};
+use super::{Directory, Interfaces, Plan, Present, others, remove_cgroup_if_made, scopes, sharing};
 use crate::{
     error::{Code, Error, Result},
     interface::{self, IngressBy, Interface, Need, Record},
@@ -54,7 +52,7 @@ struct Programs {
 #[derive(Default)]
 struct Sharing {
     /// The pod's others.
-    others: Vec<Scope>,
+    others: Vec<Present>,
     /// The slot of the one in whose place it comes.
     before: Option<u32>,
 }
@@ -150,13 +148,14 @@ impl<'a> Attaching<'a> {
         let cgroup = self.plan.cgroup.open()?;
         let staged = pins.stage(place)?;
         let Programs { set, sharing } = self.programs(own, pins, before.as_ref(), cgroup.as_fd())?;
-        let links = if sharing.is_some() {
+        let is_shared = sharing.is_some();
+        let links = if is_shared {
             pins.make_links(&place.pod)?
         } else {
             set.pin_maps(staged.directory())?;
             staged.directory().to_path_buf()
         };
-        let Sharing { others: mut scopes, before: slot_before } = sharing.unwrap_or_default();
+        let Sharing { others, before: slot_before } = sharing.unwrap_or_default();
         let mut attached = Attached::write(&set, &settings, slot_before)?;
         let owner = Owner {
             interface: self.record.clone(),
@@ -166,12 +165,18 @@ impl<'a> Attaching<'a> {
             ..self.plan.owner.clone()
         };
         shaper::pin_owner(&owner, staged.directory())?;
+        let mut scopes = scopes(&others);
         scopes.push(owner.scope());
         attached.attach(&settings, cgroup.as_fd(), &scopes, &links)?;
         staged.commit()?;
         attached.keep();
         if let Some(slot) = slot_before {
             interface::warn("the numbers of the limit that was replaced are left", set.forget(slot));
+        }
+        if is_shared {
+            let needed = others.iter().flat_map(Present::programs).chain(settings.program_names());
+            let left = pins.keep_links(&place.pod, &needed.collect::<Vec<_>>());
+            interface::warn("programs of the limit that was replaced are still on the pod's cgroup", left);
         }
         Ok(owner)
     }
@@ -192,7 +197,7 @@ impl<'a> Attaching<'a> {
         let before = before.filter(|before| pins::shares(&before.directory)).map(|before| before.owner.slot);
         let sharing = Sharing { others: sharing(pins, place), before };
         let links = pins.links(&place.pod);
-        if shaper::can_share(&set, cgroup, self.index(), &sharing.others, before, &links)? {
+        if shaper::can_share(&set, cgroup, self.index(), &scopes(&sharing.others), before, &links)? {
             Ok(Programs { set, sharing: Some(sharing) })
         } else {
             Ok(Programs { set: Set::own()?, sharing: None })

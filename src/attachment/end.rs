@@ -2,14 +2,14 @@
 
 use std::path::Path;
 
-use super::{Present, lock, others, sharing, unlimited};
+use super::{Present, lock, others, scopes, sharing, unlimited};
 use crate::{
-    error::{Code, Error, Result},
+    error::{self, Code, Error, Result},
     interface::{self, Interface, Record},
     pins::{self, LockedPins, Pins, Place},
     pod::Owner,
     request::Limits,
-    shaper::{self, Pinned, Settings},
+    shaper::{self, Pinned, Set, Settings},
 };
 
 /// What became of an attachment that was to end.
@@ -46,8 +46,8 @@ pub fn remove_locked(
     if !is_meant(&directory, owner.as_ref()) {
         return Ok(End::Another(Box::new(owner.unwrap_or_default())));
     }
-    if let Some(owner) = owner.as_ref().filter(|_| pins::shares(&directory)) {
-        shaper::release(pins, place, owner, &sharing(pins, place))?;
+    if pins::shares(&directory) {
+        release(pins, place, owner.as_ref())?;
     }
     pins.remove(place)?;
     match owner {
@@ -62,6 +62,34 @@ pub fn remove_locked(
     }
     log::info!("removed {}", directory.display());
     Ok(End::Removed)
+}
+
+/// Clears what killed calls have left of every attachment: unfinished pins, and limits that nobody has.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says, of each that could not be cleared.
+pub fn settle_all(pins: &LockedPins) -> Result<()> {
+    let settled = pins.settle_all();
+    let all = pins.list().into_iter().map(|(_, directory)| directory);
+    error::all([settled, shaper::forget_others(pins, all)])
+}
+
+/// Takes an attachment off the node's programs: its limits are gone, and so are the links that no other attachment of the pod needs. Where
+/// nothing of the pod stays, the links go first, and with them whatever could still look for the limits.
+fn release(pins: &LockedPins, place: &Place, owner: Option<&Owner>) -> Result<()> {
+    let others = sharing(pins, place);
+    let needed: Vec<_> = others.iter().flat_map(Present::programs).collect();
+    pins.keep_links(&place.pod, &needed)?;
+    if let Some(cgroup) = others.first().map(|other| Path::new(&other.owner.cgroup)) {
+        shaper::leave(pins, cgroup, &scopes(&others))?;
+    }
+    match owner {
+        Some(owner) => Set::pinned(&pins.node())?.forget(owner.slot),
+        None => {
+            let others = pins.list().into_iter().filter(|(other, _)| other != place);
+            shaper::forget_others(pins, others.map(|(_, directory)| directory))
+        }
+    }
 }
 
 /// Brings an interface to what is needed by the attachments that stay there. Errors are in the log.

@@ -36,7 +36,7 @@ impl Arguments {
                     false
                 })
             });
-            results.push(attachment::lock().and_then(|pins| pins.map_or(Ok(()), |pins| pins.settle_all())));
+            results.push(attachment::lock().and_then(|pins| pins.map_or(Ok(()), |pins| attachment::settle_all(&pins))));
         }
         self.output.print(&stale, || {
             let done = if self.dry_run { "WOULD REMOVE" } else { "REMOVED" };

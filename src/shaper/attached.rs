@@ -1,7 +1,7 @@
 //! Puts an attachment into the maps of a set and its programs on a cgroup, or leaves everything as it was; and takes it off again.
 
 use std::{
-    collections::hash_map::RandomState,
+    collections::{HashSet, hash_map::RandomState},
     fs,
     hash::BuildHasher,
     io,
@@ -14,10 +14,10 @@ use std::{
 
 use podshaper_abi::{Counters, MAX_ATTACHMENTS, MAX_SCOPES, Meter, Meters, Scope};
 
-use super::{Hooked, Set, Settings, refusal::refused};
+use super::{Hooked, Pinned, Set, Settings, refusal::refused};
 use crate::{
-    error::{Code, Error, Result},
-    pins::{LockedPins, Place},
+    error::{self, Code, Error, Result},
+    pins::{self, LockedPins},
     pod::Owner,
     sys::{self, Read},
 };
@@ -42,7 +42,9 @@ impl<'a> Attached<'a> {
     pub fn write(set: &'a Set, settings: &Settings, before: Option<u32>) -> Result<Self> {
         let failed = |cause: io::Error| match cause.raw_os_error() {
             Some(libc::E2BIG) => {
-                let text = format!("write the limits: this node has {MAX_ATTACHMENTS} already (podshaper gc removes what is dead)");
+                let text = format!(
+                    "write the limits: this node has {MAX_ATTACHMENTS} already (podshaper gc removes what is dead)"
+                );
                 Error::because(Code::Kernel, text, cause)
             }
             _ => refused("write the limits", &cause),
@@ -155,20 +157,35 @@ pub fn can_share(
     Ok(is_alone && !are_elsewhere && others.len() < MAX_SCOPES && !others.iter().any(overlaps))
 }
 
-/// Takes an attachment out of the maps of its set, before its pins go; `others`: those of its pod that share it and stay. Nothing limits its
-/// packets from here on. Where nothing of the pod stays, the links go first, and with them whatever could still look for it.
+/// Says which attachments stay on a pod's cgroup. One that is not among them limits nothing from here on.
 ///
 /// # Errors
 /// [`Code::Kernel`] with what the kernel says.
-pub fn release(pins: &LockedPins, place: &Place, owner: &Owner, others: &[Scope]) -> Result<()> {
-    let set = Set::pinned(&pins.node())?;
-    if others.is_empty() {
-        pins.remove_links(&place.pod)?;
-    } else if let Ok(cgroup) = fs::metadata(&owner.cgroup) {
-        let left = set.set_scopes(cgroup.ino(), others);
-        left.map_err(|cause| refused("take the limits off the pod's cgroup", &cause))?;
+pub fn leave(pins: &LockedPins, cgroup: &Path, scopes: &[Scope]) -> Result<()> {
+    // With the cgroup all of it is gone.
+    let Ok(directory) = fs::metadata(cgroup) else { return Ok(()) };
+    let left = Set::pinned(&pins.node())?.set_scopes(directory.ino(), scopes);
+    left.map_err(|cause| refused(format!("take a limit off the cgroup {}", cgroup.display()), &cause))
+}
+
+/// Removes the limits in the node's maps that no attachment of these has, and the lists of subnets: what was left by a call that was killed,
+/// or has a record that nobody can read.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn forget_others(pins: &LockedPins, attachments: impl Iterator<Item = PathBuf>) -> Result<()> {
+    let directory = pins.node();
+    if !directory.exists() {
+        return Ok(());
     }
-    set.forget(owner.slot)
+    let set = Set::pinned(&directory)?;
+    let sharing = attachments.filter(|directory| pins::shares(directory));
+    let owners: Vec<Owner> = sharing.filter_map(|directory| Pinned::at(&directory).owner().ok()).collect();
+    let slots: HashSet<u32> = owners.iter().map(|owner| owner.slot).collect();
+    let found = set.limits.keys().and_then(|limits| Ok((limits, set.meters.keys()?)));
+    let (limits, meters) = found.map_err(|cause| refused("list the node's limits", &cause))?;
+    let left = limits.into_iter().chain(meters).filter(|slot| !slots.contains(slot));
+    error::all(left.map(|slot| set.forget(slot)).chain([set.keep_lists(owners.iter().map(|owner| owner.list))]))
 }
 
 /// A slot that nobody has. Random, so that there is no counter to keep; 0 is none.

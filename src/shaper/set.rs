@@ -2,6 +2,7 @@
 //! kernel check and compile the programs. An attachment that cannot share has a set of its own.
 
 use std::{
+    collections::HashSet,
     os::{
         fd::{AsFd, OwnedFd},
         unix::fs::symlink,
@@ -24,7 +25,7 @@ use crate::{
 };
 
 /// Says of which object the pinned programs are: a symbolic link, since bpffs has no files. No program or map is called so.
-const OBJECT: &str = "%object";
+pub(super) const OBJECT: &str = "%object";
 
 /// Programs and maps.
 pub struct Set {
@@ -172,7 +173,8 @@ impl Set {
     ///
     /// # Errors
     /// [`Code::Kernel`] with what the kernel says.
-    pub fn keep_lists(&self, numbers: &[u64]) -> Result<()> {
+    pub fn keep_lists(&self, numbers: impl Iterator<Item = u64>) -> Result<()> {
+        let numbers: HashSet<u64> = numbers.collect();
         let failed = |cause: std::io::Error| refused("remove the subnets of an old configuration", &cause);
         let map: Map<TrieKey, u32> = map(SUBNETS, self.subnets()?)?;
         let keys = map.keys().map_err(failed)?;
@@ -208,7 +210,7 @@ fn pin_programs(object: &Object, directory: &Path) -> Result<()> {
         .map_err(|cause| Error::because(Code::Kernel, format!("make the symbolic link {}", path.display()), cause))
 }
 
-fn pin(object: OwnedFd, path: &Path) -> Result<()> {
+pub(super) fn pin(object: OwnedFd, path: &Path) -> Result<()> {
     sys::pin(object.as_fd(), path).map_err(|cause| refused(format!("pin {}", path.display()), &cause))
 }
 

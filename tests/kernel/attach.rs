@@ -51,7 +51,11 @@ fn an_add_pins_and_attaches_what_it_says_and_a_del_leaves_nothing() {
             owner["gsoIpv4MaxSize"] = ipv4.into();
         }
     }
-    assert_eq!(pod.owner("eth0"), owner);
+    let mut recorded = pod.owner("eth0");
+    for number in ["slot", "ifindex"] {
+        assert!(recorded.as_object_mut().unwrap().remove(number).is_some_and(|number| number != 0));
+    }
+    assert_eq!(recorded, owner);
     let expected = format!(
         "default/web ({}) eth0: egress 10Mbit/s, burst 15000 bytes, by pacing and {}, from runtimeConfig.bandwidth; ",
         pod.uid,

@@ -95,7 +95,7 @@ fn every_unfinished_state_is_cleared_by_a_del_and_by_an_add() {
     let at = |name: &str| directory.join(name);
     let remove_link = |name: &str| fs::remove_file(at(LINKS.0).join(name)).unwrap();
     let states: [(&str, &dyn Fn()); 9] = [
-        ("ADD: the pod's directory is made", &|| fs::create_dir(&directory).unwrap()),
+        ("ADD: the pod's directory is made", &|| fs::create_dir_all(&directory).unwrap()),
         ("ADD: the staging directory is made", &|| fs::create_dir_all(at("eth0%new")).unwrap()),
         ("ADD: some links are made", &|| {
             pod.call("ADD");
@@ -146,7 +146,7 @@ fn every_unfinished_state_is_cleared_by_a_del_and_by_an_add() {
         pod.assert_unlimited();
     }
     // A live attachment that lies aside is its owner's.
-    states[4].1();
+    states[5].1();
     let objects = pod.objects();
     ok(&pod.cni_of("DEL", &container_id().unwrap()));
     pod.assert_limited(&pod.container_id, RATE);

@@ -8,7 +8,7 @@ use super::mounts;
 use crate::harness::cni::Cni;
 use crate::harness::pod::container_id;
 use crate::harness::process;
-use crate::sandbox::{RATE, Sandbox, netns_with, netns_with_host_end, ok, refused};
+use crate::sandbox::{LINKS, RATE, Sandbox, netns_with, netns_with_host_end, ok, refused};
 
 const CONFIG: u64 = 7;
 const UNAVAILABLE: u64 = 50;
@@ -19,6 +19,7 @@ const MISMATCH: u64 = 102;
 fn check_names_what_is_not_as_asked_for() {
     let pod = Sandbox::new();
     let (uid, directory) = (&pod.uid, pod.pod_directory().join("eth0").display().to_string());
+    let links = pod.pod_directory().join(LINKS.0).display().to_string();
     let nothing = format!("eth0 of pod {uid} has no shaper, but a limit was asked for");
     assert_eq!(refused(&pod.cni("CHECK")), (MISMATCH, nothing.clone()));
     ok(&pod.cni("CHECK").stdin(pod.stdin_with(json!({ "runtimeConfig": null }))));
@@ -39,8 +40,8 @@ fn check_names_what_is_not_as_asked_for() {
     assert_eq!(refused(&pod.cni("CHECK").stdin(other_network)), (MISMATCH, another(&pod.network)));
 
     for name in ["count_egress", "note_setsockopt", "pace_tcp"] {
-        fs::remove_file(pod.pod_directory().join("eth0").join(name)).unwrap();
-        let missing = format!("open the link {directory}/{name}: No such file or directory (os error 2)");
+        fs::remove_file(format!("{links}/{name}")).unwrap();
+        let missing = format!("open the link {links}/{name}: No such file or directory (os error 2)");
         assert_eq!(refused(&pod.cni("CHECK")), (MISMATCH, missing));
         pod.call("ADD");
         pod.call("CHECK");
@@ -52,9 +53,9 @@ fn check_names_what_is_not_as_asked_for() {
     assert_eq!(refused(&pod.cni("CHECK")), (MISMATCH, gone));
     pod.cgroup.make().unwrap();
     let (code, details) = refused(&pod.cni("CHECK"));
-    let dead = format!("the link {directory}/count_egress is dead: its cgroup is gone");
+    let dead = format!("the link {links}/count_egress is dead: its cgroup is gone");
     // The kernel detaches from a cgroup that is gone a moment later.
-    let elsewhere = format!("the link {directory}/count_egress is on the cgroup with id ");
+    let elsewhere = format!("the link {links}/count_egress is on the cgroup with id ");
     assert!(code == MISMATCH && (details == dead || details.starts_with(&elsewhere)), "{details}");
     pod.call("DEL");
     assert_eq!(refused(&pod.cni("CHECK")), (MISMATCH, nothing));
@@ -157,7 +158,7 @@ fn gc_removes_what_is_of_its_network_and_not_named() {
         let call = Cni::new(env!("CARGO_BIN_EXE_podshaper"), "GC").env("CNI_PATH", "/opt/cni/bin");
         ok(&call.stdin(stdin.to_string()))
     };
-    let kept = || pods.iter().map(|pod| pod.pins().into_keys().collect::<Vec<_>>().join(" ")).collect::<Vec<_>>();
+    let kept = || pods.iter().map(|pod| pod.interfaces().join(" ")).collect::<Vec<_>>();
     let named = |pod: usize, interface| json!({ "containerID": pods[pod].container_id, "ifname": interface });
     for keys in [json!({}), json!({ "cni.dev/valid-attachments": null })] {
         gc(keys);

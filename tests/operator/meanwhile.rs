@@ -7,6 +7,8 @@ use serde_json::Value;
 use super::{alone, call, podshaper, says};
 use crate::sandbox::{PINS, Sandbox};
 
+const ASIDE: &str = "/sys/fs/bpf/aside";
+
 /// Starts a command while its lock is held, and lets it go on when `meanwhile` has run. It has read what is there by then.
 fn with_its_lock_held(arguments: &[&str], meanwhile: impl FnOnce()) -> Output {
     let lock = File::open("/sys/fs/bpf/podshaper").unwrap();
@@ -21,13 +23,13 @@ fn with_its_lock_held(arguments: &[&str], meanwhile: impl FnOnce()) -> Output {
 
 /// Puts the attachment of one pod into the place of another's, as the ADD of a new sandbox would.
 fn replace(pod: &Sandbox, by: &Sandbox) {
-    let [old, new] = [pod, by].map(|pod| pod.pod_directory().join("eth0"));
-    fs::rename(&old, format!("{PINS}/aside")).unwrap();
+    let [old, new] = [pod, by].map(Sandbox::pod_directory);
+    fs::rename(&old, ASIDE).unwrap();
     fs::rename(new, old).unwrap();
 }
 
 fn remove_aside() {
-    fs::remove_dir_all(format!("{PINS}/aside")).unwrap();
+    fs::remove_dir_all(ASIDE).unwrap();
 }
 
 #[test]

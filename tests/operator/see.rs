@@ -7,7 +7,7 @@ use super::{call, limited_both_ways, listed, podshaper, refuses, says};
 use crate::chain::{Bed, MBIT};
 use crate::harness::limiter::Limiter;
 use crate::harness::measure::{self, Bulk};
-use crate::sandbox::RATE;
+use crate::sandbox::{LINKS, RATE};
 
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
@@ -59,7 +59,7 @@ fn a_pod_is_listed_with_its_limits_until_it_is_deleted() {
 fn links_that_are_not_live_are_told() {
     let pod = limited_both_ways(None);
     pod.call("ADD");
-    std::fs::remove_file(pod.pod_directory().join("eth0/pace_tcp")).unwrap();
+    std::fs::remove_file(pod.pod_directory().join(LINKS.0).join("pace_tcp")).unwrap();
     let entry = listed(&pod.uid).unwrap();
     let (links, faults) = (entry["links"].as_str().unwrap(), entry["linkFaults"].to_string());
     assert!(links.ends_with(" live") && links.contains(" of ") && faults.contains("pace_tcp"), "{links} {faults}");

@@ -154,19 +154,19 @@ fn a_change_is_in_force_at_once_on_live_flows_and_drops_nothing() {
 }
 
 /// The counters of a pod's egress, read faster than bpftool can be called.
-struct Meters {
+pub(super) struct Meters {
     map: HashMap<MapData, u32, AbiMeters>,
     slot: u32,
 }
 
 impl Meters {
-    fn of(directory: PathBuf) -> Self {
+    pub(super) fn of(directory: PathBuf) -> Self {
         let slot = meter::owner(&directory).unwrap()["slot"].as_u64().unwrap() as u32;
         let map = MapData::from_pin(Path::new(NODE).join("METERS")).unwrap();
         Self { map: HashMap::try_from(Map::HashMap(map)).unwrap(), slot }
     }
 
-    fn read(&self) -> Counters {
+    pub(super) fn read(&self) -> Counters {
         self.map.get(&self.slot, 0).unwrap().of[EGRESS as usize].counters
     }
 

@@ -3,13 +3,77 @@
 
 use std::fs;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
+use podshaper_abi::Counters;
 use serde_json::{Value, json};
 
+use super::set::Meters;
 use super::{alone, listed, says};
-use crate::harness::pod::container_id;
-use crate::harness::process;
-use crate::sandbox::{LINKS, PROGRAMS, RATE, Sandbox, ok};
+use crate::chain::{Bed, MBIT};
+use crate::harness::limiter::Limiter;
+use crate::harness::measure::{self, Bulk};
+use crate::harness::pod::{INTERFACE, container_id};
+use crate::harness::{meter, process};
+use crate::sandbox::{LINKS, NODE, PROGRAMS, RATE, Sandbox, bpftool, ok};
+
+/// A node whose pods run with another podshaper's programs of the same layout. One call gives them these, and nobody notices.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn running_pods_get_new_programs_and_notice_nothing() {
+    const RATE: u64 = 50 * MBIT;
+    const WINDOW: Duration = Duration::from_millis(50);
+    alone(|| {
+        let bed = Bed::new();
+        let pod = bed.pod(Limiter::Podshaper, RATE);
+        let links = meter::directory(&pod, INTERFACE).with_file_name(LINKS.0);
+        let programs = || {
+            let pins = fs::read_dir(&links).unwrap().map(|pin| pin.unwrap().path());
+            let ids =
+                pins.map(|pin| bpftool(&["link", "show", "pinned", pin.to_str().unwrap()]).unwrap()["prog_id"].clone());
+            ids.collect::<Vec<_>>()
+        };
+        let counters = Meters::of(meter::directory(&pod, INTERFACE));
+        let bulk = Bulk { flows: 8, seconds: 6.0, ..Bulk::default() };
+        let (result, most) = std::thread::scope(|scope| {
+            let sending = scope.spawn(|| measure::bulk(&pod, &bulk).unwrap());
+            std::thread::sleep(Duration::from_millis(1500));
+            let upgrading = scope.spawn(|| {
+                for _ in 0..5 {
+                    std::thread::sleep(Duration::from_millis(300));
+                    let before = programs();
+                    assert!(says(&["upgrade"]).starts_with("the node's programs are this podshaper's already"));
+                    assert_eq!(programs(), before);
+                    // As if they were another's.
+                    fs::remove_file(format!("{NODE}/%object")).unwrap();
+                    assert_eq!(says(&["upgrade"]), "3 programs on pods' cgroups are this podshaper's now\n");
+                    assert!(programs().iter().all(|id| !before.contains(id)), "{before:?}");
+                }
+            });
+            let mut readings = vec![(Instant::now(), counters.read().bytes)];
+            let mut most = 0;
+            while !upgrading.is_finished() {
+                std::thread::sleep(Duration::from_millis(2));
+                let (now, bytes) = (Instant::now(), counters.read().bytes);
+                let begin = readings.iter().rev().find(|(at, _)| now - *at >= WINDOW);
+                if let Some((at, before)) = begin {
+                    // A reading that came late has a longer window.
+                    let window = (now - *at).as_secs_f64() / WINDOW.as_secs_f64();
+                    most = most.max(((bytes - before) as f64 / window) as u64);
+                }
+                readings.push((now, bytes));
+            }
+            upgrading.join().unwrap();
+            (sending.join().unwrap(), most)
+        });
+        let allowed = RATE / 8 / 20 + RATE / 8 / 200;
+        let Counters { drops, bytes, .. } = counters.read();
+        eprintln!("{drops} drops, {} retransmits, at most {most} bytes in 50 ms, of {allowed}", result.retransmits);
+        assert_eq!((drops, result.retransmits), (0, 0));
+        assert!(most < allowed * 11 / 10, "{most} bytes in 50 ms");
+        assert!(bytes * 8 > RATE * 6 * 9 / 10, "{bytes} bytes in 6 s");
+    });
+}
 
 const OLD: &str = "/sys/fs/bpf/podshaper/v0";
 
