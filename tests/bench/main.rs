@@ -7,6 +7,7 @@ mod harness;
 
 /// Real servers and their usual clients.
 mod apps;
+mod calls;
 /// What limiting costs the machine.
 mod cpu;
 /// Traffic that is not a few long flows of TCP.
@@ -18,9 +19,8 @@ use std::process::ExitCode;
 use std::thread;
 
 use clap::{Parser, ValueEnum};
-use serde_json::{Value, json};
 
-use harness::host::{Host, podshaper_plugin};
+use harness::host::Host;
 use harness::limiter::{Limiter, Limits, Programs};
 use harness::measure::{self, Bulk, BulkResult, Latency, Udp, UdpResult, Way};
 use harness::pod::Pod;
@@ -142,7 +142,7 @@ fn run(options: &Options) -> Result<bool> {
             Part::Udp => udp(options, &mut table)?,
             Part::Both => both(options, &mut table)?,
             Part::AboveTheLink => above_the_link(options, &mut table)?,
-            Part::Calls => calls(&mut table)?,
+            Part::Calls => calls::calls(&mut table)?,
             Part::Web => short::web(options, &mut table)?,
             Part::Mptcp => short::mptcp(options, &mut table)?,
             Part::Chatter => short::chatter(options, &mut table)?,
@@ -411,57 +411,6 @@ fn above_the_link(options: &Options, table: &mut Table) -> Result<Title> {
     Ok((
         format!("A limit of {}, above what the link gives", table::limit(limit)),
         &["flows", "limiter", "on the wire", "first second", "retransmits", "reply p50", "p99"],
-    ))
-}
-
-/// Whole processes, as a runtime calls them, one after the other on a pod that bridge and host-local made.
-fn calls(table: &mut Table) -> Result<Title> {
-    const CALLS: usize = 60;
-    const SUBNETS: usize = 2_000;
-    let limit = json!(100_000_000);
-    let egress = json!({ "egressRate": limit });
-    let both = json!({ "egressRate": limit, "ingressRate": limit });
-    let subnets: Vec<String> = (0..SUBNETS).map(|i| format!("172.{}.{}.0/24", 16 + i / 256, i % 256)).collect();
-    let cases = [
-        ("egress".to_owned(), egress.clone(), json!({})),
-        ("both directions".to_owned(), both, json!({})),
-        (format!("egress, {SUBNETS} exemptSubnets"), egress, json!({ "exemptSubnets": subnets })),
-        ("no limit".to_owned(), Value::Null, json!({})),
-    ];
-    for (name, bandwidth, keys) in cases {
-        check_stop()?;
-        note(format_args!("ADD and DEL, {name} .."));
-        let host = Host::new()?;
-        let mut pod = Pod::new(&host, "bench")?;
-        let result = pod.add(&host.bridge_chain()?)?;
-        pod.offer("bandwidth", bandwidth);
-        let mut plugin = podshaper_plugin();
-        plugin
-            .as_object_mut()
-            .into_iter()
-            .for_each(|plugin| plugin.extend(keys.as_object().cloned().unwrap_or_default()));
-        let chain = host.bridge_chain()?.then(plugin.clone()).with_dir(table.programs.directory()?);
-        let plugin = plugin.as_object().cloned().unwrap_or_default();
-        let mut timed = [vec![], vec![]];
-        let mut peak_bytes = 0;
-        for _ in 0..CALLS {
-            for (verb, elapsed) in ["ADD", "DEL"].into_iter().zip(&mut timed) {
-                let call =
-                    pod.environment(chain.call(&plugin, verb, &pod.offers, Some(&result))?).call_in(&host.netns)?;
-                peak_bytes = peak_bytes.max(call.success()?.peak_rss_bytes);
-                elapsed.push(call.elapsed);
-            }
-        }
-        let cells = timed.map(|mut elapsed| {
-            elapsed.sort();
-            [CALLS / 2, CALLS * 95 / 100].map(|at| table::millis(elapsed[at].as_secs_f64() * 1e6))
-        });
-        let memory = format!("{:.1} MB", peak_bytes as f64 / 1e6);
-        table.rows.push([vec![name], cells.concat(), vec![memory]].concat());
-    }
-    Ok((
-        format!("Calls: median and 95th percentile of {CALLS}, whole processes"),
-        &["limits", "ADD p50", "p95", "DEL p50", "p95", "peak memory"],
     ))
 }
 
