@@ -154,7 +154,8 @@ fn a_directory_made_for_an_add_that_fails_is_removed() {
         pod.call("DEL");
         assert!(!unified.exists());
         assert!(!Path::new(PINS).exists(), "the last pod is gone");
-        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        // Of this mount alone: a filesystem of another mount namespace stays as it is.
+        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
         mount(None::<&str>, "/sys/fs/bpf", None::<&str>, flags, None::<&str>).unwrap();
         let refusal = format!("make the directory {PINS}: Read-only file system (os error 30)");
         assert_eq!(refused(&pod.cni("ADD")), (101, refusal));
