@@ -84,15 +84,18 @@ pub fn of_segment(ctx: &SockOpsContext, flow: &mut Flow, link: &Link) -> u64 {
     let mss = tcp::mss(ctx);
     // As TCP counts them (`tcp_skb_pcount`): the rest of a write is one too.
     let segments = payload.div_ceil(mss.max(1));
-    let decision = flow.out.decide(link, &Packet {
-        bytes: packet::wire_bytes_of_tcp(payload, mss, tcp::is_ipv6(ctx).into()),
-        segments,
-        credit_bytes: SPARSE_SEGMENTS * mss,
-        bulk_bytes: 0,
-        is_stream: true,
-        is_bulk: true,
-        has_arrived: tcp::has_arrived(ctx),
-    });
+    let decision = flow.out.decide(
+        link,
+        &Packet {
+            bytes: packet::wire_bytes_of_tcp(payload, mss, tcp::is_ipv6(ctx).into()),
+            segments,
+            credit_bytes: SPARSE_SEGMENTS * mss,
+            bulk_bytes: 0,
+            is_stream: true,
+            is_bulk: true,
+            has_arrived: tcp::has_arrived(ctx),
+        },
+    );
     // `count_egress`, which runs next, for this segment, is told.
     flow.decided = decision.class + 1;
     let is_of_first = tcp::sent_segments(ctx) + segments < FIRST_SEGMENTS;

@@ -27,11 +27,14 @@ pub fn are_exempt(ctx: &SkBuffContext, scope: &Scope, remote: Remote) -> bool {
         return false;
     }
     let first: u8 = packet::load(ctx, 0);
-    is_exempt(scope, if first >> 4 == 4 {
-        podshaper_abi::ipv4_mapped(packet::load(ctx, remote.ipv4_offset))
-    } else {
-        packet::load(ctx, remote.ipv6_offset)
-    })
+    is_exempt(
+        scope,
+        if first >> 4 == 4 {
+            podshaper_abi::ipv4_mapped(packet::load(ctx, remote.ipv4_offset))
+        } else {
+            packet::load(ctx, remote.ipv6_offset)
+        },
+    )
 }
 
 /// Whether what goes to a remote address and comes from it is neither limited nor counted.
