@@ -10,6 +10,7 @@ mod apps;
 mod calls;
 /// What limiting costs the machine.
 mod cpu;
+mod many;
 /// Traffic that is not a few long flows of TCP.
 mod short;
 
@@ -53,6 +54,9 @@ struct Options {
     /// Numbers of clients of a web server
     #[arg(long, value_delimiter = ',', default_value = "8,64")]
     clients: Vec<usize>,
+    /// Numbers of pods that are limited already, for --parts many
+    #[arg(long, value_delimiter = ',', default_value = "10,500,5000")]
+    pods: Vec<usize>,
     /// Bytes of what they get (with --ingress: post)
     #[arg(long, value_delimiter = ',', default_value = "300,3000,10000,30000,100000")]
     sizes: Vec<usize>,
@@ -89,6 +93,8 @@ enum Part {
     Udp,
     AboveTheLink,
     Calls,
+    /// ADD, list and memory beside many attachments
+    Many,
     /// Clients of a web server, each request on a connection of its own
     Web,
     /// Bulk flows of MPTCP
@@ -143,6 +149,7 @@ fn run(options: &Options) -> Result<bool> {
             Part::Both => both(options, &mut table)?,
             Part::AboveTheLink => above_the_link(options, &mut table)?,
             Part::Calls => calls::calls(&mut table)?,
+            Part::Many => many::many(options, &mut table)?,
             Part::Web => short::web(options, &mut table)?,
             Part::Mptcp => short::mptcp(options, &mut table)?,
             Part::Chatter => short::chatter(options, &mut table)?,
