@@ -67,8 +67,8 @@ fn exchange(message: RouteNetlinkMessage, flags: u16) -> io::Result<Vec<RouteNet
     request.finalize();
     let mut bytes = vec![0; request.buffer_len()];
     request.serialize(&mut bytes);
-    let mut socket = Socket::new(NETLINK_ROUTE)?;
-    socket.bind_auto()?;
+    // The kernel gives it an address with the first message (`netlink_autobind`).
+    let socket = Socket::new(NETLINK_ROUTE)?;
     socket.send(&bytes, 0)?;
     let mut answers = Vec::new();
     loop {

@@ -1,14 +1,11 @@
 //! A pod's network namespace, entered once, and what is found there.
 //!
-//! A namespace belongs to a thread. The work is done on a thread of its own, which enters the namespace and ends there: the
-//! caller never leaves its own, so there is no way back that could fail, whether the work returns, fails or panics.
+//! A namespace belongs to a thread. The calling thread goes there and comes back, whether the work returns, fails or panics. A thread of
+//! its own for it would cost an ADD a millisecond on a busy node, which has to run that thread several times.
 
 use std::fmt;
 use std::os::fd::OwnedFd;
-use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread::{self, JoinHandle};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
@@ -32,18 +29,22 @@ pub struct Link {
 /// A pod's network namespace, not entered yet.
 pub struct Namespace {
     path: PathBuf,
+    home: OwnedFd,
     file: OwnedFd,
     /// Its number, by which it is told from others as long as it lives.
     pub inode: u64,
 }
 
-/// A network namespace that was entered. The thread in it ends when this is dropped.
+/// A network namespace that can be entered.
 pub struct Entered {
-    jobs: Option<Sender<Job>>,
-    thread: Option<JoinHandle<()>>,
+    home: OwnedFd,
+    there: OwnedFd,
 }
 
-type Job = Box<dyn FnOnce() + Send>;
+/// The calling thread in another namespace, until this is dropped.
+struct Away<'a> {
+    home: &'a OwnedFd,
+}
 
 impl Namespace {
     /// The network namespace at `path` (`CNI_NETNS`).
@@ -54,76 +55,63 @@ impl Namespace {
     pub fn open(path: &Path) -> Result<Self> {
         let failed = |cause: Errno, what: &str| failed(path, what, cause);
         let read = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-        let own = open(OWN, read, Mode::empty())
+        let home = open(OWN, read, Mode::empty())
             .map_err(|errno| failed(errno, "open its own at /proc/thread-self/ns/net"))?;
         let file = open(path, read, Mode::empty()).map_err(|errno| failed(errno, "open (the sandbox may be gone)"))?;
         // Left behind by a reboot or an unmount, the file is an empty one on tmpfs.
         if fstatfs(&file).map_err(|errno| failed(errno, "statfs"))?.filesystem_type() != NSFS_MAGIC {
             return Err(refused(path, "not a namespace, perhaps the leftover of a sandbox of a former boot"));
         }
-        let own = fstat(&own).map_err(|errno| failed(errno, "fstat of its own"))?;
+        let own = fstat(&home).map_err(|errno| failed(errno, "fstat of its own"))?;
         let there = fstat(&file).map_err(|errno| failed(errno, "fstat"))?;
         if (own.st_dev, own.st_ino) == (there.st_dev, there.st_ino) {
             return Err(refused(path, "it is the host's own (hostNetwork): such a pod cannot be limited"));
         }
-        Ok(Self { path: path.to_path_buf(), file, inode: there.st_ino })
+        Ok(Self { path: path.to_path_buf(), home, file, inode: there.st_ino })
     }
 
-    /// Enters it.
+    /// Enters it once, and leaves it.
     ///
     /// # Errors
     /// [`Code::Netns`]: it is a namespace of another kind, or podshaper may not.
     pub fn enter(self) -> Result<Entered> {
-        let Self { path, file, inode: _ } = self;
-        let (jobs, received) = channel();
-        let (said, answer) = channel();
-        let at = path.clone();
-        let inside = move || {
-            let entered = setns(&file, CloneFlags::CLONE_NEWNET).map_err(|errno| match errno {
-                Errno::EINVAL => failed(&at, "setns (a namespace of another kind)", errno),
-                _ => failed(&at, "setns (needs CAP_SYS_ADMIN)", errno),
-            });
-            let is_in = entered.is_ok();
-            // Whoever waits for it is there.
-            let _ = said.send(entered);
-            if is_in {
-                received.into_iter().for_each(|job: Job| job());
-            }
-        };
-        let thread = thread::Builder::new().name("in-netns".into()).spawn(inside);
-        let thread = thread.map_err(|cause| failed(&path, "start a thread", cause))?;
-        let entered = Entered { jobs: Some(jobs), thread: Some(thread) };
-        answer.recv().unwrap_or_else(|_| Err(refused(&path, "its thread ended")))?;
-        Ok(entered)
+        let Self { path, home, file: there, inode: _ } = self;
+        let entered = Entered { home, there };
+        match entered.go().map(drop) {
+            Ok(()) => Ok(entered),
+            Err(errno @ Errno::EINVAL) => Err(failed(&path, "setns (a namespace of another kind)", errno)),
+            Err(errno) => Err(failed(&path, "setns (needs CAP_SYS_ADMIN)", errno)),
+        }
     }
 }
 
 impl Entered {
     /// Runs `work` inside and returns what it returned. If it panics, so does this.
-    pub fn run<T: Send + 'static>(&mut self, work: impl FnOnce() -> T + Send + 'static) -> T {
-        let (said, answer): (_, Receiver<T>) = channel();
-        let job: Job = Box::new(move || drop(said.send(work())));
-        let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send(job).is_ok());
-        match answer.recv().ok().filter(|_| sent) {
-            Some(answer) => answer,
-            None => self.end(),
+    ///
+    /// # Panics
+    /// Where the kernel has let the thread in before and does not now.
+    #[expect(clippy::panic, reason = "the kernel let it in before: nobody could go on from here")]
+    pub fn run<T>(&mut self, work: impl FnOnce() -> T) -> T {
+        match self.go() {
+            Ok(_away) => work(),
+            // What was meant for the pod must not be done to the node.
+            Err(errno) => panic!("enter the pod's netns again: {errno}"),
         }
     }
 
-    /// The thread ends by itself only in a panic.
-    fn end(&mut self) -> ! {
-        match self.thread.take().map(JoinHandle::join) {
-            Some(Err(panic)) => resume_unwind(panic),
-            _ => resume_unwind(Box::new("the thread in the pod's netns has ended")),
-        }
+    fn go(&self) -> nix::Result<Away<'_>> {
+        setns(&self.there, CloneFlags::CLONE_NEWNET).map(|()| Away { home: &self.home })
     }
 }
 
-impl Drop for Entered {
+impl Drop for Away<'_> {
+    /// # Panics
+    /// Where there is no way back: what is meant for the node must not be done to the pod. The next call clears what this one leaves.
+    #[expect(clippy::panic, reason = "nobody may go on in the wrong namespace")]
     fn drop(&mut self) {
-        drop(self.jobs.take());
-        // A panic of its has been passed on, or there was none.
-        let _ = self.thread.take().map(JoinHandle::join);
+        if let Err(errno) = setns(self.home, CloneFlags::CLONE_NEWNET) {
+            panic!("leave the pod's netns: {errno}");
+        }
     }
 }
 
@@ -158,6 +146,7 @@ mod tests {
     use std::fs::File;
     use std::os::fd::AsRawFd;
     use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::thread;
 
     use nix::sched::unshare;
     use tempfile::tempdir;

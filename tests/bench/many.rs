@@ -71,7 +71,7 @@ fn kernel_kib() -> Result<u64> {
     let text = fs::read_to_string("/proc/meminfo").context("read /proc/meminfo")?;
     let value = |name: &str| {
         let line = text.lines().find_map(|line| line.strip_prefix(name));
-        line.and_then(|line| line.split_whitespace().nth(0)?.parse::<u64>().ok()).unwrap_or_default()
+        line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or_default()
     };
     Ok(value("Slab:") + value("Percpu:") + value("VmallocUsed:"))
 }
