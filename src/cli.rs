@@ -19,6 +19,7 @@ mod run;
 mod select;
 mod set;
 mod show;
+mod sync;
 mod table;
 mod top;
 mod upgrade;
@@ -91,6 +92,8 @@ enum Command {
     Detach(detach::Arguments),
     /// Run a command in a cgroup of its own, limited
     Run(run::Arguments),
+    /// Bring this node's pods to what is asked of them now
+    Sync(sync::Arguments),
     /// Remove attachments whose cgroup is gone, and what killed calls left
     Gc(gc::Arguments),
     /// Check whether this node can limit pods and its conflists make it
@@ -120,6 +123,7 @@ impl Command {
             Self::Attach(arguments) => arguments.run().map(done),
             Self::Detach(arguments) => arguments.run().map(done),
             Self::Run(arguments) => arguments.run(),
+            Self::Sync(arguments) => arguments.run(),
             Self::Gc(arguments) => arguments.run().map(done),
             Self::Doctor(arguments) => arguments.run(),
             Self::Metrics(arguments) => arguments.run().map(done),

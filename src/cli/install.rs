@@ -20,6 +20,8 @@ use serde_json::{Map, Value};
 use crate::error::{Code, Error, Result};
 use crate::probe;
 use crate::request::{self, Env, Request};
+pub use files::networks;
+
 use conflist::{BANDWIDTH, CAPABILITIES, Conflist, Entry, PODSHAPER};
 
 /// Where the node's runtime looks.
@@ -188,7 +190,7 @@ impl Uninstall {
         let mut report = Report::new(&self.place);
         let lists = match &self.place.conflist {
             Some(_) => vec![self.place.pick()?],
-            None => files::networks(&self.place.conf_dir)?,
+            None => networks(&self.place.conf_dir)?,
         };
         let mut found = false;
         for path in lists.iter().filter(|path| files::is_list(path)) {
@@ -306,7 +308,7 @@ impl Place {
                 .canonicalize()
                 .map_err(|cause| Error::because(Code::Io, format!("find {}", path.display()), cause));
         }
-        let first = files::networks(&self.conf_dir)?.into_iter().next();
+        let first = networks(&self.conf_dir)?.into_iter().next();
         let path = first.ok_or_else(|| {
             let text = format!(
                 "{} has no network yet (*.conflist, *.conf, *.json): install the cluster's network first",

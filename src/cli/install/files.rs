@@ -15,7 +15,7 @@ const EXTENSIONS: [&str; 3] = ["conf", "conflist", "json"];
 const BACKUP: &str = ".before-podshaper";
 
 /// Every network of the directory, in the order in which runtimes try them.
-pub(super) fn networks(directory: &Path) -> Result<Vec<PathBuf>> {
+pub fn networks(directory: &Path) -> Result<Vec<PathBuf>> {
     let doing = |cause| {
         Error::because(Code::Io, format!("list {} (--conf-dir names another directory)", directory.display()), cause)
     };
