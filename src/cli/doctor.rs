@@ -14,6 +14,7 @@ use serde::Serialize;
 use super::{
     attachments,
     output::Output,
+    sync::LastRun,
     table::{Left, Table},
 };
 use crate::{
@@ -69,6 +70,7 @@ impl Arguments {
         findings.extend(
             pinned().unwrap_or_else(|error| vec![Finding::new("attachments", State::Missing, error.to_string())]),
         );
+        findings.extend(LastRun::recall().map(last_sync).unwrap_or_default());
         self.output.print(&findings, || {
             let mut table = Table::new(&[("CHECK", Left), ("STATE", Left), ("FOUND", Left)]);
             for Finding { check, state, found } in &findings {
@@ -96,6 +98,13 @@ fn kernel() -> Vec<Finding> {
     };
     let needs = probe::NEEDS.iter().map(run(State::Missing));
     needs.chain(probe::WISHES.iter().map(run(State::Warn))).collect()
+}
+
+/// What `podshaper sync` could not do.
+fn last_sync(run: LastRun) -> Vec<Finding> {
+    let finding = |text| Finding::new("sync", State::Missing, text);
+    let pods = run.failures.iter().map(|failure| finding(format!("{}: {}", failure.name(), failure.error)));
+    pods.chain(run.error.map(finding)).collect()
 }
 
 /// What is attached, and what should not be there any more.

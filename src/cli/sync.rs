@@ -36,8 +36,7 @@ use crate::{
     sandboxes::{self, Sandbox},
 };
 use decide::{InForce, Step, decide};
-use memory::Failure;
-pub use memory::LastRun;
+pub use memory::{Failure, LastRun};
 use networks::Networks;
 use report::{Done, Report};
 
@@ -166,7 +165,7 @@ impl Arguments {
     fn clear<'a>(&self, stale: impl Iterator<Item = &'a Attachment>, report: &mut Report) {
         for found in stale {
             match if self.dry_run { Ok(true) } else { gc::remove(found) } {
-                Ok(true) => report.changes.push(Done::of("clear", found, &Limits::default())),
+                Ok(true) => report.changes.push(Done::to("clear", found, &Limits::default())),
                 Ok(false) => {}
                 Err(error) => report.fail(Failure::of(found, &error)),
             }
@@ -370,10 +369,6 @@ impl Task {
             Step::Remove => "remove",
         };
         let was = found.as_ref().map(Attachment::limits).unwrap_or_default();
-        Done {
-            namespace: request.pod_namespace.clone(),
-            pod: request.pod_name.clone(),
-            ..Done::at(action, place, &was, &self.wanted())
-        }
+        Done::at(action, place, &was, &self.wanted()).of(request.pod_namespace.clone(), request.pod_name.clone())
     }
 }

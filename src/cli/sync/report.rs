@@ -20,10 +20,8 @@ use crate::{
 #[serde(rename_all = "camelCase")]
 pub struct Done {
     action: &'static str,
-    /// Namespace of the pod.
-    pub namespace: Option<String>,
-    /// Its name.
-    pub pod: Option<String>,
+    namespace: Option<String>,
+    pod: Option<String>,
     uid: String,
     interface: String,
     egress: Difference,
@@ -63,9 +61,14 @@ pub struct Report {
 
 impl Done {
     /// What was done to an attachment.
-    pub fn of(action: &'static str, found: &Attachment, is: &Limits) -> Self {
-        let Owner { pod_namespace: namespace, pod_name: pod, .. } = found.owner.clone();
-        Self { namespace, pod, ..Self::at(action, &found.place, &found.limits(), is) }
+    pub fn to(action: &'static str, found: &Attachment, is: &Limits) -> Self {
+        let Owner { pod_namespace, pod_name, .. } = found.owner.clone();
+        Self::at(action, &found.place, &found.limits(), is).of(pod_namespace, pod_name)
+    }
+
+    /// The same of a pod with these names.
+    pub fn of(self, namespace: Option<String>, pod: Option<String>) -> Self {
+        Self { namespace, pod, ..self }
     }
 
     /// What was done at a place that had and has these limits.
