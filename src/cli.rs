@@ -8,6 +8,7 @@ mod attachments;
 mod chart;
 mod completions;
 mod detach;
+mod directories;
 mod doctor;
 mod gc;
 mod install;
@@ -127,7 +128,7 @@ impl Command {
             Self::Gc(arguments) => arguments.run().map(done),
             Self::Doctor(arguments) => arguments.run(),
             Self::Metrics(arguments) => arguments.run().map(done),
-            Self::Install(arguments) => arguments.run().and_then(|report| output::print(&report)).map(done),
+            Self::Install(arguments) => arguments.run(),
             Self::Uninstall(arguments) => arguments.run().and_then(|report| output::print(&report)).map(done),
             Self::Upgrade(arguments) => arguments.run().map(done),
             Self::Completions(arguments) => arguments.run().map(done),

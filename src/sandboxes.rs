@@ -9,6 +9,7 @@ use std::{
     ffi::OsStr,
     fs, io,
     path::{Path, PathBuf},
+    thread,
     time::{Duration, SystemTime},
 };
 
@@ -28,8 +29,9 @@ const RESULTS: [&str; 2] = ["results", "multus/results"];
 const KIND: &str = "cniCacheV1";
 /// The filesystem of namespaces: `NSFS_MAGIC` of linux/magic.h.
 const NSFS: FsType = FsType(0x6e73_6673);
-/// libcni writes a file where it is read. One that cannot be read and is older than this is not being written.
-const WRITTEN_WITHIN: Duration = Duration::from_secs(2);
+/// libcni writes a file where it is read: one that cannot be read may be whole in a moment, unless it is older than this.
+const WRITTEN_WITHIN: Duration = Duration::from_millis(200);
+const READ_AGAIN_AFTER: Duration = Duration::from_millis(10);
 
 /// One interface of one sandbox.
 #[derive(Debug)]
@@ -85,18 +87,22 @@ struct Interface {
     sandbox: String,
 }
 
+/// Where a runtime's library keeps them below its directory.
+pub fn directories(directory: &Path) -> [PathBuf; 2] {
+    RESULTS.map(|results| directory.join(results))
+}
+
 /// Every sandbox whose namespace is there, of each interface of a container the newest, and why files could not be read.
 ///
 /// # Errors
 /// [`Code::Io`]: the directory is there and cannot be listed.
 pub fn read(directory: &Path) -> Result<(Vec<Sandbox>, Vec<Error>)> {
     let (mut found, mut errors) = (Vec::new(), Vec::new());
-    for results in RESULTS.map(|results| directory.join(results)) {
+    for results in directories(directory) {
         for file in files(&results)? {
-            match Sandbox::read(&file) {
+            match Sandbox::read_when_written(&file) {
                 Ok(sandbox) => found.extend(sandbox),
-                Err(error) if is_old(&file) => errors.push(error),
-                // It is being written, or was just removed.
+                Err(error) if file.exists() => errors.push(error),
                 Err(error) => log::debug!("{error}"),
             }
         }
@@ -118,12 +124,22 @@ fn files(directory: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
+/// Also one that was removed, or that was written in the future of a clock that was set back.
 fn is_old(file: &Path) -> bool {
     let age = fs::metadata(file).and_then(|file| file.modified()).ok().and_then(|written| written.elapsed().ok());
-    age.is_some_and(|age| age > WRITTEN_WITHIN)
+    age.is_none_or(|age| age > WRITTEN_WITHIN)
 }
 
 impl Sandbox {
+    fn read_when_written(file: &Path) -> Result<Option<Self>> {
+        loop {
+            match Self::read(file) {
+                Err(_) if !is_old(file) => thread::sleep(READ_AGAIN_AFTER),
+                read => return read,
+            }
+        }
+    }
+
     /// The sandbox of a file; `None` for one that is gone, and for what is no result.
     fn read(file: &Path) -> Result<Option<Self>> {
         let reading = || format!("read the CNI result {}", file.display());
@@ -275,13 +291,20 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_being_written_is_nobodys_fault_and_an_old_one_is_told() {
+    fn a_file_that_is_being_written_is_waited_for_and_one_that_stays_broken_is_told() {
         let directory = directory(&[("results/cbr0-c1-eth0", "{\"kind\": \"cniCa".into())]);
-        assert!(read(directory.path()).unwrap().1.is_empty());
-        let file = fs::File::options().write(true).open(directory.path().join("results/cbr0-c1-eth0")).unwrap();
-        file.set_modified(SystemTime::now() - 2 * WRITTEN_WITHIN).unwrap();
         let errors = read(directory.path()).unwrap().1;
         assert!(errors[0].to_string().contains("results/cbr0-c1-eth0: EOF while parsing"), "{errors:?}");
+        let file = directory.path().join("results/cbr0-c2-eth0");
+        fs::write(&file, "{").unwrap();
+        let found = thread::scope(|scope| {
+            scope.spawn(|| {
+                thread::sleep(3 * READ_AGAIN_AFTER);
+                fs::write(&file, cached(json!({})).to_string()).unwrap();
+            });
+            read(directory.path()).unwrap().0
+        });
+        assert_eq!(found.len(), 1);
     }
 
     #[test]

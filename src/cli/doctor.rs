@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use super::{
     attachments,
+    directories::Directories,
     output::Output,
     sync::LastRun,
     table::{Left, Table},
@@ -25,12 +26,12 @@ use crate::{
 
 #[derive(Args)]
 pub struct Arguments {
-    /// Where the runtime reads its network configuration
-    #[arg(long, value_name = "DIRECTORY", default_value = "/etc/cni/net.d")]
-    conf_dir: PathBuf,
-    /// Where the runtime finds its plugins
-    #[arg(long, value_name = "DIRECTORY", default_value = "/opt/cni/bin")]
-    bin_dir: PathBuf,
+    /// Where the runtime reads its network configuration [default: what containerd, k3s or RKE2 says, else /etc/cni/net.d]
+    #[arg(long, value_name = "DIRECTORY")]
+    conf_dir: Option<PathBuf>,
+    /// Where the runtime finds its plugins [default: what containerd, k3s or RKE2 says, else /opt/cni/bin]
+    #[arg(long, value_name = "DIRECTORY")]
+    bin_dir: Option<PathBuf>,
     #[command(flatten)]
     output: Output,
 }
@@ -66,7 +67,8 @@ impl Arguments {
     /// The exit status says whether something is missing.
     pub fn run(self) -> Result<ExitCode> {
         let mut findings = kernel();
-        findings.extend(conflists::check(&self.conf_dir, &self.bin_dir));
+        let Directories { conf, bin } = Directories::of_this_node(self.conf_dir.as_deref(), self.bin_dir.as_deref());
+        findings.extend(conflists::check(&conf, &bin));
         findings.extend(
             pinned().unwrap_or_else(|error| vec![Finding::new("attachments", State::Missing, error.to_string())]),
         );

@@ -21,7 +21,9 @@ use clap::Args;
 
 use super::{
     attachments::{self, Attachment},
-    detach, gc,
+    detach,
+    directories::Directories,
+    gc,
     output::Output,
 };
 use crate::{
@@ -40,6 +42,8 @@ pub use memory::{Failure, LastRun};
 use networks::Networks;
 use report::{Done, Report};
 
+/// Where libcni has its results, unless a runtime says otherwise.
+pub const CACHE_DIR: &str = "/var/lib/cni";
 /// The interface that a pod's annotations are about: every runtime for Kubernetes calls it so.
 const DEFAULT_INTERFACE: &str = "eth0";
 
@@ -52,11 +56,11 @@ pub struct Arguments {
     /// This node's name in the cluster [default: the host's name]
     #[arg(long, value_name = "NAME")]
     node: Option<String>,
-    /// Directory of the runtime's network configurations
-    #[arg(long, value_name = "DIR", default_value = "/etc/cni/net.d")]
-    conf_dir: PathBuf,
+    /// Directory of the runtime's network configurations [default: what containerd, k3s or RKE2 says, else /etc/cni/net.d]
+    #[arg(long, value_name = "DIR")]
+    conf_dir: Option<PathBuf>,
     /// Directory in which the runtime's CNI library keeps the results of its calls
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/cni")]
+    #[arg(long, value_name = "DIR", default_value = CACHE_DIR)]
     cache_dir: PathBuf,
     /// Say what would be done, and do nothing
     #[arg(long)]
@@ -106,10 +110,16 @@ struct Task {
 }
 
 impl Arguments {
+    /// Those of a run that the units start.
+    pub fn of_units(kubeconfig: Option<PathBuf>, node: Option<String>, conf_dir: PathBuf, cache_dir: PathBuf) -> Self {
+        let (conf_dir, output) = (Some(conf_dir), Output::default());
+        Self { kubeconfig, node, conf_dir, cache_dir, dry_run: false, output }
+    }
+
     /// The exit status says whether every pod has what it asks for.
     pub fn run(self) -> Result<ExitCode> {
         let mut report = Report { dry_run: self.dry_run, ..Report::default() };
-        let networks = Networks::read(&self.conf_dir)?;
+        let networks = Networks::read(&Directories::of_this_node(self.conf_dir.as_deref(), None).conf)?;
         let (sandboxes, unreadable) = sandboxes::read(&self.cache_dir)?;
         unreadable.iter().for_each(|error| report.know_less(error));
         let found = attachments::read()?;
