@@ -40,13 +40,13 @@ each pod, with CNI_COMMAND in the environment and the configuration on stdin. Th
 The commands below are for the operator of a node: they show what is limited, and change it.";
 
 const AFTER: &str = "\
-To use it on a node, `podshaper install`, which copies the binary to /opt/cni/bin and adds to the end of the
-\"plugins\" list of the conflist in /etc/cni/net.d (`podshaper install --dry-run` shows it):
+To use it on a node, `podshaper install`, which copies the binary to /opt/cni/bin, adds to the end of the \"plugins\"
+list of the conflist in /etc/cni/net.d, and has systemd keep it there (`podshaper install --dry-run` shows all):
 
     { \"type\": \"podshaper\",
       \"capabilities\": { \"bandwidth\": true, \"cgroupPath\": true, \"io.kubernetes.cri.pod-annotations\": true } }
 
-Then annotate a pod before it is created:
+Then annotate a pod before it is created, or a running one, which `podshaper sync` follows:
 
     kubernetes.io/egress-bandwidth: 10M        bits per second on the wire: k, M, G, Ki, Mi ..
     rate: \"1M\"                                 the same in megabytes per second

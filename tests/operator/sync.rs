@@ -453,3 +453,123 @@ fn a_node_of_250_pods_costs_less_than_50_ms() {
         pods.iter().for_each(|pod| drop(pod.call("DEL")));
     });
 }
+
+/// What systemd does with the path unit: it starts the service when something came or went in the directories, and does not see what does
+/// while the service runs.
+struct PathUnit<'a> {
+    node: &'a Node,
+    runs: usize,
+}
+
+impl PathUnit<'_> {
+    fn watched(&self) -> Vec<std::time::SystemTime> {
+        let changed = |name| fs::metadata(self.node.path(name)).unwrap().modified().unwrap();
+        ["net.d", "cni/results"].map(changed).to_vec()
+    }
+
+    fn watch(&mut self, until: &std::sync::atomic::AtomicBool) {
+        let mut seen = Vec::new();
+        while !until.load(std::sync::atomic::Ordering::Relaxed) {
+            if self.watched() == seen {
+                std::thread::sleep(Duration::from_millis(2));
+                continue;
+            }
+            self.node.keep_installed();
+            self.runs += 1;
+            seen = self.watched();
+        }
+    }
+}
+
+impl Node {
+    /// What the service calls.
+    fn keep_installed(&self) {
+        let [conf, bin, cache] = ["net.d", "bin", "cni"].map(|name| self.path(name).display().to_string());
+        let directories = ["--conf-dir", &conf, "--bin-dir", &bin, "--cache-dir", &cache];
+        let (code, stdout, stderr) = call(&[&["install", "--and-sync", "--no-units"], &directories[..]].concat());
+        assert_eq!(code, 0, "{stdout}{stderr}");
+    }
+
+    /// The conflist as its network writes it.
+    fn rewrite(&self) {
+        let list = json!({ "cniVersion": "1.0.0", "name": NETWORK, "plugins": [{ "type": "bridge" }] });
+        let beside = self.path("net.d/.10-cbr0.tmp");
+        fs::write(&beside, list.to_string()).unwrap();
+        fs::rename(beside, self.path("net.d/10-cbr0.conflist")).unwrap();
+    }
+
+    /// A pod's start, as the runtime goes about it: by the conflist as it is at that moment.
+    fn start(&self, pod: &Sandbox) {
+        let list = fs::read_to_string(self.path("net.d/10-cbr0.conflist")).unwrap();
+        // What the other plugins of the chain take.
+        std::thread::sleep(Duration::from_millis(20));
+        if list.contains("podshaper") {
+            pod.call("ADD");
+        }
+        self.keep(pod);
+    }
+
+    /// Its end.
+    fn stop(&self, pod: &Sandbox) {
+        pod.call("DEL");
+        fs::remove_file(self.path(&format!("cni/results/{NETWORK}-{}-eth0", pod.container_id))).unwrap();
+    }
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn no_pod_stays_unlimited_while_its_network_writes_its_conflist_anew() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    const PODS: usize = 24;
+    // What a start may take until the limit is there, with other programs on a small machine.
+    const BOUND: Duration = Duration::from_secs(1);
+    on_a_node(|| {
+        let node = Node::new(json!({}));
+        fs::create_dir(node.path("bin")).unwrap();
+        node.rewrite();
+        node.keep_installed();
+        let is_over = AtomicBool::new(false);
+        let pods: Vec<Sandbox> = (0..PODS).map(|_| Sandbox::new()).collect();
+        let mut unit = PathUnit { node: &node, runs: 0 };
+        let mut late: Vec<Duration> = Vec::new();
+        // On this thread, whose mounts they share, and threads of it.
+        std::thread::scope(|scope| {
+            scope.spawn(|| unit.watch(&is_over));
+            scope.spawn(|| {
+                while !is_over.load(Ordering::Relaxed) {
+                    node.rewrite();
+                    std::thread::sleep(Duration::from_millis(130));
+                }
+            });
+            for pod in &pods {
+                node.start(pod);
+                let start = std::time::Instant::now();
+                let is_limited = || pod.pod_directory().join("eth0/OWNER").exists();
+                assert!(crate::sandbox::within(10 * BOUND, is_limited), "never limited");
+                late.push(start.elapsed());
+                if late.len().is_multiple_of(3) {
+                    node.stop(pod);
+                }
+            }
+            is_over.store(true, Ordering::Relaxed);
+        });
+        // The timer's.
+        node.keep_installed();
+        late.sort();
+        eprintln!(
+            "{PODS} pods, {} runs: limited {:?} after their start at last, {:?} in the middle",
+            unit.runs,
+            late[PODS - 1],
+            late[PODS / 2]
+        );
+        assert!(late[PODS - 1] < BOUND, "{late:?}");
+        for pod in pods.iter().filter(|pod| pod.pod_directory().exists()) {
+            pod.assert_rates([RATE, 0]);
+            node.stop(pod);
+        }
+        for pod in &pods {
+            pod.assert_unlimited();
+        }
+        assert!(fs::read_to_string(node.path("net.d/10-cbr0.conflist")).unwrap().contains("podshaper"));
+    });
+}

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::super::install;
 use crate::{
-    error::{Error, Result},
+    error::Result,
     request::Request,
     sandboxes::Sandbox,
 };
@@ -95,7 +95,7 @@ impl Network {
         // As the runtime wrote it: a number in there may be larger than this library's.
         stdin.truncate(stdin.len() - 1);
         stdin += &format!(",\"runtimeConfig\":{{{}}}}}", offered.collect::<Vec<_>>().join(","));
-        Request::parse(Cmd::Add, &sandbox.env(), stdin.as_bytes()).map_err(Error::from)
+        Request::parse(Cmd::Add, &sandbox.env(), stdin.as_bytes())
     }
 }
 
