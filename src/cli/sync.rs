@@ -182,7 +182,7 @@ impl Arguments {
         }
         let is_unfinished = || Pins::existing(Path::new(BPFFS)).is_some_and(|pins| pins.unfinished() > 0);
         if !self.dry_run && is_unfinished() {
-            let settled = attachment::lock().and_then(|pins| pins.map_or(Ok(()), |pins| pins.settle_all()));
+            let settled = attachment::lock().and_then(|pins| pins.map_or(Ok(()), |pins| attachment::settle_all(&pins)));
             settled.unwrap_or_else(|error| report.know_less(&error));
         }
     }

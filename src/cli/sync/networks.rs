@@ -6,11 +6,7 @@ use std::{collections::BTreeMap, fs, path::Path};
 use serde_json::{Map, Value, json};
 
 use super::super::install;
-use crate::{
-    error::Result,
-    request::Request,
-    sandboxes::Sandbox,
-};
+use crate::{error::Result, request::Request, sandboxes::Sandbox};
 use rscni_plugin::types::Cmd;
 
 const PODSHAPER: &str = "podshaper";
@@ -23,8 +19,11 @@ pub struct Networks {
 
 /// podshaper's object in a conflist.
 struct Network {
-    version: Value,
-    entry: Map<String, Value>,
+    /// The capabilities that it has.
+    capabilities: Vec<String>,
+    kubeconfig: Option<String>,
+    /// It, with the network's name and version, as a plugin gets it on stdin; without the last brace.
+    stdin: String,
 }
 
 impl Networks {
@@ -47,8 +46,7 @@ impl Networks {
     fn take(&mut self, list: &Value) {
         let entry = list["plugins"].as_array().into_iter().flatten().find(|plugin| plugin["type"] == PODSHAPER);
         if let (Some(name), Some(Value::Object(entry))) = (list["name"].as_str(), entry) {
-            let network = Network { version: list["cniVersion"].clone(), entry: entry.clone() };
-            self.by_name.entry(name.to_owned()).or_insert(network);
+            self.by_name.entry(name.to_owned()).or_insert_with(|| Network::new(name, &list["cniVersion"], entry));
         }
         list["delegates"].as_array().into_iter().flatten().for_each(|delegate| self.take(delegate));
     }
@@ -60,7 +58,7 @@ impl Networks {
 
     /// The kubeconfig of the first that names one.
     pub fn kubeconfig(&self) -> Option<&Path> {
-        self.by_name.values().find_map(|network| network.entry.get("kubeconfig")?.as_str()).map(Path::new)
+        self.by_name.values().find_map(|network| network.kubeconfig.as_deref()).map(Path::new)
     }
 
     /// What an ADD of this sandbox would be asked for by its network as it stands now, or as it stood at the ADD, where it is not in
@@ -82,19 +80,27 @@ impl Networks {
 }
 
 impl Network {
-    fn request(&self, sandbox: &Sandbox) -> Result<Request> {
-        // libcni gives a plugin what it has the capability for.
-        let has = |name: &str| self.entry.get("capabilities").is_some_and(|all| all[name] == true);
-        let offered = sandbox.offers.iter().filter(|(name, _)| has(name));
-        let offered = offered.map(|(name, offer)| format!("{}:{}", json!(name), offer.get()));
-        let mut stdin = self.entry.clone();
-        stdin.insert("name".into(), json!(sandbox.network));
-        stdin.insert("cniVersion".into(), self.version.clone());
+    fn new(name: &str, version: &Value, entry: &Map<String, Value>) -> Self {
+        let capabilities = entry.get("capabilities").and_then(Value::as_object).into_iter().flatten();
+        let mut stdin = entry.clone();
+        stdin.insert("name".into(), json!(name));
+        stdin.insert("cniVersion".into(), version.clone());
         stdin.remove("runtimeConfig");
         let mut stdin = Value::Object(stdin).to_string();
-        // As the runtime wrote it: a number in there may be larger than this library's.
         stdin.truncate(stdin.len() - 1);
-        stdin += &format!(",\"runtimeConfig\":{{{}}}}}", offered.collect::<Vec<_>>().join(","));
+        Self {
+            capabilities: capabilities.filter(|(_, has)| **has == true).map(|(name, _)| name.clone()).collect(),
+            kubeconfig: entry.get("kubeconfig").and_then(Value::as_str).map(str::to_owned),
+            stdin,
+        }
+    }
+
+    fn request(&self, sandbox: &Sandbox) -> Result<Request> {
+        // libcni gives a plugin what it has the capability for. As the runtime wrote it: a number in there may be larger than this
+        // library's.
+        let offered = self.capabilities.iter().filter_map(|name| Some((name, sandbox.offers.get(name)?)));
+        let offered: Vec<String> = offered.map(|(name, offer)| format!("{}:{}", json!(name), offer.get())).collect();
+        let stdin = format!("{},\"runtimeConfig\":{{{}}}}}", self.stdin, offered.join(","));
         Request::parse(Cmd::Add, &sandbox.env(), stdin.as_bytes())
     }
 }
