@@ -14,6 +14,7 @@ use serde::Serialize;
 use super::{
     attachments,
     directories::Directories,
+    install,
     output::Output,
     sync::LastRun,
     table::{Left, Table},
@@ -69,6 +70,7 @@ impl Arguments {
         let mut findings = kernel();
         let Directories { conf, bin } = Directories::of_this_node(self.conf_dir.as_deref(), self.bin_dir.as_deref());
         findings.extend(conflists::check(&conf, &bin));
+        findings.extend(units(&install::not_enabled()));
         findings.extend(
             pinned().unwrap_or_else(|error| vec![Finding::new("attachments", State::Missing, error.to_string())]),
         );
@@ -100,6 +102,16 @@ fn kernel() -> Vec<Finding> {
     };
     let needs = probe::NEEDS.iter().map(run(State::Missing));
     needs.chain(probe::WISHES.iter().map(run(State::Warn))).collect()
+}
+
+/// Whether the node's systemd has what `podshaper install` gives it.
+fn units(not_enabled: &[&str]) -> Option<Finding> {
+    let text = format!(
+        "{}: not enabled, so that podshaper stays out of a conflist that its network writes anew, and annotations of running pods are not \
+         followed: podshaper install",
+        not_enabled.join(", ")
+    );
+    (!not_enabled.is_empty()).then(|| Finding::new("units", State::Warn, text))
 }
 
 /// What `podshaper sync` could not do.

@@ -11,6 +11,7 @@ mod diff;
 mod files;
 mod multus;
 mod place;
+mod report;
 #[cfg(test)]
 mod tests;
 mod uninstall;
@@ -30,8 +31,11 @@ use crate::error::{Code, Error, Result};
 use crate::request::{self, Env, Request};
 use conflist::{BANDWIDTH, CAPABILITIES, Conflist, Entry, PODSHAPER};
 pub use files::networks;
+pub use multus::is as is_multus;
 use place::{Place, Target};
+use report::{Report, writer};
 pub use uninstall::Uninstall;
+pub use units::not_enabled;
 
 /// How often `--and-sync` looks again whether something came or went meanwhile. What changes more often than that is found by the timer.
 const MOST_ROUNDS: usize = 20;
@@ -365,53 +369,4 @@ fn keys(json: &str) -> Result<Map<String, Value>> {
         .and_then(|request| request.limits());
     taken.map_err(|error| Error::because(Code::Config, "--config", error))?;
     Ok(keys)
-}
-
-/// What a person is told.
-struct Report {
-    dry_run: bool,
-    /// Whether only what was changed is of interest.
-    is_quiet: bool,
-    text: String,
-}
-
-impl Report {
-    fn new(dry_run: bool, is_quiet: bool) -> Self {
-        Self { dry_run, is_quiet, text: String::new() }
-    }
-
-    fn say(&mut self, line: impl AsRef<str>) {
-        self.text.push_str(line.as_ref());
-        self.text.push('\n');
-    }
-
-    /// What is as it should be.
-    fn unchanged(&mut self, line: impl AsRef<str>) {
-        if !self.is_quiet {
-            self.say(line);
-        }
-    }
-
-    fn warn(&mut self, line: impl AsRef<str>) {
-        self.unchanged(format!("warning: {}", line.as_ref()));
-    }
-
-    fn change(&mut self, path: &Path, before: &str, after: &str) {
-        if self.dry_run {
-            self.text.push_str(&diff::unified(&path.display().to_string(), before, after));
-        }
-    }
-}
-
-/// Who writes the conflist of this plugin anew, and from what.
-fn writer(primary: &str) -> Option<&'static str> {
-    match primary {
-        "flannel" => Some("flannel's pod writes this file anew when it starts, from the ConfigMap kube-flannel-cfg"),
-        "calico" => Some("calico's pod writes this file anew when it starts, from the ConfigMap calico-config"),
-        "cilium-cni" => Some(
-            "cilium's agent writes this file anew, at once unless cni.exclusive=false, from cni.configMap (cni.customConf=true) if set",
-        ),
-        "weave-net" => Some("weave's pod may write this file anew when it is upgraded"),
-        _ => None,
-    }
 }

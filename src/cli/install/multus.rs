@@ -40,7 +40,7 @@ fn parse(text: &str) -> Multus<'_> {
 }
 
 /// Whether a network's configuration is Multus'.
-pub(super) fn is(text: &str) -> bool {
+pub fn is(text: &str) -> bool {
     let Multus { kind, plugins, .. } = parse(text);
     let first = || serde_json::from_str::<Kind>(plugins?.first()?.get()).ok().map(|plugin| plugin.kind);
     kind.or_else(first).is_some_and(|kind| kind == "multus" || kind == "multus-shim")

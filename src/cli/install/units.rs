@@ -90,6 +90,17 @@ pub(super) fn reload() -> Result<()> {
     systemctl(&["daemon-reload"])
 }
 
+/// Those that systemd would not start after a boot, where it runs on this host: not there, or not enabled.
+pub fn not_enabled() -> Vec<&'static str> {
+    if are_possible() { not_enabled_in(Path::new(DIRECTORY)) } else { Vec::new() }
+}
+
+fn not_enabled_in(directory: &Path) -> Vec<&'static str> {
+    let wanted = [("podshaper.path", "paths.target.wants"), ("podshaper.timer", "timers.target.wants")];
+    let is_enabled = |(name, target): &(&str, &str)| directory.join(target).join(name).exists();
+    wanted.into_iter().filter(|unit| !is_enabled(unit)).map(|(name, _)| name).collect()
+}
+
 /// Those of this directory that are podshaper's.
 pub(super) fn there(directory: &Path) -> Vec<PathBuf> {
     let names = ENABLED.into_iter().chain([SERVICE]);
@@ -151,6 +162,15 @@ mod tests {
         assert_eq!(option_before(directory.path(), "--kubeconfig"), None);
         assert!(missing(directory.path(), &units).is_empty());
         assert_eq!(there(directory.path()).len(), units.len());
+        assert_eq!(not_enabled_in(directory.path()), ENABLED);
+        for (name, target) in [("podshaper.path", "paths.target.wants"), ("podshaper.timer", "timers.target.wants")] {
+            fs::create_dir(directory.path().join(target)).unwrap();
+            std::os::unix::fs::symlink(directory.path().join(name), directory.path().join(target).join(name)).unwrap();
+        }
+        assert!(not_enabled_in(directory.path()).is_empty());
+        fs::remove_file(directory.path().join("podshaper.timer")).unwrap();
+        assert_eq!(not_enabled_in(directory.path()), ["podshaper.timer"]);
+        write(directory.path(), &units).unwrap();
         let path = fs::read_to_string(directory.path().join("podshaper.path")).unwrap();
         assert!(path.contains("\nPathChanged=/etc/cni/net.d\nPathChanged=/a%%b\n"), "{path}");
     }
