@@ -7,7 +7,8 @@
 use std::{
     collections::BTreeMap,
     ffi::OsStr,
-    fs, io,
+    fs,
+    io::{self, Read},
     path::{Path, PathBuf},
     thread,
     time::{Duration, SystemTime},
@@ -144,8 +145,10 @@ impl Sandbox {
     fn read(file: &Path) -> Result<Option<Self>> {
         let reading = || format!("read the CNI result {}", file.display());
         let failed = |cause: io::Error| Error::because(Code::Io, reading(), cause);
-        let bytes = fs::read(file).map_err(failed)?;
-        let written = fs::metadata(file).and_then(|found| found.modified()).map_err(failed)?;
+        let mut bytes = Vec::new();
+        let mut opened = fs::File::open(file).map_err(failed)?;
+        let written = opened.metadata().and_then(|found| found.modified()).map_err(failed)?;
+        opened.read_to_end(&mut bytes).map_err(failed)?;
         let cached: Cached =
             serde_json::from_slice(&bytes).map_err(|cause| Error::because(Code::Decode, reading(), cause))?;
         if cached.kind != KIND {
@@ -164,12 +167,16 @@ impl Sandbox {
         let (config, offers) = (config.unwrap_or_default(), capability_args.unwrap_or_default());
         let file = file.to_path_buf();
         let sandbox = Self { container_id, ifname, network, offers, netns, args, config, written, file };
-        Ok(Some(sandbox).filter(Self::is_there))
+        Ok(Some(sandbox).filter(Self::has_namespace))
     }
 
     /// Whether its namespace and its file are there.
     pub fn is_there(&self) -> bool {
-        statfs(&self.netns).is_ok_and(|found| found.filesystem_type() == NSFS) && self.file.exists()
+        self.has_namespace() && self.file.exists()
+    }
+
+    fn has_namespace(&self) -> bool {
+        statfs(&self.netns).is_ok_and(|found| found.filesystem_type() == NSFS)
     }
 
     /// A value of `CNI_ARGS`.

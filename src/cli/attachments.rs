@@ -95,6 +95,19 @@ pub fn read() -> Result<Vec<Attachment>> {
 /// # Errors
 /// Those of [`read`].
 pub fn read_after(before: &[Attachment]) -> Result<Vec<Attachment>> {
+    read_pins(before).map(|(found, _)| found)
+}
+
+/// Everything that is attached, and how many directories are of attachments that are not finished: calls that were killed have left them,
+/// or calls at work need them just now.
+///
+/// # Errors
+/// Those of [`read`].
+pub fn read_all() -> Result<(Vec<Attachment>, usize)> {
+    read_pins(&[])
+}
+
+fn read_pins(before: &[Attachment]) -> Result<(Vec<Attachment>, usize)> {
     let bpffs = Path::new(BPFFS);
     let Some(pins) = Pins::existing(bpffs) else {
         // Without permission it looks like an empty one.
@@ -102,19 +115,21 @@ pub fn read_after(before: &[Attachment]) -> Result<Vec<Attachment>> {
             Err(cause) if cause.kind() == std::io::ErrorKind::PermissionDenied => {
                 Err(Error::because(Code::Kernel, format!("look into {} (it takes root)", bpffs.display()), cause))
             }
-            _ => Ok(Vec::new()),
+            _ => Ok((Vec::new(), 0)),
         };
     };
     pins.check_readable()?;
     // Both are in the order of their directories' names.
     let mut earlier = before.iter().peekable();
     let mut sets = Sets::default();
-    let found = pins.list().into_iter().map(|(place, directory)| {
+    let (listed, unfinished) = pins.list_all();
+    let found = listed.into_iter().map(|(place, directory)| {
         let earlier = earlier_of(&mut earlier, &directory).and_then(|earlier| earlier.read_again(&mut sets));
         earlier.unwrap_or_else(|| Attachment::read_by(place, directory, &mut sets))
     });
     // One that went away while it was read has nothing to say.
-    Ok(found.filter(|attachment| attachment.problem.is_none() || attachment.directory.exists()).collect())
+    let is_there = |attachment: &Attachment| attachment.problem.is_none() || attachment.directory.exists();
+    Ok((found.filter(is_there).collect(), unfinished))
 }
 
 /// The same after `sample`, with what passed meanwhile; at once if `sample` is nothing.

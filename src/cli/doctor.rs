@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     error::Result,
-    pins::{self, BPFFS, Pins},
+    pins::{self, BPFFS},
     probe,
 };
 
@@ -123,11 +123,10 @@ fn last_sync(run: LastRun) -> Vec<Finding> {
 
 /// What is attached, and what should not be there any more.
 fn pinned() -> Result<Vec<Finding>> {
-    let all = attachments::read()?;
+    let (all, unfinished) = attachments::read_all()?;
     let old = all.iter().filter(|attachment| !pins::is_current(&attachment.directory)).count();
     let (dead, live): (Vec<_>, Vec<_>) = all.iter().partition(|attachment| attachment.links.are_dead());
     let partial = live.iter().filter(|attachment| !attachment.links.faults().is_empty()).count();
-    let unfinished = Pins::existing(Path::new(BPFFS)).map_or(0, |pins| pins.unfinished());
     let mut findings = vec![Finding::new("attachments", State::Ok, format!("{} live", live.len()))];
     let mut warn = |count: usize, text: &str| {
         if count > 0 {

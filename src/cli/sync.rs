@@ -32,7 +32,7 @@ use crate::{
     direction::Direction,
     error::{Code, Error, Result},
     kube::{self, Metadata},
-    pins::{BPFFS, Pins, Place},
+    pins::Place,
     pod::{Asked, Owner},
     request::{Endpoint, Limits, Request, Subject},
     sandboxes::{self, Sandbox},
@@ -89,8 +89,29 @@ enum Answer {
     Nobody,
     /// It gave none.
     None,
-    /// This node's pods.
-    Pods(BTreeMap<String, Metadata>),
+    /// The pods of the node of this name.
+    Pods { node: String, of: BTreeMap<String, Metadata> },
+}
+
+impl Answer {
+    fn pod(&self, uid: &str) -> Option<&Metadata> {
+        match self {
+            Self::Pods { of, .. } => of.get(uid),
+            Self::Nobody | Self::None => None,
+        }
+    }
+
+    /// Whether it is about this node at all.
+    fn check_node(&self, interfaces: &[Interface], report: &mut Report) {
+        let Self::Pods { node, .. } = self else { return };
+        let mut known = interfaces.iter().filter_map(|interface| interface.sandbox.arg("K8S_POD_UID"));
+        if !interfaces.is_empty() && !known.any(|uid| self.pod(uid).is_some()) {
+            let text = format!(
+                "the API server has none of this node's pods on node {node}: name the node as it does with --node"
+            );
+            report.know_less(&Error::new(Code::ApiServer, text));
+        }
+    }
 }
 
 /// One interface of a pod in a network of podshaper's.
@@ -122,11 +143,10 @@ impl Arguments {
         let networks = Networks::read(&Directories::of_this_node(self.conf_dir.as_deref(), None).conf)?;
         let (sandboxes, unreadable) = sandboxes::read(&self.cache_dir)?;
         unreadable.iter().for_each(|error| report.know_less(error));
-        let found = attachments::read()?;
-        let stale: Vec<Place> =
-            found.iter().filter(|found| gc::is_stale(found)).map(|found| found.place.clone()).collect();
-        let (interfaces, others) = interfaces(&networks, sandboxes, found, &mut report);
-        let answer = self.ask(&networks, &interfaces, &mut report);
+        let (found, unfinished) = attachments::read_all()?;
+        let answer = self.ask(&networks, &mut report);
+        let (interfaces, others) = interfaces(&networks, &answer, sandboxes, found, &mut report);
+        answer.check_node(&interfaces, &mut report);
         let tasks: Vec<Task> =
             interfaces.into_iter().filter_map(|interface| interface.task(&answer, &mut report)).collect();
         if self.dry_run {
@@ -134,30 +154,18 @@ impl Arguments {
         } else {
             perform(tasks, &mut report);
         }
-        self.clear(others.iter().filter(|other| stale.contains(&other.place)), &mut report);
+        self.clear(others.iter().filter(|other| gc::is_stale(other)), unfinished > 0, &mut report);
         self.end(report)
     }
 
     /// The API server's answer, if there is one to be asked.
-    fn ask(&self, networks: &Networks, interfaces: &[Interface], report: &mut Report) -> Answer {
+    fn ask(&self, networks: &Networks, report: &mut Report) -> Answer {
         let Some(kubeconfig) = self.kubeconfig.as_deref().or(networks.kubeconfig()) else { return Answer::Nobody };
-        let asked = self.node().and_then(|node| Ok((kube::pods_of(kubeconfig, &node)?, node)));
-        match asked {
-            Ok((pods, node)) => {
-                let mut known = interfaces.iter().filter_map(|interface| interface.sandbox.arg("K8S_POD_UID"));
-                if !interfaces.is_empty() && !known.any(|uid| pods.contains_key(uid)) {
-                    let text = format!(
-                        "the API server has none of this node's pods on node {node}: name the node as it does with --node"
-                    );
-                    report.know_less(&Error::new(Code::ApiServer, text));
-                }
-                Answer::Pods(pods)
-            }
-            Err(error) => {
-                report.know_less(&error);
-                Answer::None
-            }
-        }
+        let asked = self.node().and_then(|node| Ok(Answer::Pods { of: kube::pods_of(kubeconfig, &node)?, node }));
+        asked.unwrap_or_else(|error| {
+            report.know_less(&error);
+            Answer::None
+        })
     }
 
     /// kubelet calls a node by the name of its host in lower case, unless it is told another one.
@@ -172,7 +180,7 @@ impl Arguments {
     }
 
     /// Removes what no pod has any more, and what killed calls left.
-    fn clear<'a>(&self, stale: impl Iterator<Item = &'a Attachment>, report: &mut Report) {
+    fn clear<'a>(&self, stale: impl Iterator<Item = &'a Attachment>, is_any_unfinished: bool, report: &mut Report) {
         for found in stale {
             match if self.dry_run { Ok(true) } else { gc::remove(found) } {
                 Ok(true) => report.changes.push(Done::to("clear", found, &Limits::default())),
@@ -180,8 +188,7 @@ impl Arguments {
                 Err(error) => report.fail(Failure::of(found, &error)),
             }
         }
-        let is_unfinished = || Pins::existing(Path::new(BPFFS)).is_some_and(|pins| pins.unfinished() > 0);
-        if !self.dry_run && is_unfinished() {
+        if !self.dry_run && is_any_unfinished {
             let settled = attachment::lock().and_then(|pins| pins.map_or(Ok(()), |pins| attachment::settle_all(&pins)));
             settled.unwrap_or_else(|error| report.know_less(&error));
         }
@@ -200,6 +207,7 @@ impl Arguments {
 /// The interfaces in podshaper's networks, each with what is in force on it, and the attachments of none of them.
 fn interfaces(
     networks: &Networks,
+    answer: &Answer,
     sandboxes: Vec<Sandbox>,
     found: Vec<Attachment>,
     report: &mut Report,
@@ -209,7 +217,9 @@ fn interfaces(
     }
     let mut newest: BTreeMap<(String, String), (Sandbox, Result<Request>)> = BTreeMap::new();
     for sandbox in sandboxes {
-        let Some(request) = networks.request(&sandbox) else { continue };
+        // What the API server has of a pod's annotations takes the place of what the runtime was told, which may be long.
+        let has_newer = sandbox.ifname == DEFAULT_INTERFACE && answer.pod(sandbox.pod()).is_some();
+        let Some(request) = networks.request(&sandbox, !has_newer) else { continue };
         let key = (sandbox.pod().to_owned(), sandbox.ifname.clone());
         if newest.get(&key).is_none_or(|(other, _)| sandbox.is_newer_than(other)) {
             newest.insert(key, (sandbox, request));
@@ -245,18 +255,12 @@ impl Interface {
     /// What is asked for now; `None` where nobody knows, and what is in force stays.
     fn asked(&self, answer: &Answer) -> Result<Option<Limits>> {
         let uid = self.endpoint.key.uid().map(crate::pod::PodUid::as_str);
-        let listed = |pods: &'_ BTreeMap<String, Metadata>| uid.map(|uid| pods.get(uid).map(|pod| self.now(pod)));
-        match answer {
-            Answer::Nobody => self.request.limits_of_call().map(Some),
-            Answer::Pods(pods) => match listed(pods) {
-                Some(Some(limits)) => limits.map(Some),
-                // It is being deleted, or another pod of this name is there by now.
-                Some(None) if self.found.is_some() => Ok(None),
-                // A runtime that tells no UID: a pod of this name may be another one.
-                Some(None) | None => self.request.limits_of_call().map(Some),
-            },
-            Answer::None if self.found.is_some() => Ok(None),
-            Answer::None => self.request.limits_of_call().map(Some),
+        match (answer, uid.and_then(|uid| answer.pod(uid))) {
+            (_, Some(pod)) => self.now(pod).map(Some),
+            // It gave no answer, or the pod is being deleted, or another pod of this name is there by now.
+            (Answer::None | Answer::Pods { .. }, None) if self.found.is_some() && uid.is_some() => Ok(None),
+            // Also of a runtime that tells no UID: a pod of this name may be another one.
+            (_, None) => self.request.limits_of_call().map(Some),
         }
     }
 

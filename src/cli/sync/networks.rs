@@ -10,6 +10,8 @@ use crate::{error::Result, request::Request, sandboxes::Sandbox};
 use rscni_plugin::types::Cmd;
 
 const PODSHAPER: &str = "podshaper";
+/// The capability by which a runtime passes a pod's annotations on.
+const ANNOTATIONS: &str = "io.kubernetes.cri.pod-annotations";
 
 /// Networks by name.
 #[derive(Default)]
@@ -62,19 +64,19 @@ impl Networks {
     }
 
     /// What an ADD of this sandbox would be asked for by its network as it stands now, or as it stood at the ADD, where it is not in
-    /// the directory. `None` if podshaper is not in it.
+    /// the directory; with the pod's annotations as the runtime has them, or without. `None` if podshaper is not in it.
     ///
     /// # Errors
     /// Those of the ADD.
-    pub fn request(&self, sandbox: &Sandbox) -> Option<Result<Request>> {
+    pub fn request(&self, sandbox: &Sandbox, with_annotations: bool) -> Option<Result<Request>> {
         let of_add = || {
             let mut then = Self::default();
             then.take(&parse(&sandbox.config()).ok()?);
             then.by_name.remove(&sandbox.network)
         };
         match self.by_name.get(&sandbox.network) {
-            Some(network) => Some(network.request(sandbox)),
-            None => of_add().map(|network| network.request(sandbox)),
+            Some(network) => Some(network.request(sandbox, with_annotations)),
+            None => of_add().map(|network| network.request(sandbox, with_annotations)),
         }
     }
 }
@@ -95,10 +97,11 @@ impl Network {
         }
     }
 
-    fn request(&self, sandbox: &Sandbox) -> Result<Request> {
+    fn request(&self, sandbox: &Sandbox, with_annotations: bool) -> Result<Request> {
         // libcni gives a plugin what it has the capability for. As the runtime wrote it: a number in there may be larger than this
         // library's.
-        let offered = self.capabilities.iter().filter_map(|name| Some((name, sandbox.offers.get(name)?)));
+        let wanted = self.capabilities.iter().filter(|name| with_annotations || *name != ANNOTATIONS);
+        let offered = wanted.filter_map(|name| Some((name, sandbox.offers.get(name)?)));
         let offered: Vec<String> = offered.map(|(name, offer)| format!("{}:{}", json!(name), offer.get())).collect();
         let stdin = format!("{},\"runtimeConfig\":{{{}}}}}", self.stdin, offered.join(","));
         Request::parse(Cmd::Add, &sandbox.env(), stdin.as_bytes())
@@ -139,7 +142,7 @@ mod tests {
     }
 
     fn egress(networks: &Networks, sandbox: &Sandbox) -> Option<u64> {
-        let request = networks.request(sandbox)?.unwrap();
+        let request = networks.request(sandbox, true)?.unwrap();
         assert_eq!(request.cgroup_path, None, "podshaper has no such capability");
         Some(request.limits_of_call().unwrap().egress?.rate.as_bits_per_s())
     }
@@ -164,7 +167,7 @@ mod tests {
             json!({ "cniVersion": "0.3.1", "name": "multus-cni-network", "type": "multus", "delegates": [delegate] });
         let networks = networks(&[("00-multus.conf", multus)]);
         assert_eq!(networks.kubeconfig(), Some(Path::new("/etc/k")));
-        assert!(networks.request(&sandbox("cbr0", &json!({}))).is_some());
-        assert!(networks.request(&sandbox("multus-cni-network", &json!({}))).is_none());
+        assert!(networks.request(&sandbox("cbr0", &json!({})), true).is_some());
+        assert!(networks.request(&sandbox("multus-cni-network", &json!({})), true).is_none());
     }
 }
