@@ -454,6 +454,24 @@ fn manifest(name: &str) -> (Value, Vec<String>) {
 }
 
 #[test]
+fn the_kustomization_names_what_is_there() {
+    let read = |name: &str| -> Value {
+        let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("install").join(name)).unwrap();
+        serde_norway::from_str(&text).unwrap()
+    };
+    let kustomization = read("kustomization.yaml");
+    assert_eq!(
+        (&kustomization["kind"], &kustomization["resources"]),
+        (&json!("Kustomization"), &json!(["podshaper.yaml"]))
+    );
+    let image = &kustomization["images"][0];
+    let manifest = read("podshaper.yaml");
+    let installer = &manifest["spec"]["template"]["spec"]["initContainers"][0];
+    let named = [&image["name"], &image["newTag"]].map(|text| text.as_str().unwrap());
+    assert_eq!(installer["image"], named.join(":"), "or the image would not be replaced");
+}
+
+#[test]
 fn the_manifests_install_and_uninstall_from_an_empty_root() {
     let node = Node::new(&[("10-flannel.conflist", FLANNEL)]);
     fs::create_dir(node.path("host")).unwrap();

@@ -33,23 +33,23 @@ pub(super) fn are_possible() -> bool {
 
 /// All of them. `command` is the service's, program first; what is watched are directories.
 pub(super) fn all(command: &[String], watched: &[PathBuf]) -> Vec<Unit> {
-    let documentation = "Documentation=https://crates.io/crates/podshaper\n# Written by `podshaper install`; `podshaper uninstall` removes it.\n";
+    let written_by = "# Written by `podshaper install`; `podshaper uninstall` removes it.\n";
     let command: Vec<String> = command.iter().map(|word| quote(word)).collect();
     let service = format!(
-        "[Unit]\nDescription=Keep podshaper in the conflist and pods at the limits they ask for\n{documentation}\
+        "[Unit]\nDescription=Keep podshaper in the conflist and pods at the limits they ask for\n{written_by}\
          # Pods may start in any number at once.\nStartLimitIntervalSec=0\n\n\
-         [Service]\nType=oneshot\nExecStart={}\n\
+         [Service]\nType=oneshot\nTimeoutStartSec=60\nExecStart={}\n\
          # What is done is logged, and not that there was nothing to do.\nSyslogLevel=notice\nLogLevelMax=notice\n",
         command.join(" ")
     );
     let watched: String =
         watched.iter().map(|path| format!("PathChanged={}\n", escape(&path.display().to_string()))).collect();
     let path = format!(
-        "[Unit]\nDescription=Conflists and results of CNI calls, for podshaper\n{documentation}\n[Path]\n{watched}\n\
+        "[Unit]\nDescription=Conflists and results of CNI calls, for podshaper\n{written_by}\n[Path]\n{watched}\n\
          [Install]\nWantedBy=paths.target\n"
     );
     let timer = format!(
-        "[Unit]\nDescription=Follow what is asked of pods, every {EVERY_S} seconds\n{documentation}\n\
+        "[Unit]\nDescription=Follow what is asked of pods, every {EVERY_S} seconds\n{written_by}\n\
          [Timer]\nOnBootSec={EVERY_S}\nOnUnitActiveSec={EVERY_S}\nAccuracySec=1\nUnit={SERVICE}\n\n\
          [Install]\nWantedBy=timers.target\n"
     );
