@@ -61,7 +61,8 @@ struct Object {
 
 #[derive(Deserialize)]
 struct Objects {
-    items: Vec<Object>,
+    /// An API server writes null for none.
+    items: Option<Vec<Object>>,
 }
 
 #[derive(Deserialize)]
@@ -109,10 +110,11 @@ fn understand_all(answer: &Answer) -> Result<BTreeMap<String, Metadata>, String>
     }
     let objects: Objects =
         serde_json::from_slice(&answer.body).map_err(|cause| format!("its answer is no list of pods: {cause}"))?;
-    let by_uid = objects.items.into_iter().map(|Object { metadata: ObjectMeta { uid, labels, annotations } }| {
-        let (labels, annotations) = (labels.unwrap_or_default(), annotations.unwrap_or_default());
-        (annotations.get(MIRROR).cloned().unwrap_or(uid), Metadata { labels, annotations })
-    });
+    let by_uid =
+        objects.items.into_iter().flatten().map(|Object { metadata: ObjectMeta { uid, labels, annotations } }| {
+            let (labels, annotations) = (labels.unwrap_or_default(), annotations.unwrap_or_default());
+            (annotations.get(MIRROR).cloned().unwrap_or(uid), Metadata { labels, annotations })
+        });
     Ok(by_uid.collect())
 }
 
@@ -148,4 +150,32 @@ fn refusal(answer: &Answer) -> String {
         _ => "is it an API server, and well?",
     };
     format!("it answered {} \"{said}\": {remedy}", answer.status)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pods_of_a_node_are_told_apart_as_the_runtime_does() {
+        let all = |items: &str| {
+            let body = format!(
+                r#"{{"kind": "PartialObjectMetadataList", "metadata": {{"resourceVersion": "1"}}, "items": {items}}}"#
+            );
+            understand_all(&Answer { status: 200, body: body.into() })
+        };
+        for none in ["null", "[]"] {
+            assert_eq!(all(none), Ok(BTreeMap::new()), "{none}");
+        }
+        let mirror = format!(r#"{{"{MIRROR}": "static"}}"#);
+        let pods = all(&format!(
+            r#"[{{"metadata": {{"uid": "u-1", "labels": {{"a": "b"}}}}}}, {{"metadata": {{"uid": "u-2", "annotations": {mirror}}}}}]"#
+        ));
+        let pods = pods.unwrap();
+        assert_eq!(pods.keys().collect::<Vec<_>>(), ["static", "u-1"]);
+        assert_eq!(pods["u-1"].labels["a"], "b");
+        assert_eq!(all("{}").unwrap_err().split(':').next(), Some("its answer is no list of pods"));
+        let refused = understand_all(&Answer { status: 403, body: b"{}".to_vec() }).unwrap_err();
+        assert!(refused.contains("for sync to list them"), "{refused}");
+    }
 }
