@@ -33,7 +33,7 @@ use crate::{
 };
 
 pub use attach::attach;
-pub use end::{End, change, lift, remove, remove_locked, settle_all};
+pub use end::{Change, End, change, lift, remove, remove_locked, settle_all};
 pub use upgrade::{Upgrade, upgrade};
 
 /// An attachment to be made.
@@ -180,8 +180,11 @@ pub fn remove_cgroup_if_made(path: &Path) {
     }
 }
 
-/// A limit that limits nothing, in the directions that have one.
-fn unlimited(limits: &Limits) -> Limits {
-    let lifted = |limit: Option<Limit>| limit.map(|_| Limit::of(crate::units::Rate::MAX, Source::Operator));
-    Limits { egress: lifted(limits.egress), ingress: lifted(limits.ingress) }
+/// A limit that limits nothing, in those of the directions that have one.
+fn unlimited(limits: &Limits, directions: &[Direction]) -> Limits {
+    let lifted = |direction| {
+        let is_limited = directions.contains(&direction) && limits.of(direction).is_some();
+        is_limited.then(|| Limit::of(crate::units::Rate::MAX, Source::Operator))
+    };
+    Limits { egress: lifted(Direction::Egress), ingress: lifted(Direction::Ingress) }
 }

@@ -8,6 +8,7 @@ mod attachments;
 mod chart;
 mod completions;
 mod detach;
+mod directories;
 mod doctor;
 mod gc;
 mod install;
@@ -19,6 +20,7 @@ mod run;
 mod select;
 mod set;
 mod show;
+mod sync;
 mod table;
 mod top;
 mod upgrade;
@@ -38,13 +40,13 @@ each pod, with CNI_COMMAND in the environment and the configuration on stdin. Th
 The commands below are for the operator of a node: they show what is limited, and change it.";
 
 const AFTER: &str = "\
-To use it on a node, `podshaper install`, which copies the binary to /opt/cni/bin and adds to the end of the
-\"plugins\" list of the conflist in /etc/cni/net.d (`podshaper install --dry-run` shows it):
+To use it on a node, `podshaper install`, which copies the binary to /opt/cni/bin, adds to the end of the \"plugins\"
+list of the conflist in /etc/cni/net.d, and has systemd keep it there (`podshaper install --dry-run` shows all):
 
     { \"type\": \"podshaper\",
       \"capabilities\": { \"bandwidth\": true, \"cgroupPath\": true, \"io.kubernetes.cri.pod-annotations\": true } }
 
-Then annotate a pod before it is created:
+Then annotate a pod before it is created, or a running one, which `podshaper sync` follows:
 
     kubernetes.io/egress-bandwidth: 10M        bits per second on the wire: k, M, G, Ki, Mi ..
     rate: \"1M\"                                 the same in megabytes per second
@@ -91,6 +93,8 @@ enum Command {
     Detach(detach::Arguments),
     /// Run a command in a cgroup of its own, limited
     Run(run::Arguments),
+    /// Bring this node's pods to what is asked of them now
+    Sync(sync::Arguments),
     /// Remove attachments whose cgroup is gone, and what killed calls left
     Gc(gc::Arguments),
     /// Check whether this node can limit pods and its conflists make it
@@ -120,10 +124,11 @@ impl Command {
             Self::Attach(arguments) => arguments.run().map(done),
             Self::Detach(arguments) => arguments.run().map(done),
             Self::Run(arguments) => arguments.run(),
+            Self::Sync(arguments) => arguments.run(),
             Self::Gc(arguments) => arguments.run().map(done),
             Self::Doctor(arguments) => arguments.run(),
             Self::Metrics(arguments) => arguments.run().map(done),
-            Self::Install(arguments) => arguments.run().and_then(|report| output::print(&report)).map(done),
+            Self::Install(arguments) => arguments.run(),
             Self::Uninstall(arguments) => arguments.run().and_then(|report| output::print(&report)).map(done),
             Self::Upgrade(arguments) => arguments.run().map(done),
             Self::Completions(arguments) => arguments.run().map(done),

@@ -19,7 +19,7 @@ use crate::{
     error::{self, Code, Error, Result},
     interface, logging,
     pins::{BPFFS, LockedPins, Pins, Place},
-    pod::{Owner, PodKey},
+    pod::{Asked, Owner, PodKey},
     probe,
     request::{Endpoint, Env, Limit, Limits, Request, Subject, declared_version, read_stdin, says_unknown},
     shaper::{Pinned, Queue, Settings},
@@ -88,7 +88,6 @@ fn status(request: &Request) -> Result<()> {
 
 /// Everything an ADD needs to know before it changes anything.
 struct Resolved {
-    limits: Limits,
     cgroup: PodCgroup,
     netns: PathBuf,
 }
@@ -108,15 +107,15 @@ fn add(request: &Request, endpoint: &Endpoint) -> Result<Vec<u8>> {
     if limits.is_empty() {
         forget_unlimited(endpoint)?;
     } else {
-        limit(request, endpoint, resolve(request, endpoint, limits)?)?;
+        limit(request, endpoint, limits, |owner| Owner { asked: Some(Asked::of(&limits)), ..owner })?;
     }
     Ok(reply.get().as_bytes().to_vec())
 }
 
-fn resolve(request: &Request, endpoint: &Endpoint, limits: Limits) -> Result<Resolved> {
+fn resolve(request: &Request, endpoint: &Endpoint) -> Result<Resolved> {
     let netns = request.netns.clone().ok_or_else(|| Error::new(Code::Environment, "CNI_NETNS is missing"))?;
     let cgroup = find_cgroup(request, endpoint, &Hierarchies::of_this_host()?)?;
-    Ok(Resolved { limits, cgroup, netns })
+    Ok(Resolved { cgroup, netns })
 }
 
 fn find_cgroup(request: &Request, endpoint: &Endpoint, hierarchies: &Hierarchies) -> Result<PodCgroup> {
@@ -133,15 +132,25 @@ fn find_cgroup(request: &Request, endpoint: &Endpoint, hierarchies: &Hierarchies
     }
 }
 
-fn limit(request: &Request, endpoint: &Endpoint, resolved: Resolved) -> Result<()> {
-    let Resolved { limits, cgroup, netns } = resolved;
+/// Limits an interface of a pod, as an ADD does. `record` completes whose the attachment is.
+///
+/// # Errors
+/// What could not be found or made. Nothing of it is left then.
+pub fn limit(
+    request: &Request,
+    endpoint: &Endpoint,
+    limits: Limits,
+    record: impl FnOnce(Owner) -> Owner,
+) -> Result<()> {
+    let Resolved { cgroup, netns } = resolve(request, endpoint)?;
+    let owner = record(request.owner(endpoint, &cgroup.path));
     let plan = Plan {
         place: place(endpoint),
         cgroup: Directory::Pod(&cgroup),
         interfaces: Interfaces::One { netns: &netns, name: &endpoint.ifname },
         limits,
         subnets: &request.config.subnets,
-        owner: request.owner(endpoint, &cgroup.path),
+        owner,
     };
     let owner = attachment::attach(&plan)?;
     log_limits(&plan.place, &limits, &owner);
@@ -249,7 +258,8 @@ fn gc(request: &Request) -> Result<()> {
     error::all(std::iter::once(settled).chain(removed))
 }
 
-fn place(endpoint: &Endpoint) -> Place {
+/// Where the attachment of an interface is pinned.
+pub fn place(endpoint: &Endpoint) -> Place {
     Place { pod: endpoint.key.as_str().to_owned(), interface: endpoint.ifname.to_string() }
 }
 

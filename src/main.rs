@@ -20,6 +20,7 @@ mod pod;
 mod probe;
 mod qdisc;
 mod request;
+mod sandboxes;
 mod shaper;
 mod sys;
 mod units;

@@ -186,7 +186,7 @@ impl Pins {
 
     /// All attachments, of every layout. Unlocked: one may go before it is looked at.
     pub fn list(&self) -> Vec<(Place, PathBuf)> {
-        list(&self.root)
+        list(&self.root).0
     }
 
     /// Whether this process may look into it; where not, there seems to be nothing.
@@ -199,11 +199,10 @@ impl Pins {
         fs::read_dir(&self.root).map(drop).map_err(failed)
     }
 
-    /// How many directories calls that were killed have left, or calls at work need just now.
-    pub fn unfinished(&self) -> usize {
-        let pods = layouts(&self.root).into_iter().flat_map(|layout| pods(&layout));
-        let names = pods.flat_map(|(_, pod)| directories(&pod)).map(|(name, _)| name);
-        names.filter(|name| [NEW, OLD].iter().any(|suffix| name.ends_with(suffix))).count()
+    /// The same, and how many directories are of unfinished ones, in one walk: calls that were killed have left them, or calls at work need
+    /// them just now.
+    pub fn list_all(&self) -> (Vec<(Place, PathBuf)>, usize) {
+        list(&self.root)
     }
 }
 
@@ -508,21 +507,23 @@ fn find(root: &Path, place: &Place) -> Option<PathBuf> {
     layouts(root).into_iter().map(|layout| layout.join(&below)).find(|path| path.join(OWNER).exists())
 }
 
-fn list(root: &Path) -> Vec<(Place, PathBuf)> {
-    let mut found = Vec::new();
+/// The attachments, and how many directories are of unfinished ones.
+fn list(root: &Path) -> (Vec<(Place, PathBuf)>, usize) {
+    let (mut found, mut unfinished) = (Vec::new(), 0);
     // In the order of their names, as readings of attachments are compared.
     let mut layouts = layouts(root);
     layouts.sort();
     for layout in layouts {
         for (pod, pod_path) in pods(&layout) {
             for (interface, path) in directories(&pod_path) {
+                unfinished += usize::from([NEW, OLD].iter().any(|suffix| interface.ends_with(suffix)));
                 if let (Some(pod), Some(interface)) = (decode(&pod), decode(&interface)) {
                     found.push((Place { pod, interface }, path));
                 }
             }
         }
     }
-    found
+    (found, unfinished)
 }
 
 /// Leaves of an attachment what is finished: its own directory, or nothing.

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::direction::Direction;
 use crate::error::{Code, Error, Result, quoted};
 use crate::interface::Record;
+use crate::request::{Limit, Limits};
 use crate::units::Rate;
 
 /// Longest container id taken. Runtimes use 64 characters; the specification sets no bound, but a file name has one.
@@ -197,9 +198,59 @@ pub struct Owner {
     /// The same for ingress.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_ingress: Option<u64>,
+    /// What was asked for when the limits last followed it, at ADD or by `sync`. An earlier version recorded nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub asked: Option<Asked>,
     /// Whether `set` has changed the limits since: they are not what the pod asked for any more.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub changed: bool,
+    /// Whether `sync` has made the limits what was asked for later than at ADD.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub followed: bool,
+}
+
+/// What was asked for, as it is written down and compared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Asked {
+    /// From the pod.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub egress: Option<Amount>,
+    /// To the pod.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ingress: Option<Amount>,
+}
+
+/// Rate and burst of a limit, in the units of the programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Amount {
+    /// Bits per second.
+    pub rate_bits_per_s: u64,
+    /// How long the burst takes at that rate.
+    pub burst_ns: u64,
+}
+
+impl Asked {
+    /// What these limits ask for.
+    pub fn of(limits: &Limits) -> Self {
+        Self { egress: limits.egress.map(Amount::of), ingress: limits.ingress.map(Amount::of) }
+    }
+
+    /// What is asked for in a direction.
+    pub fn in_direction(&self, direction: Direction) -> Option<Amount> {
+        match direction {
+            Direction::Egress => self.egress,
+            Direction::Ingress => self.ingress,
+        }
+    }
+}
+
+impl Amount {
+    /// That of a limit.
+    pub fn of(limit: Limit) -> Self {
+        Self { rate_bits_per_s: limit.rate.as_bits_per_s(), burst_ns: limit.burst.as_ns_at(limit.rate) }
+    }
 }
 
 fn is_zero<T: Default + PartialEq>(value: &T) -> bool {
@@ -219,6 +270,11 @@ impl Owner {
             Direction::Ingress => self.max_ingress,
         };
         max.and_then(|max| Rate::bits_per_s(max).ok())
+    }
+
+    /// The record after `set`. What was asked for stays known, so that the limits set by hand stay until something else is asked for.
+    pub fn by_hand(&self, now: &Limits) -> Self {
+        Self { asked: self.asked.or(Some(Asked::of(now))), changed: true, ..self.clone() }
     }
 
     /// Whether a call for this container and interface speaks of the attachment recorded here. A DEL that does not is a late one

@@ -20,7 +20,7 @@ use crate::{
     pins, qdisc, shaper,
 };
 
-/// Where STATUS remembers what it has found. A tmpfs: what another boot found is forgotten.
+/// Where STATUS and `sync` remember what they have found. A tmpfs: what another boot found is forgotten.
 pub const MEMORY: &str = "/run/podshaper";
 /// The file there. It holds [`FIT`], or what is missing.
 const FOUND: &str = "status";
@@ -98,11 +98,19 @@ fn counts(written: SystemTime, installed: SystemTime, now: SystemTime) -> bool {
     written > installed && now.duration_since(written).is_ok_and(|age| age < REMEMBERED)
 }
 
-fn remember(memory: &Path, text: &str) -> io::Result<()> {
+/// Makes the directory that [`MEMORY`] names, if it is not there.
+///
+/// # Errors
+/// The kernel's.
+pub fn make_memory(memory: &Path) -> io::Result<()> {
     match fs::DirBuilder::new().mode(0o700).create(memory) {
-        Err(cause) if cause.kind() != io::ErrorKind::AlreadyExists => return Err(cause),
-        _ => {}
+        Err(cause) if cause.kind() != io::ErrorKind::AlreadyExists => Err(cause),
+        _ => Ok(()),
     }
+}
+
+fn remember(memory: &Path, text: &str) -> io::Result<()> {
+    make_memory(memory)?;
     fs::write(memory.join(FOUND), text)
 }
 

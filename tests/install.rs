@@ -8,6 +8,8 @@ use std::process::Command;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::harness::process;
+
 const PODSHAPER: &str = env!("CARGO_BIN_EXE_podshaper");
 const CAPABILITIES: [&str; 3] = ["bandwidth", "cgroupPath", "io.kubernetes.cri.pod-annotations"];
 
@@ -30,6 +32,7 @@ impl Node {
         let node = Self { root: tempfile::tempdir().unwrap() };
         fs::create_dir_all(node.path("net.d")).unwrap();
         fs::create_dir_all(node.path("bin")).unwrap();
+        fs::create_dir_all(node.path("systemd")).unwrap();
         for (name, text) in conflists {
             node.write(name, text);
         }
@@ -66,6 +69,9 @@ impl Node {
             .arg(self.path("net.d"))
             .arg("--bin-dir")
             .arg(self.path("bin"))
+            // Else it would be this machine's.
+            .arg("--unit-dir")
+            .arg(self.path("systemd"))
             .args(options);
         let output = command.env_remove("CNI_COMMAND").output().unwrap();
         let text = |bytes| String::from_utf8(bytes).unwrap();
@@ -112,7 +118,7 @@ fn install_changes_the_first_network_and_uninstall_brings_it_back() {
         said.contains("bin/podshaper: installed, ") && said.contains("10-flannel.conflist: podshaper is in it"),
         "{said}"
     );
-    assert!(said.contains("warning: flannel's pod writes this file anew"), "{said}");
+    assert!(!said.contains("flannel's pod writes this file anew"), "the units follow that: {said}");
     let installed = node.read("10-flannel.conflist");
     assert_eq!(types(&installed), ["flannel", "portmap", "podshaper"]);
     let capabilities: Value =
@@ -206,23 +212,178 @@ fn what_was_changed_since_install_stays_changed() {
     assert_eq!(node.read("10-flannel.conflist"), FLANNEL.replace("cbr0", "cbr1"));
 }
 
+const OVN: &str = "{\"cniVersion\":\"1.0.0\",\"name\":\"ovn-kubernetes\",\"type\":\"ovn-k8s-cni-overlay\",\"ipam\":{},\"dns\":{},\"logFile\":\"/a\"}";
+
+/// OVN-Kubernetes watches its file, and Multus takes it for the sign that there is a network.
 #[test]
-fn a_lone_configuration_becomes_a_conflist_and_comes_back() {
-    let lone = "{ \"cniVersion\": \"0.4.0\", \"name\": \"mynet\", \"type\": \"bridge\", \"ipam\": {} }\n";
-    let node = Node::new(&[("10-mynet.conf", lone)]);
+fn a_lone_configuration_stays_and_a_list_that_sorts_before_it_is_used() {
+    let node = Node::new(&[("10-ovn-kubernetes.conf", OVN), ("20-other.conflist", FLANNEL)]);
     let said = node.ok("install", &["--dry-run"]);
-    assert!(said.contains("+  \"name\": \"mynet\",\n+  \"plugins\": [\n"), "{said}");
+    assert!(said.contains("+  \"name\": \"ovn-kubernetes\",\n+  \"plugins\": [\n"), "{said}");
+    node.ok("install", &["--config", r#"{"max": {"egress": "1G"}}"#]);
+    let files = ["10-ovn-kubernetes-podshaper.conflist", "10-ovn-kubernetes.conf", "20-other.conflist"];
+    assert_eq!((node.files(), node.read(files[1]).as_str()), (files.map(String::from).to_vec(), OVN));
+    let list = node.read(files[0]);
+    assert_eq!(types(&list), ["ovn-k8s-cni-overlay", "podshaper"]);
+    assert_eq!(plugins(&list)[0], serde_json::from_str::<Value>(OVN).unwrap());
+    // Written anew by its owner, as often as it likes; the keys of podshaper's entry stay.
+    for log_file in ["/b", "/c", "/c"] {
+        node.write(files[1], &OVN.replace("/a", log_file));
+        let said = node.ok("install", &[]);
+        let list = node.read(files[0]);
+        assert_eq!(
+            (&plugins(&list)[0]["logFile"], &plugins(&list)[1]["max"]["egress"]),
+            (&json!(log_file), &json!("1G")),
+            "{said}"
+        );
+        assert_eq!(node.files(), files);
+    }
+    assert!(node.ok("install", &[]).contains("has podshaper already"));
+    let said = node.ok("uninstall", &[]);
+    assert!(said.contains("10-ovn-kubernetes-podshaper.conflist: removed"), "{said}");
+    assert_eq!(
+        (node.files(), node.read(files[1])),
+        (files[1..].iter().map(|name| (*name).to_owned()).collect(), OVN.replace("/a", "/c"))
+    );
+    // A network that goes takes the list with it, and the runtime goes on to the next one.
     node.ok("install", &[]);
-    assert_eq!(node.files(), ["10-mynet.conf.before-podshaper", "10-mynet.conflist"]);
-    let list = node.read("10-mynet.conflist");
-    assert_eq!(types(&list), ["bridge", "podshaper"]);
-    assert_eq!(plugins(&list)[0], serde_json::from_str::<Value>(lone).unwrap());
+    fs::remove_file(node.path("net.d").join(files[1])).unwrap();
+    let said = node.ok("install", &[]);
+    assert!(said.contains("10-ovn-kubernetes-podshaper.conflist: removed, its network is gone"), "{said}");
+    assert_eq!(types(&node.read(files[2])), ["flannel", "portmap", "podshaper"]);
+}
+
+/// The first podshaper renamed a lone configuration, whose owner then wrote it again; from there on install failed for good.
+#[test]
+fn a_list_of_an_earlier_version_gives_way_when_the_configuration_it_was_made_of_is_back() {
+    let node = Node::new(&[("10-ovn-kubernetes.conf", OVN)]);
     node.ok("install", &[]);
+    let list = node.read("10-ovn-kubernetes-podshaper.conflist");
+    let earlier = || {
+        fs::remove_file(node.path("net.d/10-ovn-kubernetes-podshaper.conflist")).unwrap();
+        node.write("10-ovn-kubernetes.conflist", &list);
+        node.write("10-ovn-kubernetes.conf.before-podshaper", OVN);
+    };
+    earlier();
+    node.ok("install", &[]);
+    assert_eq!(node.files(), ["10-ovn-kubernetes-podshaper.conflist", "10-ovn-kubernetes.conf"]);
+    // As long as it is not back, the list is the network's.
+    earlier();
+    fs::remove_file(node.path("net.d/10-ovn-kubernetes.conf")).unwrap();
+    node.ok("install", &[]);
+    assert_eq!(node.files(), ["10-ovn-kubernetes.conf.before-podshaper", "10-ovn-kubernetes.conflist"]);
     node.ok("uninstall", &[]);
-    assert_eq!((node.files(), node.read("10-mynet.conf").as_str()), (vec!["10-mynet.conf".to_owned()], lone));
-    node.write("10-mynet.conflist", FLANNEL);
+    assert_eq!(
+        (node.files(), node.read("10-ovn-kubernetes.conf").as_str()),
+        (vec!["10-ovn-kubernetes.conf".to_owned()], OVN)
+    );
+    // A list of somebody else's that happens to be called so is not used, and is left alone.
+    node.write("10-ovn-kubernetes.conflist", FLANNEL);
+    node.ok("install", &[]);
+    assert_eq!(node.read("10-ovn-kubernetes.conflist"), FLANNEL);
+}
+
+fn multus(keys: Value) -> String {
+    let mut multus =
+        json!({ "cniVersion": "0.3.1", "name": "multus-cni-network", "type": "multus", "kubeconfig": "/etc/k" });
+    multus.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+    serde_json::to_string_pretty(&multus).unwrap()
+}
+
+#[test]
+fn behind_multus_podshaper_goes_into_the_network_that_it_delegates_to() {
+    let flannel: Value = serde_json::from_str(FLANNEL).unwrap();
+    let ovn: Value = serde_json::from_str(OVN).unwrap();
+    let other = FLANNEL.replace("cbr0", "other");
+    for (keys, network) in [
+        (json!({}), "10-flannel.conflist"),
+        (json!({ "clusterNetwork": "/host/etc/cni/net.d/20-other.conflist" }), "20-other.conflist"),
+        (json!({ "clusterNetwork": "other" }), "20-other.conflist"),
+        (
+            json!({ "delegates": [flannel, { "type": "macvlan" }], "capabilities": { "bandwidth": true } }),
+            "10-flannel.conflist",
+        ),
+        (json!({ "delegates": [ovn], "type": "multus-shim" }), "10-flannel.conflist"),
+    ] {
+        let (text, has_copy) = (multus(keys.clone()), keys.get("delegates").is_some());
+        let node =
+            Node::new(&[("00-multus.conf", &text), ("10-flannel.conflist", FLANNEL), ("20-other.conflist", &other)]);
+        let said = node.ok("install", &[]);
+        assert_eq!(
+            said.contains("Multus passes no pod's limits on"),
+            has_copy && keys.get("capabilities").is_none(),
+            "{said}"
+        );
+        assert_eq!(types(&node.read(network)).last().unwrap(), "podshaper", "{keys}");
+        let installed = node.read("00-multus.conf");
+        let copy: Value = serde_json::from_str(&installed).unwrap();
+        if has_copy {
+            assert_eq!(types(&copy["delegates"][0].to_string()).last().unwrap(), "podshaper", "{copy}");
+            assert_eq!(copy["delegates"].as_array().unwrap().len(), keys["delegates"].as_array().unwrap().len());
+        } else {
+            assert_eq!(installed, text);
+        }
+        assert!(node.ok("install", &[]).contains("has podshaper already"));
+        assert_eq!(node.read("00-multus.conf"), installed);
+        // Its owner writes it anew, and install comes again.
+        node.write("00-multus.conf", &text);
+        node.ok("install", &[]);
+        assert_eq!(node.read("00-multus.conf"), installed);
+        node.ok("uninstall", &[]);
+        assert_eq!(
+            (node.read("00-multus.conf"), node.read("10-flannel.conflist").as_str(), node.read("20-other.conflist")),
+            (text, FLANNEL, other.clone()),
+            "{keys}"
+        );
+        assert_eq!(node.files(), ["00-multus.conf", "10-flannel.conflist", "20-other.conflist"]);
+    }
+    let node = Node::new(&[("00-multus.conf", &multus(json!({})))]);
     let error = node.refused("install", &[]);
-    assert!(error.contains("10-mynet.conflist is there, too, and not used: remove one of them"), "{error}");
+    assert!(error.contains("00-multus.conf is Multus', and the network it delegates to is not in "), "{error}");
+}
+
+#[test]
+fn units_call_the_same_installation_again_and_go_with_it() {
+    let node = Node::new(&[("10-flannel.conflist", FLANNEL)]);
+    let said = node.ok("install", &["--dry-run"]);
+    assert!(said.contains("+ExecStart=\"") && fs::read_dir(node.path("systemd")).unwrap().count() == 0, "{said}");
+    node.ok("install", &["--config", r#"{"max": {"egress": "1G"}}"#, "--kubeconfig", "/etc/k", "--node", "n1"]);
+    let service = || fs::read_to_string(node.path("systemd/podshaper.service")).unwrap();
+    let command = || service().lines().find_map(|line| line.strip_prefix("ExecStart=").map(str::to_owned)).unwrap();
+    let root = node.root.path().display().to_string();
+    let expected = format!(
+        "\"{root}/bin/podshaper\" \"install\" \"--and-sync\" \"--conf-dir\" \"{root}/net.d\" \"--bin-dir\" \"{root}/bin\" \
+         \"--cache-dir\" \"/var/lib/cni\" \"--config\" \"{{\\\"max\\\":{{\\\"egress\\\":\\\"1G\\\"}}}}\" \"--kubeconfig\" \"/etc/k\" \"--node\" \"n1\""
+    );
+    assert_eq!(command(), expected);
+    let path = fs::read_to_string(node.path("systemd/podshaper.path")).unwrap();
+    for watched in [node.path("net.d"), "/var/lib/cni/results".into(), "/var/lib/cni/multus/results".into()] {
+        assert!(path.contains(&format!("PathChanged={}\n", watched.display())), "{path}");
+    }
+    // A later installation keeps what it is not told otherwise.
+    let before = service();
+    assert!(node.ok("install", &[]).contains("podshaper's units are there"));
+    assert_eq!(service(), before);
+    node.ok("install", &["--config", "{}", "--node", "n2"]);
+    let changed = expected.replace("n1", "n2");
+    let (head, tail) =
+        (changed.split(" \"--config\"").next().unwrap(), changed.split(" \"--kubeconfig\"").nth(1).unwrap());
+    assert_eq!(command(), format!("{head} \"--config\" \"{{}}\" \"--kubeconfig\"{tail}"));
+    if process::run(Command::new("systemd-analyze").arg("--version")).is_ok() {
+        let unit = |name: &str| node.path("systemd").join(name);
+        let verified = Command::new("systemd-analyze")
+            .args(["verify", "--man=no"])
+            .args([unit("podshaper.path"), unit("podshaper.timer"), unit("podshaper.service")])
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&verified.stderr).into_owned();
+        assert!(!said.contains("podshaper."), "{said}");
+    }
+    let said = node.ok("uninstall", &[]);
+    assert!(said.contains("systemd: podshaper's units removed"), "{said}");
+    assert_eq!(fs::read_dir(node.path("systemd")).unwrap().count(), 0);
+    node.ok("install", &["--no-units"]);
+    assert_eq!(fs::read_dir(node.path("systemd")).unwrap().count(), 0);
 }
 
 #[test]
@@ -290,6 +451,24 @@ fn manifest(name: &str) -> (Value, Vec<String>) {
     let arguments = manifest["spec"]["template"]["spec"]["initContainers"][0]["args"].as_array().unwrap();
     let arguments = arguments.iter().map(|argument| argument.as_str().unwrap().to_owned()).collect();
     (manifest, arguments)
+}
+
+#[test]
+fn the_kustomization_names_what_is_there() {
+    let read = |name: &str| -> Value {
+        let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("install").join(name)).unwrap();
+        serde_norway::from_str(&text).unwrap()
+    };
+    let kustomization = read("kustomization.yaml");
+    assert_eq!(
+        (&kustomization["kind"], &kustomization["resources"]),
+        (&json!("Kustomization"), &json!(["podshaper.yaml"]))
+    );
+    let image = &kustomization["images"][0];
+    let manifest = read("podshaper.yaml");
+    let installer = &manifest["spec"]["template"]["spec"]["initContainers"][0];
+    let named = [&image["name"], &image["newTag"]].map(|text| text.as_str().unwrap());
+    assert_eq!(installer["image"], named.join(":"), "or the image would not be replaced");
 }
 
 #[test]

@@ -17,6 +17,8 @@ mod scale;
 mod see;
 /// set.
 mod set;
+/// sync.
+mod sync;
 /// Pins of an older layout.
 mod upgrade;
 

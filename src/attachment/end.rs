@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::{Present, lock, others, scopes, sharing, unlimited};
 use crate::{
+    direction::Direction,
     error::{self, Code, Error, Result},
     interface::{self, Interface, Record},
     pins::{self, LockedPins, Pins, Place},
@@ -100,11 +101,19 @@ pub(super) fn leave(pins: &LockedPins, place: &Place, ended: &Record) {
     }
 }
 
+/// Other limits for an attachment that is there.
+pub struct Change {
+    /// In the directions that change.
+    pub limits: Limits,
+    /// The record that goes with them.
+    pub owner: Owner,
+}
+
 /// Changes the limits of an attachment, in the directions that `to` names when it is given what is there; it may refuse.
 ///
 /// # Errors
 /// [`Code::Mismatch`]: it is gone. Those of `to`, and what the kernel says: the limits are as they were then.
-pub fn change(place: &Place, to: impl FnOnce(&Present) -> Result<Limits>) -> Result<()> {
+pub fn change(place: &Place, to: impl FnOnce(&Present) -> Result<Change>) -> Result<()> {
     // Between the reading and the lock a DEL or an ADD may have come.
     let gone = || {
         let text = format!("change the limits of {} of pod {}: it is gone", place.interface, place.pod);
@@ -113,9 +122,9 @@ pub fn change(place: &Place, to: impl FnOnce(&Present) -> Result<Limits>) -> Res
     let pins = lock()?.ok_or_else(gone)?;
     let directory = pins.find(place).ok_or_else(gone)?;
     let present = Present::read(place.clone(), directory)?;
-    let limits = to(&present)?;
+    let Change { limits, owner } = to(&present)?;
     let mut interface = Interface::of(&present.owner.interface)?;
-    let changed = settle(&pins, &present, &mut interface, &limits).and_then(|()| present.write(&limits));
+    let changed = settle(&pins, &present, &mut interface, &limits).and_then(|()| present.write(&limits, &owner));
     if changed.is_err() {
         let before = settle(&pins, &present, &mut interface, &Limits::default());
         interface::warn("the limit of before could not be put back", before);
@@ -149,17 +158,17 @@ fn is_held_by_qdisc(record: &Record, limits: &Limits) -> bool {
     (record.has_tbf() && limits.ingress.is_some()) || (record.htb && limits.egress.is_some())
 }
 
-/// Lifts the limits of an attachment, if it is the one that is meant: a connection that sends before it is removed goes on without a
-/// pace. One that is of another layout, or cannot be read, stays as it is.
+/// Lifts the limits of an attachment in these directions, if it is the one that is meant: a connection that sends before it is removed
+/// goes on without a pace. One that is of another layout, or cannot be read, stays as it is.
 ///
 /// # Errors
 /// [`Code::Kernel`] with what the kernel says.
-pub fn lift(place: &Place, is_meant: impl FnOnce(&Path, &Owner) -> bool) -> Result<()> {
+pub fn lift(place: &Place, directions: &[Direction], is_meant: impl FnOnce(&Path, &Owner) -> bool) -> Result<()> {
     let Some(pins) = lock()? else { return Ok(()) };
     let found = pins.find(place).and_then(|directory| Present::read(place.clone(), directory).ok());
     match found {
         Some(present) if is_meant(&present.directory, &present.owner) => match &present.limits {
-            Some(limits) => present.write(&unlimited(limits)),
+            Some(limits) => present.write(&unlimited(limits, directions), &present.owner.by_hand(limits)),
             None => Ok(()),
         },
         _ => Ok(()),
@@ -167,7 +176,7 @@ pub fn lift(place: &Place, is_meant: impl FnOnce(&Path, &Owner) -> bool) -> Resu
 }
 
 impl Present {
-    fn write(&self, limits: &Limits) -> Result<()> {
-        Pinned::at(&self.directory).change(&Settings::of(&self.owner, *limits), &self.owner)
+    fn write(&self, limits: &Limits, owner: &Owner) -> Result<()> {
+        Pinned::at(&self.directory).change(&Settings::of(owner, *limits), owner)
     }
 }

@@ -26,7 +26,7 @@ use crate::{
     pins::{self, BPFFS, Pins, Place},
     pod::Owner,
     request::{Limit, Limits, Source},
-    shaper::{self, Pinned, Queue, Settings},
+    shaper::{self, Pinned, Queue, Set, Settings},
     units::{Burst, Rate},
 };
 
@@ -95,6 +95,19 @@ pub fn read() -> Result<Vec<Attachment>> {
 /// # Errors
 /// Those of [`read`].
 pub fn read_after(before: &[Attachment]) -> Result<Vec<Attachment>> {
+    read_pins(before).map(|(found, _)| found)
+}
+
+/// Everything that is attached, and how many directories are of attachments that are not finished: calls that were killed have left them,
+/// or calls at work need them just now.
+///
+/// # Errors
+/// Those of [`read`].
+pub fn read_all() -> Result<(Vec<Attachment>, usize)> {
+    read_pins(&[])
+}
+
+fn read_pins(before: &[Attachment]) -> Result<(Vec<Attachment>, usize)> {
     let bpffs = Path::new(BPFFS);
     let Some(pins) = Pins::existing(bpffs) else {
         // Without permission it looks like an empty one.
@@ -102,18 +115,21 @@ pub fn read_after(before: &[Attachment]) -> Result<Vec<Attachment>> {
             Err(cause) if cause.kind() == std::io::ErrorKind::PermissionDenied => {
                 Err(Error::because(Code::Kernel, format!("look into {} (it takes root)", bpffs.display()), cause))
             }
-            _ => Ok(Vec::new()),
+            _ => Ok((Vec::new(), 0)),
         };
     };
     pins.check_readable()?;
     // Both are in the order of their directories' names.
     let mut earlier = before.iter().peekable();
-    let found = pins.list().into_iter().map(|(place, directory)| {
-        let earlier = earlier_of(&mut earlier, &directory).and_then(Attachment::read_again);
-        earlier.unwrap_or_else(|| Attachment::read(place, directory))
+    let mut sets = Sets::default();
+    let (listed, unfinished) = pins.list_all();
+    let found = listed.into_iter().map(|(place, directory)| {
+        let earlier = earlier_of(&mut earlier, &directory).and_then(|earlier| earlier.read_again(&mut sets));
+        earlier.unwrap_or_else(|| Attachment::read_by(place, directory, &mut sets))
     });
     // One that went away while it was read has nothing to say.
-    Ok(found.filter(|attachment| attachment.problem.is_none() || attachment.directory.exists()).collect())
+    let is_there = |attachment: &Attachment| attachment.problem.is_none() || attachment.directory.exists();
+    Ok((found.filter(is_there).collect(), unfinished))
 }
 
 /// The same after `sample`, with what passed meanwhile; at once if `sample` is nothing.
@@ -150,6 +166,10 @@ fn earlier_of<'a>(earlier: &mut Peekable<Iter<'a, Attachment>>, directory: &Path
 impl Attachment {
     /// Reads the one that is pinned in a directory.
     pub fn read(place: Place, directory: PathBuf) -> Self {
+        Self::read_by(place, directory, &mut Sets::default())
+    }
+
+    fn read_by(place: Place, directory: PathBuf, sets: &mut Sets) -> Self {
         let pinned = Pinned::at(&directory);
         let (owner, mut problem) = match pinned.owner() {
             Ok(owner) => (owner, None),
@@ -162,7 +182,7 @@ impl Attachment {
                 format!("pinned in layout {}: its numbers are not read", pins::layout_of(&directory))
             });
         } else if problem.is_none() {
-            match read_directions(&pinned, &owner) {
+            match sets.of(&directory).and_then(|set| read_directions(&pinned, &owner, set)) {
                 Ok(directions) => {
                     let settings = Settings::of(&owner, limits_of(directions.each_ref()));
                     names = Some(settings.program_names().map(str::to_owned).collect());
@@ -179,12 +199,12 @@ impl Attachment {
     }
 
     /// Reads limits and counters anew, if it is still the same attachment.
-    fn read_again(&self) -> Option<Self> {
+    fn read_again(&self, sets: &mut Sets) -> Option<Self> {
         let Self { place, directory, owner, made_at, links, egress: _, ingress: _, problem, read_at: _ } = self;
         if problem.is_some() || made_at.is_none() || *made_at != pins::made_at(directory) {
             return None;
         }
-        let [egress, ingress] = read_directions(&Pinned::at(directory), owner).ok()?;
+        let [egress, ingress] = read_directions(&Pinned::at(directory), owner, sets.of(directory).ok()?).ok()?;
         let (place, directory, owner, links) = (place.clone(), directory.clone(), owner.clone(), links.clone());
         let read_at = Instant::now();
         Some(Self { place, directory, owner, made_at: *made_at, links, egress, ingress, problem: None, read_at })
@@ -290,16 +310,33 @@ impl Links {
     }
 }
 
-fn read_directions(pinned: &Pinned<'_>, owner: &Owner) -> Result<[Option<Measured>; 2]> {
+/// The maps of the attachments, each opened once: those of a node share theirs.
+#[derive(Default)]
+struct Sets(Vec<(PathBuf, Set)>);
+
+impl Sets {
+    /// Those of the attachment that is pinned in a directory.
+    fn of(&mut self, directory: &Path) -> Result<&Set> {
+        let maps = pins::maps_of(directory);
+        let known = self.0.iter().position(|(path, _)| *path == maps);
+        let index = known.unwrap_or(self.0.len());
+        if known.is_none() {
+            let set = Set::pinned(&maps)?;
+            self.0.push((maps, set));
+        }
+        Ok(&self.0[index].1)
+    }
+}
+
+fn read_directions(pinned: &Pinned<'_>, owner: &Owner, set: &Set) -> Result<[Option<Measured>; 2]> {
     let egress_by = match Queue::of(&owner.interface) {
         Queue::Fq => "pacing+fq",
         Queue::Htb => "pacing+htb",
         Queue::None => "pacing",
     };
     let ingress_by = owner.interface.ingress_by.map_or("?".to_owned(), |by| by.to_string());
-    let set = pinned.set()?;
-    let [egress, ingress] = pinned.limits(owner, &set)?;
-    let [sent, received] = pinned.meters(owner, &set)?;
+    let [egress, ingress] = pinned.limits(owner, set)?;
+    let [sent, received] = pinned.meters(owner, set)?;
     let direction = |limit: &AbiLimit, by: &str, counters| {
         let Limit { rate, burst, .. } = shaper::limit_of(limit)?;
         Some(Measured { rate, burst, by: by.to_owned(), counters, passing: None })

@@ -11,13 +11,14 @@ use super::{
 };
 use crate::{
     attachment::{self, End},
+    direction::Direction,
     error::{self, Code, Error, Result},
     pod::Owner,
 };
 
 /// The kernel keeps a socket's pace when the programs go. So the limit is lifted first, and every connection that sends within this
 /// time is let go with it.
-const LET_GO: Duration = Duration::from_secs(1);
+pub const LET_GO: Duration = Duration::from_secs(1);
 
 #[derive(Args)]
 pub struct Arguments {
@@ -38,7 +39,8 @@ impl Arguments {
         let found = wanted.select(attachments::read()?)?;
         let live = found.iter().any(|attachment| !attachment.links.are_dead());
         for attachment in &found {
-            attachment::lift(&attachment.place, |directory, owner| attachment.is_still(directory, Some(owner)))?;
+            let is_meant = |directory: &Path, owner: &Owner| attachment.is_still(directory, Some(owner));
+            attachment::lift(&attachment.place, &Direction::BOTH, is_meant)?;
         }
         if live {
             thread::sleep(LET_GO);
@@ -56,7 +58,7 @@ impl Arguments {
 }
 
 /// Takes an attachment away with all that was made for it.
-fn remove(attachment: &Attachment) -> Result<()> {
+pub fn remove(attachment: &Attachment) -> Result<()> {
     let is_meant = |directory: &Path, owner: Option<&Owner>| attachment.is_still(directory, owner);
     match attachment::remove(&attachment.place, is_meant)? {
         End::Nothing | End::Removed => Ok(()),

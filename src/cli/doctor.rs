@@ -13,23 +13,26 @@ use serde::Serialize;
 
 use super::{
     attachments,
+    directories::Directories,
+    install,
     output::Output,
+    sync::LastRun,
     table::{Left, Table},
 };
 use crate::{
     error::Result,
-    pins::{self, BPFFS, Pins},
+    pins::{self, BPFFS},
     probe,
 };
 
 #[derive(Args)]
 pub struct Arguments {
-    /// Where the runtime reads its network configuration
-    #[arg(long, value_name = "DIRECTORY", default_value = "/etc/cni/net.d")]
-    conf_dir: PathBuf,
-    /// Where the runtime finds its plugins
-    #[arg(long, value_name = "DIRECTORY", default_value = "/opt/cni/bin")]
-    bin_dir: PathBuf,
+    /// Where the runtime reads its network configuration [default: what containerd, k3s or RKE2 says, else /etc/cni/net.d]
+    #[arg(long, value_name = "DIRECTORY")]
+    conf_dir: Option<PathBuf>,
+    /// Where the runtime finds its plugins [default: what containerd, k3s or RKE2 says, else /opt/cni/bin]
+    #[arg(long, value_name = "DIRECTORY")]
+    bin_dir: Option<PathBuf>,
     #[command(flatten)]
     output: Output,
 }
@@ -65,10 +68,13 @@ impl Arguments {
     /// The exit status says whether something is missing.
     pub fn run(self) -> Result<ExitCode> {
         let mut findings = kernel();
-        findings.extend(conflists::check(&self.conf_dir, &self.bin_dir));
+        let Directories { conf, bin } = Directories::of_this_node(self.conf_dir.as_deref(), self.bin_dir.as_deref());
+        findings.extend(conflists::check(&conf, &bin));
+        findings.extend(units(&install::not_enabled()));
         findings.extend(
             pinned().unwrap_or_else(|error| vec![Finding::new("attachments", State::Missing, error.to_string())]),
         );
+        findings.extend(LastRun::recall().map(last_sync).unwrap_or_default());
         self.output.print(&findings, || {
             let mut table = Table::new(&[("CHECK", Left), ("STATE", Left), ("FOUND", Left)]);
             for Finding { check, state, found } in &findings {
@@ -98,13 +104,29 @@ fn kernel() -> Vec<Finding> {
     needs.chain(probe::WISHES.iter().map(run(State::Warn))).collect()
 }
 
+/// Whether the node's systemd has what `podshaper install` gives it.
+fn units(not_enabled: &[&str]) -> Option<Finding> {
+    let text = format!(
+        "{}: not enabled, so that podshaper stays out of a conflist that its network writes anew, and annotations of running pods are not \
+         followed: podshaper install",
+        not_enabled.join(", ")
+    );
+    (!not_enabled.is_empty()).then(|| Finding::new("units", State::Warn, text))
+}
+
+/// What `podshaper sync` could not do.
+fn last_sync(run: LastRun) -> Vec<Finding> {
+    let finding = |text| Finding::new("sync", State::Missing, text);
+    let pods = run.failures.iter().map(|failure| finding(format!("{}: {}", failure.name(), failure.error)));
+    pods.chain(run.error.map(finding)).collect()
+}
+
 /// What is attached, and what should not be there any more.
 fn pinned() -> Result<Vec<Finding>> {
-    let all = attachments::read()?;
+    let (all, unfinished) = attachments::read_all()?;
     let old = all.iter().filter(|attachment| !pins::is_current(&attachment.directory)).count();
     let (dead, live): (Vec<_>, Vec<_>) = all.iter().partition(|attachment| attachment.links.are_dead());
     let partial = live.iter().filter(|attachment| !attachment.links.faults().is_empty()).count();
-    let unfinished = Pins::existing(Path::new(BPFFS)).map_or(0, |pins| pins.unfinished());
     let mut findings = vec![Finding::new("attachments", State::Ok, format!("{} live", live.len()))];
     let mut warn = |count: usize, text: &str| {
         if count > 0 {

@@ -51,7 +51,7 @@ impl Arguments {
 }
 
 /// Removes an attachment that was found stale; whether it did. What is there by now may be another one, which is not stale.
-fn remove(found: &Attachment) -> Result<bool> {
+pub fn remove(found: &Attachment) -> Result<bool> {
     let is_stale =
         |directory: &Path, _: Option<&Owner>| is_stale(&Attachment::read(found.place.clone(), directory.to_path_buf()));
     let is_removed = matches!(attachment::remove(&found.place, is_stale)?, End::Removed);
@@ -63,7 +63,7 @@ fn remove(found: &Attachment) -> Result<bool> {
 
 /// Whether nothing can come back to life: the links are dead and the cgroup is gone, or it is that of a `podshaper run` that was
 /// killed.
-fn is_stale(attachment: &Attachment) -> bool {
+pub fn is_stale(attachment: &Attachment) -> bool {
     let cgroup = Path::new(&attachment.owner.cgroup);
     let is_known = !attachment.owner.cgroup.is_empty();
     let is_gone = attachment.links.are_dead_for_good() || (attachment.links.are_dead() && !cgroup.exists());

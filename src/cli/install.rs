@@ -1,45 +1,47 @@
-//! `podshaper install` and `uninstall`: this program into the CNI bin directory, its entry into the node's conflist, and back.
+//! `podshaper install` and `uninstall`: this program into the CNI bin directory, its entry into the node's conflist, the units that keep
+//! it there, and back.
 //!
 //! A running node is changed under its runtime, so each file is replaced in one step, the program before the list that names it,
-//! and an edited list keeps all that is not podshaper's as it was. Nothing runs afterwards: who writes the conflist anew (the
-//! network's own pod, at its start) takes podshaper out, and `install` has to be run again.
+//! and an edited list keeps all that is not podshaper's as it was. A lone configuration (`.conf`), which others may watch, stays too:
+//! a list of ours that sorts before it has it for its first plugin. Who writes a conflist anew (the network's own pod, at its start)
+//! takes podshaper out; the node's systemd then installs again, where there is one.
 
 mod conflist;
 mod diff;
 mod files;
+mod multus;
+mod place;
+mod report;
 #[cfg(test)]
 mod tests;
+mod uninstall;
+mod units;
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::SystemTime;
 
 use clap::Args;
 use rscni_plugin::types::Cmd;
 use serde_json::{Map, Value};
 
+use super::{output, sync};
 use crate::error::{Code, Error, Result};
-use crate::probe;
 use crate::request::{self, Env, Request};
 use conflist::{BANDWIDTH, CAPABILITIES, Conflist, Entry, PODSHAPER};
+pub use files::networks;
+pub use multus::is as is_multus;
+use place::{Place, Target};
+use report::{Report, writer};
+pub use uninstall::Uninstall;
+pub use units::not_enabled;
 
-/// Where the node's runtime looks.
-#[derive(Args, Debug)]
-struct Place {
-    /// Directory of the runtime's network configurations
-    #[arg(long, value_name = "DIR", default_value = "/etc/cni/net.d")]
-    conf_dir: PathBuf,
-    /// Directory of the CNI plugins (Debian's containerd: /usr/lib/cni)
-    #[arg(long, value_name = "DIR", default_value = "/opt/cni/bin")]
-    bin_dir: PathBuf,
-    /// Conflist to change, by name in --conf-dir or by path
-    #[arg(long, value_name = "FILE")]
-    conflist: Option<PathBuf>,
-    /// Show what would be changed, and change nothing
-    #[arg(long)]
-    dry_run: bool,
-}
+/// How often `--and-sync` looks again whether something came or went meanwhile. What changes more often than that is found by the timer.
+const MOST_ROUNDS: usize = 20;
 
-/// Put podshaper on this node: the program, and an entry at the end of the conflist the runtime uses (the first by name).
+/// Put podshaper on this node: the program, an entry at the end of the conflist the runtime uses (the first by name), and systemd units
+/// that keep it there and have `podshaper sync` follow what is asked of pods.
 #[derive(Args, Debug)]
 pub struct Install {
     #[command(flatten)]
@@ -50,54 +52,139 @@ pub struct Install {
     /// Take the bandwidth plugin out of the conflist: podshaper does what it does
     #[arg(long)]
     replace_bandwidth: bool,
+    /// Write no systemd units
+    #[arg(long)]
+    no_units: bool,
+    /// Whom the units' sync asks for the annotations of running pods: /etc/kubernetes/kubelet.conf, for example; the one of the
+    /// last installation, unless another is named
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+    /// This node's name in the cluster, for the units' sync [default: the host's name]
+    #[arg(long, value_name = "NAME")]
+    node: Option<String>,
+    /// Directory in which the runtime's CNI library keeps the results of its calls
+    #[arg(long, value_name = "DIR", default_value = sync::CACHE_DIR)]
+    cache_dir: PathBuf,
+    /// Then do what `podshaper sync` does, and say only what was changed. This is what the units call
+    #[arg(long, conflicts_with = "dry_run")]
+    and_sync: bool,
 }
 
-/// Take podshaper out of the conflists of this node. Running pods keep their limits until they end.
-#[derive(Args, Debug)]
-pub struct Uninstall {
-    #[command(flatten)]
-    place: Place,
-    /// Remove the program, too. CRI-O, and podman, call it for each pod that was made with it: only when those are gone
-    #[arg(long)]
-    remove_binary: bool,
+/// A file as it is to be.
+struct Edit {
+    path: PathBuf,
+    /// What is there; nothing, if there is no such file.
+    before: Option<String>,
+    after: String,
+    /// Whose mode and owner it has.
+    like: PathBuf,
+    /// Whether what is there is kept for uninstall. A list of ours can be made again.
+    is_kept: bool,
 }
 
 impl Install {
-    /// Installs; returns what was done, line by line.
+    /// Installs, and says what was done.
     ///
     /// # Errors
     /// Before anything is changed: a conflist that cannot be one, keys podshaper would refuse.
-    pub fn run(self) -> Result<String> {
-        let entry = Entry::new(self.config.as_deref().map_or(Ok(Map::new()), keys)?)?;
-        let mut report = Report::new(&self.place);
-        let path = self.place.pick()?;
-        let before = files::read(&path)?;
-        let named = |error| Error::because(Code::Config, format!("put podshaper into {}", path.display()), error);
-        let target = if files::is_list(&path) { path.clone() } else { path.with_extension("conflist") };
-        let list = if target == path { before.clone() } else { conflist::from_lone(&before).map_err(named)? };
-        if target != path && target.exists() {
-            let text = format!("{} is there, too, and not used: remove one of them", target.display());
-            return Err(named(Error::new(Code::Config, text)));
+    pub fn run(self) -> Result<ExitCode> {
+        if !self.and_sync {
+            return self.install().and_then(|report| output::print(&report)).map(|()| ExitCode::SUCCESS);
         }
-        let after = self.edit(&list, &entry, &mut report).map_err(named)?;
+        // A network that is not there yet, or is just being written, keeps no pod from what it asks for.
+        let mut status = ExitCode::SUCCESS;
+        for _ in 0..MOST_ROUNDS {
+            let before = self.changed_at();
+            match self.install() {
+                Ok(report) => output::print(&report)?,
+                Err(error) => {
+                    output::complain(&error.to_string());
+                    status = ExitCode::FAILURE;
+                }
+            }
+            let synced = self.sync().run()?;
+            if self.changed_at() == before {
+                return Ok(if status == ExitCode::SUCCESS { synced } else { status });
+            }
+            status = ExitCode::SUCCESS;
+        }
+        Ok(status)
+    }
 
-        report.warn_about(&Conflist::parse(&after).map_err(named)?, &self.place.bin_dir);
-        install_program(&self.place, &mut report)?;
-        report.change(&target, if target == path { &before } else { "" }, &after);
-        if target == path && after == before {
-            report.say(format!("{} has podshaper already", path.display()));
-        } else if !self.place.dry_run {
-            put_in_place(&path, &target, &before, &after)?;
-            report.say(format!(
-                "{}: podshaper is in it; as it was: {}",
-                target.display(),
-                files::backup(&path).display()
-            ));
+    fn sync(&self) -> sync::Arguments {
+        sync::Arguments::of_units(
+            self.kubeconfig.clone(),
+            self.node.clone(),
+            self.place.conf_dir(),
+            self.cache_dir.clone(),
+        )
+    }
+
+    /// When something last came or went where the units look.
+    fn changed_at(&self) -> Vec<Option<SystemTime>> {
+        let changed = |path: &PathBuf| std::fs::metadata(path).and_then(|found| found.modified()).ok();
+        self.watched().iter().map(changed).collect()
+    }
+
+    fn watched(&self) -> Vec<PathBuf> {
+        std::iter::once(self.place.conf_dir()).chain(crate::sandboxes::directories(&self.cache_dir)).collect()
+    }
+
+    /// Returns what was done, line by line.
+    fn install(&self) -> Result<String> {
+        let keys = self.config.as_deref().map_or(Ok(Map::new()), keys)?;
+        let entry = Entry::new(keys)?;
+        let mut report = Report::new(self.place.is_dry_run(), self.and_sync);
+        let targets = self.place.targets()?;
+        let mut edits = Vec::new();
+        for target in &targets {
+            let named =
+                |error| Error::because(Code::Config, format!("put podshaper into {}", target.path().display()), error);
+            edits.push(self.edit_of(target, &entry, &mut report).map_err(named)?);
         }
+        install_program(&self.place, &mut report)?;
+        for edit in &edits {
+            edit.perform(&mut report)?;
+        }
+        self.place.clear_leftovers(&mut report)?;
+        self.install_units(&edits, &mut report)?;
         Ok(report.text)
     }
 
-    fn edit(&self, list: &str, entry: &Entry, report: &mut Report<'_>) -> Result<String> {
+    fn edit_of(&self, target: &Target, entry: &Entry, report: &mut Report) -> Result<Edit> {
+        let path = target.path().to_path_buf();
+        let before = files::read(&path)?;
+        match target {
+            Target::List(_) => {
+                let after = self.edit(&before, entry, report)?;
+                self.warn_about(&Conflist::parse(&after)?, report);
+                Ok(Edit { like: path.clone(), path, before: Some(before), after, is_kept: true })
+            }
+            Target::Delegate(_) => {
+                let after = multus::with_delegate(&before, |list| self.edit(list, entry, report))?;
+                if !multus::passes_bandwidth(&before) {
+                    report.warn(format!(
+                        "Multus passes no pod's limits on by {}, whose \"capabilities\" lack \"bandwidth\": write it there, or have \
+                         podshaper ask the API server (\"kubeconfig\")",
+                        path.display()
+                    ));
+                }
+                let after = after.unwrap_or_else(|| before.clone());
+                Ok(Edit { like: path.clone(), path, before: Some(before), after, is_kept: true })
+            }
+            Target::Lone(_) => {
+                let list = target.edited();
+                let there = files::read_if_there(&list)?.map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+                let entry_there = there.as_deref().and_then(|there| Conflist::parse(there).ok()?.entry_keys());
+                let entry_there = entry_there.filter(|_| self.config.is_none()).map(Entry::new).transpose()?;
+                let after = self.edit(&conflist::from_lone(&before)?, entry_there.as_ref().unwrap_or(entry), report)?;
+                self.warn_about(&Conflist::parse(&after)?, report);
+                Ok(Edit { path: list, before: there, after, like: path, is_kept: false })
+            }
+        }
+    }
+
+    fn edit(&self, list: &str, entry: &Entry, report: &mut Report) -> Result<String> {
         let parsed = Conflist::parse(list)?;
         let keep = match parsed.entry() {
             None => false,
@@ -117,40 +204,145 @@ impl Install {
         }
         Ok(with)
     }
+
+    fn warn_about(&self, list: &Conflist<'_>, report: &mut Report) {
+        let (primary, bin_dir) = (list.primary(), self.place.bin_dir());
+        if list.has(BANDWIDTH) {
+            report.warn("the bandwidth plugin is in the list as well, and limits every pod a second time, with a queue; --replace-bandwidth takes it out");
+        }
+        let plain_name = Path::new(primary).file_name() == Some(OsStr::new(primary));
+        if plain_name && !bin_dir.join(primary).exists() {
+            let elsewhere = ["/opt/cni/bin", "/usr/lib/cni", "/usr/libexec/cni"]
+                .into_iter()
+                .find(|dir| Path::new(dir).join(primary).exists());
+            let remedy = elsewhere.map_or("name the runtime's directory with --bin-dir".to_owned(), |dir| {
+                format!("--bin-dir {dir} has it")
+            });
+            report.warn(format!("the plugin {primary:?} of this list is not in {}: {remedy}", bin_dir.display()));
+        }
+        if let Some(writer) = writer(primary).filter(|_| !self.has_units()) {
+            report.warn(format!("{writer}; podshaper is then to be installed again, or put in there"));
+        }
+    }
+
+    fn has_units(&self) -> bool {
+        !self.no_units && self.place.has_systemd()
+    }
+
+    fn install_units(&self, edits: &[Edit], report: &mut Report) -> Result<()> {
+        if self.no_units || self.and_sync {
+            return Ok(());
+        }
+        if !self.place.has_systemd() {
+            report.say(
+                "no systemd runs on this host, so nothing was set up that installs again when a network writes its conflist anew and \
+                 follows annotations: have something call `podshaper install --and-sync` every few seconds",
+            );
+            return Ok(());
+        }
+        let directory = self.place.unit_dir();
+        let units = units::all(&self.command(edits, directory), &self.watched());
+        let missing = units::missing(directory, &units);
+        for (name, text) in &missing {
+            let path = directory.join(name);
+            let before = files::read_if_there(&path)?.unwrap_or_default();
+            report.change(&path, &String::from_utf8_lossy(&before), text);
+        }
+        if report.dry_run {
+            return Ok(());
+        }
+        units::write(directory, &missing)?;
+        if self.place.systemd_reads_units() {
+            // Also where nothing is missing: somebody may have stopped them.
+            units::enable()?;
+        }
+        match missing.as_slice() {
+            [] => report.unchanged(format!("{}: podshaper's units are there", directory.display())),
+            some => {
+                let names: Vec<&str> = some.iter().map(|(name, _)| *name).collect();
+                let then = if self.place.systemd_reads_units() { "enabled" } else { "to be enabled by you" };
+                report.say(format!("{}: {}, {then}", directory.display(), names.join(", ")));
+            }
+        }
+        Ok(())
+    }
+
+    /// What the service calls: this very installation, with the keys that the entry has now, and a sync.
+    fn command(&self, edits: &[Edit], unit_dir: &Path) -> Vec<String> {
+        let keys = edits.iter().find_map(|edit| Conflist::parse(&edit.after).ok()?.entry_keys());
+        let own = |option: &str| units::option_before(unit_dir, option);
+        let shown = |path: &Path| path.display().to_string();
+        let options = [
+            ("--conf-dir", Some(shown(&self.place.conf_dir()))),
+            ("--bin-dir", Some(shown(&self.place.bin_dir()))),
+            ("--cache-dir", Some(shown(&self.cache_dir))),
+            ("--conflist", self.place.named().map(|named| named.display().to_string())),
+            (
+                "--config",
+                keys.or_else(|| self.config.as_deref().and_then(|text| serde_json::from_str(text).ok()))
+                    .map(|keys| Value::Object(keys).to_string()),
+            ),
+            ("--kubeconfig", self.kubeconfig.as_deref().map(shown).or_else(|| own("--kubeconfig"))),
+            ("--node", self.node.clone().or_else(|| own("--node"))),
+        ];
+        let mut command = vec![shown(&self.place.bin_dir().join(PODSHAPER)), "install".into(), "--and-sync".into()];
+        command.extend(self.replace_bandwidth.then(|| "--replace-bandwidth".to_owned()));
+        for (option, value) in options {
+            command.extend(value.into_iter().flat_map(|value| [option.to_owned(), value]));
+        }
+        command
+    }
 }
 
-/// The backup first, then the list. Of a lone configuration the backup is the file itself, under another name, and it goes last:
-/// until then the runtime reads it, since it sorts before the list.
-fn put_in_place(path: &Path, target: &Path, before: &str, after: &str) -> Result<()> {
-    if target != path {
-        files::replace(target, after.as_bytes(), path)?;
-        return files::rename(path, &files::backup(path));
+impl Edit {
+    /// The backup first, then the file.
+    fn perform(&self, report: &mut Report) -> Result<()> {
+        let Self { path, before, after, like, is_kept } = self;
+        report.change(path, before.as_deref().unwrap_or_default(), after);
+        if before.as_ref() == Some(after) {
+            report.unchanged(format!("{} has podshaper already", path.display()));
+            return Ok(());
+        }
+        if report.dry_run {
+            return Ok(());
+        }
+        // What has podshaper in it is not what uninstall is to bring back.
+        let backup = before.as_ref().filter(|before| *is_kept && !place::has_podshaper(before));
+        if let Some(before) = backup {
+            files::replace(&files::backup(path), before.as_bytes(), path)?;
+        }
+        files::replace(path, after.as_bytes(), like)?;
+        report.say(match is_kept {
+            true => format!("{}: podshaper is in it; as it was: {}", path.display(), files::backup(path).display()),
+            false => format!("{}: what {} says, and podshaper", path.display(), like.display()),
+        });
+        Ok(())
     }
-    // A list with podshaper in it is not what uninstall is to bring back.
-    if Conflist::parse(before).is_ok_and(|list| !list.has(PODSHAPER)) {
-        files::replace(&files::backup(path), before.as_bytes(), path)?;
-    }
-    files::replace(path, after.as_bytes(), path)
 }
 
-fn install_program(place: &Place, report: &mut Report<'_>) -> Result<()> {
+fn install_program(place: &Place, report: &mut Report) -> Result<()> {
     // Not current_exe(): this one is readable after the file was replaced, too.
     let own = Path::new("/proc/self/exe");
-    let program =
-        std::fs::read(own).map_err(|cause| Error::because(Code::Io, "read this program from /proc/self/exe", cause))?;
-    let target = place.bin_dir.join(PODSHAPER);
-    if files::read_if_there(&target)?.is_some_and(|there| there == program) {
-        report.say(format!("{} is this program already", target.display()));
+    let bin_dir = place.bin_dir();
+    let target = bin_dir.join(PODSHAPER);
+    let read = |cause| Error::because(Code::Io, "read this program from /proc/self/exe", cause);
+    if files::is_same(own, &target) {
+        report.unchanged(format!("{} is this program already", target.display()));
         return Ok(());
     }
-    if !place.bin_dir.is_dir() {
+    let program = std::fs::read(own).map_err(read)?;
+    if files::read_if_there(&target)?.is_some_and(|there| there == program) {
+        report.unchanged(format!("{} is this program already", target.display()));
+        return Ok(());
+    }
+    if !bin_dir.is_dir() {
         let text = format!(
             "{} is no directory: name the one where the runtime has its CNI plugins with --bin-dir",
-            place.bin_dir.display()
+            bin_dir.display()
         );
         return Err(Error::new(Code::Config, text));
     }
-    if place.dry_run {
+    if report.dry_run {
         report.say(format!("{} would be this program ({} bytes)", target.display(), program.len()));
         return Ok(());
     }
@@ -177,208 +369,4 @@ fn keys(json: &str) -> Result<Map<String, Value>> {
         .and_then(|request| request.limits());
     taken.map_err(|error| Error::because(Code::Config, "--config", error))?;
     Ok(keys)
-}
-
-impl Uninstall {
-    /// Uninstalls; returns what was done, line by line.
-    ///
-    /// # Errors
-    /// A file could not be read or written.
-    pub fn run(self) -> Result<String> {
-        let mut report = Report::new(&self.place);
-        let lists = match &self.place.conflist {
-            Some(_) => vec![self.place.pick()?],
-            None => files::networks(&self.place.conf_dir)?,
-        };
-        let mut found = false;
-        for path in lists.iter().filter(|path| files::is_list(path)) {
-            let text = files::read(path)?;
-            let parsed = Conflist::parse(&text);
-            match parsed {
-                Ok(list) if list.has(PODSHAPER) => {
-                    found = true;
-                    self.take_out(path, &text, &list, &mut report)?;
-                }
-                Ok(_) => {}
-                Err(error) => report.warn(format!("left alone: {}: {error}", path.display())),
-            }
-        }
-        if !found {
-            report.say(format!("podshaper is in no conflist of {}", self.place.conf_dir.display()));
-        }
-        self.remove_program(&mut report)?;
-        if !self.place.dry_run {
-            probe::forget(Path::new(probe::MEMORY));
-        }
-        Ok(report.text)
-    }
-
-    fn take_out(&self, path: &Path, text: &str, list: &Conflist<'_>, report: &mut Report<'_>) -> Result<()> {
-        let without = list.without(PODSHAPER);
-        if without == text {
-            let text = format!(
-                "{}: podshaper is its only plugin: remove the file if the node is to have no network",
-                path.display()
-            );
-            return Err(Error::new(Code::Config, text));
-        }
-        let original = Original::of(path)?;
-        let restores = original.as_ref().is_some_and(|original| original.became(&without));
-        let after = original.as_ref().filter(|_| restores).map_or(&without, |original| &original.text);
-        report.change(path, text, after);
-        if self.place.dry_run {
-            return Ok(());
-        }
-        match original {
-            Some(original) if restores && original.lone => {
-                files::rename(&original.backup, &original.path)?;
-                files::remove(path)?;
-                report.say(format!("{} is as it was before install", original.path.display()));
-            }
-            Some(original) if restores => {
-                files::replace(path, original.text.as_bytes(), path)?;
-                files::remove(&original.backup)?;
-                report.say(format!("{} is as it was before install", path.display()));
-            }
-            original => {
-                files::replace(path, without.as_bytes(), path)?;
-                report.say(format!("{}: podshaper's entry is out", path.display()));
-                if let Some(Original { backup, .. }) = original {
-                    let changed = "it was changed after install, so no more was undone; as it was before";
-                    report.warn(format!("{}: {changed}: {}", path.display(), backup.display()));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn remove_program(&self, report: &mut Report<'_>) -> Result<()> {
-        let program = self.place.bin_dir.join(PODSHAPER);
-        if !program.exists() {
-            return Ok(());
-        }
-        if !self.remove_binary {
-            report.say(format!("{} is left for the pods that were made with it (--remove-binary)", program.display()));
-            return Ok(());
-        }
-        report.say(format!("{}: removed", program.display()));
-        if self.place.dry_run { Ok(()) } else { files::remove(&program) }
-    }
-}
-
-/// What install kept of a conflist, or of the lone configuration it made the conflist of.
-struct Original {
-    backup: PathBuf,
-    path: PathBuf,
-    lone: bool,
-    text: String,
-}
-
-impl Original {
-    fn of(list: &Path) -> Result<Option<Self>> {
-        for extension in ["conflist", "conf", "json"] {
-            let path = list.with_extension(extension);
-            let backup = files::backup(&path);
-            if let Some(bytes) = files::read_if_there(&backup)? {
-                let text = String::from_utf8_lossy(&bytes).into_owned();
-                return Ok(Some(Self { backup, lone: !files::is_list(&path), path, text }));
-            }
-        }
-        Ok(None)
-    }
-
-    /// Whether `without`, a list that podshaper was taken out of, is what install had put podshaper into.
-    fn became(&self, without: &str) -> bool {
-        let list = if self.lone { conflist::from_lone(&self.text) } else { Ok(self.text.clone()) };
-        list.is_ok_and(|list| {
-            let replaced = Conflist::parse(&list).map(|parsed| parsed.without(BANDWIDTH));
-            list == without || replaced.is_ok_and(|replaced| replaced == without)
-        })
-    }
-}
-
-impl Place {
-    fn pick(&self) -> Result<PathBuf> {
-        if let Some(named) = &self.conflist {
-            let path = if named.components().count() > 1 { named.clone() } else { self.conf_dir.join(named) };
-            // An edit replaces the file; a link to it stays one.
-            return path
-                .canonicalize()
-                .map_err(|cause| Error::because(Code::Io, format!("find {}", path.display()), cause));
-        }
-        let first = files::networks(&self.conf_dir)?.into_iter().next();
-        let path = first.ok_or_else(|| {
-            let text = format!(
-                "{} has no network yet (*.conflist, *.conf, *.json): install the cluster's network first",
-                self.conf_dir.display()
-            );
-            Error::new(Code::Config, text)
-        })?;
-        path.canonicalize().map_err(|cause| Error::because(Code::Io, format!("find {}", path.display()), cause))
-    }
-}
-
-/// What a person is told.
-struct Report<'a> {
-    dry_run: bool,
-    place: &'a Place,
-    text: String,
-}
-
-impl<'a> Report<'a> {
-    fn new(place: &'a Place) -> Self {
-        Self { dry_run: place.dry_run, place, text: String::new() }
-    }
-
-    fn say(&mut self, line: impl AsRef<str>) {
-        self.text.push_str(line.as_ref());
-        self.text.push('\n');
-    }
-
-    fn warn(&mut self, line: impl AsRef<str>) {
-        self.say(format!("warning: {}", line.as_ref()));
-    }
-
-    fn change(&mut self, path: &Path, before: &str, after: &str) {
-        if self.dry_run {
-            self.text.push_str(&diff::unified(&path.display().to_string(), before, after));
-        }
-    }
-
-    fn warn_about(&mut self, list: &Conflist<'_>, bin_dir: &Path) {
-        let primary = list.primary();
-        if list.has(BANDWIDTH) {
-            self.warn("the bandwidth plugin is in the list as well, and limits every pod a second time, with a queue; --replace-bandwidth takes it out");
-        }
-        let plain_name = Path::new(primary).file_name() == Some(OsStr::new(primary));
-        if plain_name && !bin_dir.join(primary).exists() {
-            let elsewhere = ["/opt/cni/bin", "/usr/lib/cni", "/usr/libexec/cni"]
-                .into_iter()
-                .find(|dir| Path::new(dir).join(primary).exists());
-            let remedy = elsewhere.map_or("name the runtime's directory with --bin-dir".to_owned(), |dir| {
-                format!("--bin-dir {dir} has it")
-            });
-            self.warn(format!(
-                "the plugin {primary:?} of this list is not in {}: {remedy}",
-                self.place.bin_dir.display()
-            ));
-        }
-        if let Some(writer) = writer(primary) {
-            self.warn(format!("{writer}; podshaper is then to be installed again, or put in there"));
-        }
-    }
-}
-
-/// Who writes the conflist of this plugin anew, and from what.
-fn writer(primary: &str) -> Option<&'static str> {
-    match primary {
-        "flannel" => Some("flannel's pod writes this file anew when it starts, from the ConfigMap kube-flannel-cfg"),
-        "calico" => Some("calico's pod writes this file anew when it starts, from the ConfigMap calico-config"),
-        "cilium-cni" => Some(
-            "cilium's agent writes this file anew, at once unless cni.exclusive=false, from cni.configMap (cni.customConf=true) if set",
-        ),
-        "weave-net" => Some("weave's pod may write this file anew when it is upgraded"),
-        "multus" | "multus-shim" => Some("multus may write this file anew when it starts"),
-        _ => None,
-    }
 }

@@ -12,6 +12,7 @@ use podshaper_abi::{BACKLOG_BUCKETS, Counters, backlog_bucket_end_ns};
 use super::{
     attachments::{self, Attachment, Measured},
     output,
+    sync::{Failure, LastRun},
 };
 use crate::error::{Code, Error, Result};
 
@@ -35,7 +36,7 @@ impl Arguments {
                 log::warn!("leave out {} {}: {problem}", attachment.place.pod, attachment.place.interface);
             }
         }
-        let text = text(&found);
+        let text = text(&found) + &LastRun::recall().map(|run| of_sync(&run)).unwrap_or_default();
         match &self.textfile {
             None => output::print(&text),
             Some(path) => write(path, &text),
@@ -64,11 +65,12 @@ const METRICS: [Metric; 7] = [
     }),
 ];
 
+fn head(text: &mut String, name: &str, kind: &str, help: &str) {
+    *text += &format!("# HELP podshaper_{name} {help}\n# TYPE podshaper_{name} {kind}\n");
+}
+
 fn text(found: &[Attachment]) -> String {
     let mut text = String::new();
-    let head = |text: &mut String, name: &str, kind: &str, help: &str| {
-        *text += &format!("# HELP podshaper_{name} {help}\n# TYPE podshaper_{name} {kind}\n");
-    };
     head(&mut text, "build_info", "gauge", "The podshaper that wrote this.");
     text += &format!("podshaper_build_info{{version=\"{}\"}} 1\n", env!("CARGO_PKG_VERSION"));
     head(&mut text, "attachment_info", "gauge", "What is attached, with what holds it.");
@@ -87,6 +89,28 @@ fn text(found: &[Attachment]) -> String {
     let help = "Virtual backlog that packets found; the sum is reckoned from the middles of the kernel's buckets.";
     head(&mut text, "backlog_seconds", "histogram", help);
     directions(found).for_each(|(labels, direction)| text += &histogram(&labels, &direction.counters));
+    text
+}
+
+/// What `podshaper sync` could not do.
+fn of_sync(LastRun { ended_at_s, failures, error }: &LastRun) -> String {
+    let mut text = String::new();
+    head(&mut text, "sync_timestamp_seconds", "gauge", "When podshaper sync last ended.");
+    text += &format!("podshaper_sync_timestamp_seconds {ended_at_s}\n");
+    head(&mut text, "sync_failed", "gauge", "Whether it knew or did less than it should have.");
+    text += &format!("podshaper_sync_failed {}\n", u8::from(error.is_some() || !failures.is_empty()));
+    head(
+        &mut text,
+        "pod_not_limited_as_asked",
+        "gauge",
+        "The pods whose limits podshaper sync could not make what they ask for.",
+    );
+    for Failure { namespace, pod, uid, interface, error: _ } in failures {
+        let [namespace, pod] = [namespace, pod].map(|name| name.as_deref().unwrap_or_default());
+        let labels = [("namespace", namespace), ("pod", pod), ("uid", uid), ("interface", interface)];
+        let labels = labels.map(|(name, value)| format!("{name}=\"{}\"", escape(value))).join(",");
+        text += &format!("podshaper_pod_not_limited_as_asked{{{labels}}} 1\n");
+    }
     text
 }
 

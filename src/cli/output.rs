@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::error::{Code, Error, Result};
 
 /// `-o`, of every command that prints a table.
-#[derive(Args, Clone, Copy, Debug)]
+#[derive(Args, Clone, Copy, Debug, Default)]
 pub struct Output {
     /// Form of the output
     #[arg(short = 'o', long = "output", value_enum, default_value = "table", value_name = "FORM")]
@@ -18,9 +18,10 @@ pub struct Output {
     json: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 enum Form {
     /// For people
+    #[default]
     Table,
     /// For programs: stable keys, numbers in the unit their key names
     Json,

@@ -9,7 +9,7 @@ use super::{
     select::Selector,
 };
 use crate::{
-    attachment,
+    attachment::{self, Change},
     direction::Direction,
     error::{Code, Error, Result},
     request::{Limit, Limits, Source},
@@ -42,7 +42,7 @@ struct ChangeArguments {
 }
 
 /// A direction before and after.
-struct Change {
+struct Changed {
     direction: Direction,
     before: Limit,
     after: Limit,
@@ -59,7 +59,8 @@ impl Arguments {
             links = Some(found.links);
             let after =
                 |direction| changes.iter().find(|change| change.direction == direction).map(|change| change.after);
-            Ok(Limits { egress: after(Direction::Egress), ingress: after(Direction::Ingress) })
+            let limits = Limits { egress: after(Direction::Egress), ingress: after(Direction::Ingress) };
+            Ok(Change { limits, owner: present.owner.by_hand(&present.limits.unwrap_or_default()) })
         })?;
         if let Some(links) = links.filter(|links| !links.faults().is_empty()) {
             log::warn!("not all of its programs are attached ({}): podshaper show says why", links.text());
@@ -67,7 +68,7 @@ impl Arguments {
         output::print(&lines)
     }
 
-    fn changes(&self, found: &Attachment) -> Result<Vec<Change>> {
+    fn changes(&self, found: &Attachment) -> Result<Vec<Changed>> {
         if let Some(problem) = &found.problem {
             return Err(Error::new(Code::Mismatch, format!("change the limits of {}: {problem}", found.name())));
         }
@@ -85,7 +86,7 @@ impl Arguments {
             let limit = Limit::of(rate.unwrap_or(before.rate), Source::Operator);
             let after = Limit { burst: burst.unwrap_or(limit.burst), ..limit };
             self.check_max(found, direction, after.rate)?;
-            changes.push(Change { direction, before, after });
+            changes.push(Changed { direction, before, after });
         }
         Ok(changes)
     }
@@ -105,7 +106,7 @@ impl Arguments {
     }
 }
 
-impl Change {
+impl Changed {
     fn text(&self, found: &Attachment) -> String {
         let Self { direction, before, after } = self;
         let show = |limit: &Limit| format!("{}bit/s, burst {}bit", limit.rate, limit.burst);

@@ -23,12 +23,17 @@ use ureq::unversioned::transport::{ConnectionDetails, Connector, NextTimeout, Ru
 use super::kubeconfig::Server;
 use crate::error::{Code, Error, Result};
 
-/// Most that is read of an answer's body. etcd takes no object above 1.5 MiB.
-const MAX_BODY_BYTES: u64 = 2 << 20;
 /// Most that is read of its head.
 const MAX_HEAD_BYTES: usize = 16 << 10;
-/// Only metadata is asked for; an API server too old to select it (before 1.15) sends the whole pod.
-const ACCEPT: &str = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1, application/json";
+
+/// What is asked for, and how much of an answer is waited for.
+pub(super) struct Question<'a> {
+    /// Below the server's path, with its parameters.
+    pub(super) path: &'a str,
+    pub(super) accept: &'a str,
+    pub(super) max_body_bytes: u64,
+    pub(super) time: Duration,
+}
 
 /// Status and body.
 #[derive(Debug, PartialEq, Eq)]
@@ -39,7 +44,8 @@ pub(super) struct Answer {
 
 /// # Errors
 /// Also an answer too long, or not of HTTP.
-pub(super) fn get(server: &Server, path: &str, time: Duration) -> Result<Answer> {
+pub(super) fn get(server: &Server, question: &Question<'_>) -> Result<Answer> {
+    let Question { path, accept, max_body_bytes, time } = *question;
     let config = Agent::config_builder()
         .timeout_global(Some(time))
         .http_status_as_error(false)
@@ -51,7 +57,7 @@ pub(super) fn get(server: &Server, path: &str, time: Duration) -> Result<Answer>
         .max_response_header_size(MAX_HEAD_BYTES)
         .max_idle_connections(0)
         .user_agent(concat!("podshaper/", env!("CARGO_PKG_VERSION")))
-        .accept(ACCEPT)
+        .accept(accept)
         .tls_config(tls(server)?)
         .build();
     let host = Host { name: server.host.clone(), port: server.port };
@@ -59,13 +65,13 @@ pub(super) fn get(server: &Server, path: &str, time: Duration) -> Result<Answer>
     // The URI's host is the name that the certificate has to be for; where the server is, Host knows.
     let uri = Uri::builder().scheme("https").authority(server.authority_of(server.certificate_name()));
     let uri = uri.path_and_query(format!("{}{path}", server.path)).build();
-    let uri = uri.map_err(|cause| Error::because(Code::Config, "put the URL of the pod together", cause))?;
+    let uri = uri.map_err(|cause| Error::because(Code::Config, "put the URL together", cause))?;
     let mut request = agent.get(uri).header("Host", server.authority()).header("Connection", "close");
     if let Some(token) = &server.token {
         request = request.header("Authorization", format!("Bearer {token}"));
     }
     let answer = request.call().and_then(|mut response| {
-        let body = response.body_mut().with_config().limit(MAX_BODY_BYTES).read_to_vec()?;
+        let body = response.body_mut().with_config().limit(max_body_bytes).read_to_vec()?;
         Ok(Answer { status: response.status().as_u16(), body })
     });
     answer.map_err(|cause| explained(cause, time))

@@ -116,6 +116,7 @@ struct Args {
 }
 
 /// What a source asks for.
+#[derive(Clone, Copy)]
 pub(super) struct Asked {
     pub(super) rate: Rate,
     pub(super) burst: Option<Burst>,
@@ -128,15 +129,53 @@ impl Request {
     /// # Errors
     /// [`Code::Config`], naming source, key, value, reason and remedy.
     pub fn limits(&self) -> Result<Limits> {
-        let called_for = [self.called_for(Direction::Egress)?, self.called_for(Direction::Ingress)?];
+        let called_for = self.both(|direction| self.called_for(direction))?;
         // Nobody is asked for what is known.
         let pod = if called_for.iter().all(Option::is_some) { None } else { self.ask_api_server()? };
-        let complete = |direction, called_for| -> Result<Option<Limit>> {
-            let asked = match (called_for, &pod) {
-                (None, Some(pod)) => self.on_pod(direction, pod)?,
-                (called_for, _) => called_for,
+        self.complete(self.both(|direction| match (called_for[direction.index() as usize], &pod) {
+            (None, Some(pod)) => self.on_pod(direction, pod),
+            (called_for, _) => Ok(called_for),
+        })?)
+    }
+
+    /// The same without the API server, whose answer nobody has.
+    ///
+    /// # Errors
+    /// Those of [`Request::limits`].
+    pub fn limits_of_call(&self) -> Result<Limits> {
+        self.complete(self.both(|direction| self.called_for(direction))?)
+    }
+
+    /// The limits that are asked for now, of a pod as the API server has it. On the interface that the annotations are about, they take
+    /// the place of what the runtime made of them at ADD; on another one the runtime was told of a limit in another way, and that
+    /// counts. Labels count where an ADD asks for them.
+    ///
+    /// # Errors
+    /// Those of [`Request::limits`].
+    pub fn limits_now(&self, pod: &Metadata, are_its_annotations: bool) -> Result<Limits> {
+        let labels = |direction| match self.config.kubeconfig {
+            Some(_) => self.label(direction, pod),
+            None => Ok(None),
+        };
+        self.complete(self.both(|direction| {
+            let asked = if are_its_annotations {
+                first([&|| self.annotation(direction, pod), &|| self.args(direction)])?
+            } else {
+                self.called_for(direction)?
             };
-            let asked = match asked {
+            asked.map_or_else(|| labels(direction), |asked| Ok(Some(asked)))
+        })?)
+    }
+
+    fn both(&self, asked: impl Fn(Direction) -> Result<Option<Asked>>) -> Result<[Option<Asked>; 2]> {
+        let [egress, ingress] = Direction::BOTH.map(asked);
+        Ok([egress?, ingress?])
+    }
+
+    /// Source 6, for what nobody else has asked for, and the cap.
+    fn complete(&self, asked: [Option<Asked>; 2]) -> Result<Limits> {
+        let complete = |direction: Direction| -> Result<Option<Limit>> {
+            let asked = match asked[direction.index() as usize] {
                 None => {
                     self.config.default(direction)?.map(|(rate, burst)| Asked { rate, burst, source: Source::Config })
                 }
@@ -151,30 +190,36 @@ impl Request {
                 Limit { rate, burst: burst.unwrap_or_else(|| Burst::default_for(rate)), asked, source }
             }))
         };
-        let [egress, ingress] = called_for;
-        Ok(Limits { egress: complete(Direction::Egress, egress)?, ingress: complete(Direction::Ingress, ingress)? })
+        Ok(Limits { egress: complete(Direction::Egress)?, ingress: complete(Direction::Ingress)? })
     }
 
     /// Source 5.
     fn on_pod(&self, direction: Direction, pod: &Metadata) -> Result<Option<Asked>> {
-        let asked = self.keys(direction, Source::ApiAnnotation, |key| Ok(pod.annotations.get(key).cloned()))?;
-        if asked.is_some() {
-            return Ok(asked);
-        }
+        first([&|| self.annotation(direction, pod), &|| self.label(direction, pod)])
+    }
+
+    fn annotation(&self, direction: Direction, pod: &Metadata) -> Result<Option<Asked>> {
+        self.keys(direction, Source::ApiAnnotation, |key| Ok(pod.annotations.get(key).cloned()))
+    }
+
+    fn label(&self, direction: Direction, pod: &Metadata) -> Result<Option<Asked>> {
         self.keys(direction, Source::ApiLabel, |key| Ok(pod.labels.get(key).cloned()))
     }
 
     /// Sources 1 to 4, which the call brings along.
     fn called_for(&self, direction: Direction) -> Result<Option<Asked>> {
-        let Sources { bandwidth, annotations, args, cni_args } = &self.sources;
+        let Sources { bandwidth, annotations, .. } = &self.sources;
         if let Some(asked) = bandwidth.as_deref().map_or(Ok(None), |raw| bandwidth::asked(raw, direction))? {
             return Ok(Some(asked));
         }
         let annotations = members("runtimeConfig[\"io.kubernetes.cri.pod-annotations\"]", annotations.as_deref())?;
         let asked = self.keys(direction, Source::Annotation, |key| text(&annotations, key))?;
-        if asked.is_some() {
-            return Ok(asked);
-        }
+        if asked.is_some() { Ok(asked) } else { self.args(direction) }
+    }
+
+    /// Sources 3 and 4.
+    fn args(&self, direction: Direction) -> Result<Option<Asked>> {
+        let Sources { args, cni_args, .. } = &self.sources;
         let Args { cni } = args.as_deref().map_or(Ok(Args::default()), |raw| decode("args", raw))?;
         let cni = members("args.cni", cni.as_deref())?;
         let asked = self.keys(direction, Source::Args, |key| text(&cni, key))?;
@@ -209,6 +254,12 @@ impl Request {
         }
         Ok(None)
     }
+}
+
+/// The answer of the first source that has one.
+fn first(sources: [&dyn Fn() -> Result<Option<Asked>>; 2]) -> Result<Option<Asked>> {
+    let [one, other] = sources;
+    one().and_then(|asked| if asked.is_some() { Ok(asked) } else { other() })
 }
 
 const QUANTITY: &str = "write bits per second, 1k to 1P, such as \"10M\"";

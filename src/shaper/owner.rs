@@ -12,8 +12,8 @@ use crate::{
 
 /// Longest record. The names in it have bounds of their own.
 const MAX_BYTES: usize = 4096;
-/// Room for what a change adds: [`Owner::changed`].
-const SPARE_BYTES: usize = 24;
+/// Room for what changes add: [`Owner::changed`], [`Owner::followed`], and larger numbers of what is asked for and allowed.
+const SPARE_BYTES: usize = 256;
 
 /// Writes the record into a map of its own, and pins the map.
 ///

@@ -89,15 +89,15 @@ impl<'a> Pinned<'a> {
         Ok(Some(link.cgroup_id).filter(|id| *id != 0))
     }
 
-    /// Writes the limits that the settings have, in force from the next packet on, and records that they are no longer what the
-    /// pod asked for. A direction without a limit stays as it is.
+    /// Writes the limits that the settings have, in force from the next packet on, and the record that goes with them. A direction
+    /// without a limit stays as it is.
     ///
     /// # Errors
     /// [`Code::Kernel`] with what the kernel says.
     pub fn change(&self, settings: &Settings, owner: &Owner) -> Result<()> {
         let set = self.set()?;
         let mut limits = self.limits(owner, &set)?;
-        owner::write(&Owner { changed: true, ..owner.clone() }, self.directory)?;
+        owner::write(owner, self.directory)?;
         for (limit, to) in limits.iter_mut().zip(settings.abi_limits()).filter(|(_, to)| to.rate_bits_per_s != 0) {
             *limit = to;
         }
@@ -106,7 +106,7 @@ impl<'a> Pinned<'a> {
     }
 
     /// Checks that every link is live and on this cgroup, that its programs find the attachment there, and that the limits are these, unless
-    /// an operator has set others.
+    /// an operator has set others or `sync` has made them what was asked for since.
     ///
     /// # Errors
     /// [`Code::Mismatch`] naming the first difference.
@@ -122,7 +122,7 @@ impl<'a> Pinned<'a> {
             let (pins, cgroup) = (self.directory.display(), cgroup.display());
             return Err(mismatch(format!("the programs on {cgroup} do not know of the limit pinned in {pins}")));
         }
-        if owner.changed {
+        if owner.changed || owner.followed {
             return Ok(());
         }
         let found = self.limits(&owner, &set)?;

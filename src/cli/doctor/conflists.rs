@@ -9,7 +9,7 @@ use std::{
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::{Finding, State};
+use super::{super::install, Finding, State};
 use crate::request;
 
 const CHECK: &str = "conflist";
@@ -43,7 +43,14 @@ pub fn check(conf_dir: &Path, bin_dir: &Path) -> Vec<Finding> {
         Ok(_) => return vec![none(conf_dir, "it is empty")],
         Err(cause) => return vec![none(conf_dir, &cause.to_string())],
     };
-    let mut findings: Vec<Finding> = files.iter().enumerate().flat_map(|(rank, path)| check_file(rank, path)).collect();
+    // Multus has the one that it delegates to make the pod's interface.
+    let is_multus = |path: &PathBuf| fs::read_to_string(path).is_ok_and(|text| install::is_multus(&text));
+    let ranked = files.iter().scan(0, |rank, path| {
+        let own = *rank;
+        *rank += usize::from(!is_multus(path));
+        Some((own, path))
+    });
+    let mut findings: Vec<Finding> = ranked.flat_map(|(rank, path)| check_file(rank, path)).collect();
     if findings.is_empty() {
         let text = format!(
             "no file in {} names podshaper: add it to the end of the \"plugins\" list of {}",
@@ -245,6 +252,9 @@ mod tests {
             second[0].0 == State::Warn && second[0].1.starts_with("20-b.conflist: is not the first file"),
             "{second:?}"
         );
+        let multus = r#"{"type": "multus", "name": "m"}"#.to_owned();
+        let behind_multus = found(&[("00-multus.conf", multus), ("20-b.conflist", good.clone())]);
+        assert!(behind_multus.len() == 1 && behind_multus[0].0 == State::Ok, "{behind_multus:?}");
         let broken = found(&[("10-a.conflist", "{".into()), ("20-b.conflist", good)]);
         assert!(
             broken[0].0 == State::Missing && broken[0].1.starts_with("10-a.conflist: cannot be parsed"),

@@ -82,6 +82,13 @@ impl<'a> Conflist<'a> {
         Some(&self.text[entry.at.clone()])
     }
 
+    /// The keys of it that are podshaper's own, as `--config` takes them.
+    pub(super) fn entry_keys(&self) -> Option<Map<String, Value>> {
+        let mut keys: Map<String, Value> = serde_json::from_str(self.entry()?).ok()?;
+        ["type", "capabilities"].iter().for_each(|key| drop(keys.remove(*key)));
+        Some(keys)
+    }
+
     /// The text with podshaper as the last plugin, or with its entry written anew where it is.
     pub(super) fn with(&self, entry: &Entry) -> String {
         if let Some(index) = self.plugins.iter().position(|plugin| plugin.kind == PODSHAPER) {

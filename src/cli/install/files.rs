@@ -14,8 +14,11 @@ const EXTENSIONS: [&str; 3] = ["conf", "conflist", "json"];
 /// Behind the name of a file as it was before install. No runtime reads such a name.
 const BACKUP: &str = ".before-podshaper";
 
+/// What follows the stem in the name of a list that was made of a lone configuration. '-' sorts before '.'.
+const OWN_LIST: &str = "-podshaper.conflist";
+
 /// Every network of the directory, in the order in which runtimes try them.
-pub(super) fn networks(directory: &Path) -> Result<Vec<PathBuf>> {
+pub fn networks(directory: &Path) -> Result<Vec<PathBuf>> {
     let doing = |cause| {
         Error::because(Code::Io, format!("list {} (--conf-dir names another directory)", directory.display()), cause)
     };
@@ -40,6 +43,19 @@ pub(super) fn read(path: &Path) -> Result<String> {
     fs::read_to_string(path).map_err(|cause| Error::because(Code::Io, format!("read {}", path.display()), cause))
 }
 
+/// Our list of a lone configuration that stays where it is: its name sorts directly before, so that runtimes take this one.
+pub(super) fn own_list(lone: &Path) -> PathBuf {
+    let mut name = lone.file_stem().unwrap_or_default().to_owned();
+    name.push(OWN_LIST);
+    lone.with_file_name(name)
+}
+
+/// The lone configurations that a list of ours can have been made of; `None` if it is not ours.
+pub(super) fn lone_of(list: &Path) -> Option<[PathBuf; 2]> {
+    let stem = list.file_name()?.to_str()?.strip_suffix(OWN_LIST)?;
+    Some(["conf", "json"].map(|extension| list.with_file_name(format!("{stem}.{extension}"))))
+}
+
 /// What is in a file, or None if there is no such file.
 pub(super) fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>> {
     match fs::read(path) {
@@ -47,6 +63,12 @@ pub(super) fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>> {
         Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(cause) => Err(Error::because(Code::Io, format!("read {}", path.display()), cause)),
     }
+}
+
+/// Whether both are one file.
+pub(super) fn is_same(one: &Path, other: &Path) -> bool {
+    let [one, other] = [one, other].map(|path| fs::metadata(path).map(|found| (found.dev(), found.ino())));
+    matches!((one, other), (Ok(one), Ok(other)) if one == other)
 }
 
 /// Where the file is kept as it was.
@@ -66,6 +88,11 @@ pub(super) fn replace(path: &Path, bytes: &[u8], like: &Path) -> Result<()> {
 /// Makes `path` a program of these bytes, in one step: a runtime may be starting it.
 pub(super) fn replace_program(path: &Path, bytes: &[u8]) -> Result<()> {
     put(path, bytes, 0o755, None)
+}
+
+/// Makes `path` a file of these bytes that everybody may read, in one step.
+pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
+    put(path, bytes, 0o644, None)
 }
 
 fn put(path: &Path, bytes: &[u8], mode: u32, owner: Option<&Metadata>) -> Result<()> {

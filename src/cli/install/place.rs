@@ -1,0 +1,176 @@
+//! Which files of a node podshaper goes into.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use super::super::directories::Directories;
+use super::conflist::{Conflist, PODSHAPER};
+use super::{Report, files, multus, networks, units};
+use crate::error::{Code, Error, Result};
+
+/// Where the node's runtime looks.
+#[derive(Args, Debug)]
+pub(super) struct Place {
+    /// Directory of the runtime's network configurations [default: what containerd, k3s or RKE2 says, else /etc/cni/net.d]
+    #[arg(long, value_name = "DIR")]
+    conf_dir: Option<PathBuf>,
+    /// Directory of the CNI plugins [default: what containerd, k3s or RKE2 says, else /opt/cni/bin]
+    #[arg(long, value_name = "DIR")]
+    bin_dir: Option<PathBuf>,
+    /// Conflist to change, by name in --conf-dir or by path
+    #[arg(long, value_name = "FILE")]
+    conflist: Option<PathBuf>,
+    /// Directory for the systemd units, which are then yours to enable [default: /etc/systemd/system, enabled, if systemd runs here]
+    #[arg(long, value_name = "DIR")]
+    unit_dir: Option<PathBuf>,
+    /// Show what would be changed, and change nothing
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// A file that podshaper goes into.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Target {
+    /// A conflist.
+    List(PathBuf),
+    /// A lone configuration, which stays: a list beside it is podshaper's.
+    Lone(PathBuf),
+    /// Multus' file with a copy of the cluster's network.
+    Delegate(PathBuf),
+}
+
+impl Target {
+    pub(super) fn path(&self) -> &Path {
+        match self {
+            Self::List(path) | Self::Lone(path) | Self::Delegate(path) => path,
+        }
+    }
+
+    /// The file that podshaper is in.
+    pub(super) fn edited(&self) -> PathBuf {
+        match self {
+            Self::List(path) | Self::Delegate(path) => path.clone(),
+            Self::Lone(path) => files::own_list(path),
+        }
+    }
+}
+
+impl Place {
+    pub(super) fn conf_dir(&self) -> PathBuf {
+        Directories::of_this_node(self.conf_dir.as_deref(), None).conf
+    }
+
+    pub(super) fn bin_dir(&self) -> PathBuf {
+        Directories::of_this_node(None, self.bin_dir.as_deref()).bin
+    }
+
+    pub(super) fn is_dry_run(&self) -> bool {
+        self.dry_run
+    }
+
+    /// The conflist that a person has named.
+    pub(super) fn named(&self) -> Option<&Path> {
+        self.conflist.as_deref()
+    }
+
+    pub(super) fn unit_dir(&self) -> &Path {
+        self.unit_dir.as_deref().unwrap_or(Path::new(units::DIRECTORY))
+    }
+
+    /// Whether there is a systemd to give units to: a person who names its directory knows.
+    pub(super) fn has_systemd(&self) -> bool {
+        self.unit_dir.is_some() || units::are_possible()
+    }
+
+    /// Whether it is this host's.
+    pub(super) fn systemd_reads_units(&self) -> bool {
+        units::are_possible() && self.unit_dir() == Path::new(units::DIRECTORY)
+    }
+
+    /// The file that is named, or else the network that the runtime uses: the first by name. Behind Multus it is the network that Multus
+    /// has make the pod's interface, and the copy of it in Multus' own file.
+    pub(super) fn targets(&self) -> Result<Vec<Target>> {
+        if let Some(named) = &self.conflist {
+            let path = if named.components().count() > 1 { named.clone() } else { self.conf_dir().join(named) };
+            return Ok(vec![Target::of(resolve(&path)?)]);
+        }
+        // What is made of a lone configuration is not what there is to be put into.
+        let mut found = networks(&self.conf_dir())?;
+        found.retain(|path| files::lone_of(path).is_none());
+        let Some((first, others)) = found.split_first() else {
+            let text = format!(
+                "{} has no network yet (*.conflist, *.conf, *.json): install the cluster's network first",
+                self.conf_dir().display()
+            );
+            return Err(Error::new(Code::Config, text));
+        };
+        let text = files::read(first)?;
+        if !multus::is(&text) {
+            return Ok(vec![Target::of(resolve(first)?)]);
+        }
+        let others: Vec<PathBuf> = others.iter().filter(|path| !is_multus(path)).cloned().collect();
+        let network = multus::cluster_network(&text, &others).map(|path| resolve(&path)).transpose()?.map(Target::of);
+        let copy = multus::with_delegate(&text, |list| Ok(list.to_owned()))?.map(|_| resolve(first)).transpose()?;
+        let targets: Vec<Target> = network.into_iter().chain(copy.map(Target::Delegate)).collect();
+        if targets.is_empty() {
+            let text = format!(
+                "{} is Multus', and the network it delegates to is not in {}: name its file with --conflist",
+                first.display(),
+                self.conf_dir().display()
+            );
+            return Err(Error::new(Code::Config, text));
+        }
+        Ok(targets)
+    }
+
+    /// Removes lists of ours whose lone configuration is gone, and with it the network: a runtime would go on using them. So was a list
+    /// that an earlier version made under the lone configuration's name, once that configuration is back.
+    pub(super) fn clear_leftovers(&self, report: &mut Report) -> Result<()> {
+        for path in networks(&self.conf_dir())? {
+            let is_ours = files::read(&path).is_ok_and(|text| has_podshaper(&text));
+            let why = match files::lone_of(&path) {
+                Some(lone) if !lone.iter().any(|lone| lone.exists()) => "its network is gone",
+                None if is_superseded(&path) => "the configuration it was made of is back",
+                _ => continue,
+            };
+            if !is_ours {
+                continue;
+            }
+            report.say(format!("{}: removed, {why}", path.display()));
+            if !report.dry_run {
+                files::remove(&path)?;
+                for lone in ["conf", "json"].map(|extension| path.with_extension(extension)) {
+                    files::remove(&files::backup(&lone))?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Target {
+    fn of(path: PathBuf) -> Self {
+        if files::is_list(&path) { Self::List(path) } else { Self::Lone(path) }
+    }
+}
+
+/// Whether a list was made of a lone configuration that had to give way, and is back.
+fn is_superseded(list: &Path) -> bool {
+    let lone = ["conf", "json"].map(|extension| list.with_extension(extension));
+    files::is_list(list) && lone.iter().any(|lone| lone.exists() && files::backup(lone).exists())
+}
+
+fn is_multus(path: &Path) -> bool {
+    files::read(path).is_ok_and(|text| multus::is(&text))
+}
+
+/// Whether podshaper is in a configuration, or in the copy of one in Multus'.
+pub(super) fn has_podshaper(text: &str) -> bool {
+    multus::has_podshaper(text) || Conflist::parse(text).is_ok_and(|list| list.has(PODSHAPER))
+}
+
+/// An edit replaces the file; a link to it stays one.
+fn resolve(path: &Path) -> Result<PathBuf> {
+    path.canonicalize().map_err(|cause| Error::because(Code::Io, format!("find {}", path.display()), cause))
+}

@@ -1,0 +1,173 @@
+//! The networks of this node that podshaper is in, as their conflists stand now: a pod that was made by an older one is limited as this
+//! one says.
+
+use std::{collections::BTreeMap, fs, path::Path};
+
+use serde_json::{Map, Value, json};
+
+use super::super::install;
+use crate::{error::Result, request::Request, sandboxes::Sandbox};
+use rscni_plugin::types::Cmd;
+
+const PODSHAPER: &str = "podshaper";
+/// The capability by which a runtime passes a pod's annotations on.
+const ANNOTATIONS: &str = "io.kubernetes.cri.pod-annotations";
+
+/// Networks by name.
+#[derive(Default)]
+pub struct Networks {
+    by_name: BTreeMap<String, Network>,
+}
+
+/// podshaper's object in a conflist.
+struct Network {
+    /// The capabilities that it has.
+    capabilities: Vec<String>,
+    kubeconfig: Option<String>,
+    /// It, with the network's name and version, as a plugin gets it on stdin; without the last brace.
+    stdin: String,
+}
+
+impl Networks {
+    /// Reads every configuration of a directory. One that cannot be read is told of: it may be podshaper's.
+    ///
+    /// # Errors
+    /// The directory cannot be listed.
+    pub fn read(directory: &Path) -> Result<Self> {
+        let mut networks = Self::default();
+        for path in install::networks(directory)? {
+            match fs::read(&path).map_err(|cause| cause.to_string()).and_then(|text| parse(&text)) {
+                Ok(list) => networks.take(&list),
+                Err(cause) => log::warn!("leave out {}: {cause}", path.display()),
+            }
+        }
+        Ok(networks)
+    }
+
+    /// Adds a network, and those that Multus delegates to. The first of a name counts, as it does for a runtime.
+    fn take(&mut self, list: &Value) {
+        let entry = list["plugins"].as_array().into_iter().flatten().find(|plugin| plugin["type"] == PODSHAPER);
+        if let (Some(name), Some(Value::Object(entry))) = (list["name"].as_str(), entry) {
+            self.by_name.entry(name.to_owned()).or_insert_with(|| Network::new(name, &list["cniVersion"], entry));
+        }
+        list["delegates"].as_array().into_iter().flatten().for_each(|delegate| self.take(delegate));
+    }
+
+    /// Whether podshaper is in none of them.
+    pub fn are_none(&self) -> bool {
+        self.by_name.is_empty()
+    }
+
+    /// The kubeconfig of the first that names one.
+    pub fn kubeconfig(&self) -> Option<&Path> {
+        self.by_name.values().find_map(|network| network.kubeconfig.as_deref()).map(Path::new)
+    }
+
+    /// What an ADD of this sandbox would be asked for by its network as it stands now, or as it stood at the ADD, where it is not in
+    /// the directory; with the pod's annotations as the runtime has them, or without. `None` if podshaper is not in it.
+    ///
+    /// # Errors
+    /// Those of the ADD.
+    pub fn request(&self, sandbox: &Sandbox, with_annotations: bool) -> Option<Result<Request>> {
+        let of_add = || {
+            let mut then = Self::default();
+            then.take(&parse(&sandbox.config()).ok()?);
+            then.by_name.remove(&sandbox.network)
+        };
+        match self.by_name.get(&sandbox.network) {
+            Some(network) => Some(network.request(sandbox, with_annotations)),
+            None => of_add().map(|network| network.request(sandbox, with_annotations)),
+        }
+    }
+}
+
+impl Network {
+    fn new(name: &str, version: &Value, entry: &Map<String, Value>) -> Self {
+        let capabilities = entry.get("capabilities").and_then(Value::as_object).into_iter().flatten();
+        let mut stdin = entry.clone();
+        stdin.insert("name".into(), json!(name));
+        stdin.insert("cniVersion".into(), version.clone());
+        stdin.remove("runtimeConfig");
+        let mut stdin = Value::Object(stdin).to_string();
+        stdin.truncate(stdin.len() - 1);
+        Self {
+            capabilities: capabilities.filter(|(_, has)| **has == true).map(|(name, _)| name.clone()).collect(),
+            kubeconfig: entry.get("kubeconfig").and_then(Value::as_str).map(str::to_owned),
+            stdin,
+        }
+    }
+
+    fn request(&self, sandbox: &Sandbox, with_annotations: bool) -> Result<Request> {
+        // libcni gives a plugin what it has the capability for. As the runtime wrote it: a number in there may be larger than this
+        // library's.
+        let wanted = self.capabilities.iter().filter(|name| with_annotations || *name != ANNOTATIONS);
+        let offered = wanted.filter_map(|name| Some((name, sandbox.offers.get(name)?)));
+        let offered: Vec<String> = offered.map(|(name, offer)| format!("{}:{}", json!(name), offer.get())).collect();
+        let stdin = format!("{},\"runtimeConfig\":{{{}}}}}", self.stdin, offered.join(","));
+        Request::parse(Cmd::Add, &sandbox.env(), stdin.as_bytes())
+    }
+}
+
+fn parse(text: &[u8]) -> Result<Value, String> {
+    serde_json::from_slice(text).map_err(|cause| cause.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn networks(files: &[(&str, Value)]) -> Networks {
+        let directory = tempfile::tempdir().unwrap();
+        files.iter().for_each(|(name, list)| fs::write(directory.path().join(name), list.to_string()).unwrap());
+        Networks::read(directory.path()).unwrap()
+    }
+
+    fn list(name: &str, keys: Value) -> Value {
+        let mut podshaper = json!({ "type": "podshaper", "capabilities": { "bandwidth": true } });
+        podshaper.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+        json!({ "cniVersion": "1.0.0", "name": name, "plugins": [{ "type": "bridge" }, podshaper] })
+    }
+
+    fn sandbox(network: &str, config: &Value) -> Sandbox {
+        use base64::{Engine, engine::general_purpose::STANDARD};
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir(directory.path().join("results")).unwrap();
+        let cached = json!({
+            "kind": "cniCacheV1", "containerId": "c1", "ifName": "eth0", "networkName": network, "netns": "/proc/self/ns/net",
+            "config": STANDARD.encode(config.to_string()),
+            "capabilityArgs": { "bandwidth": { "EgressRate": 3000000, "IngressRate": 0 }, "dns": {}, "cgroupPath": "/a" },
+        });
+        fs::write(directory.path().join("results/a"), cached.to_string()).unwrap();
+        crate::sandboxes::read(directory.path()).unwrap().0.remove(0)
+    }
+
+    fn egress(networks: &Networks, sandbox: &Sandbox) -> Option<u64> {
+        let request = networks.request(sandbox, true)?.unwrap();
+        assert_eq!(request.cgroup_path, None, "podshaper has no such capability");
+        Some(request.limits_of_call().unwrap().egress?.rate.as_bits_per_s())
+    }
+
+    #[test]
+    fn the_conflist_of_now_counts_then_the_one_of_the_add() {
+        let bare = json!({ "cniVersion": "1.0.0", "name": "cbr0", "plugins": [{ "type": "bridge" }] });
+        let capped = |bits: u64| list("cbr0", json!({ "max": { "egress": bits } }));
+        let now = networks(&[("10-a.conflist", capped(2_000_000)), ("20-b.conflist", capped(1_000_000))]);
+        assert_eq!(egress(&now, &sandbox("cbr0", &bare)), Some(2_000_000));
+        let none = networks(&[("10-a.conflist", bare.clone()), ("20-b.conf", json!({ "type": "bridge" }))]);
+        assert!(none.are_none() && !now.are_none());
+        assert_eq!(egress(&none, &sandbox("cbr0", &list("cbr0", json!({})))), Some(3_000_000));
+        assert_eq!(egress(&none, &sandbox("cbr0", &bare)), None);
+        assert_eq!(egress(&now, &sandbox("other", &bare)), None);
+    }
+
+    #[test]
+    fn networks_that_multus_delegates_to_are_found_in_its_file() {
+        let delegate = list("cbr0", json!({ "kubeconfig": "/etc/k" }));
+        let multus =
+            json!({ "cniVersion": "0.3.1", "name": "multus-cni-network", "type": "multus", "delegates": [delegate] });
+        let networks = networks(&[("00-multus.conf", multus)]);
+        assert_eq!(networks.kubeconfig(), Some(Path::new("/etc/k")));
+        assert!(networks.request(&sandbox("cbr0", &json!({})), true).is_some());
+        assert!(networks.request(&sandbox("multus-cni-network", &json!({})), true).is_none());
+    }
+}

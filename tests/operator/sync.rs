@@ -1,0 +1,574 @@
+use std::fs;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeValLike;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::{alone, call, listed, says};
+use crate::chain::{Bed, MBIT};
+use crate::harness::api::{ApiServer, Reply};
+use crate::harness::limiter::Limiter;
+use crate::harness::measure::{self, Bulk};
+use crate::harness::meter;
+use crate::harness::pod::{INTERFACE, container_id};
+use crate::kernel::mounts;
+use crate::sandbox::{RATE, Sandbox, netns_with, netns_with_host_end, ok};
+
+/// The network that podshaper is in, or is to be in.
+const NETWORK: &str = "cbr0";
+const EGRESS: &str = "kubernetes.io/egress-bandwidth";
+const INGRESS: &str = "kubernetes.io/ingress-bandwidth";
+
+/// What a runtime has on its disk: its conflists, and the results of its ADDs.
+struct Node {
+    root: TempDir,
+    /// The API server that was last asked lives as long.
+    server: Option<ApiServer>,
+}
+
+impl Node {
+    /// With podshaper in its network, with these keys.
+    fn new(keys: Value) -> Self {
+        let node = Self { root: tempfile::tempdir().unwrap(), server: None };
+        for directory in ["net.d", "cni/results"] {
+            fs::create_dir_all(node.path(directory)).unwrap();
+        }
+        node.configure(keys);
+        node
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.root.path().join(name)
+    }
+
+    fn configure(&self, keys: Value) {
+        let mut podshaper = json!({
+            "type": "podshaper",
+            "capabilities": { "bandwidth": true, "cgroupPath": true, "io.kubernetes.cri.pod-annotations": true },
+        });
+        podshaper.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+        let list = json!({ "cniVersion": "1.0.0", "name": NETWORK, "plugins": [{ "type": "bridge" }, podshaper] });
+        fs::write(self.path("net.d/10-cbr0.conflist"), list.to_string()).unwrap();
+    }
+
+    /// Has the runtime keep the result of an ADD of this pod, made by a conflist without podshaper.
+    fn keep(&self, pod: &Sandbox) -> PathBuf {
+        self.keep_as(&pod.uid, &pod.container_id, &pod.netns.path().display().to_string(), &pod.stdin["runtimeConfig"])
+    }
+
+    fn keep_as(&self, uid: &str, container_id: &str, netns: &str, offers: &Value) -> PathBuf {
+        let config = json!({ "cniVersion": "1.0.0", "name": NETWORK, "plugins": [{ "type": "bridge" }] }).to_string();
+        let cached = json!({
+            "kind": "cniCacheV1", "containerId": container_id, "ifName": "eth0", "networkName": NETWORK,
+            "config": STANDARD.encode(config),
+            "cniArgs": [["IgnoreUnknown", "1"], ["K8S_POD_NAMESPACE", "default"], ["K8S_POD_NAME", "web"],
+                        ["K8S_POD_INFRA_CONTAINER_ID", container_id], ["K8S_POD_UID", uid]],
+            "capabilityArgs": offers,
+            "result": { "cniVersion": "1.0.0", "interfaces": [{ "name": "veth1" }, { "name": "eth0", "sandbox": netns }] },
+        });
+        let file = self.path(&format!("cni/results/{NETWORK}-{container_id}-eth0"));
+        fs::write(&file, cached.to_string()).unwrap();
+        file
+    }
+
+    /// Has an API server know these pods of the node, with these annotations.
+    fn ask(&mut self, pods: &[(&str, Value)]) {
+        let items: Vec<Value> = pods
+            .iter()
+            .map(|(uid, annotations)| json!({ "metadata": { "name": "web", "uid": uid, "annotations": annotations } }))
+            .collect();
+        let list = json!({ "kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1", "metadata": {}, "items": items });
+        self.server = Some(ApiServer::start(Reply::json("200 OK", &list)).unwrap());
+    }
+
+    /// `sync` on this node: exit status, stdout, stderr.
+    fn sync(&self, options: &[&str]) -> (i32, String, String) {
+        let [conf, cache] = ["net.d", "cni"].map(|name| self.path(name).display().to_string());
+        let kubeconfig = self.server.as_ref().map(|server| server.kubeconfig(&json!({}), &json!({})).unwrap());
+        let kubeconfig = kubeconfig.map(|path| path.display().to_string());
+        let mut arguments = vec!["sync", "--conf-dir", &conf, "--cache-dir", &cache, "--node", "here"];
+        arguments.extend(kubeconfig.iter().flat_map(|path| ["--kubeconfig", path.as_str()]));
+        call(&[&arguments[..], options].concat())
+    }
+
+    /// What one that succeeds says. On stderr a kernel may be said to have no fq.
+    #[track_caller]
+    fn syncs(&self) -> String {
+        let (code, stdout, stderr) = self.sync(&[]);
+        assert_eq!(code, 0, "{stdout}{stderr}");
+        stdout
+    }
+}
+
+/// Nothing is attached, and nothing remembered, but by `work`.
+fn on_a_node(work: impl FnOnce() + Send) {
+    alone(|| {
+        mounts::without_memory();
+        work();
+    });
+}
+
+fn pod() -> Sandbox {
+    Sandbox::with_netns(Arc::new(netns_with_host_end().0))
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn a_pod_that_started_without_podshaper_is_limited_by_what_the_runtime_kept() {
+    on_a_node(|| {
+        let (node, pod, unlimited) = (Node::new(json!({})), Sandbox::new(), Sandbox::new());
+        node.keep(&pod);
+        node.keep_as(&unlimited.uid, &unlimited.container_id, "/proc/self/ns/net", &json!({}));
+        let line = "default/web eth0: egress 10Mbit/s, burst 120kbit (was no limit)\n";
+        let (code, said, _) = node.sync(&["--dry-run"]);
+        assert_eq!((code, said), (0, format!("would be: {line}")));
+        assert!(listed(&pod.uid).is_none());
+        assert_eq!(node.syncs(), line);
+        pod.assert_limited(&pod.container_id, RATE);
+        let owner = pod.owner("eth0");
+        assert_eq!(
+            (&owner["network"], &owner["podName"], &owner["followed"]),
+            (&json!(NETWORK), &json!("web"), &json!(true))
+        );
+        assert_eq!(owner["changed"], Value::Null);
+        assert_eq!(node.syncs(), "", "a second run finds all as it should be");
+        assert!(listed(&unlimited.uid).is_none());
+        // As if it had been added: a DEL removes it.
+        pod.call("DEL");
+        pod.assert_unlimited();
+    });
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn an_annotation_that_changes_changes_the_limit_of_a_running_pod() {
+    on_a_node(|| {
+        let (mut node, pod) = (Node::new(json!({})), pod());
+        pod.call("ADD");
+        node.keep(&pod);
+        let mut annotate = |annotations: Value, expected: &str| {
+            node.ask(&[(&pod.uid, annotations.clone())]);
+            assert_eq!(node.syncs(), expected, "{annotations}");
+            assert_eq!(node.syncs(), "", "{annotations}");
+            let request = &node.server.as_ref().unwrap().requests()[0];
+            let path = "GET /api/v1/pods?fieldSelector=spec.nodeName%3Dhere&resourceVersion=0 HTTP/1.1\r\n";
+            assert!(request.starts_with(path), "{request}");
+        };
+        annotate(json!({ EGRESS: "10M" }), "");
+        annotate(
+            json!({ EGRESS: "50M" }),
+            "default/web eth0: egress 50Mbit/s, burst 250kbit (was 10Mbit/s, burst 120kbit)\n",
+        );
+        pod.assert_rates([50 * MBIT, 0]);
+        // A runtime that checks finds nothing wrong with what was annotated later.
+        assert_eq!(pod.call("CHECK").stdout, "");
+        annotate(
+            json!({ EGRESS: "50M", INGRESS: "1G", "else": "1" }),
+            "default/web eth0: ingress 1Gbit/s, burst 5Mbit (was no limit)\n",
+        );
+        pod.assert_rates([50 * MBIT, 1000 * MBIT]);
+        annotate(json!({ INGRESS: "1G" }), "default/web eth0: egress no limit (was 50Mbit/s, burst 250kbit)\n");
+        pod.assert_rates([0, 1000 * MBIT]);
+        annotate(
+            json!({ "rate": "1M" }),
+            "default/web eth0: egress 8Mbit/s, burst 120kbit (was no limit)\n\
+                                           default/web eth0: ingress no limit (was 1Gbit/s, burst 5Mbit)\n",
+        );
+        pod.assert_rates([8 * MBIT, 0]);
+        annotate(Value::Null, "default/web eth0: egress no limit (was 8Mbit/s, burst 120kbit)\n");
+        pod.assert_unlimited();
+        annotate(json!({ EGRESS: "20M" }), "default/web eth0: egress 20Mbit/s, burst 120kbit (was no limit)\n");
+        pod.call("DEL");
+        pod.assert_unlimited();
+    });
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn what_was_set_by_hand_stays_until_the_annotation_changes() {
+    on_a_node(|| {
+        let (mut node, pod) = (Node::new(json!({})), pod());
+        pod.call("ADD");
+        node.keep(&pod);
+        node.ask(&[(&pod.uid, json!({ EGRESS: "10M" }))]);
+        says(&["set", &pod.uid, "--egress", "50M"]);
+        assert_eq!(node.syncs(), "");
+        pod.assert_rates([50 * MBIT, 0]);
+        // Another direction is another matter, and takes other programs.
+        node.ask(&[(&pod.uid, json!({ EGRESS: "10M", INGRESS: "20M" }))]);
+        assert_eq!(node.syncs(), "default/web eth0: ingress 20Mbit/s, burst 120kbit (was no limit)\n");
+        pod.assert_rates([50 * MBIT, 20 * MBIT]);
+        assert_eq!((node.syncs().as_str(), &listed(&pod.uid).unwrap()["changed"]), ("", &json!(true)));
+        node.ask(&[(&pod.uid, json!({ EGRESS: "30M", INGRESS: "20M" }))]);
+        assert_eq!(node.syncs(), "default/web eth0: egress 30Mbit/s, burst 150kbit (was 50Mbit/s, burst 250kbit)\n");
+        assert_eq!(listed(&pod.uid).unwrap()["changed"], false);
+        says(&["set", &pod.uid, "--egress", "40M"]);
+        assert_eq!(node.syncs(), "");
+        // The pod's next sandbox has what its annotation says.
+        let id = container_id().unwrap();
+        node.keep_as(&pod.uid, &id, &pod.netns.path().display().to_string(), &pod.stdin["runtimeConfig"]);
+        assert_eq!(node.syncs(), "default/web eth0: egress 30Mbit/s, burst 150kbit (was 40Mbit/s, burst 200kbit)\n");
+        assert_eq!(pod.owner("eth0")["containerId"], id.as_str());
+        ok(&pod.cni_of("DEL", &id));
+        pod.assert_unlimited();
+    });
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn the_administrators_configuration_is_followed() {
+    on_a_node(|| {
+        let (node, pod, asks_nothing) = (Node::new(json!({})), Sandbox::new(), Sandbox::new());
+        pod.call("ADD");
+        node.keep(&pod);
+        let mut offers = asks_nothing.stdin["runtimeConfig"].clone();
+        offers.as_object_mut().unwrap().remove("bandwidth");
+        node.keep_as(
+            &asks_nothing.uid,
+            &asks_nothing.container_id,
+            &asks_nothing.netns.path().display().to_string(),
+            &offers,
+        );
+        assert_eq!(node.syncs(), "");
+        node.configure(json!({ "max": { "egress": "5M" } }));
+        let said = node.syncs();
+        assert!(said.contains("egress 5Mbit/s, burst 120kbit (was 10Mbit/s, burst 120kbit)\n"), "{said}");
+        assert!(said.contains("egress 5Mbit/s, burst 120kbit (was no limit)\n"), "{said}");
+        pod.assert_rates([5 * MBIT, 0]);
+        asks_nothing.assert_rates([5 * MBIT, 0]);
+        assert_eq!(pod.owner("eth0")["maxEgress"], 5 * MBIT, "what set does not go beyond");
+        node.configure(json!({}));
+        node.syncs();
+        pod.assert_rates([RATE, 0]);
+        asks_nothing.assert_unlimited();
+        pod.call("DEL");
+    });
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn one_bad_pod_does_not_stop_the_others_and_is_told_of_everywhere() {
+    on_a_node(|| {
+        let mut node = Node::new(json!({}));
+        let pods: Vec<Sandbox> = (0..3).map(|_| Sandbox::new()).collect();
+        pods.iter().for_each(|pod| drop(node.keep(pod)));
+        let [bad, gone, good] = &pods[..] else { panic!() };
+        node.ask(&[
+            (&bad.uid, json!({ EGRESS: "10MB\n" })),
+            (&gone.uid, json!({ EGRESS: "1M" })),
+            (&good.uid, json!({ EGRESS: "2M" })),
+        ]);
+        gone.cgroup.remove().unwrap();
+        let (code, stdout, stderr) = node.sync(&[]);
+        assert_eq!((code, stdout.lines().count(), stderr.lines().count()), (1, 1, 2), "{stdout}{stderr}");
+        assert!(stderr.contains("podshaper: default/web eth0: API server's pod annotation kubernetes.io/egress-bandwidth: \"10MB\\n\" is not a rate ("), "{stderr}");
+        assert!(
+            stderr.contains(&format!(
+                "podshaper: default/web eth0: find the cgroup \"/kubepods/burstable/pod{}\"",
+                gone.uid
+            )),
+            "{stderr}"
+        );
+        good.assert_rates([2 * MBIT, 0]);
+        bad.assert_unlimited();
+        let metrics = says(&["metrics"]);
+        for pod in [bad, gone] {
+            let series = format!(
+                "podshaper_pod_not_limited_as_asked{{namespace=\"default\",pod=\"web\",uid=\"{}\",interface=\"eth0\"}} 1\n",
+                pod.uid
+            );
+            assert!(metrics.contains(&series), "{metrics}");
+        }
+        assert!(metrics.contains("\npodshaper_sync_failed 1\n"), "{metrics}");
+        let (code, doctor, _) = call(&["doctor"]);
+        assert!(code == 1 && doctor.contains("\"10MB\\n\" is not a rate"), "{doctor}");
+        // The same for programs.
+        let (_, json, _) = node.sync(&["-o", "json", "--dry-run"]);
+        let json: Value = serde_json::from_str(&json).unwrap();
+        assert_eq!((json["failures"].as_array().unwrap().len(), json["dryRun"].as_bool()), (1, Some(true)), "{json}");
+        assert_eq!(
+            json["changes"][0]["egress"],
+            json!({ "was": null, "is": { "limitBitsPerS": MBIT, "burstBits": 120_000 } })
+        );
+        // A wrong annotation on a pod that has a limit takes nothing from it.
+        node.ask(&[(&good.uid, json!({ EGRESS: "fast" }))]);
+        fs::remove_dir_all(node.path("cni/results")).unwrap();
+        fs::create_dir(node.path("cni/results")).unwrap();
+        node.keep(good);
+        assert_eq!(node.sync(&[]).0, 1);
+        good.assert_rates([2 * MBIT, 0]);
+        node.ask(&[(&good.uid, json!({ EGRESS: "2M" }))]);
+        assert_eq!(node.syncs(), "");
+        assert!(says(&["metrics"]).contains("\npodshaper_sync_failed 0\n"));
+        good.call("DEL");
+    });
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn without_an_answer_what_is_in_force_stays_and_what_is_missing_is_attached() {
+    on_a_node(|| {
+        let (mut node, limited, missing) = (Node::new(json!({})), Sandbox::new(), Sandbox::new());
+        limited.call("ADD");
+        node.keep(&limited);
+        node.ask(&[(&limited.uid, json!({ EGRESS: "50M" }))]);
+        node.syncs();
+        node.keep(&missing);
+        node.server = Some(ApiServer::start(Reply::status("503 Service Unavailable", "later")).unwrap());
+        let (code, stdout, stderr) = node.sync(&[]);
+        assert_eq!((code, stdout.as_str()), (1, "default/web eth0: egress 10Mbit/s, burst 120kbit (was no limit)\n"));
+        assert!(stderr.contains("for the pods of node here: it answered 503 \"later\""), "{stderr}");
+        limited.assert_rates([50 * MBIT, 0]);
+        missing.assert_rates([RATE, 0]);
+        // A node by a name that the server does not know has no pods at all.
+        node.ask(&[]);
+        let (code, stdout, stderr) = node.sync(&[]);
+        assert!(
+            code == 1 && stdout.is_empty() && stderr.contains("name the node as it does with --node"),
+            "{stdout}{stderr}"
+        );
+        limited.assert_rates([50 * MBIT, 0]);
+        limited.call("DEL");
+        missing.call("DEL");
+    });
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn what_no_pod_has_any_more_is_cleared_and_what_is_broken_is_made_anew() {
+    on_a_node(|| {
+        let (node, gone, broken) = (Node::new(json!({})), Sandbox::new(), Sandbox::new());
+        let results = [&gone, &broken].map(|pod| {
+            pod.call("ADD");
+            node.keep(pod)
+        });
+        fs::remove_file(&results[0]).unwrap();
+        gone.cgroup.remove().unwrap();
+        fs::create_dir(broken.pod_directory().join("net1%new")).unwrap();
+        fs::remove_file(broken.pod_directory().join("%links/pace_tcp")).unwrap();
+        let said = node.syncs();
+        assert!(
+            said.contains("default/web eth0: attached anew\n")
+                && said.contains("default/web eth0: cleared, its cgroup is gone\n"),
+            "{said}"
+        );
+        assert!(!gone.pod_directory().exists());
+        broken.assert_limited(&broken.container_id, RATE);
+        assert_eq!(node.syncs(), "");
+        broken.call("DEL");
+    });
+}
+
+/// A pod that a DEL has come for is none, though its result is still there: the runtime removes it last.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn a_sandbox_without_a_namespace_is_none() {
+    on_a_node(|| {
+        let (node, pod) = (Node::new(json!({})), Sandbox::new());
+        node.keep_as(&pod.uid, &pod.container_id, "/run/netns/not-there", &pod.stdin["runtimeConfig"]);
+        assert_eq!(node.syncs(), "");
+        pod.assert_unlimited();
+    });
+}
+
+/// From `kubectl annotate` to the new rate on a live flow there is one run of sync.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn a_live_flow_follows_the_annotation() {
+    let bed = Bed::new();
+    let pod = bed.pod(Limiter::Podshaper, 20 * MBIT);
+    on_a_node_of(&pod, |node, uid| {
+        std::thread::scope(|scope| {
+            let sending =
+                scope.spawn(|| measure::bulk(&pod, &Bulk { flows: 4, seconds: 6.0, ..Bulk::default() }).unwrap());
+            std::thread::sleep(Duration::from_millis(3000));
+            node.ask(&[(uid, json!({ EGRESS: "50M" }))]);
+            let (code, stdout, stderr) = node.sync(&["--dry-run"]);
+            assert!(code == 0 && stdout.contains("egress 50Mbit/s, burst 250kbit (was 20Mbit/s"), "{stdout}{stderr}");
+            let (code, stdout, stderr) = node.sync(&[]);
+            assert_eq!(code, 0, "{stdout}{stderr}");
+            let timeline = sending.join().unwrap().timeline;
+            let (before, after) = (timeline.wire_rate(1.0, 2.8), timeline.wire_rate(4.0, 5.8));
+            eprintln!("before {:.2}, after {:.2} Mbit/s", before / 1e6, after / 1e6);
+            assert!(
+                (0.85..1.04).contains(&(before / 20e6)) && (0.85..1.04).contains(&(after / 50e6)),
+                "{before} {after}"
+            );
+        });
+        assert_eq!(meter::egress_limit(&pod, INTERFACE).unwrap().rate_bits_per_s, 50 * MBIT);
+    });
+}
+
+fn on_a_node_of(pod: &crate::harness::pod::Pod<'_>, work: impl FnOnce(&mut Node, &str)) {
+    let mut node = Node::new(json!({}));
+    let offers = Value::Object(pod.offers.clone());
+    node.keep_as(&pod.uid, &pod.container_id, &pod.netns.path().display().to_string(), &offers);
+    work(&mut node, &pod.uid);
+}
+
+/// What a run costs every ten seconds when there is nothing to change.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn a_node_of_250_pods_costs_less_than_50_ms() {
+    const PODS: usize = 250;
+    let _alone = measure::alone();
+    on_a_node(|| {
+        let netns = Arc::new(netns_with(&["eth0"]));
+        let mut node = Node::new(json!({}));
+        let pods: Vec<Sandbox> = (0..PODS).map(|_| Sandbox::with_netns(Arc::clone(&netns))).collect();
+        // What a pod has on it, beside what podshaper reads.
+        let applied = "x".repeat(1500);
+        let annotations = json!({ EGRESS: "10M", "kubectl.kubernetes.io/last-applied-configuration": applied });
+        for pod in &pods {
+            let mut offers = pod.stdin["runtimeConfig"].clone();
+            offers["io.kubernetes.cri.pod-annotations"] = annotations.clone();
+            node.keep_as(&pod.uid, &pod.container_id, &pod.netns.path().display().to_string(), &offers);
+        }
+        let asked: Vec<(&str, Value)> = pods.iter().map(|pod| (pod.uid.as_str(), annotations.clone())).collect();
+        node.ask(&asked);
+        assert_eq!(node.syncs().lines().count(), PODS);
+        let cpu_time = || {
+            let usage = getrusage(UsageWho::RUSAGE_CHILDREN).unwrap();
+            (usage.user_time() + usage.system_time()).num_microseconds() as f64 / 1e3
+        };
+        let mut times: Vec<f64> = (0..9)
+            .map(|_| {
+                let before = cpu_time();
+                assert_eq!(node.syncs(), "");
+                cpu_time() - before
+            })
+            .collect();
+        times.sort_by(f64::total_cmp);
+        let (best, median) = (times[0], times[times.len() / 2]);
+        let slack = if cfg!(debug_assertions) { 10.0 } else { 1.0 };
+        eprintln!(
+            "sync of {PODS} pods: {best:.1} ms of CPU at best, {median:.1} in the middle; {slack} times 50 are allowed"
+        );
+        assert!(best < 50.0 * slack, "{times:?}");
+        pods.iter().for_each(|pod| drop(pod.call("DEL")));
+    });
+}
+
+/// What systemd does with the path unit: it starts the service when something came or went in the directories, and does not see what does
+/// while the service runs.
+fn path_unit(node: &Node, until: &std::sync::atomic::AtomicBool) {
+    let watched = || ["net.d", "cni/results"].map(|name| fs::metadata(node.path(name)).unwrap().modified().ok());
+    let mut seen = [None, None];
+    while !until.load(std::sync::atomic::Ordering::Relaxed) {
+        if watched() == seen {
+            std::thread::sleep(Duration::from_millis(2));
+            continue;
+        }
+        node.keep_installed();
+        seen = watched();
+    }
+}
+
+impl Node {
+    /// What the service calls, by the program that is installed once there is one.
+    fn keep_installed(&self) {
+        let [conf, bin, cache] = ["net.d", "bin", "cni"].map(|name| self.path(name).display().to_string());
+        let installed = self.path("bin/podshaper");
+        let mut command = std::process::Command::new(
+            Some(installed).filter(|path| path.exists()).unwrap_or(env!("CARGO_BIN_EXE_podshaper").into()),
+        );
+        command.args([
+            "install",
+            "--and-sync",
+            "--no-units",
+            "--conf-dir",
+            &conf,
+            "--bin-dir",
+            &bin,
+            "--cache-dir",
+            &cache,
+        ]);
+        crate::harness::process::run(&mut command).unwrap();
+    }
+
+    /// The conflist as its network writes it.
+    fn rewrite(&self) {
+        let list = json!({ "cniVersion": "1.0.0", "name": NETWORK, "plugins": [{ "type": "bridge" }] });
+        let beside = self.path("net.d/.10-cbr0.tmp");
+        fs::write(&beside, list.to_string()).unwrap();
+        fs::rename(beside, self.path("net.d/10-cbr0.conflist")).unwrap();
+    }
+
+    /// A pod's start, as the runtime goes about it: by the conflist as it is at that moment.
+    fn start(&self, pod: &Sandbox) {
+        let list = fs::read_to_string(self.path("net.d/10-cbr0.conflist")).unwrap();
+        // What the other plugins of the chain take.
+        std::thread::sleep(Duration::from_millis(20));
+        if list.contains("podshaper") {
+            pod.call("ADD");
+        }
+        self.keep(pod);
+    }
+
+    /// Its end. A sync that has seen it before may attach it once more, and the next one finds no cgroup.
+    fn stop(&self, pod: &Sandbox) {
+        pod.call("DEL");
+        fs::remove_file(self.path(&format!("cni/results/{NETWORK}-{}-eth0", pod.container_id))).unwrap();
+        pod.cgroup.remove().unwrap();
+    }
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn no_pod_stays_unlimited_while_its_network_writes_its_conflist_anew() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    const PODS: usize = 24;
+    // What a start may take until the limit is there, with other programs on a small machine.
+    const BOUND: Duration = Duration::from_secs(1);
+    on_a_node(|| {
+        let node = Node::new(json!({}));
+        fs::create_dir(node.path("bin")).unwrap();
+        node.rewrite();
+        node.keep_installed();
+        let is_over = AtomicBool::new(false);
+        let pods: Vec<Sandbox> = (0..PODS).map(|_| Sandbox::new()).collect();
+        let mut late: Vec<Duration> = Vec::new();
+        // On this thread, whose mounts they share, and threads of it.
+        std::thread::scope(|scope| {
+            scope.spawn(|| path_unit(&node, &is_over));
+            scope.spawn(|| {
+                while !is_over.load(Ordering::Relaxed) {
+                    node.rewrite();
+                    std::thread::sleep(Duration::from_millis(130));
+                }
+            });
+            for pod in &pods {
+                node.start(pod);
+                let start = std::time::Instant::now();
+                let is_limited = || pod.pod_directory().join("eth0/OWNER").exists();
+                assert!(crate::sandbox::within(10 * BOUND, is_limited), "never limited");
+                late.push(start.elapsed());
+                if late.len().is_multiple_of(3) {
+                    node.stop(pod);
+                }
+            }
+            is_over.store(true, Ordering::Relaxed);
+        });
+        // The timer's.
+        node.keep_installed();
+        late.sort();
+        eprintln!(
+            "{PODS} pods: limited {:?} after their start at last, {:?} in the middle",
+            late[PODS - 1],
+            late[PODS / 2]
+        );
+        assert!(late[PODS - 1] < BOUND, "{late:?}");
+        for pod in pods.iter().filter(|pod| pod.cgroup.path().exists()) {
+            pod.assert_rates([RATE, 0]);
+            node.stop(pod);
+        }
+        node.keep_installed();
+        assert_eq!(says(&["list", "-o", "json", "--sample", "0"]).trim(), "[]");
+        assert!(fs::read_to_string(node.path("net.d/10-cbr0.conflist")).unwrap().contains("podshaper"));
+    });
+}
