@@ -38,6 +38,7 @@ fn an_add_pins_and_attaches_what_it_says_and_a_del_leaves_nothing() {
         "podName": "web",
         "uid": pod.uid,
         "cgroup": pod.cgroup.path(),
+        "asked": { "egress": { "rateBitsPerS": RATE, "burstNs": 12_000_000 } },
     });
     owner["netnsInode"] = std::fs::metadata(pod.netns.path()).unwrap().ino().into();
     if has_htb {
@@ -334,12 +335,10 @@ fn a_replaced_attachment_leaves_no_unshaped_moment() {
     let seconds = started.elapsed().as_secs();
     drop(flood);
     assert!(fewest >= PROGRAMS.len() && fewest != usize::MAX, "seen on the cgroup: {fewest} programs");
-    // A new attachment starts with a full burst, here of one packet, unless what the old one drops has used it up already; 10 ms
-    // of backlog are allowed, which one packet exceeds, and 2 s with fq, which is one more.
-    let packets_each = if pod.owner("eth0")["fq"] == true { 3 } else { 2 };
-    // The rate itself lets one pass every 1.4 s: a CPU in software takes minutes. And a few are the kernel's own, of IPv6.
-    let most = REPLACEMENTS * packets_each + seconds + 20;
-    assert!((1..=most).contains(&passed), "{passed} packets passed in {REPLACEMENTS} replacements, {seconds} s");
+    // The clock goes on, so a new attachment brings no burst of its own. The rate lets one packet pass every 1.4 s, and a CPU in software
+    // takes minutes. A few are the kernel's own, of IPv6.
+    let most = seconds + 20;
+    assert!(passed <= most, "{passed} packets passed in {REPLACEMENTS} replacements, {seconds} s");
 }
 
 #[test]
