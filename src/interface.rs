@@ -8,6 +8,7 @@
 //! A namespace is entered once for all of it. The steps in it are those of `qdisc` and `packets`; which attachments share an
 //! interface is known to `attachment`.
 
+pub mod host_end;
 mod mechanism;
 mod packets;
 mod record;
@@ -25,7 +26,7 @@ use crate::{
 pub use mechanism::IngressBy;
 pub use packets::bulk_segments;
 use record::Found;
-pub use record::{Need, Record};
+pub use record::{HeldAt, Need, Record};
 
 /// An interface in a network namespace that was entered.
 pub struct Interface {
@@ -110,6 +111,15 @@ impl Interface {
             netns_inode: Some(self.netns_inode),
             ..Record::default()
         }
+    }
+
+    /// The host's end of the interface, if it has one in the namespace of podshaper's first thread.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] with what the kernel says.
+    pub fn host_end(&mut self) -> Result<Option<u32>> {
+        let index = self.index;
+        self.inside.run(move || qdisc::veth_peer(index))
     }
 
     /// Puts fq on, which decides which programs are loaded. It is of use to both directions: it lets acknowledgements leave when
