@@ -4,7 +4,7 @@
 //! its own for it would cost an ADD a millisecond on a busy node, which has to run that thread several times.
 
 use std::fmt;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -99,6 +99,11 @@ impl Entered {
         }
     }
 
+    /// The caller's own namespace, by a descriptor that lives as long as this: by its process the kernel finds where the thread is now.
+    pub fn home(&self) -> RawFd {
+        self.home.as_raw_fd()
+    }
+
     fn go(&self) -> nix::Result<Away<'_>> {
         setns(&self.there, CloneFlags::CLONE_NEWNET).map(|()| Away { home: &self.home })
     }
@@ -144,7 +149,6 @@ pub fn link(ifname: &str, netns: &Path) -> Result<Link> {
 #[cfg(test)]
 mod tests {
     use std::fs::File;
-    use std::os::fd::AsRawFd;
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::thread;
 

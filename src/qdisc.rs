@@ -1,7 +1,7 @@
 //! The queueing disciplines a pod may need: `fq` on its own interface, in which packets wait for their departure time; on a kernel without
 //! fq, `htb` in its place, and `tbf` on the host's end of its veth. Whatever somebody else has put there stays.
 
-use std::{collections::HashSet, io};
+use std::{collections::HashSet, io, os::fd::RawFd};
 
 use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_REPLACE};
 use netlink_packet_route::{
@@ -222,12 +222,12 @@ fn put_pfifo(ifindex: u32, parent: TcHandle) -> io::Result<()> {
     netlink::change(RouteNetlinkMessage::NewQueueDiscipline(queue), NLM_F_CREATE | NLM_F_REPLACE)
 }
 
-/// The other end of a veth, by its index; `None` for an interface that is no veth, or whose other end is not in the namespace of
-/// podshaper's first thread: the index means another interface here, perhaps another pod's.
+/// The other end of a veth, by its index; `None` for an interface that is no veth, or whose other end is not in the namespace
+/// `home`, podshaper's own: the index means another interface here, perhaps another pod's.
 ///
 /// # Errors
 /// [`Code::Kernel`] with what the kernel says.
-pub fn veth_peer(ifindex: u32) -> Result<Option<u32>> {
+pub fn veth_peer(ifindex: u32, home: RawFd) -> Result<Option<u32>> {
     let failed = |cause: io::Error| Error::because(Code::Kernel, "find the host's end of the pod's interface", cause);
     let Some(link) = netlink::link(ifindex).map_err(failed)?.filter(is_veth) else { return Ok(None) };
     let peers = link.attributes.iter().find_map(|attribute| match attribute {
@@ -235,7 +235,7 @@ pub fn veth_peer(ifindex: u32) -> Result<Option<u32>> {
         _ => None,
     });
     // Asked after the link, since asking for a link is what gives its peer's namespace an id.
-    let hosts = namespace_id(std::process::id()).map_err(failed)?;
+    let hosts = namespace_id(home).map_err(failed)?;
     Ok(linked_to(&link).filter(|_| peers.is_some() && peers == hosts))
 }
 
@@ -254,10 +254,10 @@ pub fn peer_namespace(ifindex: u32) -> Result<Option<u32>> {
     }))
 }
 
-/// The id that the calling thread's namespace has for that of a process.
-fn namespace_id(process: u32) -> io::Result<Option<i32>> {
+/// The id that the calling thread's namespace has for another one.
+fn namespace_id(namespace: RawFd) -> io::Result<Option<i32>> {
     let mut message = NsidMessage::default();
-    message.attributes = vec![NsidAttribute::Pid(process)];
+    message.attributes = vec![NsidAttribute::Fd(namespace as u32)];
     let answer = netlink::get(RouteNetlinkMessage::GetNsId(message))?;
     Ok(answer.and_then(|answer| match answer {
         RouteNetlinkMessage::NewNsId(answer) => answer.attributes.into_iter().find_map(|attribute| match attribute {
