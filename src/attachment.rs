@@ -7,6 +7,7 @@
 
 mod attach;
 mod end;
+mod other_paths;
 mod upgrade;
 
 use std::{
@@ -34,6 +35,7 @@ use crate::{
 
 pub use attach::attach;
 pub use end::{Change, End, change, lift, remove, remove_locked, settle_all};
+pub use other_paths::check as check_other_paths;
 pub use upgrade::{Upgrade, upgrade};
 
 /// An attachment to be made.
@@ -48,6 +50,8 @@ pub struct Plan<'a> {
     pub limits: Limits,
     /// Which remote addresses that is for.
     pub subnets: &'a Subnets,
+    /// Whether what comes by other paths than the cgroup's sockets is held as well.
+    pub other_paths: bool,
     /// Whose it is. What is changed on the interface is added to it.
     pub owner: Owner,
 }

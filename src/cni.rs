@@ -150,6 +150,7 @@ pub fn limit(
         interfaces: Interfaces::One { netns: &netns, name: &endpoint.ifname },
         limits,
         subnets: &request.config.subnets,
+        other_paths: request.config.other_paths,
         owner,
     };
     let owner = attachment::attach(&plan)?;
@@ -204,6 +205,7 @@ fn check(request: &Request, endpoint: &Endpoint) -> Result<()> {
         return Err(Error::new(Code::Mismatch, text));
     }
     pinned.check(Path::new(&owner.cgroup), &Settings::of(&owner, limits))?;
+    attachment::check_other_paths(&owner.interface, &limits)?;
     interface::check(&owner.interface)
 }
 

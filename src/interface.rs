@@ -8,11 +8,15 @@
 //! A namespace is entered once for all of it. The steps in it are those of `qdisc` and `packets`; which attachments share an
 //! interface is known to `attachment`.
 
+pub mod host_end;
 mod mechanism;
 mod packets;
 mod record;
 
-use std::path::{Path, PathBuf};
+use std::{
+    os::fd::RawFd,
+    path::{Path, PathBuf},
+};
 
 use crate::{
     error::{self, Code, Error, Result},
@@ -25,7 +29,7 @@ use crate::{
 pub use mechanism::IngressBy;
 pub use packets::bulk_segments;
 use record::Found;
-pub use record::{Need, Record};
+pub use record::{HeldAt, Need, Record};
 
 /// An interface in a network namespace that was entered.
 pub struct Interface {
@@ -112,6 +116,15 @@ impl Interface {
         }
     }
 
+    /// The host's end of the interface, if it has one in podshaper's own namespace.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] with what the kernel says.
+    pub fn host_end(&mut self) -> Result<Option<u32>> {
+        let (index, home) = (self.index, self.inside.home());
+        self.inside.run(move || qdisc::veth_peer(index, home))
+    }
+
     /// Puts fq on, which decides which programs are loaded. It is of use to both directions: it lets acknowledgements leave when
     /// they should, and what the pod sends without having waited. htb, which [`Interface::change`] puts on, is for the latter, where
     /// there is no fq.
@@ -140,7 +153,9 @@ impl Interface {
     ) -> Result<()> {
         let (index, has_fq, limits) = (self.index, fq.is_ok(), *limits);
         let (mine, there, staying) = (record.clone(), there.to_vec(), others.to_vec());
-        let (found, inside) = self.inside.run(move || change_inside(index, mine, limits, has_fq, &there, staying));
+        let home = self.inside.home();
+        let (found, inside) =
+            self.inside.run(move || change_inside(index, home, mine, limits, has_fq, &there, staying));
         record.found = found;
         record.htb = matches!(inside.htb, Some(Ok(())));
         if let (Err(no_fq), Some(Err(no_htb))) = (fq, &inside.htb) {
@@ -182,7 +197,8 @@ impl Interface {
     /// Brings the interface, on which `own` tells what was changed, to what is needed, and to what it was before where nothing is.
     pub fn settle(&mut self, own: &Record, needs: &[Need]) -> Settled {
         let (index, record, all) = (self.index, own.clone(), needs.to_vec());
-        let Inside { packets, fq, htb, peer } = self.inside.run(move || settle_inside(index, &record, &all));
+        let home = self.inside.home();
+        let Inside { packets, fq, htb, peer } = self.inside.run(move || settle_inside(index, home, &record, &all));
         let tbf = match needs.iter().find(|need| need.record.has_tbf() && need.record.shares_interface(own)) {
             // Of another layout: it has what it needs.
             Some(Need { limits: None, .. }) => Ok(()),
@@ -243,10 +259,10 @@ pub fn check(record: &Record) -> Result<()> {
         return Err(another(netns));
     }
     let mut interface = Interface::find(opened, netns, &record.ifname)??;
-    let index = interface.index;
+    let (index, home) = (interface.index, interface.inside.home());
     let (has_queue, peer) = interface.inside.run(move || {
         let has_queue = queue.map_or(Ok(true), |kind| qdisc::has(index, kind))?;
-        Ok::<_, Error>((has_queue, if wants_tbf { qdisc::veth_peer(index)? } else { None }))
+        Ok::<_, Error>((has_queue, if wants_tbf { qdisc::veth_peer(index, home)? } else { None }))
     })?;
     let gone = |what: &str| {
         let text =
@@ -270,6 +286,7 @@ fn another(netns: &Path) -> Error {
 /// In the namespace: what [`Interface::change`] does there, and the settings as they were before.
 fn change_inside(
     index: u32,
+    home: RawFd,
     mut mine: Record,
     limits: Limits,
     has_fq: bool,
@@ -288,12 +305,12 @@ fn change_inside(
     let fq = if has_fq { keep_fq(index) } else { Ok(()) };
     let htb = limits.egress.filter(|_| !has_fq).map(|limit| put_htb(index, &mine, &limit, &others));
     let needs_peer = !has_fq && limits.ingress.is_some();
-    let peer = if needs_peer { qdisc::veth_peer(index) } else { Ok(None) };
+    let peer = if needs_peer { qdisc::veth_peer(index, home) } else { Ok(None) };
     (mine.found, Inside { packets, fq, htb, peer })
 }
 
 /// In the namespace: what [`Interface::settle`] does there.
-fn settle_inside(index: u32, own: &Record, needs: &[Need]) -> Inside {
+fn settle_inside(index: u32, home: RawFd, own: &Record, needs: &[Need]) -> Inside {
     let here = || needs.iter().filter(|need| need.record.shares_interface(own));
     let packets = packets::settle(index, own, needs);
     let (mut fq, mut htb) = (Ok(()), None);
@@ -306,7 +323,7 @@ fn settle_inside(index: u32, own: &Record, needs: &[Need]) -> Inside {
         fq = qdisc::take_off(index);
     }
     let needs_peer = own.has_tbf() || here().any(|need| need.record.has_tbf());
-    let peer = if needs_peer { qdisc::veth_peer(index) } else { Ok(None) };
+    let peer = if needs_peer { qdisc::veth_peer(index, home) } else { Ok(None) };
     Inside { packets, fq, htb, peer }
 }
 

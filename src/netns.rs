@@ -3,7 +3,6 @@
 //! A namespace belongs to a thread. The calling thread goes there and comes back, whether the work returns, fails or panics. A thread of
 //! its own for it would cost an ADD a millisecond on a busy node, which has to run that thread several times.
 
-use std::cell::Cell;
 use std::fmt;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
@@ -45,18 +44,6 @@ pub struct Entered {
 /// The calling thread in another namespace, until this is dropped.
 struct Away<'a> {
     home: &'a OwnedFd,
-    /// Where it was before, if it was away already.
-    before: Option<RawFd>,
-}
-
-thread_local! {
-    /// The namespace that the thread has left, while it is in a pod's.
-    static HOME: Cell<Option<RawFd>> = const { Cell::new(None) };
-}
-
-/// The namespace that the calling thread has left for the pod's, as a descriptor; `None` where it is at home.
-pub fn home() -> Option<RawFd> {
-    HOME.get()
 }
 
 impl Namespace {
@@ -112,9 +99,13 @@ impl Entered {
         }
     }
 
+    /// The caller's own namespace, by a descriptor that lives as long as this: by its process the kernel finds where the thread is now.
+    pub fn home(&self) -> RawFd {
+        self.home.as_raw_fd()
+    }
+
     fn go(&self) -> nix::Result<Away<'_>> {
-        setns(&self.there, CloneFlags::CLONE_NEWNET)?;
-        Ok(Away { home: &self.home, before: HOME.replace(Some(self.home.as_raw_fd())) })
+        setns(&self.there, CloneFlags::CLONE_NEWNET).map(|()| Away { home: &self.home })
     }
 }
 
@@ -123,7 +114,6 @@ impl Drop for Away<'_> {
     /// Where there is no way back: what is meant for the node must not be done to the pod. The next call clears what this one leaves.
     #[expect(clippy::panic, reason = "nobody may go on in the wrong namespace")]
     fn drop(&mut self) {
-        HOME.set(self.before);
         if let Err(errno) = setns(self.home, CloneFlags::CLONE_NEWNET) {
             panic!("leave the pod's netns: {errno}");
         }

@@ -55,6 +55,10 @@ pub const LIMITS: &str = "LIMITS";
 pub const METERS: &str = "METERS";
 /// The map that says which attachments a cgroup has.
 pub const SCOPES: &str = "SCOPES";
+/// The map of what came by other paths than the cgroups' sockets.
+pub const OTHERS: &str = "OTHERS";
+/// The map of the host's ends of the pods' interfaces.
+pub const HOST_ENDS: &str = "HOST_ENDS";
 /// The map of subnets.
 pub const SUBNETS: &str = "SUBNETS";
 /// The map of what the programs know of each socket.
@@ -455,7 +459,7 @@ pub fn shares(directory: &Path) -> bool {
 pub fn links(directory: &Path) -> Vec<String> {
     let names = fs::read_dir(links_of(directory)).into_iter().flatten().flatten();
     let names = names.filter_map(|pin| pin.file_name().into_string().ok());
-    let maps = [OWNER, LIMITS, METERS, SCOPES];
+    let maps = [OWNER, LIMITS, METERS, SCOPES, OTHERS, HOST_ENDS];
     let mut links: Vec<_> = names.filter(|name| !maps.contains(&name.as_str())).collect();
     links.sort();
     links

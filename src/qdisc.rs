@@ -1,7 +1,7 @@
 //! The queueing disciplines a pod may need: `fq` on its own interface, in which packets wait for their departure time; on a kernel without
 //! fq, `htb` in its place, and `tbf` on the host's end of its veth. Whatever somebody else has put there stays.
 
-use std::{io, os::fd::RawFd};
+use std::{collections::HashSet, io, os::fd::RawFd};
 
 use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_REPLACE};
 use netlink_packet_route::{
@@ -16,7 +16,6 @@ use podshaper_abi::{HTB_QUEUE, QDISC_MAJOR};
 use crate::{
     error::{Code, Error, Result},
     netlink,
-    netns::home,
     request::Limit,
     shaper,
     units::Rate,
@@ -52,6 +51,8 @@ const HTB_AT_ONCE_TIMES: u64 = 100;
 /// What waits has this part of the limit in any case. What leaves at once has the limit too, and may be ahead of htb's tokens for long; the
 /// programs' clock makes those senders give way.
 const HTB_QUEUE_PART: u64 = 4;
+/// The first class of a pod in the waiting room. Each has two, by direction.
+const FIRST_ROOM_CLASS: u16 = 0x100;
 /// The scheduler's unit of time, in nanoseconds (include/net/pkt_sched.h, `PSCHED_SHIFT`).
 const TICK_NS: u64 = 64;
 
@@ -143,20 +144,90 @@ pub fn put_htb(ifindex: u32, limit: &Limit) -> Result<()> {
     ] {
         put_htb_class(ifindex, parent, minor, htb_options(rate, ceil, burst, priority)).map_err(failed)?;
     }
-    let mut queue = TcMessage::with_index(ifindex as i32);
-    queue.header.parent = class(HTB_QUEUE);
-    // struct tc_fifo_qopt: limit. It is the one qdisc whose options are no attributes.
-    let options = DefaultNla::new(TCA_OPTIONS, QUEUE_PACKETS.to_ne_bytes().to_vec());
-    queue.attributes = vec![TcAttribute::Kind("pfifo".to_owned()), TcAttribute::Other(options)];
-    netlink::change(RouteNetlinkMessage::NewQueueDiscipline(queue), NLM_F_CREATE | NLM_F_REPLACE).map_err(failed)
+    put_pfifo(ifindex, class(HTB_QUEUE)).map_err(failed)
 }
 
-/// The other end of a veth, by its index; `None` for an interface that is no veth, or whose other end is not in the namespace that the
-/// calling thread has left for this one: the index means another interface there, perhaps another pod's.
+/// `tc qdisc add dev IFINDEX root handle 7064: htb`, on the waiting room, where there is none.
+///
+/// # Errors
+/// [`Code::Kernel`]: the kernel has no htb, or what it says.
+pub fn put_room_htb(ifindex: u32) -> Result<()> {
+    let failed = |cause: io::Error| Error::because(Code::Kernel, "put htb on the waiting room", cause);
+    match root_qdisc(ifindex).map_err(failed)? {
+        Some((kind, OURS)) if kind == "htb" => Ok(()),
+        _ => replace_root(ifindex, "htb", vec![option(TCA_HTB_INIT, &htb_init())]).map_err(failed),
+    }
+}
+
+/// A class in it that nobody has, of which the next one is free too.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says, or all are taken.
+pub fn free_room_class(ifindex: u32) -> Result<u16> {
+    let taken = room_classes(ifindex)?;
+    let mut classes = (FIRST_ROOM_CLASS..u16::MAX - 1).step_by(2);
+    classes.find(|class| !taken.contains(class) && !taken.contains(&(class + 1))).ok_or_else(|| {
+        Error::new(Code::Kernel, "find a place for the pod in the waiting room: all are taken (podshaper gc)")
+    })
+}
+
+/// The classes in it, by their minor numbers.
 ///
 /// # Errors
 /// [`Code::Kernel`] with what the kernel says.
-pub fn veth_peer(ifindex: u32) -> Result<Option<u32>> {
+pub fn room_classes(ifindex: u32) -> Result<HashSet<u16>> {
+    let all = netlink::dump(RouteNetlinkMessage::GetTrafficClass(TcMessage::with_index(ifindex as i32)));
+    let all = all.map_err(|cause| Error::because(Code::Kernel, "list the places in the waiting room", cause))?;
+    let classes = all.into_iter().filter_map(|answer| match answer {
+        RouteNetlinkMessage::NewTrafficClass(class) => Some(class.header.handle.minor),
+        _ => None,
+    });
+    Ok(classes.collect())
+}
+
+/// `tc class del dev IFINDEX classid 7064:MINOR`; that there is none is no error.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn take_room_class(ifindex: u32, minor: u16) -> Result<()> {
+    let mut message = TcMessage::with_index(ifindex as i32);
+    message.header.handle = class(minor);
+    match netlink::change(RouteNetlinkMessage::DelTrafficClass(message), 0) {
+        Err(cause) if !matches!(cause.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::EINVAL)) => {
+            Err(Error::because(Code::Kernel, "take a class out of the waiting room", cause))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A pod's class in it: `tc class replace dev IFINDEX parent 7064: classid 7064:MINOR htb rate LIMIT`, with a pfifo.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn put_room_class(ifindex: u32, minor: u16, limit: &Limit) -> Result<()> {
+    let failed = |cause: io::Error| Error::because(Code::Kernel, "put a class into the waiting room", cause);
+    let bytes_per_s = with_ethernet(limit.rate) / 8;
+    let options = htb_options(bytes_per_s, bytes_per_s, limit.burst.as_ns_at(limit.rate), 0);
+    put_htb_class(ifindex, OURS, minor, options).map_err(failed)?;
+    put_pfifo(ifindex, class(minor)).map_err(failed)
+}
+
+/// `tc qdisc replace dev IFINDEX parent PARENT pfifo limit 100000`
+fn put_pfifo(ifindex: u32, parent: TcHandle) -> io::Result<()> {
+    let mut queue = TcMessage::with_index(ifindex as i32);
+    queue.header.parent = parent;
+    // struct tc_fifo_qopt: limit. It is the one qdisc whose options are no attributes.
+    let options = DefaultNla::new(TCA_OPTIONS, QUEUE_PACKETS.to_ne_bytes().to_vec());
+    queue.attributes = vec![TcAttribute::Kind("pfifo".to_owned()), TcAttribute::Other(options)];
+    netlink::change(RouteNetlinkMessage::NewQueueDiscipline(queue), NLM_F_CREATE | NLM_F_REPLACE)
+}
+
+/// The other end of a veth, by its index; `None` for an interface that is no veth, or whose other end is not in the namespace
+/// `home`, podshaper's own: the index means another interface here, perhaps another pod's.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn veth_peer(ifindex: u32, home: RawFd) -> Result<Option<u32>> {
     let failed = |cause: io::Error| Error::because(Code::Kernel, "find the host's end of the pod's interface", cause);
     let Some(link) = netlink::link(ifindex).map_err(failed)?.filter(is_veth) else { return Ok(None) };
     let peers = link.attributes.iter().find_map(|attribute| match attribute {
@@ -164,11 +235,26 @@ pub fn veth_peer(ifindex: u32) -> Result<Option<u32>> {
         _ => None,
     });
     // Asked after the link, since asking for a link is what gives its peer's namespace an id.
-    let hosts = home().map_or(Ok(None), namespace_id).map_err(failed)?;
+    let hosts = namespace_id(home).map_err(failed)?;
     Ok(linked_to(&link).filter(|_| peers.is_some() && peers == hosts))
 }
 
-/// The id that the calling thread's namespace has for another one, of which this is a descriptor.
+/// The number that the calling thread's namespace has for that of the other end of a veth.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn peer_namespace(ifindex: u32) -> Result<Option<u32>> {
+    let failed = |cause: io::Error| Error::because(Code::Kernel, "find the pod's network namespace", cause);
+    let link = netlink::link(ifindex).map_err(failed)?;
+    Ok(link.and_then(|link| {
+        link.attributes.iter().find_map(|attribute| match attribute {
+            LinkAttribute::LinkNetNsId(id) => u32::try_from(*id).ok(),
+            _ => None,
+        })
+    }))
+}
+
+/// The id that the calling thread's namespace has for another one.
 fn namespace_id(namespace: RawFd) -> io::Result<Option<i32>> {
     let mut message = NsidMessage::default();
     message.attributes = vec![NsidAttribute::Fd(namespace as u32)];

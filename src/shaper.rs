@@ -30,13 +30,29 @@ pub use upgrade::NewPrograms;
 
 /// A program of the object, by the name that is also that of its link's pin, and where it is attached.
 type Hooked = (&'static str, CgroupHook);
-/// All of them, the largest first.
+/// Those of cgroups, the largest first.
 const PROGRAMS: [Hooked; 5] = [COUNT_EGRESS, COUNT_INGRESS, PACE_TCP, HOLD_ACKS, NOTE_SETSOCKOPT];
 const COUNT_EGRESS: Hooked = ("count_egress", CgroupHook::InetEgress);
 const COUNT_INGRESS: Hooked = ("count_ingress", CgroupHook::InetIngress);
 const PACE_TCP: Hooked = ("pace_tcp", CgroupHook::SockOps);
 const HOLD_ACKS: Hooked = ("hold_acks", CgroupHook::SockOps);
 const NOTE_SETSOCKOPT: Hooked = ("note_setsockopt", CgroupHook::Setsockopt);
+
+/// Those at the host's end of a pod's interface, and in the waiting room.
+const OTHER_PATHS: [&str; 4] = [INTO_POD, OUT_OF_POD, WAIT_HERE, GO_BACK];
+/// On what comes out of a pod.
+pub const OUT_OF_POD: &str = "out_of_pod";
+/// On what goes into a pod.
+pub const INTO_POD: &str = "into_pod";
+/// On what comes into the waiting room.
+pub const WAIT_HERE: &str = "wait_here";
+/// On what has waited.
+pub const GO_BACK: &str = "go_back";
+
+/// All programs by name, the largest first.
+fn program_names() -> impl Iterator<Item = &'static str> {
+    PROGRAMS.into_iter().map(|(name, _)| name).chain(OTHER_PATHS)
+}
 
 /// Backlog beyond which packets that are not TCP are dropped where there is no queue for them to wait in. Short, because all of it is
 /// latency that they add to everything else; longer than a tick of a 100 Hz kernel, so that a sender that is scheduled late loses nothing.
@@ -47,6 +63,10 @@ const DATAGRAM_MARK_NS: u64 = DATAGRAM_BOUND_NS / 2;
 const QUEUED_DATAGRAM_BOUND_NS: u64 = 500_000_000;
 /// .. which is so many full packets (net.core.wmem_default, 208 KiB, counts what they take in memory).
 const QUEUED_DATAGRAMS: u64 = 100;
+/// Backlog beyond which what comes by other paths is dropped. It is the queue of TCP in a tunnel, and others wait for it ..
+const OTHERS_BOUND_NS: u64 = 100_000_000;
+/// .. and has room for so many full packets.
+const OTHER_PACKETS: u64 = 30;
 /// Backlog beyond which TCP is marked where its acknowledgements are held: twice what its windows aim for.
 const HELD_MARK_NS: u64 = 10_000_000;
 /// Backlog beyond which TCP is dropped where nothing but drops holds it; a longer one lets it fall less far below the limit.
@@ -179,6 +199,7 @@ fn abi_limit(limit: &Limit, stream_mark_ns: u64, horizon_ns: u64) -> AbiLimit {
         datagram_mark_ns: DATAGRAM_MARK_NS,
         stream_mark_ns,
         horizon_ns,
+        others_bound_ns: full_packets_ns(OTHER_PACKETS, limit.rate).max(OTHERS_BOUND_NS),
         bulk_segments: bulk_segments(limit.rate),
         queue: QUEUE_NONE,
         link_bits_per_s: limit.rate.as_bits_per_s(),

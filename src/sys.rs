@@ -278,6 +278,17 @@ impl<K: Copy + Default, V: aya::Pod + Default> Map<K, V> {
         found(self.element(BPF_MAP_DELETE_ELEM, self.attr(key, 0, 0))).map(drop)
     }
 
+    /// Whether there is no element.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn is_empty(&self) -> io::Result<bool> {
+        let mut next = K::default();
+        let (map_fd, value) = (self.fd.as_raw_fd() as u32, (&raw mut next) as u64);
+        let attr = ElementAttr { map_fd, value, ..ElementAttr::default() };
+        found(self.element(BPF_MAP_GET_NEXT_KEY, attr)).map(|found| found.is_none())
+    }
+
     /// All keys.
     ///
     /// # Errors

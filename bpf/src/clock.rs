@@ -8,8 +8,8 @@ use core::ptr::NonNull;
 
 use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_spin_lock, bpf_spin_unlock};
 use podshaper_abi::{
-    Clock, DATAGRAM, DIRECTIONS, FRESH, FRESH_COST, Limit, Meter, Meters, SPARSE, SPARSE_COST, STREAM,
-    advance_privilege, backlog_bucket, fair_wait_ns, usual_bytes,
+    Clock, DATAGRAM, DIRECTIONS, FRESH, FRESH_COST, Limit, Meter, Meters, OTHER, OTHER_FRESH, SPARSE, SPARSE_COST,
+    STREAM, advance_privilege, backlog_bucket, fair_wait_ns, usual_bytes,
 };
 
 use crate::maps;
@@ -150,11 +150,12 @@ pub extern "C" fn admit(key: u64, bytes: u64, segments: u64, class: u64, is_mark
     let bound_ns = match class {
         STREAM => limit.horizon_ns,
         DATAGRAM => limit.datagram_bound_ns,
+        OTHER => limit.others_bound_ns,
         // They are few, or have waited: what comes without end is neither.
         _ => u64::MAX,
     };
     let sparse_cost = if class == SPARSE { SPARSE_COST } else { 0 };
-    let fresh_cost = if class == FRESH { FRESH_COST } else { 0 };
+    let fresh_cost = if class == FRESH || class == OTHER_FRESH { FRESH_COST } else { 0 };
     let now_ns = now_ns();
     let time = limit.transmit_time(bytes, segments);
     let meters = meters.as_ptr();
@@ -164,18 +165,20 @@ pub extern "C" fn admit(key: u64, bytes: u64, segments: u64, class: u64, is_mark
     // no call under the lock, so all of what follows is inlined.
     let Meter { clock, sparse_ns, fresh_ns, counters, .. } = unsafe { &mut (&mut (*meters).of)[direction] };
     let backlog_ns = Clock::backlog_ns(clock.next_ns, now_ns);
-    counters.max_backlog_ns = counters.max_backlog_ns.max(backlog_ns);
+    // What comes by other paths is counted apart.
+    let counted = u64::from(class != OTHER && class != OTHER_FRESH);
+    counters.max_backlog_ns = counters.max_backlog_ns.max(backlog_ns * counted);
     let admitted = backlog_ns <= bound_ns;
     if admitted {
         clock.advance(now_ns, &limit, time);
         *sparse_ns = advance_privilege(*sparse_ns, now_ns, limit.burst_ns, time.ns, sparse_cost);
         *fresh_ns = advance_privilege(*fresh_ns, now_ns, limit.burst_ns, time.ns, fresh_cost);
-        counters.bytes += bytes;
-        counters.packets += segments;
+        counters.bytes += bytes * counted;
+        counters.packets += segments * counted;
         counters.marks += is_marked * segments;
-        counters.backlog[backlog_bucket(backlog_ns)] += segments;
+        counters.backlog[backlog_bucket(backlog_ns)] += segments * counted;
     } else {
-        counters.drops += segments;
+        counters.drops += segments * counted;
     }
     // SAFETY: as above.
     unsafe { bpf_spin_unlock(meters.cast()) };

@@ -2,7 +2,7 @@
 //!
 //! It is in socket storage: it lives and dies with the socket. All of it is zero when new.
 
-use crate::{turn::Turn, window::Window};
+use crate::{other_paths::Covered, turn::Turn, window::Window};
 
 /// One socket's state.
 #[repr(C)]
@@ -27,6 +27,10 @@ pub struct Flow {
     /// When a link of the ingress limit would have delivered what the remote sent before anything could slow it: no answer to that leaves
     /// earlier. 0: there is nothing to wait for.
     pub answer_from_ns: u64,
+    /// What it has sent: charged, and passed the host's end.
+    pub out_covered: Covered,
+    /// The same of what it receives.
+    pub into_covered: Covered,
     /// The receive window.
     pub window: Window,
 }

@@ -1,16 +1,19 @@
 //! podshaper's eBPF programs: hook, what each is called for, and what its return value means. How they work is in the modules:
 //! [`turn`] (which packet leaves at once and which waits), [`clock`] (the pod clock), [`pace`] (TCP out), [`window`] (TCP in), [`flow`] (what
-//! is remembered of a socket), [`packet`] (bytes on the wire), [`subnets`] (what is exempt), [`maps`].
+//! is remembered of a socket), [`other_paths`] (what no socket of the pod sends or gets), [`packet`] (bytes on the wire), [`subnets`] (what is exempt), [`maps`].
 //!
 //! A node has the programs and maps once. A program learns from the storage of the cgroup for which it runs which attachments are on that,
 //! and finds their numbers in the maps. All programs run in the context of whoever sends, on any CPU, many at once; what they share is in
 //! `METERS`, under its lock.
 #![no_std]
 #![no_main]
+// For the one instruction that adds for all CPUs at once.
+#![feature(asm_experimental_arch)]
 
 mod clock;
 mod flow;
 mod maps;
+mod other_paths;
 mod pace;
 mod packet;
 mod subnets;
@@ -26,8 +29,8 @@ use aya_ebpf::{
         BPF_SOCK_OPS_RTT_CB, BPF_SOCK_OPS_RWND_INIT, BPF_TCP_LISTEN, bpf_sock,
     },
     helpers::{bpf_skb_ecn_set_ce, bpf_tcp_sock},
-    macros::{cgroup_skb, cgroup_sockopt, sock_ops},
-    programs::{SkBuffContext, SockOpsContext, SockoptContext},
+    macros::{cgroup_skb, cgroup_sockopt, classifier, sock_ops},
+    programs::{SkBuffContext, SockOpsContext, SockoptContext, TcContext},
 };
 use podshaper_abi::{
     DATAGRAM, EGRESS, FRESH, HTB_QUEUE, INGRESS, ORDERED, QDISC_MAJOR, QUEUE_FQ, QUEUE_HTB, STREAM, Scope,
@@ -76,7 +79,7 @@ pub fn count_egress(ctx: SkBuffContext) -> i32 {
     let wire = Wire::of(&ctx);
     let now_ns = clock::now_ns();
     let before_ns = link.backlog_ns(now_ns, 0, false);
-    let class = class_of(EGRESS, &link, &wire, socket, flow);
+    let class = class_of(EGRESS, &link, &wire, socket, flow.as_deref_mut());
     if matches!(class, STREAM | DATAGRAM | ORDERED) {
         match link.limit().queue {
             QUEUE_FQ => departs_ns = departs_ns.max(now_ns + before_ns),
@@ -85,20 +88,31 @@ pub fn count_egress(ctx: SkBuffContext) -> i32 {
         }
     }
     depart(&ctx, departs_ns);
-    if admit(&ctx, &link, &wire, class, before_ns) { PASS } else { DROP }
+    if !admit(&ctx, &link, &wire, class, before_ns) {
+        return DROP;
+    }
+    if let Some(flow) = flow {
+        flow.out_covered.charge(&wire, scope.slot, &link, now_ns);
+    }
+    PASS
 }
 
 /// Called for every packet that reaches a socket of the pod, as a whole (GRO). Counts it on the clock.
 #[cgroup_skb(ingress)]
 pub fn count_ingress(ctx: SkBuffContext) -> i32 {
-    let Some(link) = scope_of(&ctx, Remote::SOURCE).and_then(|scope| Link::of(scope.slot, INGRESS)) else {
-        return PASS;
-    };
+    let Some(scope) = scope_of(&ctx, Remote::SOURCE) else { return PASS };
+    let Some(link) = Link::of(scope.slot, INGRESS) else { return PASS };
     let socket = packet::full_socket(&ctx);
-    // A listening socket is no flow: each packet to it is of a new one. SAFETY: as in `count_egress`.
-    let flow = socket.filter(|socket| !listens(*socket)).and_then(|socket| unsafe { maps::flow_or_new(socket) });
+    // SAFETY: as in `count_egress`.
+    let mut flow = socket.and_then(|socket| unsafe { maps::flow_or_new(socket) });
     let wire = Wire::of(&ctx);
-    let before_ns = link.backlog_ns(clock::now_ns(), 0, false);
+    let now_ns = clock::now_ns();
+    if let Some(flow) = flow.as_deref_mut() {
+        flow.into_covered.charge(&wire, scope.slot, &link, now_ns);
+    }
+    // A listening socket is no flow: each packet to it is of a new one.
+    let flow = if socket.is_some_and(listens) { None } else { flow };
+    let before_ns = link.backlog_ns(now_ns, 0, false);
     let class = class_of(INGRESS, &link, &wire, socket, flow);
     if admit(&ctx, &link, &wire, class, before_ns) { PASS } else { DROP_INGRESS }
 }
@@ -145,12 +159,38 @@ pub fn note_setsockopt(ctx: SockoptContext) -> i32 {
     CONTINUE
 }
 
+/// tc, ingress of the host's end of the pod's veth: called for every packet that comes out of the pod. What a hook of the cgroup has charged
+/// goes on; anything else is charged, and waits its turn.
+#[classifier]
+pub fn out_of_pod(ctx: TcContext) -> i32 {
+    other_paths::out_of_pod(&ctx)
+}
+
+/// tc, egress of the host's end: called for every packet that goes into the pod. What a hook of the cgroup will charge goes on; anything else
+/// is charged, and waits its turn.
+#[classifier]
+pub fn into_pod(ctx: TcContext) -> i32 {
+    other_paths::into_pod(&ctx)
+}
+
+/// tc, egress of the waiting room: gives a packet its departure time.
+#[classifier]
+pub fn wait_here(ctx: TcContext) -> i32 {
+    other_paths::wait_here(&ctx)
+}
+
+/// tc, ingress of the waiting room's other end: the packet has waited, and goes on from where it came.
+#[classifier]
+pub fn go_back(ctx: TcContext) -> i32 {
+    other_paths::go_back(&ctx)
+}
+
 /// The attachment that the packet is for: the packet goes by its interface, and the remote address is not exempt.
 #[inline(always)]
 fn scope_of(ctx: &SkBuffContext, remote: Remote) -> Option<Scope> {
     // SAFETY: cgroup_skb programs may read ifindex; at egress it is that of the interface the route chose.
     let scope = maps::scope(unsafe { (*ctx.skb.skb).ifindex })?;
-    (!subnets::are_exempt(ctx, &scope, remote)).then_some(scope)
+    (!subnets::are_exempt(ctx, scope.list, remote)).then_some(scope)
 }
 
 /// The socket now sends what is no attachment's: it is not paced any more.

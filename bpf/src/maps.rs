@@ -16,7 +16,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use podshaper_abi::{
-    LOOPBACK_IFINDEX, Limits, ListedAddress, MAX_ATTACHMENTS, MAX_LISTED_SUBNETS, Meters, SUBNET_EXEMPT, Scope, Scopes,
+    HostEnd, LOOPBACK_IFINDEX, Limits, ListedAddress, MAX_ATTACHMENTS, MAX_LISTED_SUBNETS, Meters, OtherPaths, Others,
+    SUBNET_EXEMPT, Scope, Scopes,
 };
 
 use crate::flow::Flow;
@@ -29,6 +30,12 @@ type BySlot<V> = HashMap<u32, V, MAX_ATTACHMENTS, { BPF_F_NO_PREALLOC as usize }
 static LIMITS: BySlot<Limits> = BySlot::new();
 #[btf_map]
 static METERS: BySlot<Meters> = BySlot::new();
+/// What came by other paths than the cgroup's sockets.
+#[btf_map]
+static OTHERS: BySlot<OtherPaths> = BySlot::new();
+/// The host's ends of the pods' interfaces, by number.
+#[btf_map]
+static HOST_ENDS: BySlot<HostEnd> = BySlot::new();
 /// The attachments of each cgroup, in the cgroup's own storage.
 #[btf_map]
 static SCOPES: CgroupStorage = CgroupStorage::new();
@@ -111,6 +118,22 @@ pub fn limits<'a>(slot: u32) -> Option<&'a Limits> {
 #[inline(always)]
 pub fn meters(slot: u32) -> Option<NonNull<Meters>> {
     METERS.get_ptr_mut(slot).and_then(NonNull::new)
+}
+
+/// What is known of the host's end of a pod's interface.
+#[inline(always)]
+pub fn host_end<'a>(ifindex: u32) -> Option<&'a HostEnd> {
+    // SAFETY: as in `limits`.
+    unsafe { HOST_ENDS.get(ifindex) }
+}
+
+/// What came to an attachment by other paths, in one direction. Many CPUs add to it.
+#[inline(always)]
+pub fn others<'a>(slot: u32, direction: u32) -> Option<&'a mut Others> {
+    let paths = OTHERS.get_ptr_mut(slot)?;
+    // SAFETY: the verifier checked the pointer to the map's value, and the direction is one of two. What is not added at once (see
+    // `other_paths::add`) is stored whole.
+    unsafe { (&raw mut (*paths).of).cast::<Others>().add(direction as usize).as_mut() }
 }
 
 /// Whether the longest subnet around an address, of its list, is exempt.

@@ -20,6 +20,7 @@ const TCP_DATA_OFFSET_OFFSET: u64 = 12;
 pub const OPENS_OR_CLOSES: u8 = 0b111;
 /// IANA protocol numbers.
 pub const IPPROTO_TCP: u8 = 6;
+pub const IPPROTO_UDP: u8 = 17;
 const IPPROTO_HOPOPTS: u8 = 0;
 const IPPROTO_ROUTING: u8 = 43;
 const IPPROTO_DSTOPTS: u8 = 60;
@@ -36,32 +37,42 @@ impl Wire {
     /// Weighs a packet whose data start at the IP header, as they do in cgroup_skb (kernel/bpf/cgroup.c pushes it back there).
     #[inline(always)]
     pub fn of(ctx: &SkBuffContext) -> Self {
-        let bytes = u64::from(ctx.len());
+        Self::after(ctx, 0)
+    }
+
+    /// Weighs a packet whose data start with a link header of so many bytes, as they do at tc.
+    #[inline(always)]
+    pub fn after(ctx: &SkBuffContext, link_bytes: u64) -> Self {
+        let bytes = u64::from(ctx.len()) - link_bytes;
         // SAFETY: cgroup_skb programs may read gso_segs (net/core/filter.c, cg_skb_is_valid_access), since Linux 5.1.
         let segments = u64::from(unsafe { (*ctx.skb.skb).gso_segs });
         if segments <= 1 {
             return Self { bytes, segments: 1 };
         }
-        let start: [u64; 2] = load(ctx, 0);
-        let extension: u16 = load(ctx, IPV6_HEADER_BYTES);
+        let start: [u64; 2] = load(ctx, link_bytes);
+        let extension: u16 = load(ctx, link_bytes + IPV6_HEADER_BYTES);
         let headers = network_headers(start[0], start[1], extension.into());
-        let data_offset: u8 = load(ctx, Headers(headers).network_bytes() + TCP_DATA_OFFSET_OFFSET);
-        Self { bytes: bytes_with_headers(bytes, segments, headers, data_offset.into()), segments }
+        let data_offset: u8 = load(ctx, link_bytes + Headers(headers).network_bytes() + TCP_DATA_OFFSET_OFFSET);
+        // SAFETY: as for gso_segs; since Linux 5.7.
+        let payload = segments * u64::from(unsafe { (*ctx.skb.skb).gso_size });
+        Self { bytes: bytes_with_headers(bytes, segments, headers, data_offset.into(), payload), segments }
     }
 }
 
-/// Bytes of all segments of a packet with one header.
+/// Bytes of all segments of a packet with one header. `payload`: that of all segments, if the last one is as long as the others.
 ///
 /// Like the next function it is a global one, and so the verifier checks it by itself, once, and not together with each branch of
 /// what follows: that was half of the time an ADD took. They get numbers and not the packet, since a kernel without BTF of its own
 /// would not know the packet's type.
 #[inline(never)]
 #[unsafe(no_mangle)]
-pub extern "C" fn bytes_with_headers(bytes: u64, segments: u64, headers: u64, data_offset: u64) -> u64 {
+pub extern "C" fn bytes_with_headers(bytes: u64, segments: u64, headers: u64, data_offset: u64, payload: u64) -> u64 {
     let headers = Headers(headers);
     // Linux cuts TCP and UDP for its own sockets; SCTP makes its chunks itself.
     let transport_bytes = if headers.are_tcp() { (data_offset >> 4) * 4 } else { UDP_HEADER_BYTES };
-    let repeated_bytes = headers.network_bytes() - headers.jumbo_bytes() + transport_bytes;
+    let known_bytes = headers.network_bytes() - headers.jumbo_bytes() + transport_bytes;
+    // In a tunnel there are headers within, which each segment carries as well: they are what is no payload.
+    let repeated_bytes = known_bytes.max(bytes.max(payload) - payload);
     bytes - headers.jumbo_bytes() + (segments - 1) * repeated_bytes
 }
 
@@ -105,6 +116,24 @@ impl Headers {
     fn are_tcp(self) -> bool {
         self.0 >> 32 == u64::from(IPPROTO_TCP)
     }
+}
+
+/// The transport protocol of a packet behind a link header of so many bytes, the bytes of its network headers, and whether it is IPv4. `None`
+/// for a fragment, and what is not IP.
+#[inline(always)]
+pub fn transport(ctx: &SkBuffContext, link_bytes: u64) -> Option<(u8, u64, bool)> {
+    /// Where the packet lies in a larger one, and whether there is more of that.
+    const FRAGMENT: u16 = u16::from_ne_bytes([0x3f, 0xff]);
+    let start: [u64; 2] = load(ctx, link_bytes);
+    let extension: u16 = load(ctx, link_bytes + IPV6_HEADER_BYTES);
+    let headers = Headers(network_headers(start[0], start[1], extension.into()));
+    let version = start[0].to_ne_bytes()[0] >> 4;
+    let fragment: u16 = load(ctx, link_bytes + 6);
+    let is_ipv4 = version == 4;
+    if version != 6 && !is_ipv4 || is_ipv4 && fragment & FRAGMENT != 0 {
+        return None;
+    }
+    Some(((headers.0 >> 32) as u8, headers.network_bytes(), is_ipv4))
 }
 
 /// Whether a TCP packet is an acknowledgement and nothing else: no payload, and no SYN, FIN or RST.

@@ -1,44 +1,51 @@
 //! Which traffic the configuration exempts by its remote address: `exemptSubnets` and `shapedSubnets`, longest prefix first.
 
 use aya_ebpf::programs::SkBuffContext;
-use podshaper_abi::{ListedAddress, Scope, SubnetAddress};
+use podshaper_abi::{ListedAddress, SubnetAddress};
 
 use crate::{maps, packet};
 
 /// Where in a packet the remote address is: IPv4, IPv6.
 #[derive(Clone, Copy)]
 pub struct Remote {
+    start: u64,
     ipv4_offset: u64,
     ipv6_offset: u64,
 }
 
 impl Remote {
     /// Of a packet that is sent.
-    pub const DESTINATION: Self = Self { ipv4_offset: 16, ipv6_offset: 24 };
+    pub const DESTINATION: Self = Self { start: 0, ipv4_offset: 16, ipv6_offset: 24 };
     /// Of a packet that is received.
-    pub const SOURCE: Self = Self { ipv4_offset: 12, ipv6_offset: 8 };
+    pub const SOURCE: Self = Self { start: 0, ipv4_offset: 12, ipv6_offset: 8 };
+
+    /// The same behind a link header of so many bytes, as a packet has at tc.
+    #[inline(always)]
+    pub const fn after(self, link_bytes: u64) -> Self {
+        Self { start: link_bytes, ..self }
+    }
 }
 
 /// Whether the packet is neither limited nor counted because of its remote address.
 #[inline(always)]
-pub fn are_exempt(ctx: &SkBuffContext, scope: &Scope, remote: Remote) -> bool {
+pub fn are_exempt(ctx: &SkBuffContext, list: u64, remote: Remote) -> bool {
     // Most pods have no list, and pay nothing for it.
-    if scope.list == 0 {
+    if list == 0 {
         return false;
     }
-    let first: u8 = packet::load(ctx, 0);
+    let first: u8 = packet::load(ctx, remote.start);
     is_exempt(
-        scope,
+        list,
         if first >> 4 == 4 {
-            podshaper_abi::ipv4_mapped(packet::load(ctx, remote.ipv4_offset))
+            podshaper_abi::ipv4_mapped(packet::load(ctx, remote.start + remote.ipv4_offset))
         } else {
-            packet::load(ctx, remote.ipv6_offset)
+            packet::load(ctx, remote.start + remote.ipv6_offset)
         },
     )
 }
 
 /// Whether what goes to a remote address and comes from it is neither limited nor counted.
 #[inline(always)]
-pub fn is_exempt(scope: &Scope, address: SubnetAddress) -> bool {
-    scope.list != 0 && maps::is_exempt(ListedAddress { list: scope.list.to_ne_bytes(), address })
+pub fn is_exempt(list: u64, address: SubnetAddress) -> bool {
+    list != 0 && maps::is_exempt(ListedAddress { list: list.to_ne_bytes(), address })
 }

@@ -62,7 +62,7 @@ pub fn may_be_ours(ctx: &SockOpsContext, scope: &Scope) -> bool {
     } else {
         (podshaper_abi::ipv4_mapped(local4.to_ne_bytes()), podshaper_abi::ipv4_mapped(remote4.to_ne_bytes()))
     };
-    local != remote && !subnets::is_exempt(scope, remote)
+    local != remote && !subnets::is_exempt(scope.list, remote)
 }
 
 /// An address of the context.

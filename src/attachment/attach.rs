@@ -5,10 +5,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Directory, Interfaces, Plan, Present, others, remove_cgroup_if_made, scopes, sharing};
+use super::{
+    Directory, Interfaces, Plan, Present,
+    other_paths::{self, Held, Wanted},
+    others, remove_cgroup_if_made, scopes, sharing,
+};
 use crate::{
     error::{Code, Error, Result},
-    interface::{self, IngressBy, Interface, Need, Record},
+    interface::{self, HeldAt, IngressBy, Interface, Need, Record},
     pins::{self, BPFFS, LockedPins, Pins},
     pod::Owner,
     shaper::{self, Attached, Queue, Set, Settings},
@@ -33,6 +37,8 @@ struct Attaching<'a> {
     plan: &'a Plan<'a>,
     pins: Pins,
     interface: Option<Interface>,
+    /// The interface's number in its namespace. 0: every interface but loopback.
+    index: u32,
     /// Whether fq could be put on the interface, and why not.
     fq: Option<Result<()>>,
     /// What it has changed so far.
@@ -69,14 +75,18 @@ struct UnderLock {
 impl<'a> Attaching<'a> {
     fn prepare(plan: &'a Plan<'a>) -> Result<Self> {
         let pins = Pins::ensure(Path::new(BPFFS))?;
-        let mut interface = match plan.interfaces {
-            Interfaces::One { netns, name } => Some(Interface::enter(netns, name)?),
-            Interfaces::OfNode { .. } => None,
+        let (mut interface, index) = match plan.interfaces {
+            Interfaces::One { netns, name } => {
+                let interface = Interface::enter(netns, name)?;
+                let index = interface.index;
+                (Some(interface), index)
+            }
+            Interfaces::OfNode { index } => (None, index),
         };
         let mut record = interface.as_ref().map_or_else(|| plan.owner.interface.clone(), Interface::record);
         let fq = interface.as_mut().map(Interface::prepare);
         record.fq = matches!(fq, Some(Ok(())));
-        Ok(Self { plan, pins, interface, fq, record, under_lock: None, is_committed: false })
+        Ok(Self { plan, pins, interface, index, fq, record, under_lock: None, is_committed: false })
     }
 
     /// What is known before [`Attaching::change`] decides which programs are loaded; tbf and drops take the same, and so do htb and no
@@ -86,14 +96,6 @@ impl<'a> Attaching<'a> {
         let limits = self.plan.limits;
         let ingress_by = self.record.ingress_by.or(limits.ingress.map(|_| by_fq));
         Settings { limits, queue: Queue::of(&self.record), ingress_by }
-    }
-
-    fn index(&self) -> u32 {
-        match (&self.interface, self.plan.interfaces) {
-            (Some(interface), _) => interface.index,
-            (None, Interfaces::OfNode { index }) => index,
-            (None, Interfaces::One { .. }) => 0,
-        }
     }
 
     fn lock(&mut self) -> Result<()> {
@@ -136,13 +138,16 @@ impl<'a> Attaching<'a> {
 
     /// Attaches and pins; from then on it is there.
     fn commit(mut self, own: Option<Set>) -> Result<Owner> {
-        let owner = self.attach(own)?;
+        let mut interface = self.interface.take();
+        let owner = self.attach(own, interface.as_mut());
+        self.interface = interface;
+        let owner = owner?;
         self.is_committed = true;
-        self.leave_before();
+        self.leave_before(owner.interface.held_at);
         Ok(owner)
     }
 
-    fn attach(&self, own: Option<Set>) -> Result<Owner> {
+    fn attach(&self, own: Option<Set>, interface: Option<&mut Interface>) -> Result<Owner> {
         let UnderLock { pins, before, .. } = self.under_lock.as_ref().ok_or_else(not_locked)?;
         let (place, settings) = (&self.plan.place, self.settings());
         let cgroup = self.plan.cgroup.open()?;
@@ -157,19 +162,34 @@ impl<'a> Attaching<'a> {
         };
         let Sharing { others, before: slot_before } = sharing.unwrap_or_default();
         let mut attached = Attached::write(&set, &settings, slot_before)?;
-        let owner = Owner {
+        let mut owner = Owner {
             interface: self.record.clone(),
-            ifindex: self.index(),
+            ifindex: self.index,
             slot: attached.slot(),
             list: set.list(self.plan.subnets)?,
             ..self.plan.owner.clone()
         };
+        let node = if is_shared { None } else { Set::pinned(&pins.node()).ok() };
+        let wanted = Wanted {
+            set: &set,
+            node: node.as_ref(),
+            slot: owner.slot,
+            list: owner.list,
+            limits: &settings.limits,
+            ingress_by: settings.ingress_by,
+            taken: self.taken_host_end(),
+        };
+        let held = self.hold_other_paths(&wanted, interface);
+        owner.interface.held_at = held.as_ref().map(Held::at);
         shaper::pin_owner(&owner, staged.directory())?;
         let mut scopes = scopes(&others);
         scopes.push(owner.scope());
         attached.attach(&settings, cgroup.as_fd(), &scopes, &links)?;
         staged.commit()?;
         attached.keep();
+        if let Some(held) = held {
+            held.keep();
+        }
         if let Some(slot) = slot_before {
             interface::warn("the numbers of the limit that was replaced are left", set.forget(slot));
         }
@@ -179,6 +199,23 @@ impl<'a> Attaching<'a> {
             interface::warn("programs of the limit that was replaced are still on the pod's cgroup", left);
         }
         Ok(owner)
+    }
+
+    /// Where that cannot be done, the limit holds for the pod's own sockets: not worth a pod. The record says so.
+    fn hold_other_paths<'w>(&self, wanted: &'w Wanted<'w>, interface: Option<&mut Interface>) -> Option<Held<'w>> {
+        let interface = interface.filter(|_| self.plan.other_paths)?;
+        let held = Held::begin(wanted, interface);
+        held.unwrap_or_else(|error| {
+            log::warn!("what passes by other paths than the pod's sockets is not held: {error}");
+            None
+        })
+    }
+
+    /// The host's end of the interface, where it holds the other paths of another attachment.
+    fn taken_host_end(&self) -> Option<u32> {
+        let others = self.under_lock.iter().flat_map(|under_lock| &under_lock.others);
+        let held = others.filter(|other| other.record.shares_interface(&self.record));
+        held.filter_map(|other| other.record.held_at).map(|at| at.ifindex).next()
     }
 
     /// The node's programs, if the attachment can share them; else its own.
@@ -197,7 +234,7 @@ impl<'a> Attaching<'a> {
         let before = before.filter(|before| pins::shares(&before.directory)).map(|before| before.owner.slot);
         let sharing = Sharing { others: sharing(pins, place), before };
         let links = pins.links(&place.pod);
-        if shaper::can_share(&set, cgroup, self.index(), &scopes(&sharing.others), before, &links)? {
+        if shaper::can_share(&set, cgroup, self.index, &scopes(&sharing.others), before, &links)? {
             Ok(Programs { set, sharing: Some(sharing) })
         } else {
             Ok(Programs { set: Set::own()?, sharing: None })
@@ -205,9 +242,10 @@ impl<'a> Attaching<'a> {
     }
 
     /// Puts back what the attachment that was replaced had changed and this one does not use.
-    fn leave_before(&mut self) {
+    fn leave_before(&mut self, held_at: Option<HeldAt>) {
         let Some(UnderLock { pins, before: Some(before), others: staying }) = &self.under_lock else { return };
         let (place, replaced) = (&self.plan.place, &before.owner.interface);
+        other_paths::leave(pins, replaced, before.owner.slot, held_at);
         if !replaced.shares_namespace(&self.record) {
             super::end::leave(pins, place, replaced);
             return;

@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use super::{Present, lock, others, scopes, sharing, unlimited};
+use super::{Present, lock, other_paths, others, scopes, sharing, unlimited};
 use crate::{
     direction::Direction,
     error::{self, Code, Error, Result},
-    interface::{self, Interface, Record},
+    interface::{self, Interface, Record, host_end},
     pins::{self, LockedPins, Pins, Place},
     pod::Owner,
     request::Limits,
@@ -54,6 +54,7 @@ pub fn remove_locked(
     match owner {
         Some(mut owner) => {
             owner.interface.complete();
+            other_paths::leave(pins, &owner.interface, owner.slot, None);
             leave(pins, place, &owner.interface);
         }
         None => log::warn!(
@@ -71,8 +72,9 @@ pub fn remove_locked(
 /// [`Code::Kernel`] with what the kernel says, of each that could not be cleared.
 pub fn settle_all(pins: &LockedPins) -> Result<()> {
     let settled = pins.settle_all();
-    let all = pins.list().into_iter().map(|(_, directory)| directory);
-    error::all([settled, shaper::forget_others(pins, all)])
+    let all: Vec<_> = pins.list().into_iter().map(|(_, directory)| directory).collect();
+    let owners: Vec<_> = all.iter().filter_map(|directory| Pinned::at(directory).owner().ok()).collect();
+    error::all([settled, other_paths::settle(pins, &owners), shaper::forget_others(pins, all.into_iter())])
 }
 
 /// Takes an attachment off the node's programs: its limits are gone, and so are the links that no other attachment of the pod needs. Where
@@ -145,6 +147,9 @@ fn settle(pins: &Pins, present: &Present, interface: &mut Option<Interface>, to:
     // Of those that have a tbf or an htb, which earlier versions allowed, this one is changed.
     needs.insert(0, own);
     let settled = interface.settle(record, &needs);
+    if let Some(held_at) = record.held_at {
+        host_end::change_place(held_at.class, &present.limits_with(to))?;
+    }
     interface::warn("TCP may send larger packets than this limit is good for", settled.packets);
     if is_held_by_qdisc(record, to) {
         return settled.qdiscs;

@@ -1,6 +1,6 @@
 //! Gives running pods this podshaper's programs: their links go on with new programs, and limits, clocks and connections with what they have.
 
-use super::lock;
+use super::{Present, lock, other_paths};
 use crate::{
     error::{self, Result},
     pins,
@@ -30,6 +30,11 @@ pub fn upgrade() -> Result<Upgrade> {
     error::all(pins.all_links().iter().map(|link| {
         links += usize::from(programs.run_on(link)?);
         Ok(())
+    }))?;
+    let present = pins.list().into_iter().filter(|(_, directory)| pins::shares(directory));
+    error::all(present.filter_map(|(place, directory)| Present::read(place, directory).ok()).map(|present| {
+        let Present { owner, limits, .. } = &present;
+        other_paths::renew(&owner.interface, &limits.unwrap_or_default(), |name| programs.program(name))
     }))?;
     // Last: until then the next call does it all again.
     programs.commit()?;

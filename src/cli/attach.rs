@@ -182,7 +182,10 @@ impl Target {
             ..Owner::default()
         };
         let (place, cgroup) = (self.place.clone(), Directory::Other(&self.directory));
-        let plan = Plan { place, cgroup, interfaces, limits: *limits, subnets: &Subnets::default(), owner };
+        // The interfaces are the node's: no pod is behind them.
+        let other_paths = false;
+        let plan =
+            Plan { place, cgroup, interfaces, limits: *limits, subnets: &Subnets::default(), other_paths, owner };
         attachment::attach(&plan).map(drop)
     }
 

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use podshaper_abi::{Counters, Limit as AbiLimit};
+use podshaper_abi::{Counters, Limit as AbiLimit, Others};
 use serde::{Serialize, Serializer, ser::SerializeMap};
 
 use super::chart;
@@ -59,10 +59,24 @@ pub struct Measured {
     pub burst: Burst,
     /// The mechanism in force.
     pub by: String,
-    /// What passed since ADD.
+    /// What the cgroup's sockets have had since ADD.
     pub counters: Counters,
+    /// What came by other paths than the cgroup's sockets.
+    pub others: OtherPaths,
     /// What passed between the last two readings.
     pub passing: Option<Passing>,
+}
+
+/// What becomes of what comes by other paths than the cgroup's sockets.
+pub enum OtherPaths {
+    /// It is held to the limit, and counted.
+    Held(Others),
+    /// It is held to the limit by tbf, which does not tell it from the rest.
+    ByTbf,
+    /// It is not held, though it comes by the same interface.
+    Free,
+    /// The limit is for sockets, on whichever interface.
+    OfNone,
 }
 
 /// What passed in a time.
@@ -248,13 +262,18 @@ impl Attachment {
         let elapsed = self.read_at.duration_since(earlier.read_at);
         for (now, before) in [(&mut self.egress, &earlier.egress), (&mut self.ingress, &earlier.ingress)] {
             if let (Some(now), Some(before)) = (now, before) {
-                now.passing = passing(&before.counters, &now.counters, elapsed);
+                now.passing = passing(before, now, elapsed);
             }
         }
     }
 }
 
 impl Measured {
+    /// All that passed since ADD.
+    fn bytes(&self) -> u64 {
+        self.counters.bytes + self.others.counted().map_or(0, |others| others.bytes)
+    }
+
     /// The limit, as it would have been asked for.
     pub fn limit(&self) -> Limit {
         Limit { burst: self.burst, ..Limit::of(self.rate, Source::Operator) }
@@ -337,11 +356,21 @@ fn read_directions(pinned: &Pinned<'_>, owner: &Owner, set: &Set) -> Result<[Opt
     let ingress_by = owner.interface.ingress_by.map_or("?".to_owned(), |by| by.to_string());
     let [egress, ingress] = pinned.limits(owner, set)?;
     let [sent, received] = pinned.meters(owner, set)?;
-    let direction = |limit: &AbiLimit, by: &str, counters| {
+    let Record { netns, held_at, .. } = &owner.interface;
+    let [others_out, others_in] = pinned.others(owner, set)?.map(|others| match held_at {
+        Some(_) => OtherPaths::Held(others),
+        None if netns.is_some() => OtherPaths::Free,
+        None => OtherPaths::OfNone,
+    });
+    let others_in = if owner.interface.has_tbf() { OtherPaths::ByTbf } else { others_in };
+    let direction = |limit: &AbiLimit, by: &str, counters, others| {
         let Limit { rate, burst, .. } = shaper::limit_of(limit)?;
-        Some(Measured { rate, burst, by: by.to_owned(), counters, passing: None })
+        Some(Measured { rate, burst, by: by.to_owned(), counters, others, passing: None })
     };
-    Ok([direction(&egress, egress_by, sent.counters), direction(&ingress, &ingress_by, received.counters)])
+    Ok([
+        direction(&egress, egress_by, sent.counters, others_out),
+        direction(&ingress, &ingress_by, received.counters, others_in),
+    ])
 }
 
 fn limits_of([egress, ingress]: [&Option<Measured>; 2]) -> Limits {
@@ -350,10 +379,10 @@ fn limits_of([egress, ingress]: [&Option<Measured>; 2]) -> Limits {
 }
 
 /// `None` if it was another attachment's counters: they only ever grow.
-fn passing(before: &Counters, now: &Counters, elapsed: Duration) -> Option<Passing> {
-    let bytes = now.bytes.checked_sub(before.bytes)?;
-    let mut backlog = now.backlog;
-    for (bucket, before) in backlog.iter_mut().zip(before.backlog) {
+fn passing(before: &Measured, now: &Measured, elapsed: Duration) -> Option<Passing> {
+    let bytes = now.bytes().checked_sub(before.bytes())?;
+    let mut backlog = now.counters.backlog;
+    for (bucket, before) in backlog.iter_mut().zip(before.counters.backlog) {
         *bucket = bucket.checked_sub(before)?;
     }
     Some(Passing { bits_per_s: bytes as f64 * 8.0 / elapsed.as_secs_f64(), backlog })
@@ -408,6 +437,33 @@ impl Serialize for Attachment {
     }
 }
 
+impl OtherPaths {
+    /// What passed that way, as far as it is known.
+    pub fn counted(&self) -> Option<&Others> {
+        match self {
+            Self::Held(others) => Some(others),
+            Self::ByTbf | Self::Free | Self::OfNone => None,
+        }
+    }
+}
+
+impl Serialize for OtherPaths {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        let held = match self {
+            Self::Held(_) | Self::ByTbf => Some(true),
+            Self::Free => Some(false),
+            Self::OfNone => None,
+        };
+        map.serialize_entry("held", &held)?;
+        let counted = self.counted();
+        map.serialize_entry("bytes", &counted.map(|others| others.bytes))?;
+        map.serialize_entry("packets", &counted.map(|others| others.packets))?;
+        map.serialize_entry("drops", &counted.map(|others| others.drops))?;
+        map.end()
+    }
+}
+
 impl Serialize for Measured {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let Counters { bytes, packets, drops, marks, max_backlog_ns, backlog } = &self.counters;
@@ -421,6 +477,7 @@ impl Serialize for Measured {
         map.serialize_entry("packets", packets)?;
         map.serialize_entry("drops", drops)?;
         map.serialize_entry("marks", marks)?;
+        map.serialize_entry("otherPaths", &self.others)?;
         map.serialize_entry("maxBacklogNs", max_backlog_ns)?;
         map.serialize_entry("backlogP99Ns", &chart::percentile_ns(backlog, 0.99))?;
         map.serialize_entry("backlogPackets", backlog)?;

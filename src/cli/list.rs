@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::{
-    attachments::{self, Attachment, Measured},
+    attachments::{self, Attachment, Measured, OtherPaths},
     chart,
     output::Output,
     table::{Left, NOTHING, Right, Table},
@@ -42,6 +42,7 @@ pub fn table(found: &[Attachment]) -> Table {
         ("NOW", Right),
         ("USED", Left),
         ("BYTES", Right),
+        ("OTHERS", Right),
         ("DROPS", Right),
         ("MARKS", Right),
         ("P99", Right),
@@ -61,7 +62,7 @@ pub fn table(found: &[Attachment]) -> Table {
     table
 }
 
-fn row(attachment: &Attachment, direction: &str, numbers: [String; 9]) -> Vec<String> {
+fn row(attachment: &Attachment, direction: &str, numbers: [String; 10]) -> Vec<String> {
     let age = attachment.age().map_or(NOTHING.to_owned(), chart::age);
     let cgroup = attachments::below_mount(&attachment.owner.cgroup);
     let mut cells = vec![attachment.name(), attachment.place.interface.clone(), direction.to_owned()];
@@ -75,8 +76,8 @@ fn row(attachment: &Attachment, direction: &str, numbers: [String; 9]) -> Vec<St
     cells
 }
 
-fn cells(measured: &Measured) -> [String; 9] {
-    let Measured { rate, burst, by, counters, passing } = measured;
+fn cells(measured: &Measured) -> [String; 10] {
+    let Measured { rate, burst, by, counters, others, passing } = measured;
     let now = passing.as_ref().map_or(NOTHING.to_owned(), |passing| chart::short(passing.bits_per_s));
     let used = measured
         .used()
@@ -90,6 +91,12 @@ fn cells(measured: &Measured) -> [String; 9] {
         now,
         used,
         chart::short(counters.bytes as f64),
+        match others {
+            OtherPaths::Held(others) => chart::short(others.bytes as f64),
+            OtherPaths::ByTbf => "tbf".to_owned(),
+            OtherPaths::Free => "not held".to_owned(),
+            OtherPaths::OfNone => NOTHING.to_owned(),
+        },
         counters.drops.to_string(),
         counters.marks.to_string(),
         p99,

@@ -47,7 +47,7 @@ impl Arguments {
 /// One metric: its name without "podshaper_", what it is, and its value of a direction.
 type Metric = (&'static str, &'static str, &'static str, fn(&Measured) -> f64);
 
-const METRICS: [Metric; 7] = [
+const METRICS: [Metric; 9] = [
     ("limit_bytes_per_second", "gauge", "Rate of the limit, in bytes at layer 3.", |direction| {
         direction.rate.as_bits_per_s() as f64 / 8.0
     }),
@@ -60,6 +60,15 @@ const METRICS: [Metric; 7] = [
     ("marked_packets_total", "counter", "Packets that passed with a congestion mark.", |direction| {
         direction.counters.marks as f64
     }),
+    ("other_paths_bytes_total", "counter", "Bytes that passed and no socket of the pod sent or got.", |direction| {
+        direction.others.counted().map_or(0.0, |others| others.bytes as f64)
+    }),
+    (
+        "other_paths_dropped_packets_total",
+        "counter",
+        "Packets of that kind dropped for being over the limit.",
+        |direction| direction.others.counted().map_or(0.0, |others| others.drops as f64),
+    ),
     ("max_backlog_seconds", "gauge", "Largest virtual backlog a packet found.", |direction| {
         direction.counters.max_backlog_ns as f64 / SECOND
     }),

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use clap::Args;
-use podshaper_abi::{BACKLOG_BUCKETS, Counters, backlog_bucket_end_ns};
+use podshaper_abi::{BACKLOG_BUCKETS, Counters, Others, backlog_bucket_end_ns};
 
 use super::{
-    attachments::{self, Attachment, Measured},
+    attachments::{self, Attachment, Measured, OtherPaths},
     chart, list,
     output::Output,
     select::Selector,
@@ -69,7 +69,7 @@ fn text(attachment: &Attachment) -> String {
 }
 
 fn direction_text(direction: Direction, measured: &Measured, max: Option<Rate>) -> String {
-    let Measured { rate, burst, by, counters, passing } = measured;
+    let Measured { rate, burst, by, counters, others, passing } = measured;
     let Counters { bytes, packets, drops, marks, max_backlog_ns, backlog } = counters;
     let max = max.map(|max| format!(", at most {max}")).unwrap_or_default();
     let mut text = format!("{direction:<12}{rate}bit/s, burst {burst}bit, by {by}{max}\n");
@@ -78,6 +78,16 @@ fn direction_text(direction: Direction, measured: &Measured, max: Option<Rate>) 
         text += &format!("  now       {}bit/s {bar} {:.0}%\n", chart::short(passing.bits_per_s), used * 100.0);
     }
     text += &format!("  passed    {bytes} bytes in {packets} packets, {marks} of them marked; {drops} dropped\n");
+    text += &match others {
+        OtherPaths::Held(Others { bytes, packets, drops, waits_until_ns: _ }) => format!(
+            "  others    {bytes} bytes in {packets} packets by other paths than the pod's sockets; {drops} dropped\n"
+        ),
+        OtherPaths::ByTbf => {
+            "  others    what passes by other paths than the pod's sockets is held by tbf, too\n".to_owned()
+        }
+        OtherPaths::Free => "  others    what passes by other paths than the pod's sockets is not held\n".to_owned(),
+        OtherPaths::OfNone => String::new(),
+    };
     text += &format!("  backlog   {} at most; packets by what they found:\n", chart::time(*max_backlog_ns));
     text + &histogram(backlog)
 }

@@ -32,9 +32,29 @@ pub struct Record {
     /// What holds the ingress limit, if there is one.
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "known")]
     pub ingress_by: Option<IngressBy>,
+    /// The host's end of the interface, where what comes by other paths than the cgroup's sockets is held; `None` where nothing holds it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub held_at: Option<HeldAt>,
     /// What was there before.
     #[serde(flatten)]
     pub found: Found,
+}
+
+/// Where what comes by other paths is held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct HeldAt {
+    /// The number of the host's end in the node's namespace.
+    pub ifindex: u32,
+    /// The number of the filters on it.
+    pub filter: u16,
+    /// The class of htb in which it waits, before that of what goes into the pod; 0 where that is fq.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub class: u16,
+}
+
+fn is_zero(class: &u16) -> bool {
+    *class == 0
 }
 
 /// The settings that decide how large a packet TCP builds, as they were before podshaper; `None` where it left one alone.
@@ -138,6 +158,7 @@ mod tests {
             fq: true,
             htb: false,
             ingress_by: Some(IngressBy::HeldAcks),
+            held_at: None,
             found,
         };
         assert_eq!(serde_json::from_str::<Record>(earlier).unwrap(), expected);

@@ -7,6 +7,7 @@
 //! | `max` | `{"egress", "ingress"}`: no pod gets more, whatever it asks for, and one that asks for nothing gets this | none |
 //! | `rateKey` | annotation that holds whole megabytes/s; `""` for none | `rate` |
 //! | `exemptSubnets`, `shapedSubnets` | remote addresses that are not limited, that are: see `subnets.rs` | none, all |
+//! | `otherPaths` | whether what passes by other paths than the pod's sockets is held: true, false | true |
 //! | `cgroupPath` | below the cgroup2 mount, for runtimes that pass no UID; `{containerID}` is replaced | none |
 //! | `kubeconfig` | whom to ask for annotations and labels: absolute path | nobody |
 //! | `onApiError` | what an ADD does that gets no answer: fail, ignore | fail |
@@ -36,7 +37,7 @@ const BURST: &str = "a burst (\"400k\", or a number of bits, below 4 GiB)";
 const MAX_KEY_BYTES: usize = 253 + 1 + 63;
 
 /// The keys of [`Keys`], with their aliases.
-const OURS: [&str; 16] = [
+const OURS: [&str; 17] = [
     "logFile",
     "logLevel",
     "rateKey",
@@ -44,6 +45,7 @@ const OURS: [&str; 16] = [
     "kubeconfig",
     "onApiError",
     "exemptSubnets",
+    "otherPaths",
     "unshapedSubnets",
     "shapedSubnets",
     "egress",
@@ -100,6 +102,8 @@ pub struct Config {
     pub on_api_error: OnApiError,
     /// `exemptSubnets` and `shapedSubnets`.
     pub subnets: Subnets,
+    /// `otherPaths`.
+    pub other_paths: bool,
     rates: Rates,
 }
 
@@ -127,6 +131,7 @@ pub(super) struct Keys {
     #[serde(alias = "unshapedSubnets")]
     exempt_subnets: Option<Box<RawValue>>,
     shaped_subnets: Option<Box<RawValue>>,
+    other_paths: Option<Box<RawValue>>,
     // The aliases, here and above, are the bandwidth plugin's keys, which mean the same; a conflist may be carried over from it.
     #[serde(alias = "egressRate")]
     egress: Option<Box<RawValue>>,
@@ -157,7 +162,7 @@ impl Config {
     /// Decodes every key but the rates.
     pub(super) fn read(keys: Keys, container_id: Option<&str>, tolerance: &mut Tolerance) -> Result<Self> {
         let Keys { log_file, log_level, rate_key, cgroup_path, kubeconfig, on_api_error, .. } = keys;
-        let Keys { exempt_subnets, shaped_subnets, .. } = keys;
+        let Keys { exempt_subnets, shaped_subnets, other_paths, .. } = keys;
         let Keys { egress, ingress, egress_burst, ingress_burst, max, .. } = keys;
 
         let level = |text: &str| text.parse::<LevelFilter>().ok();
@@ -185,6 +190,7 @@ impl Config {
                 .weigh(read("onApiError", on_api_error, "is not \"fail\" or \"ignore\"", policy))?
                 .unwrap_or_default(),
             subnets: tolerance.weigh(Subnets::read(exempt_subnets, shaped_subnets))?,
+            other_paths: tolerance.weigh(switch("otherPaths", other_paths))?.unwrap_or(true),
             rates: Rates { egress, ingress, egress_burst, ingress_burst, max },
         })
     }
@@ -232,6 +238,14 @@ fn read<T>(key: &str, raw: Option<Box<RawValue>>, wrong: &str, take: impl Fn(&st
     let Some(raw) = raw else { return Ok(None) };
     let taken = json::string(&raw).and_then(|text| take(&text).ok_or_else(|| quoted(&text)));
     taken.map(Some).map_err(|shown| Error::new(Code::Config, format!("configuration key {key:?}: {shown} {wrong}")))
+}
+
+/// A key whose value is true or false.
+fn switch(key: &str, raw: Option<Box<RawValue>>) -> Result<Option<bool>> {
+    let Some(raw) = raw else { return Ok(None) };
+    let wrong =
+        || Error::new(Code::Config, format!("configuration key {key:?}: {} is not true or false", quoted(raw.get())));
+    raw.get().parse().map(Some).map_err(|_| wrong())
 }
 
 /// A number of bits, or a quantity in a string.

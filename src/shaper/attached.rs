@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use podshaper_abi::{Counters, MAX_ATTACHMENTS, MAX_SCOPES, Meter, Meters, Scope};
+use podshaper_abi::{Counters, MAX_ATTACHMENTS, MAX_SCOPES, Meter, Meters, OtherPaths, Scope};
 
 use super::{Hooked, Pinned, Set, Settings, refusal::refused};
 use crate::{
@@ -52,7 +52,8 @@ impl<'a> Attached<'a> {
         let slot = free_slot(set).map_err(failed)?;
         let attached = Self { set, slot, changed: None, made: Vec::new(), is_kept: false };
         let meters = before.map(|before| going_on(set, before)).transpose().map_err(failed)?.unwrap_or_default();
-        let written = set.meters.set(&slot, &meters).and_then(|()| set.limits.set(&slot, &settings.abi_limits()));
+        let written = set.meters.set(&slot, &meters).and_then(|()| set.others.set(&slot, &OtherPaths::default()));
+        let written = written.and_then(|()| set.limits.set(&slot, &settings.abi_limits()));
         written.map(|()| attached).map_err(failed)
     }
 
@@ -182,9 +183,9 @@ pub fn forget_others(pins: &LockedPins, attachments: impl Iterator<Item = PathBu
     let sharing = attachments.filter(|directory| pins::shares(directory));
     let owners: Vec<Owner> = sharing.filter_map(|directory| Pinned::at(&directory).owner().ok()).collect();
     let slots: HashSet<u32> = owners.iter().map(|owner| owner.slot).collect();
-    let found = set.limits.keys().and_then(|limits| Ok((limits, set.meters.keys()?)));
-    let (limits, meters) = found.map_err(|cause| refused("list the node's limits", &cause))?;
-    let left = limits.into_iter().chain(meters).filter(|slot| !slots.contains(slot));
+    let found = [set.limits.keys(), set.meters.keys(), set.others.keys()].into_iter().collect::<io::Result<Vec<_>>>();
+    let found = found.map_err(|cause| refused("list the node's limits", &cause))?;
+    let left = found.into_iter().flatten().filter(|slot| !slots.contains(slot));
     error::all(left.map(|slot| set.forget(slot)).chain([set.keep_lists(owners.iter().map(|owner| owner.list))]))
 }
 

@@ -17,10 +17,10 @@ use aya::{
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use super::{PROGRAMS, refusal::refused};
+use super::{program_names, refusal::refused};
 use crate::{
     error::{Code, Error, Result},
-    pins::{FLOWS, LIMITS, METERS, SCOPES, SUBNETS},
+    pins::{FLOWS, HOST_ENDS, LIMITS, METERS, OTHERS, SCOPES, SUBNETS},
     sys,
 };
 
@@ -30,7 +30,7 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/po
 pub const IDENTITY: &str = env!("PODSHAPER_BPF_IDENTITY");
 
 /// The object's maps.
-pub const MAPS: [&str; 5] = [LIMITS, METERS, SCOPES, SUBNETS, FLOWS];
+pub const MAPS: [&str; 7] = [LIMITS, METERS, SCOPES, SUBNETS, FLOWS, OTHERS, HOST_ENDS];
 
 /// Maps and programs that are in the kernel, as long as this lives or they are pinned.
 pub struct Object(Ebpf);
@@ -43,7 +43,9 @@ impl Object {
     pub fn load(attachments: Option<u32>) -> Result<Self> {
         let mut loader = without_kernel_btf(EbpfLoader::new);
         if let Some(attachments) = attachments {
-            loader.map_max_entries(LIMITS, attachments).map_max_entries(METERS, attachments);
+            for name in [LIMITS, METERS, OTHERS, HOST_ENDS] {
+                loader.map_max_entries(name, attachments);
+            }
         }
         Self::finish(&mut loader)
     }
@@ -106,7 +108,7 @@ fn without_kernel_btf<T>(new: impl FnOnce() -> T) -> T {
 
 /// Loads the programs side by side: the verifier is most of the time it takes, and a pod waits for it.
 fn load_programs(object: &mut Ebpf) -> Result<()> {
-    let place = |name: &str| PROGRAMS.iter().position(|(wanted, _)| *wanted == name);
+    let place = |name: &str| program_names().position(|wanted| wanted == name);
     let mut programs: Vec<_> =
         object.programs_mut().filter_map(|(name, program)| Some((place(name)?, name, program))).collect();
     programs.sort_by_key(|(place, ..)| *place);
@@ -126,6 +128,7 @@ fn load_program(name: &str, program: &mut Program) -> Result<()> {
         Program::CgroupSkb(program) => program.load(),
         Program::SockOps(program) => program.load(),
         Program::CgroupSockopt(program) => program.load(),
+        Program::SchedClassifier(program) => program.load(),
         _ => Err(ProgramError::UnexpectedProgramType),
     };
     loaded.map_err(|cause| refused(format!("load the eBPF program {name}"), &cause))

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use podshaper_abi::{Limit as AbiLimit, Limits as AbiLimits, Meter};
+use podshaper_abi::{Limit as AbiLimit, Limits as AbiLimits, Meter, Others};
 
 use super::{Set, Settings, owner, refusal::refused};
 use crate::{
@@ -77,6 +77,14 @@ impl<'a> Pinned<'a> {
     /// [`Code::Kernel`] where they cannot be read.
     pub fn meters(&self, owner: &Owner, set: &Set) -> Result<[Meter; 2]> {
         self.found("meters", set.meters.get(&owner.slot, Read::Locked)).map(|meters| meters.of)
+    }
+
+    /// What came by other paths than the cgroup's sockets, in both directions.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] where they cannot be read.
+    pub fn others(&self, owner: &Owner, set: &Set) -> Result<[Others; 2]> {
+        self.found("counters of other paths", set.others.get(&owner.slot, Read::Plain)).map(|others| others.of)
     }
 
     /// The cgroup a program is on, by the inode number of its directory; `None` if the link is dead.

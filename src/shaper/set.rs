@@ -10,16 +10,16 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use podshaper_abi::{Limits as AbiLimits, ListedAddress, Meters, Scope, Scopes};
+use podshaper_abi::{HostEnd, Limits as AbiLimits, ListedAddress, Meters, OtherPaths, Scope, Scopes};
 
 use super::{
-    PROGRAMS,
     object::{IDENTITY, MAPS, Object},
+    program_names,
     refusal::refused,
 };
 use crate::{
     error::{Code, Error, Result},
-    pins::{LIMITS, LockedPins, METERS, SCOPES, SUBNETS},
+    pins::{HOST_ENDS, LIMITS, LockedPins, METERS, OTHERS, SCOPES, SUBNETS},
     request::Subnets,
     sys::{self, Map, Read, TrieKey},
 };
@@ -36,6 +36,10 @@ pub struct Set {
     pub meters: Map<u32, Meters>,
     /// The attachments on each cgroup, by the inode number of its directory.
     pub scopes: Map<u64, Scopes>,
+    /// What came by other paths than the sockets of each attachment's cgroup.
+    pub others: Map<u32, OtherPaths>,
+    /// The host's ends of the interfaces, by their number in the node's namespace.
+    pub host_ends: Map<u32, HostEnd>,
 }
 
 /// Where the rest of a set comes from.
@@ -75,6 +79,8 @@ impl Set {
             limits: map(LIMITS, object.map(LIMITS)?)?,
             meters: map(METERS, object.map(METERS)?)?,
             scopes: map(SCOPES, object.map(SCOPES)?)?,
+            others: map(OTHERS, object.map(OTHERS)?)?,
+            host_ends: map(HOST_ENDS, object.map(HOST_ENDS)?)?,
             origin: Origin::Loaded(object),
         })
     }
@@ -88,6 +94,8 @@ impl Set {
             limits: map(LIMITS, open(&directory.join(LIMITS))?)?,
             meters: map(METERS, open(&directory.join(METERS))?)?,
             scopes: map(SCOPES, open(&directory.join(SCOPES))?)?,
+            others: map(OTHERS, open(&directory.join(OTHERS))?)?,
+            host_ends: map(HOST_ENDS, open(&directory.join(HOST_ENDS))?)?,
             origin: Origin::Pinned(directory.to_path_buf()),
         })
     }
@@ -108,7 +116,13 @@ impl Set {
     /// # Errors
     /// [`Code::Kernel`] with what the kernel says.
     pub fn pin_maps(&self, directory: &Path) -> Result<()> {
-        let maps = [(LIMITS, self.limits.as_fd()), (METERS, self.meters.as_fd()), (SCOPES, self.scopes.as_fd())];
+        let maps = [
+            (LIMITS, self.limits.as_fd()),
+            (METERS, self.meters.as_fd()),
+            (SCOPES, self.scopes.as_fd()),
+            (OTHERS, self.others.as_fd()),
+            (HOST_ENDS, self.host_ends.as_fd()),
+        ];
         maps.into_iter().try_for_each(|(name, map)| {
             let path = directory.join(name);
             sys::pin(map, &path).map_err(|cause| refused(format!("pin {}", path.display()), &cause))
@@ -140,7 +154,7 @@ impl Set {
     /// # Errors
     /// [`Code::Kernel`] with what the kernel says.
     pub fn forget(&self, slot: u32) -> Result<()> {
-        let removed = self.limits.remove(&slot).and(self.meters.remove(&slot));
+        let removed = self.limits.remove(&slot).and(self.meters.remove(&slot)).and(self.others.remove(&slot));
         removed.map_err(|cause| refused("remove the limits", &cause))
     }
 
@@ -202,7 +216,7 @@ pub fn try_programs() -> Result<()> {
 }
 
 fn pin_programs(object: &Object, directory: &Path) -> Result<()> {
-    for (name, _) in PROGRAMS {
+    for name in program_names() {
         pin(object.program(name)?, &directory.join(name))?;
     }
     let path = directory.join(OBJECT);

@@ -2,13 +2,16 @@
 
 use std::{
     fs, io,
-    os::{fd::AsFd, unix::fs::symlink},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::symlink,
+    },
     path::{Path, PathBuf},
 };
 
 use super::{
-    PROGRAMS,
     object::{IDENTITY, Object},
+    program_names,
     refusal::refused,
     set::{OBJECT, pin},
 };
@@ -58,12 +61,20 @@ impl NewPrograms {
         }
     }
 
+    /// A program by its name.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`]: podshaper was built wrong, or the process has no descriptors left.
+    pub fn program(&self, name: &str) -> Result<OwnedFd> {
+        self.object.program(name)
+    }
+
     /// Pins them in the place of those before: new pods get them from here on.
     ///
     /// # Errors
     /// [`Code::Kernel`] with what the kernel says.
     pub fn commit(&self) -> Result<()> {
-        for (name, _) in PROGRAMS {
+        for name in program_names() {
             self.replace(name, |path| pin(self.object.program(name)?, path))?;
         }
         // Last: by it the next call knows that all is done.

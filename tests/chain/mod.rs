@@ -15,6 +15,8 @@ mod ingress;
 mod links;
 /// Multipath TCP.
 mod mptcp;
+/// What passes by other paths than the sockets of the pod's cgroup.
+mod paths;
 /// Rate, first second, retransmits, fairness, latency of TCP.
 mod rate;
 /// Which traffic is this attachment's, and what is not touched at all.

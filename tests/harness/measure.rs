@@ -101,6 +101,8 @@ pub struct Udp {
     pub rate: u64,
     pub seconds: f64,
     pub ipv6: bool,
+    /// As of [`Bulk`].
+    pub to: Option<IpAddr>,
     /// ECN-capable packets.
     pub ecn: bool,
     /// Packets that the kernel gets in one piece and cuts.
@@ -119,6 +121,7 @@ impl Default for Udp {
             rate: 0,
             seconds: 5.0,
             ipv6: false,
+            to: None,
             ecn: false,
             at_once: 1,
             fresh_sockets: false,
@@ -256,8 +259,8 @@ pub fn load(pod: &Pod, way: Way, flows: usize) -> Result<[Running; 2]> {
 
 /// UDP at a steady rate.
 pub fn udp(pod: &Pod, options: &Udp) -> Result<UdpResult> {
-    let Udp { way, rate, seconds, ipv6, ecn, at_once, fresh_sockets, large_buffer } = *options;
-    let ends = Ends::new(pod, way, ipv6, None)?;
+    let Udp { way, rate, seconds, ipv6, to, ecn, at_once, fresh_sockets, large_buffer } = *options;
+    let ends = Ends::new(pod, way, ipv6, to)?;
     let (sink, address) = Running::start_server(ends.receiver("udp-sink")?.args(["--seconds", &seconds.to_string()]))?;
     let mut send = ends.sender("udp-send")?;
     let sending = seconds + 0.2;
@@ -273,6 +276,22 @@ pub fn udp(pod: &Pod, options: &Udp) -> Result<UdpResult> {
     let sent = send.json(limit(seconds))?;
     let errors = sent.get("errors").cloned().unwrap_or_default();
     Ok(UdpResult { timeline, sent: number(&sent, "packets")?, errors: parse(errors)? })
+}
+
+/// UDP in frames of an AF_PACKET socket of the pod, which goes to the node by `next_hop`.
+pub fn frames(pod: &Pod, next_hop: &str, bypass: bool, seconds: f64) -> Result<Timeline> {
+    let ends = Ends::new(pod, Way::Out, false, None)?;
+    let (sink, address) = Running::start_server(ends.receiver("udp-sink")?.args(["--seconds", &seconds.to_string()]))?;
+    let from = pod.addresses().first().map(ToString::to_string).unwrap_or_default();
+    let link = pod.netns.run("ip", &["-o", "link", "show", "eth0"])?;
+    let ifindex = link.split(':').next().unwrap_or_default();
+    let mut send = ends.sender("frames")?;
+    send.args(["--to", &address.to_string(), "--from", &from, "--ifindex", ifindex, "--next-hop", next_hop]);
+    send.args(["--seconds", &(seconds + 0.2).to_string()]).args(bypass.then_some("--bypass"));
+    let send = Running::start(&mut send)?;
+    let timeline = parse(sink.json(limit(seconds))?)?;
+    send.json(limit(seconds))?;
+    Ok(timeline)
 }
 
 /// One flow from the pod which the node opened; SO_MAX_PACING_RATE, in bytes per second, was set on the listening socket.

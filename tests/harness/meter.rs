@@ -23,6 +23,14 @@ pub struct Counters {
     pub max_backlog_ns: u64,
 }
 
+/// What came by other paths than the sockets of the pod's cgroup.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct Others {
+    pub bytes: u64,
+    pub packets: u64,
+    pub drops: u64,
+}
+
 /// A limit that is in force.
 #[derive(Clone, Copy, Debug, Deserialize)]
 pub struct PinnedLimit {
@@ -47,6 +55,12 @@ pub fn egress_by(pod: &Pod, interface: &str) -> Result<Counters> {
 /// What the pod has received by its first interface.
 pub fn ingress(pod: &Pod) -> Result<Counters> {
     counters(&directory(pod, INTERFACE), INGRESS)
+}
+
+/// What of that came by other paths than the sockets of its cgroup: out, in.
+pub fn others(pod: &Pod) -> Result<[Others; 2]> {
+    let others = numbers(&directory(pod, INTERFACE), "OTHERS")?;
+    serde_json::from_value(others["of"].clone()).context(format_args!("read the counters in {others}"))
 }
 
 fn counters(directory: &Path, direction: u32) -> Result<Counters> {

@@ -7,6 +7,7 @@
 
 mod ask;
 mod chatter;
+mod frames;
 mod sampler;
 mod send;
 mod sink;
@@ -41,6 +42,8 @@ enum Command {
     UdpSink(Receive),
     /// Send UDP at a steady rate and count what the socket refused
     UdpSend(udp::Send),
+    /// Send UDP in frames of an AF_PACKET socket
+    Frames(frames::Frames),
     /// Answer every 100-byte request with 100 bytes
     Echo(ask::Echo),
     /// Send requests one after the other and time every reply
@@ -77,6 +80,7 @@ fn main() -> ExitCode {
         Command::Fetch(options) => sink::fetch(&options).and_then(print),
         Command::UdpSink(options) => udp::sink(&options).and_then(print),
         Command::UdpSend(options) => udp::send(&options).and_then(print),
+        Command::Frames(options) => frames::send(&options).and_then(print),
         Command::Echo(options) => ask::echo(&options),
         Command::Ask(options) => ask::ask(&options).and_then(print),
         Command::WebServe(options) => web::serve(&options).and_then(print),

@@ -75,6 +75,25 @@ pub struct Scope {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Scopes(pub [Scope; MAX_SCOPES]);
 
+/// What the programs at the host's end of a pod's veth have to know, by the number of that interface.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HostEnd {
+    /// The attachment, as of [`Scope::slot`].
+    pub slot: u32,
+    /// The pod's network namespace, by the number that the node's has for it.
+    pub namespace: u32,
+    /// The interface by which packets go to where they wait. 0: there is none, and what would wait passes or is dropped.
+    pub waiting_ifindex: u32,
+    /// The class of htb there for what comes out of the pod, as `skb->priority` names it; that of what goes into the pod is the next one. 0: it
+    /// has fq.
+    pub waiting_class: u32,
+    /// As of [`Scope::list`].
+    pub list: u64,
+    /// Not 0: the interface has other attachments, too, and what was charged to any of them passes.
+    pub is_shared: u64,
+}
+
 /// Nanoseconds a second has, times bits a byte has: what turns bytes and bits/s into nanoseconds.
 const BIT_NANOS_PER_BYTE_SECOND: u64 = 8_000_000_000;
 
@@ -100,6 +119,11 @@ pub const DATAGRAM: u64 = 4;
 
 /// Of a packet: its sender has waited, and it waits all the same, since the backlog is a long one. It is not dropped.
 pub const ORDERED: u64 = 5;
+
+/// Of a packet: no socket of the cgroup has sent it, or will get it. It waits at the host's end, and its bound is the nearest.
+pub const OTHER: u64 = 6;
+/// Of a packet: the same, but none of its kind waits, and it leaves at once on the clock of new flows.
+pub const OTHER_FRESH: u64 = 7;
 
 /// Where packets wait whose sender has not: nowhere, they pass or are dropped.
 pub const QUEUE_NONE: u64 = 0;
@@ -135,6 +159,8 @@ pub struct Limit {
     pub stream_mark_ns: u64,
     /// Backlog beyond which TCP whose sender has not waited is dropped.
     pub horizon_ns: u64,
+    /// Backlog beyond which a packet is dropped that comes by another path than the cgroup's sockets.
+    pub others_bound_ns: u64,
     /// Segments of a packet that a bulk flow builds at its slowest.
     pub bulk_segments: u64,
     /// Where packets wait whose sender has not: [`QUEUE_FQ`] and so on.
@@ -212,13 +238,37 @@ pub struct Counters {
     pub backlog: [u64; BACKLOG_BUCKETS],
 }
 
+/// What has come in one direction by other paths than the cgroup's sockets since ADD. It is not in [`Counters`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Others {
+    /// Until when some of it waits, in nanoseconds of `CLOCK_MONOTONIC`.
+    pub waits_until_ns: u64,
+    /// Bytes at layer 3 that passed.
+    pub bytes: u64,
+    /// Packets that passed.
+    pub packets: u64,
+    /// Packets dropped.
+    pub drops: u64,
+}
+
+/// The same of both directions. A type of its own, and not an array: the programs add to it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OtherPaths {
+    /// By direction.
+    pub of: [Others; DIRECTIONS],
+}
+
 // The sizes are part of LAYOUT: a padding byte or a new field must not slip in unseen.
-const _: () = assert!(size_of::<Limit>() == 88);
+const _: () = assert!(size_of::<Limit>() == 96);
 const _: () = assert!(size_of::<Clock>() == 16);
 const _: () = assert!(size_of::<Counters>() == 40 + 8 * BACKLOG_BUCKETS);
 const _: () = assert!(size_of::<Meter>() == 8 + size_of::<Clock>() + 16 + size_of::<Counters>());
 const _: () = assert!(size_of::<Meters>() == 8 + 2 * size_of::<Meter>());
 const _: () = assert!(size_of::<Scope>() == 16);
+const _: () = assert!(size_of::<HostEnd>() == 32);
+const _: () = assert!(size_of::<OtherPaths>() == 64);
 
 impl Meters {
     /// Meters whose lock is free.
@@ -346,6 +396,12 @@ unsafe impl aya::Pod for Meters {}
 // SAFETY: as for Limit.
 #[cfg(feature = "user")]
 unsafe impl aya::Pod for Scopes {}
+// SAFETY: as for Limit.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for HostEnd {}
+// SAFETY: as for Limit.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for OtherPaths {}
 
 #[cfg(test)]
 mod tests {

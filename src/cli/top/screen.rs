@@ -153,7 +153,7 @@ fn widths(rows: &[Row<'_>]) -> [Constraint; 12] {
 }
 
 fn line(row: &Row<'_>) -> Line_<'static> {
-    let Measured { rate, burst: _, by, counters, passing: _ } = row.measured;
+    let Measured { rate, burst: _, by, counters, others: _, passing: _ } = row.measured;
     let number = |text: String| Cell::from(Text::from(text).right_aligned());
     let is_whole = row.attachment.links.faults().is_empty();
     let style = if is_whole { Style::new() } else { Style::new().add_modifier(Modifier::CROSSED_OUT) };

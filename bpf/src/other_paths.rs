@@ -1,0 +1,324 @@
+//! What passes the pod's interface and no hook of its cgroup has seen: of a tunnel, a bridge or a nested namespace made in the pod, of AF_PACKET,
+//! of another cgroup's socket, forwarded, the kernel's own. The programs here are on the host's end of the pod's veth, where the pod cannot
+//! take them off.
+//!
+//! For each socket the cgroup's hooks count the bytes that they have charged, and the host's end counts those that it has let pass for that
+//! ([`Covered`]). Out of the pod, a packet still knows its socket: `skb->sk` outlives a veth. Into the pod, the socket is looked up in the pod's
+//! namespace. What is not covered has come another way, whatever its addresses, marks or headers say: nothing that a pod can forge is
+//! looked at. It is charged to the pod clock, and waits in the *waiting room*, a veth of the node's with fq or htb, from which it comes back to
+//! where it was taken, and to the filters of others there.
+//!
+//! ```text
+//!   pod eth0 ─► host's end, ingress: out_of_pod ─┬─ covered, or its turn ─► filters of others, bridge, routes
+//!                           ▲                    └─ else ─► podshaper-wait: wait_here, fq or htb ─► podshaper-back: go_back ─┐
+//!                           └────────────────────────────────────────────────────────────────────────────────────────────────┘
+//!   the same into the pod, from the egress of the host's end: into_pod
+//! ```
+
+use core::{arch::asm, ptr::NonNull};
+
+use aya_ebpf::{
+    bindings::{__sk_buff, BPF_F_INGRESS, BPF_TCP_NEW_SYN_RECV, bpf_sock, bpf_sock_tuple},
+    helpers::{bpf_redirect, bpf_sk_fullsock, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp},
+    programs::{SkBuffContext, TcContext},
+};
+use podshaper_abi::{EGRESS, FRESH, HostEnd, INGRESS, OTHER, OTHER_FRESH};
+
+use crate::{
+    clock::{self, Link},
+    maps,
+    packet::{self, Wire},
+    subnets,
+    subnets::Remote,
+};
+
+/// Go on with the filters of others (uapi/linux/pkt_cls.h).
+const TC_ACT_UNSPEC: i32 = -1;
+const TC_ACT_SHOT: i32 = 2;
+const ETHERNET_HEADER_BYTES: u64 = 14;
+/// Of a packet that comes back from the waiting room: `skb->mark` of one that comes out of the pod, which has none before, since marks do not
+/// pass from one namespace into another; `skb->cb[PLACE]` of one that goes into it, whose mark is the node's.
+const IS_BACK: u32 = 0x7064_6261;
+/// In `skb->mark` in the waiting room, beside the interface to go back to: it goes into the pod.
+const INTO_POD: u32 = 1 << 31;
+/// Words of `skb->cb`: the departure time, which fq then overwrites, and what it does not.
+const DEPARTURE: usize = 0;
+const MARK: usize = 3;
+const PLACE: usize = 4;
+/// How late fq or htb may be with a packet. After so long what waited has left for sure, and the next one may pass without overtaking it.
+const LATE_NS: u64 = 50_000_000;
+/// What the others count as of the backlog: a first flight of TCP.
+const OTHERS_BURST_BYTES: u64 = 1 << 14;
+/// No packet waits in the pod for longer than this (`LONGEST_HORIZON_NS` of user space).
+const LONGEST_WAIT_NS: u64 = 60_000_000_000;
+/// What may be on the way from the host's end to a socket of the pod. No more passes for it until the hook has seen that.
+const ON_THE_WAY_BYTES: u64 = 1 << 20;
+
+/// What the cgroup's hook has charged of a socket in one direction, and what has passed the host's end for that, in bytes on the wire.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Covered {
+    /// The attachment that was charged.
+    slot: u64,
+    charged_bytes: u64,
+    passed_bytes: u64,
+    /// What had been charged when that was looked at last ..
+    older_bytes: u64,
+    /// .. and when it is next.
+    next_look_ns: u64,
+}
+
+impl Covered {
+    /// Notes a packet that was charged to an attachment. What was charged to another one is of no use for its host's end.
+    #[inline(always)]
+    pub fn charge(&mut self, wire: &Wire, slot: u32, link: &Link, now_ns: u64) {
+        /// A datagram of more than this may be cut into fragments, each with a header of its own.
+        const UNCUT_BYTES: u64 = 1500;
+        const LEAST_MTU: u64 = 1280;
+        const FRAGMENT_HEADER_BYTES: u64 = 48;
+        if self.slot != slot.into() {
+            *self = Self { slot: slot.into(), charged_bytes: 0, passed_bytes: 0, older_bytes: 0, next_look_ns: 0 };
+        }
+        if now_ns >= self.next_look_ns {
+            self.forfeit();
+            self.next_look_ns = now_ns + link.limit().horizon_ns.min(LONGEST_WAIT_NS);
+        }
+        let is_cut = wire.segments == 1 && wire.bytes > UNCUT_BYTES;
+        let headers = if is_cut { wire.bytes / LEAST_MTU * FRAGMENT_HEADER_BYTES } else { 0 };
+        add(&mut self.charged_bytes, wire.bytes + headers);
+    }
+
+    /// What was charged and has not come by for so long was dropped in the pod. A pod could else save it up, and send all of it at once.
+    #[inline(always)]
+    fn forfeit(&mut self) {
+        // SAFETY: as in `passes`. What a packet adds meanwhile may be lost: it is then one that may pass once more.
+        unsafe {
+            if (&raw const self.passed_bytes).read_volatile() < self.older_bytes {
+                (&raw mut self.passed_bytes).write_volatile(self.older_bytes);
+            }
+            self.older_bytes = (&raw const self.charged_bytes).read_volatile();
+        }
+    }
+
+    /// Whether a packet passes for what was charged, or may be charged later: `ahead_bytes` at most. Notes it then.
+    #[inline(always)]
+    fn passes(&mut self, end: &HostEnd, bytes: u64, ahead_bytes: u64) -> bool {
+        // SAFETY: the verifier checked the pointers; an aligned u64 is loaded whole. Volatile: other CPUs write it.
+        let (charged, passed) = unsafe {
+            ((&raw const self.charged_bytes).read_volatile(), (&raw const self.passed_bytes).read_volatile())
+        };
+        let passes = (self.slot == end.slot.into() || end.is_shared != 0) && passed + bytes <= charged + ahead_bytes;
+        if passes {
+            add(&mut self.passed_bytes, bytes);
+        }
+        passes
+    }
+}
+
+/// Adds, all CPUs at once.
+#[inline(always)]
+fn add(to: &mut u64, bytes: u64) {
+    // SAFETY: an aligned u64 of a map's value, which is what this instruction takes, from the first set on.
+    unsafe { asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) &raw mut *to, in(reg) bytes) };
+}
+
+/// See [`crate::out_of_pod`].
+#[inline(always)]
+pub fn out_of_pod(ctx: &TcContext) -> i32 {
+    let skb = ctx.skb.skb;
+    // SAFETY: tc programs may read and write mark.
+    unsafe {
+        if (*skb).mark == IS_BACK {
+            (*skb).mark = 0;
+            return TC_ACT_UNSPEC;
+        }
+    }
+    let Some(end) = host_end(skb) else { return TC_ACT_UNSPEC };
+    let packet = SkBuffContext::new(skb);
+    let wire = Wire::after(&packet, ETHERNET_HEADER_BYTES);
+    let is_exempt = || subnets::are_exempt(&packet, end.list, Remote::DESTINATION.after(ETHERNET_HEADER_BYTES));
+    if is_charged(skb, end, wire.bytes) || is_exempt() { TC_ACT_UNSPEC } else { charge(skb, end, EGRESS, &wire) }
+}
+
+/// See [`crate::into_pod`].
+#[inline(always)]
+pub fn into_pod(ctx: &TcContext) -> i32 {
+    let skb = ctx.skb.skb;
+    // SAFETY: tc programs may read and write cb.
+    unsafe {
+        if (*skb).cb[PLACE] == IS_BACK {
+            (*skb).cb[PLACE] = 0;
+            return TC_ACT_UNSPEC;
+        }
+    }
+    let Some(end) = host_end(skb) else { return TC_ACT_UNSPEC };
+    let packet = SkBuffContext::new(skb);
+    let wire = Wire::after(&packet, ETHERNET_HEADER_BYTES);
+    let is_exempt = || subnets::are_exempt(&packet, end.list, Remote::SOURCE.after(ETHERNET_HEADER_BYTES));
+    if will_be_charged(&packet, end, wire.bytes) || is_exempt() {
+        TC_ACT_UNSPEC
+    } else {
+        charge(skb, end, INGRESS, &wire)
+    }
+}
+
+#[inline(always)]
+fn host_end<'a>(skb: *mut __sk_buff) -> Option<&'a HostEnd> {
+    // SAFETY: tc programs may read ifindex.
+    maps::host_end(unsafe { (*skb).ifindex })
+}
+
+/// Charges a packet that no hook charges. It goes on if it is its turn, else it waits, or is dropped.
+#[inline(always)]
+fn charge(skb: *mut __sk_buff, end: &HostEnd, direction: u32, wire: &Wire) -> i32 {
+    let (Some(link), Some(others)) = (Link::of(end.slot, direction), maps::others(end.slot, direction)) else {
+        return TC_ACT_UNSPEC;
+    };
+    let now_ns = clock::now_ns();
+    let before_ns = link.backlog_ns(now_ns, 0, false);
+    // SAFETY: as in `Covered::passes`.
+    let is_alone = now_ns >= unsafe { (&raw const others.waits_until_ns).read_volatile() };
+    let is_fresh = is_alone && link.has_room(FRESH, now_ns);
+    if !link.admits(wire.bytes, wire.segments, if is_fresh { OTHER_FRESH } else { OTHER }, false) {
+        add(&mut others.drops, wire.segments);
+        return TC_ACT_SHOT;
+    }
+    add(&mut others.bytes, wire.bytes);
+    add(&mut others.packets, wire.segments);
+    if is_fresh || is_alone && before_ns == 0 || end.waiting_ifindex == 0 {
+        return TC_ACT_UNSPEC;
+    }
+    let own_ns = link.transmit_ns(wire.bytes, wire.segments);
+    link.fair_wait_ns(wire.bytes, OTHERS_BURST_BYTES, own_ns, before_ns + own_ns);
+    let departs_ns = now_ns + before_ns;
+    // SAFETY: as above. What two CPUs lose is that a packet overtakes one of the other.
+    unsafe { (&raw mut others.waits_until_ns).write_volatile(departs_ns + LATE_NS) };
+    wait(skb, end, direction, departs_ns)
+}
+
+/// Sends a packet into the waiting room, with its time and the place to come back to.
+#[inline(always)]
+fn wait(skb: *mut __sk_buff, end: &HostEnd, direction: u32, departs_ns: u64) -> i32 {
+    let into = if direction == INGRESS { INTO_POD } else { 0 };
+    // SAFETY: tc programs may write cb, mark and priority, and read ifindex. bpf_redirect clears tstamp before Linux 5.18, and cb not.
+    unsafe {
+        (*skb).cb[DEPARTURE] = departs_ns as u32;
+        (*skb).cb[DEPARTURE + 1] = (departs_ns >> 32) as u32;
+        (*skb).cb[MARK] = (*skb).mark;
+        (*skb).mark = (*skb).ifindex | into;
+        (*skb).priority = match end.waiting_class {
+            0 => 0,
+            class => class + direction,
+        };
+        bpf_redirect(end.waiting_ifindex, 0) as i32
+    }
+}
+
+/// See [`crate::wait_here`].
+#[inline(always)]
+pub fn wait_here(ctx: &TcContext) -> i32 {
+    // SAFETY: tc programs may read cb and write tstamp.
+    unsafe {
+        let skb = ctx.skb.skb;
+        (*skb).tstamp = u64::from((*skb).cb[DEPARTURE]) | u64::from((*skb).cb[DEPARTURE + 1]) << 32;
+    }
+    TC_ACT_UNSPEC
+}
+
+/// See [`crate::go_back`].
+#[inline(always)]
+pub fn go_back(ctx: &TcContext) -> i32 {
+    // SAFETY: tc programs may read and write mark, cb, priority and tstamp.
+    unsafe {
+        let skb = ctx.skb.skb;
+        let mark = (*skb).mark;
+        if mark == 0 {
+            // Of the node itself: nobody has business here.
+            return TC_ACT_SHOT;
+        }
+        (*skb).priority = 0;
+        (*skb).tstamp = 0;
+        if mark & INTO_POD == 0 {
+            (*skb).mark = IS_BACK;
+            return bpf_redirect(mark, BPF_F_INGRESS.into()) as i32;
+        }
+        (*skb).mark = (*skb).cb[MARK];
+        (*skb).cb[PLACE] = IS_BACK;
+        bpf_redirect(mark & !INTO_POD, 0) as i32
+    }
+}
+
+/// Whether the cgroup's hook has charged as many bytes of the packet's socket. That answers to opened connections (SYN-ACK), and what closed
+/// ones say last, have no full socket: they pass, since whether a hook has seen them depends on the kernel.
+#[inline(always)]
+fn is_charged(skb: *mut __sk_buff, end: &HostEnd, bytes: u64) -> bool {
+    // SAFETY: tc programs may read sk; the helper takes any socket that is not NULL.
+    let (has_socket, socket): (bool, Option<NonNull<bpf_sock>>) = unsafe {
+        match NonNull::new((*skb).__bindgen_anon_2.sk) {
+            Some(socket) => (true, NonNull::new(bpf_sk_fullsock(socket.as_ptr()))),
+            None => (false, None),
+        }
+    };
+    match socket {
+        // SAFETY: it is what `bpf_sk_fullsock` gave.
+        Some(socket) => unsafe { maps::flow(socket) }.is_some_and(|flow| flow.out_covered.passes(end, bytes, 0)),
+        None => has_socket,
+    }
+}
+
+/// Whether a socket of the pod will get the packet whose bytes the cgroup's hook charges. A socket is known to the hook by its first packet,
+/// which is charged here too, as new.
+#[inline(always)]
+fn will_be_charged(packet: &SkBuffContext, end: &HostEnd, bytes: u64) -> bool {
+    let Some((mut tuple, tuple_bytes, is_tcp)) = addresses(packet) else { return false };
+    let (skb, tuple) = (packet.skb.skb.cast(), &raw mut tuple);
+    let namespace = end.namespace.into();
+    // SAFETY: the tuple is on the stack, and as long as is said. What is found is released.
+    unsafe {
+        let socket = if is_tcp {
+            bpf_skc_lookup_tcp(skb, tuple, tuple_bytes, namespace, 0)
+        } else {
+            bpf_sk_lookup_udp(skb, tuple, tuple_bytes, namespace, 0)
+        };
+        if socket.is_null() {
+            return false;
+        }
+        let full = NonNull::new(bpf_sk_fullsock(socket));
+        let is_charged = match full.and_then(|socket| maps::flow(socket)) {
+            Some(flow) => flow.into_covered.passes(end, bytes, ON_THE_WAY_BYTES),
+            // The request for a connection: its listener's hook sees it.
+            None => full.is_none() && is_tcp && (*socket).state == BPF_TCP_NEW_SYN_RECV,
+        };
+        bpf_sk_release(socket.cast());
+        is_charged
+    }
+}
+
+/// Addresses and ports, the length of what holds them, and whether it is TCP; `None` for what has no ports.
+#[inline(always)]
+fn addresses(packet: &SkBuffContext) -> Option<(bpf_sock_tuple, u32, bool)> {
+    const IPV4_BYTES: u32 = 12;
+    const IPV6_BYTES: u32 = 36;
+    // SAFETY: integers, which take any bytes.
+    let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
+    let (protocol, network_bytes, is_ipv4) = packet::transport(packet, ETHERNET_HEADER_BYTES)?;
+    let is_tcp = protocol == packet::IPPROTO_TCP;
+    if !is_tcp && protocol != packet::IPPROTO_UDP {
+        return None;
+    }
+    let ports: [u16; 2] = packet::load(packet, ETHERNET_HEADER_BYTES + network_bytes);
+    if is_ipv4 {
+        let [from, to]: [u32; 2] = packet::load(packet, ETHERNET_HEADER_BYTES + 12);
+        tuple.__bindgen_anon_1.ipv4.saddr = from;
+        tuple.__bindgen_anon_1.ipv4.daddr = to;
+        tuple.__bindgen_anon_1.ipv4.sport = ports[0];
+        tuple.__bindgen_anon_1.ipv4.dport = ports[1];
+        return Some((tuple, IPV4_BYTES, is_tcp));
+    }
+    let [from, to]: [[u32; 4]; 2] = packet::load(packet, ETHERNET_HEADER_BYTES + 8);
+    tuple.__bindgen_anon_1.ipv6.saddr = from;
+    tuple.__bindgen_anon_1.ipv6.daddr = to;
+    tuple.__bindgen_anon_1.ipv6.sport = ports[0];
+    tuple.__bindgen_anon_1.ipv6.dport = ports[1];
+    Some((tuple, IPV6_BYTES, is_tcp))
+}

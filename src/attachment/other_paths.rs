@@ -1,0 +1,252 @@
+//! Holds what passes a pod's interface by other paths than the sockets of its cgroup: at the host's end of the interface, if it has one here.
+//! Which packets those are, and what becomes of them, is decided by the programs (`bpf/src/other_paths.rs`); `interface::host_end` puts
+//! them where they run.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use podshaper_abi::HostEnd;
+
+use crate::{
+    error::{Code, Error, Result},
+    interface::{
+        self, HeldAt, IngressBy, Interface, Record,
+        host_end::{self, Hook, WaitingRoom},
+    },
+    pins::LockedPins,
+    pod::Owner,
+    qdisc,
+    request::Limits,
+    shaper::{self, Set},
+    sys::{Map, Read},
+};
+
+/// The number of the filters whose programs are the node's. Those of an attachment with programs of its own have another one, so that both
+/// can be there while one takes the other's place.
+const OF_NODE: u16 = 1;
+/// The bit that those others have.
+const OWN: u16 = 1 << 15;
+
+/// What is to be held.
+pub struct Wanted<'a> {
+    /// The programs and maps of the attachment.
+    pub set: &'a Set,
+    /// Those of the node, where that is another one: it has a list of all host's ends.
+    pub node: Option<&'a Set>,
+    /// The attachment, as the programs know it.
+    pub slot: u32,
+    /// The list of subnets, as the programs know it.
+    pub list: u64,
+    /// The limits.
+    pub limits: &'a Limits,
+    /// What holds the ingress limit.
+    pub ingress_by: Option<IngressBy>,
+    /// The host's end, where it holds other paths of another attachment of the interface.
+    pub taken: Option<u32>,
+}
+
+/// What is held from here on. Dropped before [`Held::keep`], everything is as it was before.
+pub struct Held<'a> {
+    wanted: &'a Wanted<'a>,
+    at: HeldAt,
+    /// What the maps had for this host's end.
+    before: Option<HostEnd>,
+    /// The filters that were put there.
+    put: Vec<Hook>,
+    is_kept: bool,
+}
+
+impl<'a> Held<'a> {
+    /// Holds what passes the host's end of an interface; `None` for an interface that has none here.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] with what the kernel says. Nothing is changed then.
+    pub fn begin(wanted: &'a Wanted<'a>, interface: &mut Interface) -> Result<Option<Self>> {
+        if let Some(ifindex) = wanted.taken {
+            share(wanted.set, ifindex)?;
+            let text = "hold them by two limits of one interface: there is room for one";
+            return Err(Error::new(Code::Kernel, text));
+        }
+        let hooks = hooks(wanted.limits, wanted.ingress_by);
+        let Some(ifindex) = interface.host_end()?.filter(|_| !hooks.is_empty()) else { return Ok(None) };
+        let namespace = qdisc::peer_namespace(ifindex)?.ok_or_else(|| {
+            let text = "find the pod's network namespace from the host's end of its interface: it has no number";
+            Error::new(Code::Kernel, text)
+        })?;
+        let filter = if wanted.node.is_none() { OF_NODE } else { wanted.slot as u16 | OWN };
+        let before = wanted.set.host_ends.get(&ifindex, Read::Plain).map_err(writing)?;
+        let at = HeldAt { ifindex, filter, class: 0 };
+        let mut held = Self { wanted, at, before, put: Vec::new(), is_kept: false };
+        // The room's programs need no maps: those of any set will do.
+        let room = WaitingRoom::open(|name| wanted.set.program(name))?;
+        held.at.class = room.make_place(wanted.limits)?;
+        held.write(Some(&HostEnd {
+            slot: wanted.slot,
+            namespace,
+            waiting_ifindex: room.ifindex,
+            waiting_class: host_end::class_id(held.at.class),
+            list: wanted.list,
+            is_shared: 0,
+        }))?;
+        for (hook, name) in hooks {
+            host_end::put_filter(ifindex, hook, filter, name, wanted.set.program(name)?.as_fd())?;
+            held.put.push(hook);
+        }
+        Ok(Some(held))
+    }
+
+    /// As the record has it.
+    pub fn at(&self) -> HeldAt {
+        self.at
+    }
+
+    /// It stays.
+    pub fn keep(mut self) {
+        self.is_kept = true;
+    }
+
+    fn write(&self, end: Option<&HostEnd>) -> Result<()> {
+        for set in [Some(self.wanted.set), self.wanted.node].into_iter().flatten() {
+            match end {
+                Some(end) => set.host_ends.set(&self.at.ifindex, end),
+                None => set.host_ends.remove(&self.at.ifindex),
+            }
+            .map_err(writing)?;
+        }
+        Ok(())
+    }
+}
+
+/// From here on what was charged to any attachment passes a host's end.
+fn share(set: &Set, ifindex: u32) -> Result<()> {
+    match set.host_ends.get(&ifindex, Read::Plain).map_err(writing)? {
+        Some(end) => set.host_ends.set(&ifindex, &HostEnd { is_shared: 1, ..end }).map_err(writing),
+        None => Ok(()),
+    }
+}
+
+/// Where which program is put. What tbf holds is held whole.
+fn hooks(limits: &Limits, ingress_by: Option<IngressBy>) -> Vec<(Hook, &'static str)> {
+    let out = limits.egress.map(|_| (Hook::Ingress, shaper::OUT_OF_POD));
+    let into = ingress_by.filter(|by| *by != IngressBy::Tbf).map(|_| (Hook::Egress, shaper::INTO_POD));
+    [out, into].into_iter().flatten().collect()
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        if self.is_kept {
+            return;
+        }
+        // The node's filters serve the attachment that was there, too.
+        if self.before.is_none() || self.at.filter != OF_NODE {
+            take_filters(self.at, &self.put);
+        }
+        host_end::leave_place(self.at.class);
+        let ends = &self.wanted.node.unwrap_or(self.wanted.set).host_ends;
+        interface::warn(LEFT, self.write(self.before.as_ref()).and_then(|()| remove_room_if_empty(ends)));
+    }
+}
+
+/// Checks that what holds other paths is still at the host's end.
+///
+/// # Errors
+/// [`Code::Mismatch`] naming what is gone; [`Code::Kernel`] where it cannot be looked at.
+pub fn check(record: &Record, limits: &Limits) -> Result<()> {
+    let Some(at) = record.held_at else { return Ok(()) };
+    for (hook, name) in hooks(limits, record.ingress_by) {
+        if !host_end::has_filter(at.ifindex, hook, at.filter)? {
+            let text = format!(
+                "the program {name} has been taken off the host's end of {} of {}: podshaper put it there",
+                record.ifname,
+                record.netns.as_deref().unwrap_or_default()
+            );
+            return Err(Error::new(Code::Mismatch, text));
+        }
+    }
+    Ok(())
+}
+
+/// Gives what is at the host's end of an attachment new programs, and the waiting room with it.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn renew(record: &Record, limits: &Limits, program: impl Fn(&str) -> Result<OwnedFd>) -> Result<()> {
+    let Some(at) = record.held_at.filter(|at| at.filter == OF_NODE && is_there(record, at.ifindex)) else {
+        return Ok(());
+    };
+    WaitingRoom::open(&program)?.equip(&program)?;
+    hooks(limits, record.ingress_by)
+        .into_iter()
+        .try_for_each(|(hook, name)| host_end::put_filter(at.ifindex, hook, at.filter, name, program(name)?.as_fd()))
+}
+
+/// Clears what killed calls have left of the node's list of host's ends, and in the waiting room; `owners`: whose attachments are there.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn settle(pins: &LockedPins, owners: &[Owner]) -> Result<()> {
+    let directory = pins.node();
+    if !directory.exists() {
+        return host_end::remove_room();
+    }
+    let ends = Set::pinned(&directory)?.host_ends;
+    for ifindex in ends.keys().map_err(writing)? {
+        let end = ends.get(&ifindex, Read::Plain).map_err(writing)?;
+        if end.is_some_and(|end| owners.iter().all(|owner| owner.slot != end.slot)) {
+            ends.remove(&ifindex).map_err(writing)?;
+        }
+    }
+    if ends.is_empty().map_err(writing)? {
+        return host_end::remove_room();
+    }
+    let classes: Vec<u16> = owners.iter().filter_map(|owner| owner.interface.held_at).map(|at| at.class).collect();
+    host_end::keep_places(&classes)
+}
+
+/// Takes off what held an attachment that ends, or was replaced by one that is held at `now`.
+pub fn leave(pins: &LockedPins, ended: &Record, slot: u32, now: Option<HeldAt>) {
+    let Some(at) = ended.held_at else { return };
+    host_end::leave_place(at.class);
+    let is_same = now.is_some_and(|now| (now.ifindex, now.filter) == (at.ifindex, at.filter));
+    if !is_same && is_there(ended, at.ifindex) {
+        take_filters(at, &[Hook::Ingress, Hook::Egress]);
+    }
+    interface::warn(LEFT, forget(pins, at.ifindex, slot));
+}
+
+/// Removes a host's end from the node's list, if it is still this attachment's, and with the last one the waiting room.
+fn forget(pins: &LockedPins, ifindex: u32, slot: u32) -> Result<()> {
+    let directory = pins.node();
+    if !directory.exists() {
+        return host_end::remove_room();
+    }
+    let ends = Set::pinned(&directory)?.host_ends;
+    let found = ends.get(&ifindex, Read::Plain).map_err(writing)?;
+    if found.is_some_and(|end| end.slot == slot) {
+        ends.remove(&ifindex).map_err(writing)?;
+    }
+    remove_room_if_empty(&ends)
+}
+
+/// With the last host's end the waiting room goes.
+fn remove_room_if_empty(ends: &Map<u32, HostEnd>) -> Result<()> {
+    if ends.is_empty().map_err(writing)? { host_end::remove_room() } else { Ok(()) }
+}
+
+/// Whether the interface of a record still has this host's end: with the interface all of it is gone, and the number may be another's.
+fn is_there(record: &Record, ifindex: u32) -> bool {
+    let found = Interface::of(record).and_then(|interface| interface.map_or(Ok(None), |mut found| found.host_end()));
+    matches!(found, Ok(Some(found)) if found == ifindex)
+}
+
+fn take_filters(at: HeldAt, hooks: &[Hook]) {
+    for hook in hooks {
+        interface::warn(LEFT, host_end::take_filter(at.ifindex, *hook, at.filter));
+    }
+}
+
+/// Before what could not be taken off.
+const LEFT: &str = "not all that held other paths of a pod could be taken off";
+
+fn writing(cause: std::io::Error) -> Error {
+    Error::because(Code::Kernel, "write what is known of the host's end of the pod's interface", cause)
+}

@@ -1,0 +1,322 @@
+//! The host's end of a pod's veth, and the waiting room: where what comes out of a pod by other paths than its cgroup's sockets is held to the
+//! limit. Which packets those are is decided by the programs (`bpf/src/other_paths.rs`); here they are put where they run.
+//!
+//! The waiting room is one veth for all pods of the node. Its one end has the queue, its other end sends back what has waited.
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+};
+
+use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
+use netlink_packet_route::{
+    AddressFamily, RouteNetlinkMessage,
+    link::{
+        AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo,
+        LinkMessage,
+    },
+    tc::{TcAttribute, TcHandle, TcMessage, TcOption},
+};
+use nix::net::if_::if_nametoindex;
+use podshaper_abi::QDISC_MAJOR;
+
+use crate::{
+    error::{Code, Error, Result},
+    netlink, qdisc,
+    request::Limits,
+    shaper::{GO_BACK, WAIT_HERE},
+};
+
+/// Where packets wait.
+const WAITING: &str = "podshaper-wait";
+/// The other end, by which they go back.
+const GOING_BACK: &str = "podshaper-back";
+/// As large as packets become: the room cuts none.
+const ROOM_MTU: u32 = 65_535;
+
+/// uapi/linux/pkt_cls.h.
+const TCA_BPF_FD: u16 = 6;
+const TCA_BPF_NAME: u16 = 7;
+const TCA_BPF_FLAGS: u16 = 8;
+const TCA_BPF_FLAG_ACT_DIRECT: u32 = 1;
+/// All protocols (uapi/linux/if_ether.h).
+const ETH_P_ALL: u16 = 3;
+/// Before the filters of others, whose verdict may be the last: what they see has been charged.
+const PRIORITY: u16 = 1;
+/// Of podshaper's filters: by it they are known again. Filters of others may stand beside them.
+const fn handle(minor: u16) -> TcHandle {
+    TcHandle { major: QDISC_MAJOR, minor }
+}
+/// The minor number of the filters in the waiting room.
+const OF_ROOM: u16 = 1;
+
+/// Which packets of an interface a filter sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    /// What comes in by it.
+    Ingress,
+    /// What goes out by it, before its queue.
+    Egress,
+}
+
+impl Hook {
+    fn parent(self) -> TcHandle {
+        let minor = match self {
+            Self::Ingress => TcHandle::MIN_INGRESS,
+            Self::Egress => TcHandle::MIN_EGRESS,
+        };
+        TcHandle { major: TcHandle::CLSACT.major, minor }
+    }
+}
+
+/// The node's waiting room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WaitingRoom {
+    /// The interface that packets are sent to.
+    pub ifindex: u32,
+    /// The interface from which they go back.
+    back_ifindex: u32,
+    /// Whether its queue is fq, and htb otherwise.
+    has_fq: bool,
+}
+
+impl WaitingRoom {
+    /// The one of the calling thread's namespace, made if there is none. Its ends are up when it is complete.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] with what the kernel says: it has no veth, or neither fq nor htb. Those of `program`, which has the programs by name.
+    pub fn open(program: impl Fn(&str) -> Result<OwnedFd>) -> Result<Self> {
+        let failed = |cause: io::Error| {
+            Error::because(Code::Kernel, format!("make the waiting room {WAITING} on the node"), cause)
+        };
+        if index_of(WAITING).is_none() {
+            make_veth().map_err(failed)?;
+        }
+        let missing = || failed(io::Error::from_raw_os_error(libc::ENODEV));
+        let ifindex = index_of(WAITING).ok_or_else(missing)?;
+        let back_ifindex = index_of(GOING_BACK).ok_or_else(missing)?;
+        let link = netlink::link(ifindex).map_err(failed)?.ok_or_else(missing)?;
+        if link.header.flags.contains(LinkFlags::Up) {
+            let has_fq = link.attributes.contains(&LinkAttribute::Qdisc("fq".to_owned()));
+            return Ok(Self { ifindex, back_ifindex, has_fq });
+        }
+        let made = Self::complete(ifindex, back_ifindex, program);
+        if made.is_err() {
+            super::warn("an unfinished waiting room is left", remove_room());
+        }
+        made
+    }
+
+    fn complete(ifindex: u32, back_ifindex: u32, program: impl Fn(&str) -> Result<OwnedFd>) -> Result<Self> {
+        let has_fq = match qdisc::put_fq(ifindex) {
+            Ok(()) => true,
+            Err(no_fq) => {
+                log::debug!("{no_fq}");
+                qdisc::put_room_htb(ifindex)?;
+                false
+            }
+        };
+        let room = Self { ifindex, back_ifindex, has_fq };
+        room.equip(program)?;
+        let raised = raise(back_ifindex).and_then(|()| raise(ifindex));
+        raised.map_err(|cause| Error::because(Code::Kernel, format!("raise the waiting room {WAITING}"), cause))?;
+        Ok(room)
+    }
+
+    /// Puts the programs on it.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] with what the kernel says.
+    pub fn equip(&self, program: impl Fn(&str) -> Result<OwnedFd>) -> Result<()> {
+        for (ifindex, hook, name) in
+            [(self.ifindex, Hook::Egress, WAIT_HERE), (self.back_ifindex, Hook::Ingress, GO_BACK)]
+        {
+            put_filter(ifindex, hook, OF_ROOM, name, program(name)?.as_fd())?;
+        }
+        Ok(())
+    }
+
+    /// A place for a pod in it: the class of htb for what comes out of the pod, before that of what goes in; 0 where it has fq, which needs
+    /// none.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] with what the kernel says.
+    pub fn make_place(&self, limits: &Limits) -> Result<u16> {
+        if self.has_fq {
+            return Ok(0);
+        }
+        let class = qdisc::free_room_class(self.ifindex)?;
+        put_classes(self.ifindex, class, limits).inspect_err(|_| take_classes(self.ifindex, class))?;
+        Ok(class)
+    }
+}
+
+/// Sets other limits at a pod's place in the waiting room.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn change_place(class: u16, limits: &Limits) -> Result<()> {
+    match index_of(WAITING).filter(|_| class != 0) {
+        Some(ifindex) => put_classes(ifindex, class, limits),
+        None => Ok(()),
+    }
+}
+
+/// Gives a pod's place in the waiting room back.
+pub fn leave_place(class: u16) {
+    if let Some(ifindex) = index_of(WAITING).filter(|_| class != 0) {
+        take_classes(ifindex, class);
+    }
+}
+
+/// Gives back the places in the waiting room that are not among these.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn keep_places(classes: &[u16]) -> Result<()> {
+    let Some(ifindex) = index_of(WAITING) else { return Ok(()) };
+    let left = qdisc::room_classes(ifindex)?.into_iter().filter(|class| !classes.contains(&(class & !1)));
+    left.into_iter().try_for_each(|class| qdisc::take_room_class(ifindex, class))
+}
+
+/// The name of a class of the waiting room in `skb->priority`.
+pub fn class_id(class: u16) -> u32 {
+    if class == 0 { 0 } else { u32::from(QDISC_MAJOR) << 16 | u32::from(class) }
+}
+
+/// Removes the waiting room, if there is one.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn remove_room() -> Result<()> {
+    let Some(ifindex) = index_of(WAITING) else { return Ok(()) };
+    let mut message = LinkMessage::default();
+    message.header.index = ifindex;
+    match netlink::change(RouteNetlinkMessage::DelLink(message), 0) {
+        Err(cause) if cause.raw_os_error() != Some(libc::ENODEV) => {
+            Err(Error::because(Code::Kernel, format!("remove the waiting room {WAITING} of the node"), cause))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn put_classes(ifindex: u32, class: u16, limits: &Limits) -> Result<()> {
+    for (class, limit) in [(class, &limits.egress), (class + 1, &limits.ingress)] {
+        if let Some(limit) = limit {
+            qdisc::put_room_class(ifindex, class, limit)?;
+        }
+    }
+    Ok(())
+}
+
+fn take_classes(ifindex: u32, class: u16) {
+    for class in [class, class + 1] {
+        super::warn("a pod's place in the waiting room is left", qdisc::take_room_class(ifindex, class));
+    }
+}
+
+/// Puts a program on an interface, before the filters of others and in the place of an earlier one of this number.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn put_filter(ifindex: u32, hook: Hook, number: u16, name: &str, program: BorrowedFd<'_>) -> Result<()> {
+    let failed = |cause: io::Error| {
+        Error::because(Code::Kernel, format!("put the eBPF program {name} on the interface {ifindex}"), cause)
+    };
+    put_clsact(ifindex).map_err(failed)?;
+    let mut message = filter(ifindex, hook, number);
+    let options = vec![
+        option(TCA_BPF_FD, &program.as_raw_fd().to_ne_bytes()),
+        option(TCA_BPF_NAME, format!("podshaper/{name}\0").as_bytes()),
+        option(TCA_BPF_FLAGS, &TCA_BPF_FLAG_ACT_DIRECT.to_ne_bytes()),
+    ];
+    message.attributes = vec![TcAttribute::Kind("bpf".to_owned()), TcAttribute::Options(options)];
+    netlink::change(RouteNetlinkMessage::NewTrafficFilter(message), NLM_F_CREATE | NLM_F_REPLACE).map_err(failed)
+}
+
+/// Takes the program of this number off an interface. What others have put there stays, and with it the place for it.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn take_filter(ifindex: u32, hook: Hook, number: u16) -> Result<()> {
+    match netlink::change(RouteNetlinkMessage::DelTrafficFilter(filter(ifindex, hook, number)), 0) {
+        Err(cause) if !matches!(cause.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::EINVAL)) => {
+            Err(Error::because(Code::Kernel, format!("take podshaper's filter off the interface {ifindex}"), cause))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether the program of this number is on an interface.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn has_filter(ifindex: u32, hook: Hook, number: u16) -> Result<bool> {
+    let mut message = TcMessage::with_index(ifindex as i32);
+    message.header.parent = hook.parent();
+    let all = netlink::dump(RouteNetlinkMessage::GetTrafficFilter(message));
+    let all = all.map_err(|cause| Error::because(Code::Kernel, "list the filters at the host's end", cause))?;
+    Ok(all.iter().any(|answer| match answer {
+        RouteNetlinkMessage::NewTrafficFilter(filter) => filter.header.handle == handle(number),
+        _ => false,
+    }))
+}
+
+fn filter(ifindex: u32, hook: Hook, number: u16) -> TcMessage {
+    let mut message = TcMessage::with_index(ifindex as i32);
+    message.header.parent = hook.parent();
+    message.header.handle = handle(number);
+    message.header.info = u32::from(PRIORITY) << 16 | u32::from(ETH_P_ALL.to_be());
+    message.attributes = vec![TcAttribute::Kind("bpf".to_owned())];
+    message
+}
+
+/// `tc qdisc add dev IFINDEX clsact`. It queues nothing, and is left where others have one, be it `ingress`.
+fn put_clsact(ifindex: u32) -> io::Result<()> {
+    let mut message = TcMessage::with_index(ifindex as i32);
+    message.header.parent = TcHandle::CLSACT;
+    message.header.handle = TcHandle { major: TcHandle::CLSACT.major, minor: 0 };
+    message.attributes = vec![TcAttribute::Kind("clsact".to_owned())];
+    match netlink::change(RouteNetlinkMessage::NewQueueDiscipline(message), NLM_F_CREATE | NLM_F_EXCL) {
+        Err(cause) if cause.raw_os_error() == Some(libc::EEXIST) => Ok(()),
+        put => put,
+    }
+}
+
+/// `ip link add podshaper-wait mtu 65535 type veth peer name podshaper-back ..`
+fn make_veth() -> io::Result<()> {
+    let end = |name: &str| {
+        let mut end = LinkMessage::default();
+        end.attributes = vec![LinkAttribute::IfName(name.to_owned()), LinkAttribute::Mtu(ROOM_MTU)];
+        end
+    };
+    let mut message = end(WAITING);
+    message.header.interface_family = AddressFamily::Unspec;
+    let peer = InfoData::Veth(InfoVeth::Peer(end(GOING_BACK)));
+    message.attributes.push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Veth), LinkInfo::Data(peer)]));
+    match netlink::change(RouteNetlinkMessage::NewLink(message), NLM_F_CREATE | NLM_F_EXCL) {
+        // Another call was quicker.
+        Err(cause) if cause.raw_os_error() == Some(libc::EEXIST) => Ok(()),
+        made => made,
+    }
+}
+
+/// `ip link set IFINDEX addrgenmode none up`
+fn raise(ifindex: u32) -> io::Result<()> {
+    let silent = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
+    // There may be no IPv6 on this node. What it says there is dropped all the same.
+    let _ = netlink::set_link(ifindex, vec![LinkAttribute::AfSpecUnspec(vec![silent])]);
+    let mut message = LinkMessage::default();
+    message.header.index = ifindex;
+    message.header.flags = LinkFlags::Up;
+    message.header.change_mask = LinkFlags::Up;
+    netlink::change(RouteNetlinkMessage::SetLink(message), 0)
+}
+
+fn index_of(name: &str) -> Option<u32> {
+    if_nametoindex(name).ok()
+}
+
+fn option(kind: u16, value: &[u8]) -> TcOption {
+    TcOption::Other(DefaultNla::new(kind, value.to_vec()))
+}
