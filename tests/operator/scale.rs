@@ -64,14 +64,14 @@ fn five_hundred_attachments_are_listed_in_a_moment() {
 
 /// How many times longer than a usual kernel one may take that walks in such a time; at least 1. In User Mode Linux each system call is a
 /// switch of processes, and which of them are slowest differs.
-fn slowness(walk: Duration) -> f64 {
+pub(super) fn slowness(walk: Duration) -> f64 {
     const USUAL: Duration = Duration::from_micros(2500);
     let times = walk.div_duration_f64(USUAL);
     if times <= 1.0 { 1.0 } else { 2.0 * times }
 }
 
 /// The time of a CPU, with what a virtual machine's host takes of it, to look at what `list` looks at, here the directories of the pins.
-fn walk() -> Duration {
+pub(super) fn walk() -> Duration {
     let cpu_time = || {
         let usage = getrusage(UsageWho::RUSAGE_THREAD).unwrap();
         let time = usage.user_time() + usage.system_time();

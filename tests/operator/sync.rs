@@ -9,6 +9,7 @@ use nix::sys::time::TimeValLike;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use super::scale::{slowness, walk};
 use super::{alone, call, listed, says};
 use crate::chain::{Bed, MBIT};
 use crate::harness::api::{ApiServer, Reply};
@@ -414,7 +415,7 @@ fn on_a_node_of(pod: &crate::harness::pod::Pod<'_>, work: impl FnOnce(&mut Node,
 /// What a run costs every ten seconds when there is nothing to change.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
-fn a_node_of_250_pods_costs_less_than_50_ms() {
+fn a_node_of_250_pods_costs_little() {
     const PODS: usize = 250;
     let _alone = measure::alone();
     on_a_node(|| {
@@ -445,9 +446,10 @@ fn a_node_of_250_pods_costs_less_than_50_ms() {
             .collect();
         times.sort_by(f64::total_cmp);
         let (best, median) = (times[0], times[times.len() / 2]);
-        let slack = if cfg!(debug_assertions) { 10.0 } else { 1.0 };
+        // Twice as long as on a machine that does nothing else.
+        let slack = 2.0 * if cfg!(debug_assertions) { 10.0 } else { 1.0 } * slowness(walk());
         eprintln!(
-            "sync of {PODS} pods: {best:.1} ms of CPU at best, {median:.1} in the middle; {slack} times 50 are allowed"
+            "sync of {PODS} pods: {best:.1} ms of CPU at best, {median:.1} in the middle; {slack:.1} times 50 are allowed"
         );
         assert!(best < 50.0 * slack, "{times:?}");
         pods.iter().for_each(|pod| drop(pod.call("DEL")));
