@@ -58,8 +58,8 @@ fn with_shaped_subnets_all_else_is_exempt_and_the_longest_prefix_counts() {
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn thousands_of_subnets_are_listed_quickly() {
-    /// Measured: 14 ms more, in a release build on a calm machine. Far below what a pod's start would notice.
-    const MOST_MS: f64 = 500.0;
+    /// Measured: 14 ms more, in a release build on a calm machine; 340 ms in all in User Mode Linux. A busy machine takes longer.
+    const MOST_MS: f64 = 2_000.0;
     let subnets: Vec<String> = (0..5_000).map(|i| format!("172.{}.{}.0/24", 16 + i / 256, i % 256)).collect();
     let bed = Bed::new();
     let keys = json!({ "shapedSubnets": subnets, "exemptSubnets": ["192.0.2.0/24"] });
