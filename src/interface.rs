@@ -100,8 +100,7 @@ impl Interface {
     fn find(opened: Namespace, netns: &Path, ifname: &str) -> Result<Result<Self>> {
         let netns_inode = opened.inode;
         let mut inside = opened.enter()?;
-        let (name, path) = (ifname.to_owned(), netns.to_path_buf());
-        let link = inside.run(move || netns::link(&name, &path));
+        let link = inside.run(|| netns::link(ifname, netns));
         let (netns, ifname) = (netns.to_path_buf(), ifname.to_owned());
         Ok(link.map(|link| Self { inside, index: link.index, netns, netns_inode, ifname }))
     }
@@ -122,7 +121,7 @@ impl Interface {
     /// [`Code::Kernel`] with what the kernel says.
     pub fn host_end(&mut self) -> Result<Option<u32>> {
         let (index, home) = (self.index, self.inside.home());
-        self.inside.run(move || qdisc::veth_peer(index, home))
+        self.inside.run(|| qdisc::veth_peer(index, home))
     }
 
     /// Puts fq on, which decides which programs are loaded. It is of use to both directions: it lets acknowledgements leave when
@@ -133,7 +132,7 @@ impl Interface {
     /// [`Code::Kernel`]: the kernel has no fq, or there is a qdisc of somebody else's.
     pub fn prepare(&mut self) -> Result<()> {
         let index = self.index;
-        self.inside.run(move || qdisc::put_fq(index))
+        self.inside.run(|| qdisc::put_fq(index))
     }
 
     /// Makes the interface what an attachment with these limits needs of it, beside those that are `there`; `others` are those of
@@ -151,11 +150,9 @@ impl Interface {
         others: &[Need],
         all_traffic: bool,
     ) -> Result<()> {
-        let (index, has_fq, limits) = (self.index, fq.is_ok(), *limits);
-        let (mine, there, staying) = (record.clone(), there.to_vec(), others.to_vec());
-        let home = self.inside.home();
-        let (found, inside) =
-            self.inside.run(move || change_inside(index, home, mine, limits, has_fq, &there, staying));
+        let (index, home, has_fq) = (self.index, self.inside.home(), fq.is_ok());
+        let mine = record.clone();
+        let (found, inside) = self.inside.run(|| change_inside(index, home, mine, limits, has_fq, there, others));
         record.found = found;
         record.htb = matches!(inside.htb, Some(Ok(())));
         if let (Err(no_fq), Some(Err(no_htb))) = (fq, &inside.htb) {
@@ -196,9 +193,8 @@ impl Interface {
 
     /// Brings the interface, on which `own` tells what was changed, to what is needed, and to what it was before where nothing is.
     pub fn settle(&mut self, own: &Record, needs: &[Need]) -> Settled {
-        let (index, record, all) = (self.index, own.clone(), needs.to_vec());
-        let home = self.inside.home();
-        let Inside { packets, fq, htb, peer } = self.inside.run(move || settle_inside(index, home, &record, &all));
+        let (index, home) = (self.index, self.inside.home());
+        let Inside { packets, fq, htb, peer } = self.inside.run(|| settle_inside(index, home, own, needs));
         let tbf = match needs.iter().find(|need| need.record.has_tbf() && need.record.shares_interface(own)) {
             // Of another layout: it has what it needs.
             Some(Need { limits: None, .. }) => Ok(()),
@@ -260,7 +256,7 @@ pub fn check(record: &Record) -> Result<()> {
     }
     let mut interface = Interface::find(opened, netns, &record.ifname)??;
     let (index, home) = (interface.index, interface.inside.home());
-    let (has_queue, peer) = interface.inside.run(move || {
+    let (has_queue, peer) = interface.inside.run(|| {
         let has_queue = queue.map_or(Ok(true), |kind| qdisc::has(index, kind))?;
         Ok::<_, Error>((has_queue, if wants_tbf { qdisc::veth_peer(index, home)? } else { None }))
     })?;
@@ -288,22 +284,22 @@ fn change_inside(
     index: u32,
     home: RawFd,
     mut mine: Record,
-    limits: Limits,
+    limits: &Limits,
     has_fq: bool,
     there: &[Need],
-    others: Vec<Need>,
+    others: &[Need],
 ) -> (Found, Inside) {
     let mut packets = Ok(());
     if limits.egress.is_some() {
         packets = packets::find(index, &mine, there).and_then(|found| {
             mine.found = found;
-            let mut needs = others.clone();
-            needs.push(Need { record: mine.clone(), limits: Some(limits) });
+            let mut needs = others.to_vec();
+            needs.push(Need { record: mine.clone(), limits: Some(*limits) });
             packets::settle(index, &mine, &needs)
         });
     }
     let fq = if has_fq { keep_fq(index) } else { Ok(()) };
-    let htb = limits.egress.filter(|_| !has_fq).map(|limit| put_htb(index, &mine, &limit, &others));
+    let htb = limits.egress.filter(|_| !has_fq).map(|limit| put_htb(index, &mine, &limit, others));
     let needs_peer = !has_fq && limits.ingress.is_some();
     let peer = if needs_peer { qdisc::veth_peer(index, home) } else { Ok(None) };
     (mine.found, Inside { packets, fq, htb, peer })
