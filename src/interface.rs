@@ -29,7 +29,7 @@ use crate::{
 pub use mechanism::IngressBy;
 pub use packets::bulk_segments;
 use record::Found;
-pub use record::{HeldAt, Need, Record};
+pub use record::{HeldAt, Need, Record, is_zero};
 
 /// An interface in a network namespace that was entered.
 pub struct Interface {

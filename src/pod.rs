@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::direction::Direction;
 use crate::error::{Code, Error, Result, quoted};
-use crate::interface::Record;
+use crate::interface::{Record, is_zero};
 use crate::request::{Limit, Limits};
 use crate::units::Rate;
 
@@ -251,10 +251,6 @@ impl Amount {
     pub fn of(limit: Limit) -> Self {
         Self { rate_bits_per_s: limit.rate.as_bits_per_s(), burst_ns: limit.burst.as_ns_at(limit.rate) }
     }
-}
-
-fn is_zero<T: Default + PartialEq>(value: &T) -> bool {
-    *value == T::default()
 }
 
 impl Owner {

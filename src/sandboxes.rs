@@ -15,7 +15,7 @@ use std::{
 };
 
 use base64::{Engine, engine::general_purpose::STANDARD};
-use nix::sys::statfs::{FsType, statfs};
+use nix::sys::statfs::{NSFS_MAGIC, statfs};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -28,8 +28,6 @@ use crate::{
 const RESULTS: [&str; 2] = ["results", "multus/results"];
 /// What every such file is.
 const KIND: &str = "cniCacheV1";
-/// The filesystem of namespaces: `NSFS_MAGIC` of linux/magic.h.
-const NSFS: FsType = FsType(0x6e73_6673);
 /// libcni writes a file where it is read: one that cannot be read may be whole in a moment, unless it is older than this.
 const WRITTEN_WITHIN: Duration = Duration::from_millis(200);
 const READ_AGAIN_AFTER: Duration = Duration::from_millis(10);
@@ -176,7 +174,7 @@ impl Sandbox {
     }
 
     fn has_namespace(&self) -> bool {
-        statfs(&self.netns).is_ok_and(|found| found.filesystem_type() == NSFS)
+        statfs(&self.netns).is_ok_and(|found| found.filesystem_type() == NSFS_MAGIC)
     }
 
     /// A value of `CNI_ARGS`.

@@ -53,8 +53,9 @@ pub struct HeldAt {
     pub class: u16,
 }
 
-fn is_zero(class: &u16) -> bool {
-    *class == 0
+/// Of a field that is left out of a record while it is zero.
+pub fn is_zero<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// The settings that decide how large a packet TCP builds, as they were before podshaper; `None` where it left one alone.
