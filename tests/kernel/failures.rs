@@ -381,9 +381,11 @@ fn a_program_that_tolerates_no_other_is_told_from_a_missing_capability() {
     let there = own_qdiscs(&netns, &host_end);
     let program = lender.program("count_egress").to_string();
     let parent = PodCgroup::new(cgroup::mount().unwrap().join(unique("occupied"))).unwrap();
+    // Up to Linux 5.10 the program's storage in the cgroup counts as locked memory of the caller.
     let occupy = |action: &str| {
         let parent = parent.path().to_str().unwrap();
-        process::run(Command::new("bpftool").args(["cgroup", action, parent, "egress", "id", &program])).unwrap();
+        let bpftool = ["--memlock=unlimited", "bpftool", "cgroup", action, parent, "egress", "id", &program];
+        process::run(Command::new("prlimit").args(bpftool)).unwrap();
     };
     let place = parent.path().file_name().unwrap().to_str().unwrap();
     let uid = uuid().unwrap();
