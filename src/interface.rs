@@ -27,7 +27,7 @@ use crate::{
 };
 
 pub use mechanism::IngressBy;
-pub use packets::bulk_segments;
+pub use packets::min_tso_segs;
 use record::Found;
 pub use record::{HeldAt, Need, Record, is_zero};
 

@@ -92,7 +92,7 @@ pub fn put_fq(ifindex: u32) -> Result<()> {
         }
         _ => {}
     }
-    let horizon_us = u32::try_from(shaper::LONGEST_HORIZON_NS / 1_000).unwrap_or(u32::MAX);
+    let horizon_us = u32::try_from(shaper::MAX_HORIZON_NS / 1_000).unwrap_or(u32::MAX);
     let options = vec![
         option(TCA_FQ_PLIMIT, &QUEUE_PACKETS.to_ne_bytes()),
         option(TCA_FQ_FLOW_PLIMIT, &FQ_FLOW_LIMIT.to_ne_bytes()),

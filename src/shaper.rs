@@ -14,7 +14,7 @@ mod upgrade;
 use podshaper_abi::{Limit as AbiLimit, Limits as AbiLimits, QUEUE_FQ, QUEUE_HTB, QUEUE_NONE};
 
 use crate::{
-    interface::{IngressBy, Record, bulk_segments},
+    interface::{IngressBy, Record, min_tso_segs},
     pod::Owner,
     qdisc,
     request::{Limit, Limits, Source},
@@ -76,7 +76,7 @@ const HORIZON_NS: u64 = 2_000_000_000;
 /// .. or so many full packets, if that is longer: ten of each of 300 flows, which TCP sends before it hears of anything ..
 const HORIZON_PACKETS: u64 = 3_000;
 /// .. but no more than this, which is also fq's.
-pub const LONGEST_HORIZON_NS: u64 = 60_000_000_000;
+pub const MAX_HORIZON_NS: u64 = 60_000_000_000;
 const FULL_PACKET_BITS: u64 = 1500 * 8;
 
 /// What one attachment is to do.
@@ -194,13 +194,13 @@ fn abi_limit(limit: &Limit, stream_mark_ns: u64, horizon_ns: u64) -> AbiLimit {
     AbiLimit {
         rate_bits_per_s: limit.rate.as_bits_per_s(),
         burst_ns: limit.burst.as_ns_at(limit.rate),
-        kept_ns: limit.burst.kept().as_ns_at(limit.rate),
+        reserve_ns: limit.burst.kept().as_ns_at(limit.rate),
         datagram_bound_ns: DATAGRAM_BOUND_NS,
         datagram_mark_ns: DATAGRAM_MARK_NS,
         stream_mark_ns,
         horizon_ns,
         others_bound_ns: full_packets_ns(OTHER_PACKETS, limit.rate).max(OTHERS_BOUND_NS),
-        bulk_segments: bulk_segments(limit.rate),
+        min_tso_segs: min_tso_segs(limit.rate),
         queue: QUEUE_NONE,
         link_bits_per_s: limit.rate.as_bits_per_s(),
         link_header_bytes: 0,
@@ -213,7 +213,7 @@ fn full_packets_ns(packets: u64, rate: Rate) -> u64 {
 }
 
 fn horizon_ns(rate: Rate) -> u64 {
-    full_packets_ns(HORIZON_PACKETS, rate).clamp(HORIZON_NS, LONGEST_HORIZON_NS)
+    full_packets_ns(HORIZON_PACKETS, rate).clamp(HORIZON_NS, MAX_HORIZON_NS)
 }
 
 /// The limit that was written so, as if by an operator: who asked for it is not written. `None` where there is none.

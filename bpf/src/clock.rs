@@ -59,8 +59,8 @@ impl Link {
         // SAFETY: the verifier checked the pointer; an aligned u64 is loaded whole. Volatile: other CPUs write it.
         let next_ns = unsafe { (&raw const (*self.meter()).clock.next_ns).read_volatile() };
         let caught_up_ns = Clock::caught_up_ns(next_ns, now_ns, self.limit.burst_ns);
-        let kept_ns = if is_bulk { self.limit.kept_ns } else { 0 };
-        Clock::backlog_ns(caught_up_ns + kept_ns + own_ns, now_ns)
+        let reserve_ns = if is_bulk { self.limit.reserve_ns } else { 0 };
+        Clock::backlog_ns(caught_up_ns + reserve_ns + own_ns, now_ns)
     }
 
     /// How long the link takes for a packet, in nanoseconds.

@@ -66,14 +66,14 @@ pub fn count_egress(ctx: SkBuffContext) -> i32 {
     };
     // SAFETY: `full_socket` returns what `bpf_sk_fullsock` gave.
     let mut flow = socket.and_then(|socket| unsafe { maps::flow_or_new(socket) });
-    let mut departs_ns = 0;
+    let mut edt_ns = 0;
     if let Some(flow) = flow.as_deref_mut() {
         flow.slot = scope.slot.into();
-        departs_ns = core::mem::take(&mut flow.window.hold_until_ns).max(answer_departs_ns(&ctx, flow));
+        edt_ns = core::mem::take(&mut flow.window.hold_until_ns).max(answer_edt_ns(&ctx, flow));
     }
     let Some(link) = Link::of(scope.slot, EGRESS) else {
         // Of a pod with an ingress limit alone.
-        depart(&ctx, departs_ns);
+        set_edt(&ctx, edt_ns);
         return PASS;
     };
     let wire = Wire::of(&ctx);
@@ -82,12 +82,12 @@ pub fn count_egress(ctx: SkBuffContext) -> i32 {
     let class = class_of(EGRESS, &link, &wire, socket, flow.as_deref_mut());
     if matches!(class, STREAM | DATAGRAM | ORDERED) {
         match link.limit().queue {
-            QUEUE_FQ => departs_ns = departs_ns.max(now_ns + before_ns),
+            QUEUE_FQ => edt_ns = edt_ns.max(now_ns + before_ns),
             QUEUE_HTB => wait_in_htb(&ctx),
             _ => {}
         }
     }
-    depart(&ctx, departs_ns);
+    set_edt(&ctx, edt_ns);
     if !admit(&ctx, &link, &wire, class, before_ns) {
         return DROP;
     }
@@ -290,7 +290,7 @@ fn received_bytes(socket: Option<NonNull<bpf_sock>>) -> u64 {
 /// answered no earlier than that queue would have allowed, so a pod's clients, who send the next one then, keep to the limit. The pure
 /// acknowledgement is not held so long: the remote would take its request for lost.
 #[inline(always)]
-fn answer_departs_ns(ctx: &SkBuffContext, flow: &mut Flow) -> u64 {
+fn answer_edt_ns(ctx: &SkBuffContext, flow: &mut Flow) -> u64 {
     if flow.answer_from_ns == 0 {
         return 0;
     }
@@ -302,11 +302,11 @@ fn answer_departs_ns(ctx: &SkBuffContext, flow: &mut Flow) -> u64 {
 
 /// Gives a packet a departure time, which fq honours. An application's own (SO_TXTIME), and TCP's, hold where they are later. 0: none.
 #[inline(always)]
-fn depart(ctx: &SkBuffContext, departs_ns: u64) {
+fn set_edt(ctx: &SkBuffContext, edt_ns: u64) {
     // SAFETY: cgroup_skb programs may read and write tstamp.
     unsafe {
-        if departs_ns > (*ctx.skb.skb).tstamp {
-            (*ctx.skb.skb).tstamp = departs_ns;
+        if edt_ns > (*ctx.skb.skb).tstamp {
+            (*ctx.skb.skb).tstamp = edt_ns;
         }
     }
 }

@@ -42,15 +42,15 @@ const IS_BACK: u32 = 0x7064_6261;
 /// In `skb->mark` in the waiting room, beside the interface to go back to: it goes into the pod.
 const INTO_POD: u32 = 1 << 31;
 /// Words of `skb->cb`: the departure time, which fq then overwrites, and what it does not.
-const DEPARTURE: usize = 0;
+const EDT: usize = 0;
 const MARK: usize = 3;
 const PLACE: usize = 4;
 /// How late fq or htb may be with a packet. After so long what waited has left for sure, and the next one may pass without overtaking it.
 const LATE_NS: u64 = 50_000_000;
 /// What the others count as of the backlog: a first flight of TCP.
 const OTHERS_BURST_BYTES: u64 = 1 << 14;
-/// No packet waits in the pod for longer than this (`LONGEST_HORIZON_NS` of user space).
-const LONGEST_WAIT_NS: u64 = 60_000_000_000;
+/// No packet waits in the pod for longer than this (`MAX_HORIZON_NS` of user space).
+const MAX_WAIT_NS: u64 = 60_000_000_000;
 /// What may be on the way from the host's end to a socket of the pod. No more passes for it until the hook has seen that.
 const ON_THE_WAY_BYTES: u64 = 1 << 20;
 
@@ -74,17 +74,17 @@ impl Covered {
     pub fn charge(&mut self, wire: &Wire, slot: u32, link: &Link, now_ns: u64) {
         /// A datagram of more than this may be cut into fragments, each with a header of its own.
         const UNCUT_BYTES: u64 = 1500;
-        const LEAST_MTU: u64 = 1280;
+        const MIN_MTU: u64 = 1280;
         const FRAGMENT_HEADER_BYTES: u64 = 48;
         if self.slot != slot.into() {
             *self = Self { slot: slot.into(), charged_bytes: 0, passed_bytes: 0, older_bytes: 0, next_look_ns: 0 };
         }
         if now_ns >= self.next_look_ns {
             self.forfeit();
-            self.next_look_ns = now_ns + link.limit().horizon_ns.min(LONGEST_WAIT_NS);
+            self.next_look_ns = now_ns + link.limit().horizon_ns.min(MAX_WAIT_NS);
         }
         let is_cut = wire.segments == 1 && wire.bytes > UNCUT_BYTES;
-        let headers = if is_cut { wire.bytes / LEAST_MTU * FRAGMENT_HEADER_BYTES } else { 0 };
+        let headers = if is_cut { wire.bytes / MIN_MTU * FRAGMENT_HEADER_BYTES } else { 0 };
         add(&mut self.charged_bytes, wire.bytes + headers);
     }
 
@@ -190,20 +190,20 @@ fn charge(skb: *mut __sk_buff, end: &HostEnd, direction: u32, wire: &Wire) -> i3
     }
     let own_ns = link.transmit_ns(wire.bytes, wire.segments);
     link.fair_wait_ns(wire.bytes, OTHERS_BURST_BYTES, own_ns, before_ns + own_ns);
-    let departs_ns = now_ns + before_ns;
+    let edt_ns = now_ns + before_ns;
     // SAFETY: as above. What two CPUs lose is that a packet overtakes one of the other.
-    unsafe { (&raw mut others.waits_until_ns).write_volatile(departs_ns + LATE_NS) };
-    wait(skb, end, direction, departs_ns)
+    unsafe { (&raw mut others.waits_until_ns).write_volatile(edt_ns + LATE_NS) };
+    wait(skb, end, direction, edt_ns)
 }
 
 /// Sends a packet into the waiting room, with its time and the place to come back to.
 #[inline(always)]
-fn wait(skb: *mut __sk_buff, end: &HostEnd, direction: u32, departs_ns: u64) -> i32 {
+fn wait(skb: *mut __sk_buff, end: &HostEnd, direction: u32, edt_ns: u64) -> i32 {
     let into = if direction == INGRESS { INTO_POD } else { 0 };
     // SAFETY: tc programs may write cb, mark and priority, and read ifindex. bpf_redirect clears tstamp before Linux 5.18, and cb not.
     unsafe {
-        (*skb).cb[DEPARTURE] = departs_ns as u32;
-        (*skb).cb[DEPARTURE + 1] = (departs_ns >> 32) as u32;
+        (*skb).cb[EDT] = edt_ns as u32;
+        (*skb).cb[EDT + 1] = (edt_ns >> 32) as u32;
         (*skb).cb[MARK] = (*skb).mark;
         (*skb).mark = (*skb).ifindex | into;
         (*skb).priority = match end.waiting_class {
@@ -220,7 +220,7 @@ pub fn wait_here(ctx: &TcContext) -> i32 {
     // SAFETY: tc programs may read cb and write tstamp.
     unsafe {
         let skb = ctx.skb.skb;
-        (*skb).tstamp = u64::from((*skb).cb[DEPARTURE]) | u64::from((*skb).cb[DEPARTURE + 1]) << 32;
+        (*skb).tstamp = u64::from((*skb).cb[EDT]) | u64::from((*skb).cb[EDT + 1]) << 32;
     }
     TC_ACT_UNSPEC
 }

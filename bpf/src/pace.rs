@@ -41,14 +41,14 @@ const SPARSE_SEGMENTS: u64 = 2;
 /// Until the next segment the pace is raised to this many times the last one ..
 const RAISE: u64 = 2;
 /// .. or, if that is more, to this many packets of the least size a second: up to there the pace does not change how large TCP builds them.
-const RAISE_AT_LEAST_PACKETS_PER_S: u64 = 1_000;
+const MIN_RAISE_PACKETS_PER_S: u64 = 1_000;
 
 /// A flow whose segment leaves no backlog goes on at this many times the limit.
 const CATCH_UP: u64 = 2;
 
 /// Waits shorter than this are not worth a timer, and not worth pacing the socket: a socket that was paced once keeps its timer, at
 /// congestion control's rate, and gets a fifth less of a fast link (`sk_pacing_status` never goes back).
-const SHORTEST_WAIT_NS: u64 = 1_000;
+const MIN_WAIT_NS: u64 = 1_000;
 
 /// Sets the pace that `choose` says, which is in bytes/s; 0 leaves the one that is in force.
 #[inline(always)]
@@ -118,7 +118,7 @@ pub fn raised(ctx: &SockOpsContext, flow: &mut Flow, link: &Link) -> u64 {
 /// The pace, in bytes/s, at which a sender waits so long after so many bytes of payload.
 #[inline(always)]
 fn wait_for(payload: u64, wait_ns: u64) -> u64 {
-    if wait_ns < SHORTEST_WAIT_NS {
+    if wait_ns < MIN_WAIT_NS {
         return NOT_PACED;
     }
     // 0 would turn pacing off (`tcp_update_skb_after_send`).
@@ -136,7 +136,7 @@ fn ask_to_be_raised(ctx: &SockOpsContext, link: &Link) {
 /// Whether the least packet of a bulk flow takes so long at the limit that it is worth a timer: up to 23 Gbit/s.
 #[inline(always)]
 fn is_waited_for(link: &Link, mss: u64) -> bool {
-    link.transmit_ns(link.limit().bulk_segments * mss, 0) >= SHORTEST_WAIT_NS
+    link.transmit_ns(link.limit().min_tso_segs * mss, 0) >= MIN_WAIT_NS
 }
 
 /// The pace until the next segment, of a socket whose last one had the pace `paced_bytes_per_s`.
@@ -145,7 +145,7 @@ fn raise(link: &Link, paced_bytes_per_s: u64, mss: u64) -> u64 {
     if paced_bytes_per_s == 0 {
         return 0;
     }
-    let at_least = link.limit().bulk_segments * mss * RAISE_AT_LEAST_PACKETS_PER_S;
+    let at_least = link.limit().min_tso_segs * mss * MIN_RAISE_PACKETS_PER_S;
     // One that was not paced is from here on: else a flow that begins sends one more round before it is told. But faster than the limit,
     // which is how a pod that was stopped for a while, and has a lag, makes up for it.
     let most = link.limit().rate_bits_per_s / 8 * if paced_bytes_per_s == NOT_PACED { CATCH_UP } else { 1 };

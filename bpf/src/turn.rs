@@ -32,10 +32,10 @@ const SMALL_BYTES: u64 = 512;
 const SMALL_LAG_NS: u64 = 20_000_000;
 /// A flow counts as no more than this of a backlog: a first flight of TCP. Others are to give way to what one has in the queue, but not so
 /// far that the backlog grows by it without end.
-const MOST_BURST_BYTES: u64 = 1 << 14;
+const MAX_BURST_BYTES: u64 = 1 << 14;
 /// Flows whose senders have waited are ahead of the limit by a packet each. Hundreds at a low rate would be ahead by seconds: beyond this
 /// backlog their packets leave in order.
-const LONGEST_AHEAD_NS: u64 = 500_000_000;
+const MAX_AHEAD_NS: u64 = 500_000_000;
 /// A packet up to this is taken for an acknowledgement where nothing else is known. Data that it overtakes is not in disorder for that.
 const ACKNOWLEDGEMENT_BYTES: u64 = 100;
 /// What htb may be late by, whose timer is one of the kernel's. After so long a flow's packets have left it for sure, and the next one may go
@@ -89,6 +89,17 @@ pub struct Decision {
     pub wait_ns: u64,
 }
 
+/// What the clock says when a packet comes.
+struct Moment {
+    now_ns: u64,
+    /// The backlog before the packet.
+    before_ns: u64,
+    /// How long the link takes for the packet.
+    own_ns: u64,
+    /// The backlog behind the packet, as far as the packet's flow is to wait for it.
+    backlog_ns: u64,
+}
+
 impl Turn {
     /// Decides, and notes what follows for the packets after it.
     #[inline(always)]
@@ -98,6 +109,7 @@ impl Turn {
         let own_ns = link.transmit_ns(packet.bytes, packet.segments);
         let backlog_ns = if packet.is_bulk { link.backlog_ns(now_ns, own_ns, true) } else { before_ns + own_ns };
         let privilege = self.privilege(packet, now_ns, backlog_ns, own_ns);
+        let moment = Moment { now_ns, before_ns, own_ns, backlog_ns };
         let was_queued = self.queued_until_ns != 0;
         if packet.has_arrived || now_ns >= self.queued_until_ns {
             self.queued_until_ns = 0;
@@ -112,32 +124,24 @@ impl Turn {
             self.burst_bytes = 0;
         }
         if !follows && (has_waited || before_ns == 0) {
-            self.wait(link, packet, now_ns, before_ns, own_ns, backlog_ns, was_queued)
+            self.wait(link, packet, moment, was_queued)
         } else {
-            self.queue(link, packet, now_ns, before_ns, own_ns, backlog_ns)
+            self.queue(link, packet, moment)
         }
     }
 
     /// The packet leaves, and the flow waits for its part of the backlog; for all of it once, if its packets before were in the queue. What is
     /// there still leaves as it was to, and what flows that have left the queue send beside it is beyond the limit: one packet of each is.
     #[inline(always)]
-    fn wait(
-        &mut self,
-        link: &Link,
-        packet: &Packet,
-        now_ns: u64,
-        before_ns: u64,
-        own_ns: u64,
-        backlog_ns: u64,
-        was_queued: bool,
-    ) -> Decision {
+    fn wait(&mut self, link: &Link, packet: &Packet, moment: Moment, was_queued: bool) -> Decision {
+        let Moment { now_ns, before_ns, own_ns, backlog_ns } = moment;
         self.burst_bytes = packet.bytes;
         let fair_ns = link.fair_wait_ns(packet.bytes, self.burst_bytes, own_ns, backlog_ns);
         let wait_ns = if was_queued { backlog_ns } else { fair_ns };
         let late_ns = if self.due_ns == 0 { 0 } else { now_ns.max(self.due_ns) - self.due_ns };
         let due_ns = now_ns + wait_ns;
         self.due_ns = due_ns - wait_slack_ns(wait_ns, late_ns).min(wait_ns);
-        if before_ns <= LONGEST_AHEAD_NS || link.limit().queue == QUEUE_NONE {
+        if before_ns <= MAX_AHEAD_NS || link.limit().queue == QUEUE_NONE {
             return Decision { class: WAITED, wait_ns };
         }
         self.queued_until_ns = now_ns + before_ns;
@@ -146,17 +150,10 @@ impl Turn {
 
     /// The packet waits, and the flow until then.
     #[inline(always)]
-    fn queue(
-        &mut self,
-        link: &Link,
-        packet: &Packet,
-        now_ns: u64,
-        before_ns: u64,
-        own_ns: u64,
-        backlog_ns: u64,
-    ) -> Decision {
+    fn queue(&mut self, link: &Link, packet: &Packet, moment: Moment) -> Decision {
+        let Moment { now_ns, before_ns, own_ns, backlog_ns } = moment;
         let class = if packet.is_stream { STREAM } else { DATAGRAM };
-        self.burst_bytes = (self.burst_bytes + packet.bytes).min(MOST_BURST_BYTES);
+        self.burst_bytes = (self.burst_bytes + packet.bytes).min(MAX_BURST_BYTES);
         let leaves_ns = now_ns + before_ns;
         let queue = link.limit().queue;
         // Datagrams may overtake each other.

@@ -31,13 +31,13 @@ pub const IPPROTO_TCP: i32 = 6;
 pub const TCP_WINDOW_CLAMP: i32 = 10;
 
 /// The backlog that windows aim for on a short path: enough that a late timer does not leave the clock idle.
-const SHORTEST_TARGET_NS: u64 = 5_000_000;
+const MIN_TARGET_NS: u64 = 5_000_000;
 /// How much longer it may be for windows of fewer segments than [`FEW_SEGMENTS`], which are those of many flows: each window is a wake-up of
 /// both ends, and two segments at a time are so many that a busy CPU answers too late and the clock falls idle after all.
 const FEW_MORE_NS: u64 = 7_000_000;
 const FEW_SEGMENTS: u64 = 4;
 /// How often a window may change at most: shorter than this a round trip is noise.
-const SHORTEST_ROUND_NS: u64 = 1_000_000;
+const MIN_ROUND_NS: u64 = 1_000_000;
 /// A remote sends the last of its segments again after twice its estimate of the round trip and two ticks, of which a kernel has 250
 /// to 1000 in a second (`tcp_schedule_loss_probe`); its retransmission timer is later.
 const LOSS_PROBE_NS: u64 = 2_000_000;
@@ -51,18 +51,18 @@ const LONG_NS: u64 = 700_000_000;
 const TOO_LONG_NS: u64 = 4_000_000;
 /// Up to this backlog a flow has two segments in flight, which is what makes its sender build whole ones: see [`part_of_segment`].
 const WHOLE_SEGMENTS_NS: u64 = 25_000_000;
-/// How long the first flight may take at the limit, if that is between one segment and [`FIRST_MOST_SEGMENTS`]: the backlog of a few flows
+/// How long the first flight may take at the limit, if that is between one segment and [`MAX_INITIAL_RWND`]: the backlog of a few flows
 /// that begin together is then not longer than their senders will wait.
 const FIRST_FLIGHT_NS: u64 = 4_000_000;
 /// How long it may take where the remote has opened the connection. It sends a request, whose answer waits until the link would have delivered
 /// it; a request that finds no room for its end waits for its sender's persist timer besides.
 const FIRST_REQUEST_NS: u64 = 20_000_000;
 /// The first flight of a sender that nobody limits (RFC 6928).
-const FIRST_MOST_SEGMENTS: u64 = 10;
+const MAX_INITIAL_RWND: u64 = 10;
 /// Payload of a full packet, where the connection's own is not known yet.
 const USUAL_MSS: u64 = 1448;
 /// Above this the clamp limits nothing: 8 MB in 5 ms are 13 Gbit/s.
-const MOST_BYTES: u64 = 8 << 20;
+const MAX_WINDOW_BYTES: u64 = 8 << 20;
 
 /// TCP in: the window the remote sender is given, and when its next acknowledgement may leave.
 #[repr(C)]
@@ -81,7 +81,7 @@ pub struct Window {
     /// What the socket had received at the last acknowledgement, in bytes.
     pub acknowledged_bytes: u64,
     /// How far the remote may send, counted as these.
-    pub edge_bytes: u64,
+    pub right_edge: u64,
     /// The largest window that it has had, in bytes.
     pub largest_bytes: u64,
     /// Departure time of the pure ACK that is just being sent. 0: it is not held.
@@ -94,25 +94,25 @@ pub struct Window {
 pub fn announce(ctx: &SockOpsContext) {
     let Some(scope) = maps::only_scope().filter(|scope| tcp::may_be_ours(ctx, scope)) else { return };
     if let Some(link) = Link::of(scope.slot, INGRESS) {
-        ctx.set_reply(first_segments(link.limit(), tcp::is_request(ctx)) as u32);
+        ctx.set_reply(initial_rwnd(link.limit(), tcp::is_request(ctx)) as u32);
     }
 }
 
 /// The first window, in segments. `is_answered`: the remote has opened the connection.
 #[inline(always)]
-fn first_segments(limit: &Limit, is_answered: bool) -> u64 {
+fn initial_rwnd(limit: &Limit, is_answered: bool) -> u64 {
     let flight_ns = if is_answered { FIRST_REQUEST_NS } else { FIRST_FLIGHT_NS };
-    (link_bytes(limit, flight_ns) / USUAL_MSS).clamp(1, FIRST_MOST_SEGMENTS)
+    (link_bytes(limit, flight_ns) / USUAL_MSS).clamp(1, MAX_INITIAL_RWND)
 }
 
 /// A connection is established: its window starts small. From the first acknowledgement on it may be smaller than the first flight.
 #[inline(always)]
 pub fn open(ctx: &SockOpsContext, is_answered: bool) {
     let Some((flow, link)) = limited(ctx) else { return };
-    let first_bytes = first_segments(link.limit(), is_answered) * tcp::mss(ctx);
-    flow.window.bytes = first_bytes.min(link_bytes(link.limit(), SHORTEST_ROUND_NS)).max(part_of_segment(ctx));
+    let first_bytes = initial_rwnd(link.limit(), is_answered) * tcp::mss(ctx);
+    flow.window.bytes = first_bytes.min(link_bytes(link.limit(), MIN_ROUND_NS)).max(part_of_segment(ctx));
     flow.window.changed_ns = clock::now_ns();
-    flow.window.edge_bytes = first_bytes;
+    flow.window.right_edge = first_bytes;
     clamp(ctx, flow.window.bytes, flow.application_window_bytes);
 }
 
@@ -155,7 +155,7 @@ fn limited<'a>(ctx: &SockOpsContext) -> Option<(&'a mut Flow, Link)> {
 /// kernel rounds that up, to what it can say in the header's 16 bits (`__tcp_select_window`), and a remote sends the few bytes too.
 #[inline(always)]
 fn has_one_in_flight(ctx: &SockOpsContext, window: &Window) -> bool {
-    window.edge_bytes - window.acknowledged_bytes <= part_of_segment(ctx)
+    window.right_edge - window.acknowledged_bytes <= part_of_segment(ctx)
 }
 
 /// A window for one packet. A remote never builds segments of more than half the largest window it has seen (`tcp_bound_to_half_wnd`): if
@@ -197,7 +197,7 @@ fn resize(ctx: &SockOpsContext, limit: &Limit, window: &mut Window, now_ns: u64,
     let is_of_few = window.bytes < FEW_SEGMENTS * tcp::mss(ctx);
     let target_ns = target_ns(rtt_ns) + if is_of_few { FEW_MORE_NS } else { 0 };
     // What a change does is seen when all that is in flight has passed.
-    let round_ns = (rtt_ns + backlog_ns).max(SHORTEST_ROUND_NS);
+    let round_ns = (rtt_ns + backlog_ns).max(MIN_ROUND_NS);
     if now_ns - window.changed_ns <= round_ns {
         return;
     }
@@ -223,14 +223,14 @@ fn resize(ctx: &SockOpsContext, limit: &Limit, window: &mut Window, now_ns: u64,
 /// back. It is no latency but in the acknowledgements.
 #[inline(always)]
 fn target_ns(rtt_ns: u64) -> u64 {
-    SHORTEST_TARGET_NS + rtt_ns / 4
+    MIN_TARGET_NS + rtt_ns / 4
 }
 
 /// What a single flow has use for: two round trips (they are a guess) and twice the backlog aimed for. More would only grow in the
 /// time that an idle clock lags, and then be in flight all at once.
 #[inline(always)]
 fn most_bytes(limit: &Limit, rtt_ns: u64) -> u64 {
-    link_bytes(limit, 2 * (rtt_ns + target_ns(rtt_ns))).min(MOST_BYTES)
+    link_bytes(limit, 2 * (rtt_ns + target_ns(rtt_ns))).min(MAX_WINDOW_BYTES)
 }
 
 /// What a link of the limit carries in a time.
@@ -246,8 +246,8 @@ fn advertise(ctx: &SockOpsContext, flow: &mut Flow) {
     let window = &mut flow.window;
     window.acknowledged_bytes = tcp::received_bytes(ctx);
     // A window never takes back what it has given.
-    window.edge_bytes = window.edge_bytes.max(window.acknowledged_bytes + window.bytes);
-    window.largest_bytes = window.largest_bytes.max(window.edge_bytes - window.acknowledged_bytes);
+    window.right_edge = window.right_edge.max(window.acknowledged_bytes + window.bytes);
+    window.largest_bytes = window.largest_bytes.max(window.right_edge - window.acknowledged_bytes);
     clamp(ctx, window.bytes, flow.application_window_bytes);
 }
 

@@ -38,7 +38,7 @@ pub use uninstall::Uninstall;
 pub use units::not_enabled;
 
 /// How often `--and-sync` looks again whether something came or went meanwhile. What changes more often than that is found by the timer.
-const MOST_ROUNDS: usize = 20;
+const MAX_ROUNDS: usize = 20;
 
 /// Put podshaper on this node: the program, an entry at the end of the conflist the runtime uses (the first by name), and systemd units
 /// that keep it there and have `podshaper sync` follow what is asked of pods.
@@ -93,7 +93,7 @@ impl Install {
         }
         // A network that is not there yet, or is just being written, keeps no pod from what it asks for.
         let mut status = ExitCode::SUCCESS;
-        for _ in 0..MOST_ROUNDS {
+        for _ in 0..MAX_ROUNDS {
             let before = self.changed_at();
             match self.install() {
                 Ok(report) => output::print(&report)?,

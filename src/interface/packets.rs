@@ -26,26 +26,26 @@ const PACKET_NS: u64 = 2_000_000;
 /// How long the packet of a flow may take at the limit that is alone.
 const LARGEST_PACKET_NS: u64 = 10_000_000;
 /// Segments that it has at least, but where single ones are long (below).
-const LEAST_BULK_SEGMENTS: u64 = 2;
+const MIN_TSO_SEGS: u64 = 2;
 /// Segments of the usual size in a packet of 64 KiB, which is the largest there is without BIG TCP.
-const MOST_BULK_SEGMENTS: u64 = 44;
+const MAX_TSO_SEGS: u64 = 44;
 /// Payload of a segment of the usual size, with timestamps.
 const USUAL_MSS: u64 = 1448;
 /// Below this rate single segments are built. From here on bbr builds two all the same (`bbr_min_tso_rate`, net/ipv4/tcp_bbr.c).
 const SINGLE_SEGMENTS_BELOW_BITS_PER_S: u64 = 1_200_000;
 
-const LEAST_SEGMENTS: &str = "/proc/sys/net/ipv4/tcp_min_tso_segs";
+const TCP_MIN_TSO_SEGS: &str = "/proc/sys/net/ipv4/tcp_min_tso_segs";
 const RTT_LOG: &str = "/proc/sys/net/ipv4/tcp_tso_rtt_log";
 
 /// What the kernel keeps free of `gso_max_size` for headers, and more: `sk_setup_caps` takes MAX_TCP_HEADER off, at most 320.
 const HEADERS_BYTES: u64 = 512;
 
 /// Segments of the packets that a bulk flow builds at this limit, at its slowest.
-pub fn bulk_segments(limit: Rate) -> u64 {
+pub fn min_tso_segs(limit: Rate) -> u64 {
     if limit.as_bits_per_s() < SINGLE_SEGMENTS_BELOW_BITS_PER_S {
         return 1;
     }
-    (bytes_in(PACKET_NS, limit) / USUAL_MSS).clamp(LEAST_BULK_SEGMENTS, MOST_BULK_SEGMENTS)
+    (bytes_in(PACKET_NS, limit) / USUAL_MSS).clamp(MIN_TSO_SEGS, MAX_TSO_SEGS)
 }
 
 /// What a link of the limit's rate carries in a time.
@@ -67,7 +67,7 @@ pub fn find(index: u32, own: &Record, others: &[Need]) -> Result<Found> {
         limited => limited.iter().find_map(|record| recorded(&record.found)),
     };
     let tcp_tso_rtt_log = sysctl(|found| found.tcp_tso_rtt_log, RTT_LOG);
-    let tcp_min_tso_segs = sysctl(|found| found.tcp_min_tso_segs, LEAST_SEGMENTS);
+    let tcp_min_tso_segs = sysctl(|found| found.tcp_min_tso_segs, TCP_MIN_TSO_SEGS);
     let lowered = limited.iter().find(|record| record.shares_interface(own) && record.found.gso_max_size.is_some());
     let sizes = match lowered {
         Some(Record { found: Found { gso_max_size, gso_ipv4_max_size, .. }, .. }) => {
@@ -87,14 +87,14 @@ pub fn find(index: u32, own: &Record, others: &[Need]) -> Result<Found> {
 pub fn settle(index: u32, own: &Record, needs: &[Need]) -> Result<()> {
     let limited = || needs.iter().filter(|need| need.limits_egress());
     let segments = |need: &Need| match need.limits.and_then(|limits| limits.egress) {
-        Some(limit) => u32::try_from(bulk_segments(limit.rate)).ok(),
+        Some(limit) => u32::try_from(min_tso_segs(limit.rate)).ok(),
         // Of another layout: it has what it needs.
-        None => read_sysctl(LEAST_SEGMENTS),
+        None => read_sysctl(TCP_MIN_TSO_SEGS),
     };
     let rtt_log = limited().next().map(|_| 0);
     let least_segments = limited().filter_map(segments).min();
     error::all([
-        set_sysctl(LEAST_SEGMENTS, least_segments.or(own.found.tcp_min_tso_segs)),
+        set_sysctl(TCP_MIN_TSO_SEGS, least_segments.or(own.found.tcp_min_tso_segs)),
         set_sysctl(RTT_LOG, rtt_log.or(own.found.tcp_tso_rtt_log)),
         settle_sizes(index, own, needs),
     ])
@@ -216,7 +216,7 @@ mod tests {
     #[test]
     fn slow_flows_of_a_fast_pod_build_packets_of_the_pods_limit() {
         for (megabits, segments) in [(1, 1), (2, 2), (10, 2), (100, 17), (1_000, 44), (100_000, 44)] {
-            assert_eq!(bulk_segments(Rate::bits_per_s(megabits * 1_000_000).unwrap()), segments, "{megabits} Mbit/s");
+            assert_eq!(min_tso_segs(Rate::bits_per_s(megabits * 1_000_000).unwrap()), segments, "{megabits} Mbit/s");
         }
     }
 

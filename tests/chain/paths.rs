@@ -207,7 +207,7 @@ fn a_bridge_above_the_pods_interface_is_held() {
 #[ignore = "needs root and the CNI plugins"]
 fn sockets_of_the_pod_do_not_notice() {
     const RATE: u64 = 20 * MBIT;
-    const MOST_PACKETS: u64 = 100;
+    const MAX_PACKETS: u64 = 100;
     let bed = Bed::new();
     let pod = bed.limited(both(RATE));
     for ipv6 in [false, true] {
@@ -224,7 +224,7 @@ fn sockets_of_the_pod_do_not_notice() {
     let counted = || meter::others(&pod).unwrap();
     let [out, into] = counted();
     eprintln!("by other paths: {out:?}, {into:?}");
-    assert!(out.packets <= MOST_PACKETS && into.packets <= MOST_PACKETS, "{out:?}, {into:?}");
+    assert!(out.packets <= MAX_PACKETS && into.packets <= MAX_PACKETS, "{out:?}, {into:?}");
     // Into the pod UDP goes on when its receiver has gone, and that is nobody's.
     let udp = Udp { way: Way::In, rate: RATE / 2, seconds: 2.0, ..Udp::default() };
     let sent = measure::udp(&pod, &udp).unwrap().sent;

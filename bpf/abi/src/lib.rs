@@ -150,7 +150,7 @@ pub struct Limit {
     /// How far an idle clock may lag behind the time: the burst, as time at the rate.
     pub burst_ns: u64,
     /// Part of the burst that TCP's bulk flows, which can wait, leave to what cannot.
-    pub kept_ns: u64,
+    pub reserve_ns: u64,
     /// Backlog beyond which a packet that is not TCP, and whose sender has not waited, is dropped.
     pub datagram_bound_ns: u64,
     /// Backlog beyond which such a packet is marked, if it is ECN-capable.
@@ -162,7 +162,7 @@ pub struct Limit {
     /// Backlog beyond which a packet is dropped that comes by another path than the cgroup's sockets.
     pub others_bound_ns: u64,
     /// Segments of a packet that a bulk flow builds at its slowest.
-    pub bulk_segments: u64,
+    pub min_tso_segs: u64,
     /// Where packets wait whose sender has not: [`QUEUE_FQ`] and so on.
     pub queue: u64,
     /// Rate of the virtual link in bits per second: the limit, but for htb, where it is the limit as htb counts it.
