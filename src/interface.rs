@@ -13,10 +13,7 @@ mod mechanism;
 mod packets;
 mod record;
 
-use std::{
-    os::fd::RawFd,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use crate::{
     error::{self, Code, Error, Result},
@@ -39,6 +36,8 @@ pub struct Interface {
     netns: PathBuf,
     netns_inode: u64,
     ifname: String,
+    /// Its end on the host, once it was looked for.
+    host_end: Option<Option<u32>>,
 }
 
 /// What came of bringing an interface to what is needed. Each part is tried, whatever became of the others.
@@ -66,7 +65,6 @@ struct Inside {
     fq: Result<()>,
     /// `None` where it is not wanted.
     htb: Option<Result<()>>,
-    peer: Result<Option<u32>>,
 }
 
 impl Interface {
@@ -102,7 +100,7 @@ impl Interface {
         let mut inside = opened.enter()?;
         let link = inside.run(|| netns::link(ifname, netns));
         let (netns, ifname) = (netns.to_path_buf(), ifname.to_owned());
-        Ok(link.map(|link| Self { inside, index: link.index, netns, netns_inode, ifname }))
+        Ok(link.map(|link| Self { inside, index: link.index, netns, netns_inode, ifname, host_end: None }))
     }
 
     /// The record of an attachment that has not changed anything.
@@ -120,8 +118,13 @@ impl Interface {
     /// # Errors
     /// [`Code::Kernel`] with what the kernel says.
     pub fn host_end(&mut self) -> Result<Option<u32>> {
+        if let Some(known) = self.host_end {
+            return Ok(known);
+        }
         let (index, home) = (self.index, self.inside.home());
-        self.inside.run(|| qdisc::veth_peer(index, home))
+        let found = self.inside.run(|| qdisc::veth_peer(index, home))?;
+        self.host_end = Some(found);
+        Ok(found)
     }
 
     /// Puts fq on, which decides which programs are loaded. It is of use to both directions: it lets acknowledgements leave when
@@ -150,9 +153,9 @@ impl Interface {
         others: &[Need],
         all_traffic: bool,
     ) -> Result<()> {
-        let (index, home, has_fq) = (self.index, self.inside.home(), fq.is_ok());
+        let (index, has_fq) = (self.index, fq.is_ok());
         let mine = record.clone();
-        let (found, inside) = self.inside.run(|| change_inside(index, home, mine, limits, has_fq, there, others));
+        let (found, inside) = self.inside.run(|| change_inside(index, mine, limits, has_fq, there, others));
         record.found = found;
         record.htb = matches!(inside.htb, Some(Ok(())));
         if let (Err(no_fq), Some(Err(no_htb))) = (fq, &inside.htb) {
@@ -168,7 +171,7 @@ impl Interface {
                 log::warn!("ingress is held by a queue or by drops, not by acknowledgements: {no_fq}");
                 let is_taken =
                     others.iter().any(|other| other.record.has_tbf() && other.record.shares_interface(record));
-                match self.hold_by_tbf(inside.peer, &limit, is_taken, all_traffic) {
+                match self.hold_by_tbf(&limit, is_taken, all_traffic) {
                     Ok(()) => IngressBy::Tbf,
                     Err(error) => {
                         log::warn!("{error}");
@@ -181,9 +184,9 @@ impl Interface {
     }
 
     /// A queue is for all that the interface receives: it is none if the limit is for a part.
-    fn hold_by_tbf(&self, peer: Result<Option<u32>>, limit: &Limit, is_taken: bool, all_traffic: bool) -> Result<()> {
+    fn hold_by_tbf(&mut self, limit: &Limit, is_taken: bool, all_traffic: bool) -> Result<()> {
         let no = |why| Err(Error::new(Code::Kernel, why));
-        match peer? {
+        match self.host_end()? {
             _ if !all_traffic => no("exemptSubnets and shapedSubnets leave drops: tbf would limit what they exempt"),
             _ if is_taken => no("another limit of this interface has tbf, which leaves drops: there is room for one"),
             None => no("the pod's interface is no veth with an end on this host to put tbf on"),
@@ -193,12 +196,12 @@ impl Interface {
 
     /// Brings the interface, on which `own` tells what was changed, to what is needed, and to what it was before where nothing is.
     pub fn settle(&mut self, own: &Record, needs: &[Need]) -> Settled {
-        let (index, home) = (self.index, self.inside.home());
-        let Inside { packets, fq, htb, peer } = self.inside.run(|| settle_inside(index, home, own, needs));
+        let index = self.index;
+        let Inside { packets, fq, htb } = self.inside.run(|| settle_inside(index, own, needs));
         let tbf = match needs.iter().find(|need| need.record.has_tbf() && need.record.shares_interface(own)) {
             // Of another layout: it has what it needs.
             Some(Need { limits: None, .. }) => Ok(()),
-            Some(Need { limits: Some(limits), .. }) => peer.and_then(|peer| match (peer, &limits.ingress) {
+            Some(Need { limits: Some(limits), .. }) => self.host_end().and_then(|peer| match (peer, &limits.ingress) {
                 (Some(peer), Some(limit)) => qdisc::put_tbf(peer, index, limit),
                 (None, Some(_)) => {
                     let text = "change tbf: the pod's interface has no end on this host any more";
@@ -207,7 +210,7 @@ impl Interface {
                 (_, None) => Ok(()),
             }),
             None if own.has_tbf() => {
-                peer.and_then(|peer| peer.map_or(Ok(()), |peer| qdisc::take_off_peer(peer, index)))
+                self.host_end().and_then(|peer| peer.map_or(Ok(()), |peer| qdisc::take_off_peer(peer, index)))
             }
             None => Ok(()),
         };
@@ -282,7 +285,6 @@ fn another(netns: &Path) -> Error {
 /// In the namespace: what [`Interface::change`] does there, and the settings as they were before.
 fn change_inside(
     index: u32,
-    home: RawFd,
     mut mine: Record,
     limits: &Limits,
     has_fq: bool,
@@ -300,13 +302,11 @@ fn change_inside(
     }
     let fq = if has_fq { keep_fq(index) } else { Ok(()) };
     let htb = limits.egress.filter(|_| !has_fq).map(|limit| put_htb(index, &mine, &limit, others));
-    let needs_peer = !has_fq && limits.ingress.is_some();
-    let peer = if needs_peer { qdisc::veth_peer(index, home) } else { Ok(None) };
-    (mine.found, Inside { packets, fq, htb, peer })
+    (mine.found, Inside { packets, fq, htb })
 }
 
 /// In the namespace: what [`Interface::settle`] does there.
-fn settle_inside(index: u32, home: RawFd, own: &Record, needs: &[Need]) -> Inside {
+fn settle_inside(index: u32, own: &Record, needs: &[Need]) -> Inside {
     let here = || needs.iter().filter(|need| need.record.shares_interface(own));
     let packets = packets::settle(index, own, needs);
     let (mut fq, mut htb) = (Ok(()), None);
@@ -318,9 +318,7 @@ fn settle_inside(index: u32, home: RawFd, own: &Record, needs: &[Need]) -> Insid
     } else if own.fq || own.htb {
         fq = qdisc::take_off(index);
     }
-    let needs_peer = own.has_tbf() || here().any(|need| need.record.has_tbf());
-    let peer = if needs_peer { qdisc::veth_peer(index, home) } else { Ok(None) };
-    Inside { packets, fq, htb, peer }
+    Inside { packets, fq, htb }
 }
 
 /// Puts htb on, with this limit, where it is not another attachment's.

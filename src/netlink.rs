@@ -1,8 +1,11 @@
-//! One rtnetlink request and its answer, synchronously: podshaper asks for a few things and exits.
+//! One rtnetlink request and its answer, synchronously: podshaper asks for a few things and exits. A thread asks by one socket as long as
+//! it stays in a network namespace, and `netns` changes both.
 
-use std::io;
+use std::{cell::RefCell, io};
 
-use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_ECHO, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+};
 use netlink_packet_route::{
     RouteNetlinkMessage,
     link::{LinkAttribute, LinkMessage},
@@ -25,12 +28,20 @@ pub fn dump(message: RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>
     exchange(message, NLM_F_REQUEST | NLM_F_DUMP)
 }
 
-/// A request for one thing. The kernel answers it, and acknowledges it after that.
+/// A request for one thing, which the kernel answers with one message.
 ///
 /// # Errors
 /// What the kernel says.
 pub fn get(message: RouteNetlinkMessage) -> io::Result<Option<RouteNetlinkMessage>> {
-    exchange(message, NLM_F_REQUEST | NLM_F_ACK).map(|answers| answers.into_iter().next())
+    exchange(message, NLM_F_REQUEST).map(|answers| answers.into_iter().next())
+}
+
+/// A request for one thing, of which the kernel notifies whoever listens, and the caller if it asks for that. It may have nothing to say.
+///
+/// # Errors
+/// What the kernel says.
+pub fn get_notified(message: RouteNetlinkMessage) -> io::Result<Option<RouteNetlinkMessage>> {
+    exchange(message, NLM_F_REQUEST | NLM_F_ECHO | NLM_F_ACK).map(|answers| answers.into_iter().next())
 }
 
 /// An interface of the calling thread's network namespace.
@@ -38,7 +49,24 @@ pub fn get(message: RouteNetlinkMessage) -> io::Result<Option<RouteNetlinkMessag
 /// # Errors
 /// What the kernel says.
 pub fn link(ifindex: u32) -> io::Result<Option<LinkMessage>> {
-    Ok(get(RouteNetlinkMessage::GetLink(link_message(ifindex)))?.and_then(|answer| match answer {
+    get_link(link_message(ifindex))
+}
+
+/// The same by its name; `None` where there is none.
+///
+/// # Errors
+/// What the kernel says.
+pub fn link_by_name(name: &str) -> io::Result<Option<LinkMessage>> {
+    let mut message = LinkMessage::default();
+    message.attributes = vec![LinkAttribute::IfName(name.to_owned())];
+    match get_link(message) {
+        Err(cause) if cause.raw_os_error() == Some(libc::ENODEV) => Ok(None),
+        found => found,
+    }
+}
+
+fn get_link(message: LinkMessage) -> io::Result<Option<LinkMessage>> {
+    Ok(get(RouteNetlinkMessage::GetLink(message))?.and_then(|answer| match answer {
         RouteNetlinkMessage::NewLink(link) => Some(link),
         _ => None,
     }))
@@ -60,21 +88,60 @@ fn link_message(ifindex: u32) -> LinkMessage {
     message
 }
 
+/// A socket, which belongs to the network namespace that it was made in.
+pub struct Connection {
+    socket: Socket,
+    datagram: Vec<u8>,
+}
+
+thread_local! {
+    static CONNECTION: RefCell<Option<Connection>> = const { RefCell::new(None) };
+}
+
+/// Gives the calling thread another connection and returns its own, since it goes to another namespace. Without one it makes one when it
+/// asks for something.
+pub fn replace_connection(connection: Option<Connection>) -> Option<Connection> {
+    CONNECTION.replace(connection)
+}
+
 fn exchange(message: RouteNetlinkMessage, flags: u16) -> io::Result<Vec<RouteNetlinkMessage>> {
-    let mut header = NetlinkHeader::default();
-    header.flags = flags;
-    let mut request = NetlinkMessage::new(header, NetlinkPayload::from(message));
-    request.finalize();
-    let mut bytes = vec![0; request.buffer_len()];
-    request.serialize(&mut bytes);
-    // The kernel gives it an address with the first message (`netlink_autobind`).
-    let socket = Socket::new(NETLINK_ROUTE)?;
-    socket.send(&bytes, 0)?;
-    let mut answers = Vec::new();
-    loop {
-        let (datagram, _) = socket.recv_from_full()?;
-        if collect(&datagram, &mut answers)? {
-            return Ok(answers);
+    CONNECTION.with_borrow_mut(|open| {
+        let mut connection = open.take().map_or_else(Connection::open, Ok)?;
+        let answers = connection.exchange(message, flags)?;
+        // After an error something may be left to be read.
+        *open = Some(connection);
+        Ok(answers)
+    })
+}
+
+impl Connection {
+    /// More than the kernel puts into one datagram (`netlink_dump`).
+    const DATAGRAM_BYTES: usize = 1 << 16;
+
+    /// The kernel gives it an address with the first message (`netlink_autobind`).
+    fn open() -> io::Result<Self> {
+        Ok(Self { socket: Socket::new(NETLINK_ROUTE)?, datagram: Vec::with_capacity(Self::DATAGRAM_BYTES) })
+    }
+
+    fn exchange(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<Vec<RouteNetlinkMessage>> {
+        let mut header = NetlinkHeader::default();
+        header.flags = flags;
+        let mut request = NetlinkMessage::new(header, NetlinkPayload::from(message));
+        request.finalize();
+        let mut bytes = vec![0; request.buffer_len()];
+        request.serialize(&mut bytes);
+        self.socket.send(&bytes, 0)?;
+        let is_one = flags & (NLM_F_ACK | NLM_F_DUMP) == 0;
+        let mut answers = Vec::new();
+        loop {
+            self.datagram.clear();
+            let length = self.socket.recv(&mut self.datagram, libc::MSG_TRUNC)?;
+            if length > self.datagram.len() {
+                return Err(io::Error::other(format!("the kernel's answer of {length} bytes is cut")));
+            }
+            if collect(&self.datagram, &mut answers)? || (is_one && !answers.is_empty()) {
+                return Ok(answers);
+            }
         }
     }
 }

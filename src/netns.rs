@@ -14,7 +14,10 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::stat::{Mode, fstat};
 use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 
-use crate::error::{Code, Error, Result};
+use crate::{
+    error::{Code, Error, Result},
+    netlink::{self, Connection},
+};
 
 /// /proc/self would be the main thread's namespace.
 const OWN: &str = "/proc/thread-self/ns/net";
@@ -39,11 +42,15 @@ pub struct Namespace {
 pub struct Entered {
     home: OwnedFd,
     there: OwnedFd,
+    /// With the kernel, about what is there.
+    connection: Option<Connection>,
 }
 
 /// The calling thread in another namespace, until this is dropped.
 struct Away<'a> {
-    home: &'a OwnedFd,
+    entered: &'a mut Entered,
+    /// The thread's connection at home.
+    connection: Option<Connection>,
 }
 
 impl Namespace {
@@ -76,7 +83,7 @@ impl Namespace {
     /// [`Code::Netns`]: it is a namespace of another kind, or podshaper may not.
     pub fn enter(self) -> Result<Entered> {
         let Self { path, home, file: there, inode: _ } = self;
-        let entered = Entered { home, there };
+        let mut entered = Entered { home, there, connection: None };
         match entered.go().map(drop) {
             Ok(()) => Ok(entered),
             Err(errno @ Errno::EINVAL) => Err(failed(&path, "setns (a namespace of another kind)", errno)),
@@ -104,8 +111,10 @@ impl Entered {
         self.home.as_raw_fd()
     }
 
-    fn go(&self) -> nix::Result<Away<'_>> {
-        setns(&self.there, CloneFlags::CLONE_NEWNET).map(|()| Away { home: &self.home })
+    fn go(&mut self) -> nix::Result<Away<'_>> {
+        setns(&self.there, CloneFlags::CLONE_NEWNET)?;
+        let connection = netlink::replace_connection(self.connection.take());
+        Ok(Away { entered: self, connection })
     }
 }
 
@@ -114,9 +123,10 @@ impl Drop for Away<'_> {
     /// Where there is no way back: what is meant for the node must not be done to the pod. The next call clears what this one leaves.
     #[expect(clippy::panic, reason = "nobody may go on in the wrong namespace")]
     fn drop(&mut self) {
-        if let Err(errno) = setns(self.home, CloneFlags::CLONE_NEWNET) {
+        if let Err(errno) = setns(&self.entered.home, CloneFlags::CLONE_NEWNET) {
             panic!("leave the pod's netns: {errno}");
         }
+        self.entered.connection = netlink::replace_connection(self.connection.take());
     }
 }
 

@@ -109,6 +109,8 @@ pub struct Staged<'a> {
     place: &'a Place,
     directory: PathBuf,
     target: PathBuf,
+    /// Whether something is in it that is not to stay: what is being made, or then what was replaced.
+    is_left: bool,
 }
 
 impl Pins {
@@ -156,7 +158,7 @@ impl Pins {
 
     /// Directory of an attachment, if there is one: of this podshaper's layout, or else of another.
     pub fn find(&self, place: &Place) -> Option<PathBuf> {
-        find(&self.root, place)
+        find(&layouts(&self.root), place)
     }
 
     /// The directory of the node's programs and maps, of this podshaper's layout.
@@ -217,21 +219,23 @@ impl LockedPins {
     }
 
     /// Clears what killed calls left of an attachment: the lock is ours, so nobody is at work on it. One that was being
-    /// replaced is put back, and one of an older layout whose replacement is in its place is removed.
+    /// replaced is put back, and one of an older layout whose replacement is in its place is removed. Returns where it is then, if there
+    /// is one.
     ///
     /// # Errors
     /// [`Code::Kernel`] with what the kernel says.
-    pub fn settle(&self, place: &Place) -> Result<()> {
-        error::all(layouts(&self.root).iter().map(|layout| {
+    pub fn settle(&self, place: &Place) -> Result<Option<PathBuf>> {
+        let layouts = layouts(&self.root);
+        error::all(layouts.iter().map(|layout| {
             let pod = layout.join(encode(&place.pod));
             settle(&pod, &encode(&place.interface))?;
             remove_pod_if_unused(&pod)
         }))?;
-        if self.find(place).is_some_and(|directory| is_current(&directory)) {
-            self.remove_others(place)
-        } else {
-            Ok(())
+        let found = find(&layouts, place);
+        if found.as_deref().is_some_and(is_current) {
+            self.remove_others(&layouts, place)?;
         }
+        Ok(found)
     }
 
     /// The same for every attachment. Goes on after an error.
@@ -247,12 +251,12 @@ impl LockedPins {
             }
             results.push(remove_pod_if_unused(&pod));
         }
-        results.extend(self.list().iter().map(|(place, _)| self.settle(place)));
+        results.extend(self.list().iter().map(|(place, _)| self.settle(place).map(drop)));
         results.push(self.prune());
         error::all(results)
     }
 
-    /// Makes the directory in which an attachment is then pinned.
+    /// Makes the directory in which an attachment is then pinned. What killed calls left of it is cleared.
     ///
     /// # Errors
     /// [`Code::Kernel`] with what the kernel says.
@@ -261,11 +265,10 @@ impl LockedPins {
         let pod = layout.join(encode(&place.pod));
         let interface = encode(&place.interface);
         let (target, directory) = (pod.join(&interface), pod.join(interface.clone() + NEW));
-        settle(&pod, &interface)?;
         for directory in [&layout, &pod, &directory] {
             make_directory(directory)?;
         }
-        Ok(Staged { pins: self, place, directory, target })
+        Ok(Staged { pins: self, place, directory, target, is_left: true })
     }
 
     /// Removes an attachment, finished or not, and the pod's directory with its last. The kernel detaches with the last pin.
@@ -277,11 +280,11 @@ impl LockedPins {
         error::all(layouts(&self.root).iter().map(|layout| remove_from(layout, place)))
     }
 
-    /// Removes an attachment from every layout but this podshaper's.
-    fn remove_others(&self, place: &Place) -> Result<()> {
+    /// Removes an attachment from every one of these layouts but this podshaper's.
+    fn remove_others(&self, layouts: &[PathBuf], place: &Place) -> Result<()> {
         let current = self.layout();
-        let others = layouts(&self.root).into_iter().filter(|layout| *layout != current);
-        error::all(others.map(|layout| remove_from(&layout, place)))
+        let others = layouts.iter().filter(|layout| **layout != current);
+        error::all(others.map(|layout| remove_from(layout, place)))
     }
 
     /// Makes the directory of the links on a pod's cgroup. The pod's directory is there.
@@ -366,21 +369,24 @@ impl Staged<'_> {
         &self.directory
     }
 
-    /// Puts the finished attachment in its place, all at once, and removes what was there. The old links are live until the
+    /// Puts the finished attachment in its place, all at once, and removes what was there `before`. The old links are live until the
     /// new ones are, so the pod is never unshaped.
     ///
     /// # Errors
     /// [`Code::Kernel`] with what the kernel says; the old attachment is then still in place.
-    pub fn commit(self) -> Result<()> {
-        self.swap()?;
+    pub fn commit(mut self, before: Option<&Path>) -> Result<()> {
+        self.is_left = self.swap()?;
         // Pins that an older podshaper made for this attachment, in its own layout, limited it until now.
-        if let Err(error) = self.pins.remove_others(self.place) {
+        if before.is_some_and(|before| !is_current(before))
+            && let Err(error) = self.pins.remove_others(&layouts(&self.pins.root), self.place)
+        {
             log::warn!("what the new limit replaced is still there, until the next call for the pod: {error}");
         }
         Ok(())
     }
 
-    fn swap(&self) -> Result<()> {
+    /// Whether the old attachment is in the directory now, to be dropped with it.
+    fn swap(&self) -> Result<bool> {
         let renamed = |result: nix::Result<()>, to: &Path| {
             result.map_err(|cause| {
                 Error::because(Code::Kernel, format!("rename {} to {}", self.directory.display(), to.display()), cause)
@@ -388,9 +394,10 @@ impl Staged<'_> {
         };
         let rename = |from: &Path, to: &Path, flags| renameat2(AT_FDCWD, from, AT_FDCWD, to, flags);
         match rename(&self.directory, &self.target, RenameFlags::RENAME_EXCHANGE) {
-            // Now the staging directory is the old attachment, and dropped.
-            Ok(()) => Ok(()),
-            Err(Errno::ENOENT) => renamed(rename(&self.directory, &self.target, RenameFlags::empty()), &self.target),
+            Ok(()) => Ok(true),
+            Err(Errno::ENOENT) => {
+                renamed(rename(&self.directory, &self.target, RenameFlags::empty()), &self.target).map(|()| false)
+            }
             // bpffs exchanges names since Linux 5.17 (simple_rename, fs/libfs.c). Before that the old attachment steps aside
             // first; killed between the two renames, it goes on limiting from there until the next call for the pod settles it.
             Err(Errno::EINVAL) => {
@@ -401,15 +408,18 @@ impl Staged<'_> {
                 if let Err(error) = remove_directory(&aside) {
                     log::warn!("what the new limit replaced is still there, until the next call for the pod: {error}");
                 }
-                Ok(())
+                Ok(false)
             }
-            Err(cause) => renamed(Err(cause), &self.target),
+            Err(cause) => renamed(Err(cause), &self.target).map(|()| false),
         }
     }
 }
 
 impl Drop for Staged<'_> {
     fn drop(&mut self) {
+        if !self.is_left {
+            return;
+        }
         let removed = remove_directory(&self.directory)
             .and_then(|()| self.directory.parent().map_or(Ok(()), remove_pod_if_unused));
         if let Err(error) = removed {
@@ -505,10 +515,10 @@ fn remove_if_unused(layout: &Path) -> Result<()> {
     remove_if_empty(layout)
 }
 
-fn find(root: &Path, place: &Place) -> Option<PathBuf> {
+fn find(layouts: &[PathBuf], place: &Place) -> Option<PathBuf> {
     let below = Path::new(&encode(&place.pod)).join(encode(&place.interface));
     // Without OWNER it is what a killed DEL left.
-    layouts(root).into_iter().map(|layout| layout.join(&below)).find(|path| path.join(OWNER).exists())
+    layouts.iter().map(|layout| layout.join(&below)).find(|path| path.join(OWNER).exists())
 }
 
 /// The attachments, and how many directories are of unfinished ones.

@@ -3,7 +3,7 @@
 
 use std::{collections::HashSet, io, os::fd::RawFd};
 
-use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_REPLACE};
+use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::{
     RouteNetlinkMessage,
     link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage},
@@ -142,7 +142,8 @@ pub fn put_htb(ifindex: u32, limit: &Limit) -> Result<()> {
         (class(HTB_LIMIT), HTB_AT_ONCE, 0, at_once, at_once),
         (class(HTB_LIMIT), HTB_QUEUE, 1, (bytes_per_s / HTB_QUEUE_PART).max(1), bytes_per_s),
     ] {
-        put_htb_class(ifindex, parent, minor, htb_options(rate, ceil, burst, priority)).map_err(failed)?;
+        let options = htb_options(rate, ceil, burst, priority);
+        put_htb_class(ifindex, parent, minor, options, NLM_F_CREATE | NLM_F_REPLACE).map_err(failed)?;
     }
     put_pfifo(ifindex, class(HTB_QUEUE)).map_err(failed)
 }
@@ -159,16 +160,22 @@ pub fn put_room_htb(ifindex: u32) -> Result<()> {
     }
 }
 
-/// A class in it that nobody has, of which the next one is free too.
+/// Makes the first of a pod's two classes in it, of a pair that nobody has. It is looked for from one that the pod's slot gives: a list of
+/// all would be as long as the node has pods.
 ///
 /// # Errors
 /// [`Code::Kernel`] with what the kernel says, or all are taken.
-pub fn free_room_class(ifindex: u32) -> Result<u16> {
-    let taken = room_classes(ifindex)?;
-    let mut classes = (FIRST_ROOM_CLASS..u16::MAX - 1).step_by(2);
-    classes.find(|class| !taken.contains(class) && !taken.contains(&(class + 1))).ok_or_else(|| {
-        Error::new(Code::Kernel, "find a place for the pod in the waiting room: all are taken (podshaper gc)")
-    })
+pub fn add_room_class(ifindex: u32, slot: u32, limit: &Limit) -> Result<u16> {
+    const PAIRS: u32 = (u16::MAX - FIRST_ROOM_CLASS) as u32 / 2;
+    for pair in 0..PAIRS {
+        let minor = FIRST_ROOM_CLASS + 2 * (slot.wrapping_add(pair) % PAIRS) as u16;
+        match put_htb_class(ifindex, OURS, minor, room_options(limit), NLM_F_CREATE | NLM_F_EXCL) {
+            Ok(()) => return put_pfifo(ifindex, class(minor)).map(|()| minor).map_err(no_room),
+            Err(cause) if cause.raw_os_error() == Some(libc::EEXIST) => {}
+            Err(cause) => return Err(no_room(cause)),
+        }
+    }
+    Err(Error::new(Code::Kernel, "find a place for the pod in the waiting room: all are taken (podshaper gc)"))
 }
 
 /// The classes in it, by their minor numbers.
@@ -205,11 +212,17 @@ pub fn take_room_class(ifindex: u32, minor: u16) -> Result<()> {
 /// # Errors
 /// [`Code::Kernel`] with what the kernel says.
 pub fn put_room_class(ifindex: u32, minor: u16, limit: &Limit) -> Result<()> {
-    let failed = |cause: io::Error| Error::because(Code::Kernel, "put a class into the waiting room", cause);
+    put_htb_class(ifindex, OURS, minor, room_options(limit), NLM_F_CREATE | NLM_F_REPLACE).map_err(no_room)?;
+    put_pfifo(ifindex, class(minor)).map_err(no_room)
+}
+
+fn room_options(limit: &Limit) -> Vec<TcOption> {
     let bytes_per_s = with_ethernet(limit.rate) / 8;
-    let options = htb_options(bytes_per_s, bytes_per_s, limit.burst.as_ns_at(limit.rate), 0);
-    put_htb_class(ifindex, OURS, minor, options).map_err(failed)?;
-    put_pfifo(ifindex, class(minor)).map_err(failed)
+    htb_options(bytes_per_s, bytes_per_s, limit.burst.as_ns_at(limit.rate), 0)
+}
+
+fn no_room(cause: io::Error) -> Error {
+    Error::because(Code::Kernel, "put a class into the waiting room", cause)
 }
 
 /// `tc qdisc replace dev IFINDEX parent PARENT pfifo limit 100000`
@@ -329,12 +342,12 @@ const fn class(minor: u16) -> TcHandle {
     TcHandle { major: QDISC_MAJOR, minor }
 }
 
-fn put_htb_class(ifindex: u32, parent: TcHandle, minor: u16, options: Vec<TcOption>) -> io::Result<()> {
+fn put_htb_class(ifindex: u32, parent: TcHandle, minor: u16, options: Vec<TcOption>, flags: u16) -> io::Result<()> {
     let mut message = TcMessage::with_index(ifindex as i32);
     message.header.parent = parent;
     message.header.handle = class(minor);
     message.attributes = vec![TcAttribute::Kind("htb".to_owned()), TcAttribute::Options(options)];
-    netlink::change(RouteNetlinkMessage::NewTrafficClass(message), NLM_F_CREATE | NLM_F_REPLACE)
+    netlink::change(RouteNetlinkMessage::NewTrafficClass(message), flags)
 }
 
 /// struct tc_htb_glob: version (3), rate2quantum, defcls, debug, direct_pkts.
@@ -391,15 +404,14 @@ fn tbf_options(limit: &Limit) -> Vec<TcOption> {
 
 /// Kind and handle of an interface's root qdisc.
 fn root_qdisc(ifindex: u32) -> io::Result<Option<(String, TcHandle)>> {
-    let all = netlink::dump(RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default()))?;
-    let root = all.into_iter().find_map(|answer| match answer {
-        RouteNetlinkMessage::NewQueueDiscipline(qdisc)
-            if qdisc.header.index == ifindex as i32 && qdisc.header.parent == TcHandle::ROOT =>
-        {
-            Some(qdisc)
-        }
+    let mut message = TcMessage::with_index(ifindex as i32);
+    message.header.parent = TcHandle::ROOT;
+    // Of a qdisc that does nothing it says nothing (`tc_qdisc_dump_ignore`). A node with many pods has too many to ask for all.
+    let root = match netlink::get_notified(RouteNetlinkMessage::GetQueueDiscipline(message)) {
+        Ok(Some(RouteNetlinkMessage::NewQueueDiscipline(qdisc))) => Some(qdisc),
+        Err(cause) if cause.raw_os_error() != Some(libc::ENOENT) => return Err(cause),
         _ => None,
-    });
+    };
     Ok(root.map(|qdisc| {
         let kind = qdisc.attributes.iter().find_map(|attribute| match attribute {
             TcAttribute::Kind(kind) => Some(kind.clone()),
@@ -435,7 +447,7 @@ fn is_veth(link: &LinkMessage) -> bool {
 }
 
 /// IFLA_LINK: for a veth the index of its other end.
-fn linked_to(link: &LinkMessage) -> Option<u32> {
+pub fn linked_to(link: &LinkMessage) -> Option<u32> {
     link.attributes.iter().find_map(|attribute| match attribute {
         LinkAttribute::Link(index) => Some(*index),
         _ => None,

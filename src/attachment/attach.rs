@@ -66,7 +66,9 @@ struct Sharing {
 /// What was read again when the lock was ours.
 struct UnderLock {
     pins: LockedPins,
-    /// The attachment in whose place this one comes.
+    /// Where an attachment is in whose place this one comes.
+    found: Option<PathBuf>,
+    /// That attachment, if it can be read.
     before: Option<Present>,
     /// What the others in the namespace need.
     others: Vec<Need>,
@@ -101,10 +103,10 @@ impl<'a> Attaching<'a> {
     fn lock(&mut self) -> Result<()> {
         let pins = self.pins.lock()?;
         let place = &self.plan.place;
-        pins.settle(place)?;
-        let before = pins.find(place).and_then(|directory| Present::read(place.clone(), directory).ok());
+        let found = pins.settle(place)?;
+        let before = found.clone().and_then(|directory| Present::read(place.clone(), directory).ok());
         let others = others(&pins, place, &self.record);
-        self.under_lock = Some(UnderLock { pins, before, others });
+        self.under_lock = Some(UnderLock { pins, found, before, others });
         Ok(())
     }
 
@@ -148,7 +150,7 @@ impl<'a> Attaching<'a> {
     }
 
     fn attach(&self, own: Option<Set>, interface: Option<&mut Interface>) -> Result<Owner> {
-        let UnderLock { pins, before, .. } = self.under_lock.as_ref().ok_or_else(not_locked)?;
+        let UnderLock { pins, found, before, .. } = self.under_lock.as_ref().ok_or_else(not_locked)?;
         let (place, settings) = (&self.plan.place, self.settings());
         let cgroup = self.plan.cgroup.open()?;
         let staged = pins.stage(place)?;
@@ -185,7 +187,7 @@ impl<'a> Attaching<'a> {
         let mut scopes = scopes(&others);
         scopes.push(owner.scope());
         attached.attach(&settings, cgroup.as_fd(), &scopes, &links)?;
-        staged.commit()?;
+        staged.commit(found.as_deref())?;
         attached.keep();
         if let Some(held) = held {
             held.keep();
@@ -193,7 +195,7 @@ impl<'a> Attaching<'a> {
         if let Some(slot) = slot_before {
             interface::warn("the numbers of the limit that was replaced are left", set.forget(slot));
         }
-        if is_shared {
+        if is_shared && found.is_some() {
             let needed = others.iter().flat_map(Present::programs).chain(settings.program_names());
             let left = pins.keep_links(&place.pod, &needed.collect::<Vec<_>>());
             interface::warn("programs of the limit that was replaced are still on the pod's cgroup", left);
@@ -243,7 +245,7 @@ impl<'a> Attaching<'a> {
 
     /// Puts back what the attachment that was replaced had changed and this one does not use.
     fn leave_before(&mut self, held_at: Option<HeldAt>) {
-        let Some(UnderLock { pins, before: Some(before), others: staying }) = &self.under_lock else { return };
+        let Some(UnderLock { pins, before: Some(before), others: staying, .. }) = &self.under_lock else { return };
         let (place, replaced) = (&self.plan.place, &before.owner.interface);
         other_paths::leave(pins, replaced, before.owner.slot, held_at);
         if !replaced.shares_namespace(&self.record) {

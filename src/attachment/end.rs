@@ -41,8 +41,7 @@ pub fn remove_locked(
     place: &Place,
     is_meant: impl FnOnce(&Path, Option<&Owner>) -> bool,
 ) -> Result<End> {
-    pins.settle(place)?;
-    let Some(directory) = pins.find(place) else { return Ok(End::Nothing) };
+    let Some(directory) = pins.settle(place)? else { return Ok(End::Nothing) };
     let owner = Pinned::at(&directory).owner_if_readable()?;
     if !is_meant(&directory, owner.as_ref()) {
         return Ok(End::Another(Box::new(owner.unwrap_or_default())));

@@ -89,13 +89,15 @@ impl WaitingRoom {
         let failed = |cause: io::Error| {
             Error::because(Code::Kernel, format!("make the waiting room {WAITING} on the node"), cause)
         };
-        if index_of(WAITING).is_none() {
-            make_veth().map_err(failed)?;
-        }
         let missing = || failed(io::Error::from_raw_os_error(libc::ENODEV));
-        let ifindex = index_of(WAITING).ok_or_else(missing)?;
-        let back_ifindex = index_of(GOING_BACK).ok_or_else(missing)?;
-        let link = netlink::link(ifindex).map_err(failed)?.ok_or_else(missing)?;
+        let mut found = netlink::link_by_name(WAITING).map_err(failed)?;
+        if found.is_none() {
+            make_veth().map_err(failed)?;
+            found = netlink::link_by_name(WAITING).map_err(failed)?;
+        }
+        let link = found.ok_or_else(missing)?;
+        let ifindex = link.header.index;
+        let back_ifindex = qdisc::linked_to(&link).ok_or_else(missing)?;
         if link.header.flags.contains(LinkFlags::Up) {
             let has_fq = link.attributes.contains(&LinkAttribute::Qdisc("fq".to_owned()));
             return Ok(Self { ifindex, back_ifindex, has_fq });
@@ -136,17 +138,17 @@ impl WaitingRoom {
         Ok(())
     }
 
-    /// A place for a pod in it: the class of htb for what comes out of the pod, before that of what goes in; 0 where it has fq, which needs
+    /// A place for the pod of a slot in it: the class of htb for what comes out of the pod, before that of what goes in; 0 where it has fq, which needs
     /// none.
     ///
     /// # Errors
     /// [`Code::Kernel`] with what the kernel says.
-    pub fn make_place(&self, limits: &Limits) -> Result<u16> {
-        if self.has_fq {
-            return Ok(0);
+    pub fn make_place(&self, slot: u32, limits: &Limits) -> Result<u16> {
+        let Some(limit) = limits.egress.or(limits.ingress).filter(|_| !self.has_fq) else { return Ok(0) };
+        let class = qdisc::add_room_class(self.ifindex, slot, &limit)?;
+        if let Some(limit) = &limits.ingress {
+            qdisc::put_room_class(self.ifindex, class + 1, limit).inspect_err(|_| take_classes(self.ifindex, class))?;
         }
-        let class = qdisc::free_room_class(self.ifindex)?;
-        put_classes(self.ifindex, class, limits).inspect_err(|_| take_classes(self.ifindex, class))?;
         Ok(class)
     }
 }

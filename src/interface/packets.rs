@@ -8,8 +8,8 @@
 //! - `gso_max_size` of the interface, and for IPv4, since Linux 6.3, `gso_ipv4_max_size`: at 2 us, which a connection within the node
 //!   can have, what is added is 16 KiB still.
 
-use std::fs::{self, File};
-use std::io::{self, ErrorKind};
+use std::fs::File;
+use std::io::{self, ErrorKind, Read};
 use std::path::Path;
 
 use netlink_packet_route::link::LinkAttribute;
@@ -166,8 +166,11 @@ impl Sizes {
     }
 }
 
+/// A file of procfs says what it has at the first reading.
 fn read_sysctl(file: &str) -> Option<u32> {
-    fs::read_to_string(file).ok()?.trim().parse().ok()
+    let mut text = [0; 16];
+    let length = File::open(file).and_then(|mut open| open.read(&mut text)).ok()?;
+    str::from_utf8(&text[..length]).ok()?.trim().parse().ok()
 }
 
 fn set_sysctl(file: &str, value: Option<u32>) -> Result<()> {
