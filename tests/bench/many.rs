@@ -1,4 +1,5 @@
-//! What a node with many limited pods pays: the time of an ADD and of `podshaper list`, and the kernel's memory for each pod.
+//! What a node with many limited pods pays: the time of an ADD and of `podshaper list`, the kernel's memory for each pod, and the time of each
+//! program for a packet.
 
 use std::{
     fs,
@@ -7,7 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use serde_json::json;
+use podshaper_abi::LAYOUT;
+use serde_json::{Value, json};
 
 use crate::{
     Options, Table, Title, check_stop,
@@ -15,9 +17,12 @@ use crate::{
         Context, Result,
         cgroup::{self, Driver, PodCgroup},
         cni::Cni,
+        host::Host,
+        limiter::{Limiter, Limits},
+        measure::{self, Bulk, Way},
         netns::Netns,
         note,
-        pod::{container_id, uuid},
+        pod::{Pod, container_id, uuid},
         process, unique,
     },
     table,
@@ -27,21 +32,24 @@ use crate::{
 const CALLS: usize = 100;
 const RATE: u64 = 100_000_000;
 
-/// A pod of one interface that leads nowhere.
-struct Idle {
+/// A pod that nothing passes, with a veth whose other end is on the host.
+struct Idle<'a> {
+    host: &'a Host,
     uid: String,
     container_id: String,
     netns: Netns,
     _cgroup: PodCgroup,
 }
 
-impl Idle {
-    fn new() -> Result<Self> {
+impl<'a> Idle<'a> {
+    fn new(host: &'a Host) -> Result<Self> {
         let netns = Netns::new(&unique("many"))?;
-        netns.run("ip", &["link", "add", "eth0", "type", "veth", "peer", "name", "peer"])?;
         let uid = uuid()?;
+        let end = format!("veth{}", &uid[..8]);
+        let peer = ["type", "veth", "peer", "name", "eth0", "netns", netns.name()];
+        host.netns.run("ip", &[&["link", "add", &end][..], &peer].concat())?;
         let path = cgroup::mount()?.join(&Driver::Cgroupfs.path(&uid)[1..]);
-        Ok(Self { _cgroup: PodCgroup::new(path)?, container_id: container_id()?, netns, uid })
+        Ok(Self { host, _cgroup: PodCgroup::new(path)?, container_id: container_id()?, netns, uid })
     }
 
     fn call(&self, program: &PathBuf, verb: &str) -> Result<Duration> {
@@ -60,7 +68,7 @@ impl Idle {
             .env("CNI_PATH", "/opt/cni/bin")
             .env("CNI_ARGS", format!("IgnoreUnknown=1;K8S_POD_UID={}", self.uid))
             .stdin(stdin.to_string())
-            .call()?;
+            .call_in(&self.host.netns)?;
         call.success()?;
         Ok(call.elapsed)
     }
@@ -78,23 +86,42 @@ fn kernel_kib() -> Result<u64> {
 
 pub fn many(options: &Options, table: &mut Table) -> Result<Title> {
     let program = table.programs.directory()?.join("podshaper");
-    let mut there: Vec<Idle> = Vec::new();
-    let result = grow(options, table, &program, &mut there);
+    let host = Host::new()?;
+    let mut there = Vec::new();
+    let result = grow(options, table, &host, &program, &mut there);
     for pod in &there {
         pod.call(&program, "DEL")?;
     }
     result?;
-    let header = &["pods there", "ADD p50", "p99", "DEL p50", "p99", "list", "kernel memory for each pod"];
+    let header = &[
+        "pods there",
+        "ADD p50",
+        "p99",
+        "DEL p50",
+        "p99",
+        "list",
+        "kernel memory for each pod",
+        "count_egress",
+        "pace_tcp",
+        "count_ingress",
+        "out_of_pod",
+    ];
     Ok((format!("Many pods, both directions limited: {CALLS} ADDs and DELs beside them"), header))
 }
 
-fn grow(options: &Options, table: &mut Table, program: &PathBuf, there: &mut Vec<Idle>) -> Result<()> {
+fn grow<'a>(
+    options: &Options,
+    table: &mut Table,
+    host: &'a Host,
+    program: &PathBuf,
+    there: &mut Vec<Idle<'a>>,
+) -> Result<()> {
     for &count in &options.pods {
         note(format_args!("{count} pods .."));
         let mut fresh = Vec::new();
         while there.len() + fresh.len() < count {
             check_stop()?;
-            fresh.push(Idle::new()?);
+            fresh.push(Idle::new(host)?);
         }
         let before = kernel_kib()?;
         for pod in &fresh {
@@ -104,7 +131,7 @@ fn grow(options: &Options, table: &mut Table, program: &PathBuf, there: &mut Vec
         let grown = kernel_kib()?.saturating_sub(before);
         let memory = format!("{:.1} KiB", grown as f64 / fresh.len().max(1) as f64);
         there.append(&mut fresh);
-        let pod = Idle::new()?;
+        let pod = Idle::new(host)?;
         let mut elapsed = [vec![], vec![]];
         for _ in 0..CALLS {
             for (verb, elapsed) in ["ADD", "DEL"].into_iter().zip(&mut elapsed) {
@@ -118,7 +145,52 @@ fn grow(options: &Options, table: &mut Table, program: &PathBuf, there: &mut Vec
         let start = Instant::now();
         process::run(Command::new(program).args(["list", "--sample", "0"]))?;
         let list = table::millis(start.elapsed().as_secs_f64() * 1e6);
-        table.rows.push([vec![count.to_string()], cells.concat(), vec![list, memory]].concat());
+        let costs = costs(table, host)?;
+        table.rows.push([vec![count.to_string()], cells.concat(), vec![list, memory], costs].concat());
     }
     Ok(())
+}
+
+/// What the programs take each time that they run, while one more pod sends and then receives: all pods have the same ones.
+fn costs(table: &Table, host: &Host) -> Result<Vec<String>> {
+    const PROGRAMS: [&str; 4] = ["count_egress", "pace_tcp", "count_ingress", "out_of_pod"];
+    let mut pod = Pod::new(host, "bench")?;
+    Limiter::Podshaper.add(&mut pod, Limits { egress: Some(RATE), ingress: Some(RATE) }, &table.programs)?;
+    let _counting = Counting::start()?;
+    let read = || PROGRAMS.map(runs).into_iter().collect::<Result<Vec<_>>>();
+    let before = read()?;
+    for way in [Way::Out, Way::In] {
+        measure::bulk(&pod, &Bulk { way, flows: 8, seconds: 3.0, ..Bulk::default() })?;
+    }
+    let costs = before.iter().zip(read()?).map(|((ns, times), (ns_after, times_after))| {
+        format!("{:.0} ns", (ns_after - ns) / (times_after - times).max(1.0))
+    });
+    Ok(costs.collect())
+}
+
+/// How long a program of the node has run, in nanoseconds, and how often.
+fn runs(program: &str) -> Result<(f64, f64)> {
+    let path = format!("/sys/fs/bpf/podshaper/v{LAYOUT}/%node/{program}");
+    let text = process::run(Command::new("bpftool").args(["-j", "prog", "show", "pinned", &path]))?;
+    let shown: Value = serde_json::from_str(&text).context("read what bpftool says of a program")?;
+    let number = |name: &str| shown[name].as_f64().unwrap_or_default();
+    Ok((number("run_time_ns"), number("run_cnt")))
+}
+
+/// The kernel counts how long eBPF programs run, until this is dropped.
+struct Counting;
+
+impl Counting {
+    const SYSCTL: &str = "/proc/sys/kernel/bpf_stats_enabled";
+
+    fn start() -> Result<Self> {
+        fs::write(Self::SYSCTL, "1").context("count how long eBPF programs run")?;
+        Ok(Self)
+    }
+}
+
+impl Drop for Counting {
+    fn drop(&mut self) {
+        let _ = fs::write(Self::SYSCTL, "0");
+    }
 }
