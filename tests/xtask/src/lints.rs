@@ -18,17 +18,18 @@ pub fn all(session: &Session, lane: &mut Lane) {
     lane.check("lint: rustfmt of bpf/", command("cargo").args(["fmt", "--manifest-path", "bpf/Cargo.toml", "--check"]));
     let clippy = ["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"];
     lane.check("lint: clippy", command("cargo").args(clippy));
-    clippy_of_bpf(lane);
+    of_bpf(lane, "lint: clippy of bpf/", "--can-clippy", "--clippy");
+    of_bpf(lane, "lint: the eBPF object is what its sources give", "--can-build", "--check");
     shellcheck(lane);
     deny(session, lane);
     oldest_rust(lane);
 }
 
-fn clippy_of_bpf(lane: &mut Lane) {
-    const NAME: &str = "lint: clippy of bpf/";
-    match printed_by(command("bpf/build").arg("--can-clippy")) {
-        Ok(_) => lane.check(NAME, command("bpf/build").arg("--clippy")),
-        Err(why) => lane.note(NAME, Outcome::NotRun(why), Instant::now()),
+/// A check by bpf/build, where it has the compiler that the check takes.
+fn of_bpf(lane: &mut Lane, name: &str, whether: &str, check: &str) {
+    match printed_by(command("bpf/build").arg(whether)) {
+        Ok(_) => lane.check(name, command("bpf/build").arg(check)),
+        Err(why) => lane.note(name, Outcome::NotRun(why), Instant::now()),
     }
 }
 
@@ -87,8 +88,8 @@ fn deny(session: &Session, lane: &mut Lane) {
     }
     for (name, manifest) in [("lint: cargo-deny", "Cargo.toml"), ("lint: cargo-deny of bpf/", "bpf/Cargo.toml")] {
         let mut check = command("cargo-deny");
-        check.args(["--manifest-path", manifest, "--locked", "check", "--config", ".cargo/deny.toml"]);
-        lane.check(name, check.args(["bans", "licenses", "sources"]));
+        check.args(["--manifest-path", manifest, "--locked", "--config", ".cargo/deny.toml"]);
+        lane.check(name, check.args(["check", "bans", "licenses", "sources"]));
     }
 }
 

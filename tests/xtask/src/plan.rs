@@ -69,6 +69,7 @@ pub const TRAFFIC_IN_UML: &[&str] = &[
     "chain::ingress::requests_beside",
     "chain::ingress::ten_mbit",
     "chain::paths::frames_of_af_packet",
+    "chain::paths::other_paths_and",
     "chain::paths::they_are_held",
     "chain::rate::a_full_pod",
     "chain::rate::ten_mbit",
