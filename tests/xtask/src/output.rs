@@ -3,6 +3,8 @@
 /// What came of a run of tests, of all its binaries together.
 #[derive(Debug, Default, PartialEq)]
 pub struct Results {
+    /// Whether the first test was reached.
+    pub started: bool,
     /// How many binaries said their result. None did where the run broke off before its first end.
     pub binaries: usize,
     pub passed: usize,
@@ -15,6 +17,7 @@ impl Results {
     pub fn of(output: &str) -> Self {
         let mut results = Self::default();
         for line in without_colours(output).lines() {
+            results.started |= line.starts_with("running ") || line.starts_with("test ");
             if let Some((passed, failed)) = counts(line) {
                 results.binaries += 1;
                 results.passed += passed;
@@ -74,7 +77,7 @@ mod tests {
         let output = "running 3 tests\ntest a::fine ... ok\ntest a::bad ... FAILED\ntest b ... ignored, needs root\n\
             test result: FAILED. 1 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s\n\
             running 2 tests\ntest result: ok. 2 passed; 0 failed; 0 ignored; 0 measured; 7 filtered out; finished in 1s\n";
-        let expected = Results { binaries: 2, passed: 3, failed: 1, names: vec!["a::bad".into()] };
+        let expected = Results { started: true, binaries: 2, passed: 3, failed: 1, names: vec!["a::bad".into()] };
         assert_eq!(Results::of(output), expected);
     }
 
@@ -82,7 +85,8 @@ mod tests {
     fn a_terminals_colours_are_no_part_of_a_name_or_a_result() {
         let output = "test a::bad ... \x1b[31mFAILED\x1b(B\x1b[m\r\n\
             test result: \x1b[31mFAILED\x1b(B\x1b[m. 194 passed; 1 failed; 0 ignored; 0 measured\r\n";
-        assert_eq!(Results::of(output), Results { binaries: 1, passed: 194, failed: 1, names: vec!["a::bad".into()] });
+        let expected = Results { started: true, binaries: 1, passed: 194, failed: 1, names: vec!["a::bad".into()] };
+        assert_eq!(Results::of(output), expected);
     }
 
     #[test]
@@ -96,7 +100,8 @@ mod tests {
     fn what_breaks_off_has_no_result_and_a_last_line() {
         let output =
             "running 9 tests\ntest a ... ok\n\x1b[1muml: killed: the command had not ended after 5 s\x1b[m\n\n";
-        assert_eq!(Results::of(output), Results::default());
+        assert_eq!(Results::of(output), Results { started: true, ..Results::default() });
+        assert_eq!(Results::of("uml: could not install user-mode-linux\n"), Results::default());
         assert_eq!(last_line(output), "uml: killed: the command had not ended after 5 s");
         assert_eq!(last_line("\n"), "it printed nothing");
     }

@@ -128,7 +128,7 @@ pub fn steps(verb: Verb) -> Vec<Step> {
     let lint =
         || one("lints: rustfmt, clippy, shellcheck, cargo-deny, the oldest Rust, the eBPF object", 1.5, lints::all);
     let build_debug = || one("build", 1.0, stages::build_debug);
-    let build_release = || one("build, optimised", 1.5, stages::build_release);
+    let build_optimised = || one("build, optimised", 1.5, stages::build_optimised);
     match verb {
         Verb::Lint => vec![lint()],
         Verb::Short => vec![
@@ -136,23 +136,22 @@ pub fn steps(verb: Verb) -> Vec<Step> {
             build_debug(),
             one("this kernel: unit tests, ADD to GC, the commands", 2.0, stages::functional_here),
             one("this kernel: a choice of the tests of traffic", 1.5, stages::some_traffic_here),
-            build_release(),
             one("User Mode Linux, which has fq: a choice of the tests of traffic", 2.0, stages::some_traffic_in_uml),
         ],
         Verb::Uml => vec![
-            build_release(),
+            build_optimised(),
             one("User Mode Linux: all tests", 23.0, stages::all_in_uml),
             one("User Mode Linux: hundreds of pods", 12.0, stages::many_pods_in_uml),
         ],
-        Verb::Node => vec![build_release(), one("nodes in User Mode Linux", 22.0, nodes::nodes)],
-        Verb::Cluster => vec![build_release(), one("a cluster of one node", 20.0, nodes::cluster)],
+        Verb::Node => vec![build_optimised(), one("nodes in User Mode Linux", 22.0, nodes::nodes)],
+        Verb::Cluster => vec![build_optimised(), one("a cluster of one node", 20.0, nodes::cluster)],
         Verb::All => vec![
             one("compilers for the eBPF object", 2.5, stages::install_bpf_compilers),
             lint(),
             build_debug(),
             one("this kernel: unit tests, ADD to GC, the commands", 3.0, stages::functional_here),
             one("this kernel: the tests of traffic", 9.0, stages::all_traffic_here),
-            build_release(),
+            build_optimised(),
             one("User Mode Linux: all tests", 23.0, stages::all_in_uml),
             // Each virtual machine is one thread of this one, and so is User Mode Linux.
             Step::Beside(

@@ -18,7 +18,8 @@ pub struct Session {
     pub root: PathBuf,
     /// Whether this is `--all`.
     pub everything: bool,
-    release: OnceLock<Built>,
+    debug: OnceLock<Built>,
+    optimised: OnceLock<Built>,
 }
 
 /// Where cargo has put what the kernels of the lab run.
@@ -31,12 +32,12 @@ pub struct Built {
 
 impl Session {
     pub fn new(root: PathBuf, everything: bool) -> Self {
-        Self { root, everything, release: OnceLock::new() }
+        Self { root, everything, debug: OnceLock::new(), optimised: OnceLock::new() }
     }
 
-    /// The optimised build; notes that the stage cannot run where there is none.
+    /// The build for other kernels, the optimised one if there is one; notes that the stage cannot run where there is none.
     pub fn built(&self, lane: &mut Lane, stage: &str) -> Option<&Built> {
-        let built = self.release.get();
+        let built = self.optimised.get().or(self.debug.get());
         if built.is_none() {
             lane.note(stage, Outcome::NotRun("the build failed".into()), Instant::now());
         }
@@ -74,37 +75,38 @@ pub fn find_prometheus(lane: &mut Lane) -> Result<(), String> {
     Ok(())
 }
 
-pub fn build_debug(_: &Session, lane: &mut Lane) {
-    build(lane, "build", command("cargo").args(["test", "--workspace", "--no-run", "--locked"]));
+pub fn build_debug(session: &Session, lane: &mut Lane) {
+    build(lane, "build", &["test", "--workspace", "--no-run"], &session.debug);
 }
 
-fn build(lane: &mut Lane, name: &str, command: &mut Command) -> bool {
+/// For whole suites: where each eBPF instruction is interpreted and each system call a switch of processes, there is no time for what is not
+/// optimised.
+pub fn build_optimised(session: &Session, lane: &mut Lane) {
+    let arguments = ["build", "--release", "--bins", "--examples", "--test", "tests"];
+    build(lane, "build, optimised", &arguments, &session.optimised);
+}
+
+fn build(lane: &mut Lane, name: &str, arguments: &[&str], session: &OnceLock<Built>) {
     let start = Instant::now();
     lane.say(&format!("{name} .."));
-    let passed = lane.run(command).0 == 0;
-    let outcome =
-        if passed { Outcome::Passed("done".into()) } else { Outcome::Failed("the messages are above".into()) };
-    lane.note(name, outcome, start);
-    passed
-}
-
-/// Optimised: where each eBPF instruction is interpreted and each system call a switch of processes, there is no time for what is not.
-pub fn build_release(session: &Session, lane: &mut Lane) {
-    const NAME: &str = "build, optimised";
     let cargo = || {
         let mut cargo = command("cargo");
-        cargo.args(["build", "--release", "--locked", "--bins", "--examples", "--test", "tests"]);
+        cargo.args(arguments).arg("--locked");
         cargo
     };
-    if !build(lane, NAME, &mut cargo()) {
-        return;
-    }
-    // Once more, for where cargo has put it: the first one shows its messages as they come.
-    let messages = printed_by(cargo().args(["--quiet", "--message-format=json"]));
-    match messages.and_then(|messages| built(&messages)) {
-        Ok(built) => drop(session.release.set(built)),
-        Err(why) => lane.note(NAME, Outcome::Failed(why), Instant::now()),
-    }
+    let outcome = if lane.run(&mut cargo()).0 != 0 {
+        Outcome::Failed("the messages are above".into())
+    } else {
+        // Once more, for where cargo has put it: the first one shows its messages as they come.
+        match printed_by(cargo().args(["--quiet", "--message-format=json"])).and_then(|messages| built(&messages)) {
+            Ok(built) => {
+                let _ = session.set(built);
+                Outcome::Passed("done".into())
+            }
+            Err(why) => Outcome::Failed(why),
+        }
+    };
+    lane.note(name, outcome, start);
 }
 
 /// Builds an example, with podshaper and the other examples, which it calls; where it is.
@@ -121,8 +123,13 @@ pub fn example(name: &str) -> Result<String, String> {
 
 /// Where a program is, by cargo's messages.
 fn executable(messages: &str, kind: &str, name: &str) -> Result<String, String> {
+    // The unit tests of a program have its name and kind.
     let is_it = |message: &Value| {
-        message["target"]["name"] == name && message["target"]["kind"][0] == kind && message["executable"].is_string()
+        let target = &message["target"];
+        target["name"] == name
+            && target["kind"][0] == kind
+            && message["profile"]["test"] == (kind == "test")
+            && message["executable"].is_string()
     };
     let mut messages = messages.lines().filter_map(|line| serde_json::from_str(line).ok());
     let found = messages.rfind(is_it).and_then(|message| message["executable"].as_str().map(str::to_owned));
@@ -230,7 +237,7 @@ pub fn on_debians_kernels(session: &Session, lane: &mut Lane) {
         // A CPU in software has no time for what is not optimised.
         let command = ["tests/lab/vm", kernel, "--seconds", "1200", "--", &built.tests];
         let arguments = [&["--include-ignored", "--test-threads=1"], ASKED_OF_KERNELS].concat();
-        let name = format!("Debian's kernel {release} ({})", ASKED_OF_KERNELS.join(" "));
+        let name = format!("Debian's kernel {release}");
         lane.tests(&Tests { name, command: &command, arguments });
     }
 }
@@ -277,10 +284,11 @@ mod tests {
 
     #[test]
     fn cargo_says_where_the_programs_are() {
-        let messages = r#"{"reason":"compiler-artifact","target":{"kind":["bin"],"name":"podshaper"},"executable":"/t/podshaper"}
-{"reason":"compiler-artifact","target":{"kind":["lib"],"name":"tests"},"executable":null}
-{"reason":"compiler-artifact","target":{"kind":["test"],"name":"tests"},"executable":"/t/deps/tests-1"}
-{"reason":"compiler-artifact","target":{"kind":["example"],"name":"traffic"},"executable":"/t/examples/traffic"}
+        let messages = r#"{"reason":"compiler-artifact","target":{"kind":["bin"],"name":"podshaper"},"profile":{"test":false},"executable":"/t/podshaper"}
+{"reason":"compiler-artifact","target":{"kind":["bin"],"name":"podshaper"},"profile":{"test":true},"executable":"/t/deps/podshaper-1"}
+{"reason":"compiler-artifact","target":{"kind":["lib"],"name":"tests"},"profile":{"test":true},"executable":null}
+{"reason":"compiler-artifact","target":{"kind":["test"],"name":"tests"},"profile":{"test":true},"executable":"/t/deps/tests-1"}
+{"reason":"compiler-artifact","target":{"kind":["example"],"name":"traffic"},"profile":{"test":false},"executable":"/t/examples/traffic"}
 {"reason":"build-finished","success":true}"#;
         let found = built(messages).unwrap();
         assert_eq!((found.tests.as_str(), found.podshaper.as_str()), ("/t/deps/tests-1", "/t/podshaper"));

@@ -6,6 +6,9 @@ use std::time::Duration;
 use crate::output::{Results, last_line};
 use crate::plan;
 
+/// How the scripts of tests/lab say that there was no kernel.
+const NO_KERNEL: i32 = 125;
+
 /// At most so many failures are tried again: more are no disturbance.
 const FEW: usize = 8;
 
@@ -69,6 +72,7 @@ pub fn judge(code: i32, output: &str, again: Option<(&[String], u32)>) -> Outcom
         0 => Outcome::Passed(counts),
         // A test that failed, as Rust's harness, cargo and tests/node say it.
         1 | 101 if results.binaries > 0 => Outcome::Failed(counts),
+        NO_KERNEL if !results.started => Outcome::NotRun(last_line(output)),
         _ => Outcome::Failed(format!("it broke off, exit status {code}: {}", last_line(output))),
     }
 }
@@ -82,7 +86,7 @@ mod tests {
 
     fn failures(names: &[&str]) -> Results {
         let names: Vec<String> = names.iter().map(|&name| name.into()).collect();
-        Results { binaries: 1, passed: 3, failed: names.len(), names }
+        Results { started: true, binaries: 1, passed: 3, failed: names.len(), names }
     }
 
     #[test]
@@ -110,6 +114,13 @@ mod tests {
         assert_eq!(
             judge(101, "error: could not compile\n", None),
             Outcome::Failed("it broke off, exit status 101: error: could not compile".into())
+        );
+        let no_kernel = "uml: could not install user-mode-linux\n";
+        assert_eq!(judge(125, no_kernel, None), Outcome::NotRun(no_kernel.trim().into()));
+        let died = "running 9 tests\numl: the kernel died\n";
+        assert_eq!(
+            judge(125, died, None),
+            Outcome::Failed("it broke off, exit status 125: uml: the kernel died".into())
         );
         assert_eq!(judge(0, "", None), Outcome::Failed("not one test ran".into()), "a filter that matches nothing");
     }
