@@ -6,10 +6,10 @@ use std::time::Instant;
 
 use crate::output::Results;
 use crate::processes;
-use crate::summary::{Line, Outcome, judge, may_be_tried_again};
+use crate::summary::{Line, Outcome, judge, may_be_tried_again, passed_at};
 
-/// How often tests run at most: the first try and two more, for those that measure.
-const TRIES: u32 = 3;
+/// How often tests that measure are tried again.
+const AGAIN: [&str; 2] = ["second", "third"];
 
 /// Stages that run one after the other.
 #[derive(Default)]
@@ -93,25 +93,20 @@ impl Lane {
             lane.run(processes::command(program).args(first).args(arguments))
         };
         let (code, output) = run(self, &tests.arguments);
-        let mut outcome = judge(code, &output, None);
+        let mut outcome = judge(code, &output);
         let first = Results::of(&output);
-        let mut failed = first.names.clone();
-        let mut may = code != 0 && may_be_tried_again(&first).is_some();
-        for tries in 2..=TRIES {
-            if !may {
-                break;
-            }
-            self.say(&format!("on {name} once more: {} ..", failed.join(" ")));
+        let mut failed = if code == 0 { None } else { may_be_tried_again(&first).map(<[String]>::to_vec) };
+        for which_try in AGAIN {
+            let Some(names) = failed else { break };
+            self.say(&format!("on {name} once more: {} ..", names.join(" ")));
             let mut arguments = vec!["--include-ignored", "--test-threads=1", "--exact"];
-            arguments.extend(failed.iter().map(String::as_str));
-            let (code, again) = run(self, &arguments);
+            arguments.extend(names.iter().map(String::as_str));
+            let (code, output) = run(self, &arguments);
             if code == 0 {
-                outcome = judge(code, &output, Some((&first.names, tries)));
+                outcome = passed_at(which_try, &first);
                 break;
             }
-            let results = Results::of(&again);
-            may = may_be_tried_again(&results).is_some();
-            failed = results.names;
+            failed = may_be_tried_again(&Results::of(&output)).map(<[String]>::to_vec);
         }
         self.note(name.as_str(), outcome, start);
     }

@@ -56,13 +56,15 @@ pub fn may_be_tried_again(results: &Results) -> Option<&[String]> {
     (known && few && results.names.iter().all(|name| plan::measures(name))).then_some(&results.names)
 }
 
-/// What a run of tests comes to, by its exit status and what it printed. `again`: the tests that passed at a later try, the `tries`-th.
-pub fn judge(code: i32, output: &str, again: Option<(&[String], u32)>) -> Outcome {
+/// What a run of tests comes to that failed at first, by its results then, all of whose failures passed at a later try.
+pub fn passed_at(which_try: &str, first: &Results) -> Outcome {
+    let passed = first.passed + first.failed;
+    Outcome::Passed(format!("{passed} passed, 0 failed (at the {which_try} try: {})", first.names.join(", ")))
+}
+
+/// What a run of tests comes to, by its exit status and what it printed.
+pub fn judge(code: i32, output: &str) -> Outcome {
     let results = Results::of(output);
-    if let Some((names, tries)) = again {
-        let passed = results.passed + results.failed;
-        return Outcome::Passed(format!("{passed} passed, at the try number {tries}: {}", names.join(" ")));
-    }
     let counts = match results.names.as_slice() {
         [] => format!("{} passed, {} failed", results.passed, results.failed),
         names => format!("{} passed, {} failed: {}", results.passed, results.failed, names.join(", ")),
@@ -107,29 +109,25 @@ mod tests {
 
     #[test]
     fn a_run_is_judged_by_its_status_and_its_results() {
-        assert_eq!(judge(0, PASSED, None), Outcome::Passed("7 passed, 0 failed".into()));
-        assert_eq!(judge(101, FAILED, None), Outcome::Failed("6 passed, 1 failed: chain::rate::x".into()));
+        assert_eq!(judge(0, PASSED), Outcome::Passed("7 passed, 0 failed".into()));
+        assert_eq!(judge(101, FAILED), Outcome::Failed("6 passed, 1 failed: chain::rate::x".into()));
         let late = format!("{FAILED}uml: killed\n");
-        assert_eq!(judge(124, &late, None), Outcome::Failed("it broke off, exit status 124: uml: killed".into()));
+        assert_eq!(judge(124, &late), Outcome::Failed("it broke off, exit status 124: uml: killed".into()));
         assert_eq!(
-            judge(101, "error: could not compile\n", None),
+            judge(101, "error: could not compile\n"),
             Outcome::Failed("it broke off, exit status 101: error: could not compile".into())
         );
         let no_kernel = "uml: could not install user-mode-linux\n";
-        assert_eq!(judge(125, no_kernel, None), Outcome::NotRun(no_kernel.trim().into()));
+        assert_eq!(judge(125, no_kernel), Outcome::NotRun(no_kernel.trim().into()));
         let died = "running 9 tests\numl: the kernel died\n";
-        assert_eq!(
-            judge(125, died, None),
-            Outcome::Failed("it broke off, exit status 125: uml: the kernel died".into())
-        );
-        assert_eq!(judge(0, "", None), Outcome::Failed("not one test ran".into()), "a filter that matches nothing");
+        assert_eq!(judge(125, died), Outcome::Failed("it broke off, exit status 125: uml: the kernel died".into()));
+        assert_eq!(judge(0, ""), Outcome::Failed("not one test ran".into()), "a filter that matches nothing");
     }
 
     #[test]
     fn what_passed_at_a_later_try_says_so() {
-        let names = ["chain::rate::x".to_owned()];
-        let expected = Outcome::Passed("7 passed, at the try number 2: chain::rate::x".into());
-        assert_eq!(judge(101, FAILED, Some((&names, 2))), expected);
+        let expected = Outcome::Passed("7 passed, 0 failed (at the second try: chain::rate::x)".into());
+        assert_eq!(passed_at("second", &Results::of(FAILED)), expected);
     }
 
     #[test]
