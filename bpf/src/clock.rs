@@ -90,9 +90,12 @@ impl Link {
         let own_ns = own_ns.min(backlog_ns);
         // SAFETY: the verifier checked the pointer; an aligned u64 is loaded and stored whole. Volatile: other CPUs write it. What two of
         // them lose is one packet of a mean.
-        let mean = unsafe { &raw mut (*self.meter()).usual_bytes };
-        let before = unsafe { mean.read_volatile() };
-        unsafe { mean.write_volatile(mean_of(before, burst, own_ns, backlog_ns)) };
+        let before = unsafe {
+            let mean = &raw mut (*self.meter()).usual_bytes;
+            let before = mean.read_volatile();
+            mean.write_volatile(mean_of(before, burst, own_ns, backlog_ns));
+            before
+        };
         fair_wait(backlog_ns, own_ns, wire_bytes, before)
     }
 

@@ -1,4 +1,4 @@
-# Shared by tests/run, tests/lab/uml and tests/lab/vm, which source it: installing what is missing, and running one command in a kernel.
+# Shared by tests/xtask, tests/lab/uml, tests/lab/vm and others, which source it: installing what is missing, and running one command in a kernel.
 #
 # A kernel is a group of processes on this machine. It gets a directory ($work) with the command, and writes what the command prints
 # and its exit status to descriptors that are pipes here (guest says how). It is not shut down but killed: nothing in it outlives it.

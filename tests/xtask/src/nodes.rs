@@ -1,0 +1,86 @@
+//! What is in tests/node: real kubelets and container runtimes, two nodes, a cluster.
+
+use std::time::Instant;
+
+use crate::lane::{Lane, Tests};
+use crate::processes::command;
+use crate::stages::{Session, need};
+use crate::summary::Outcome;
+
+const NODES: &str = "nodes in User Mode Linux";
+const CLUSTER: &str = "a whole cluster on this machine's kernel";
+
+const OF_A_NODE: &[&str] = &["kubelet", "containerd-1.7", "runc", "cni", "cni-0.9", "image"];
+const OF_ALL_NODES: &[&str] = &["kubelet-cri-v1", "containerd-1.6", "containerd-2.1", "cni-1.9", "podman"];
+const OF_A_CLUSTER: &[&str] = &["kube-apiserver", "kube-scheduler", "kube-controller-manager", "kubectl", "etcd"];
+
+/// containerd and kubelet's cgroup driver. Every driver and every containerd, but not every pair.
+const CONFIGURATIONS: &[[&str; 2]] = &[["1.7", "cgroupfs"], ["1.6", "systemd"], ["2.1", "cgroupfs"]];
+
+/// What the scripts of tests/node call.
+const PROGRAMS: &[&str] = &[
+    "jq:jq",
+    "curl:curl",
+    "openssl:openssl",
+    "busybox:busybox-static",
+    "linux.uml:user-mode-linux",
+    "modprobe:kmod",
+    "/lib/systemd/systemd:systemd",
+];
+
+/// Fetches and builds what a stage takes. It fails where that is not to be had, and after the time that a machine of two cores needs for
+/// the slowest part.
+fn get(lane: &mut Lane, parts: &[&str]) -> Result<(), String> {
+    need(lane, PROGRAMS)?;
+    match lane.run(command("timeout").args(["--kill-after", "10", "1800", "tests/node/parts"]).args(parts)) {
+        (0, _) => Ok(()),
+        _ => {
+            Err("what it takes could not be fetched or built (see tests/node/README.md); the messages are above".into())
+        }
+    }
+}
+
+/// Kubelets with each containerd, two nodes, podman.
+pub fn nodes(session: &Session, lane: &mut Lane) {
+    let Some(built) = session.built(lane, NODES) else { return };
+    let start = Instant::now();
+    if let Err(why) = get(lane, &[OF_A_NODE, OF_ALL_NODES].concat()) {
+        return lane.note(NODES, Outcome::NotRun(why), start);
+    }
+    lane.note("the parts of nodes", Outcome::Passed("there".into()), start);
+    let programs = [built.podshaper.as_str(), built.traffic.as_str()];
+    let uml = |seconds| ["tests/lab/uml", "--seconds", seconds, "--memory", "2560", "--"];
+    for configuration in CONFIGURATIONS {
+        let name = format!("a kubelet in User Mode Linux (containerd, cgroup driver: {})", configuration.join(" "));
+        let command = [&uml("900"), &["tests/node/standalone"][..], &programs, configuration].concat();
+        lane.tests(&Tests { name, command: &command, arguments: vec![] });
+    }
+    let two = [&["tests/node/vxlan"][..], &programs].concat();
+    lane.tests(&Tests {
+        name: "two nodes in User Mode Linux, flannel over VXLAN".into(),
+        command: &two,
+        arguments: vec![],
+    });
+    let podman = [&uml("300"), &["tests/node/podman"][..], &programs].concat();
+    lane.tests(&Tests { name: "podman in User Mode Linux".into(), command: &podman, arguments: vec![] });
+}
+
+/// What the cluster takes and no node does: it is built while there is a core for that.
+pub fn parts_of_a_cluster(_: &Session, lane: &mut Lane) {
+    let start = Instant::now();
+    let outcome = match get(lane, OF_A_CLUSTER) {
+        Ok(()) => Outcome::Passed("there".into()),
+        Err(why) => Outcome::NotRun(why),
+    };
+    lane.note("the parts of a cluster", outcome, start);
+}
+
+pub fn cluster(session: &Session, lane: &mut Lane) {
+    let Some(built) = session.built(lane, CLUSTER) else { return };
+    let start = Instant::now();
+    if let Err(why) = get(lane, &[OF_A_NODE, OF_A_CLUSTER].concat()) {
+        return lane.note(CLUSTER, Outcome::NotRun(why), start);
+    }
+    let command = ["tests/node/cluster", "--seconds", "900", &built.podshaper, &built.traffic];
+    lane.tests(&Tests { name: CLUSTER.into(), command: &command, arguments: vec![] });
+}

@@ -1,0 +1,270 @@
+//! Which tests run on which kernel, in which order, and about how long that takes on two cores.
+
+use crate::lane::Lane;
+use crate::stages::{self, Session};
+use crate::{lints, nodes};
+
+/// Tests that send traffic or take times: they run one after the other, with nothing beside them.
+pub const ALONE: &[&str] = &[
+    "chain::",
+    "conflist_examples::",
+    "selftest::",
+    "operator::scale::",
+    "operator::set::",
+    "operator::upgrade::running",
+    "a_node_of_250",
+];
+
+/// Tests that compare a rate or a time with a bound. A small and busy machine disturbs them, so they may be tried again.
+const MEASURING: &[&str] = &[
+    "chain::flows::",
+    "chain::foes::a",
+    "chain::ingress::",
+    "chain::links::",
+    "chain::mptcp::",
+    "chain::paths::",
+    "chain::rate::",
+    "chain::scope::",
+    "chain::subnets::",
+    "chain::unpaced::",
+    "chain::web::",
+    "conflist_examples::the_",
+    "selftest::the_bandwidth_plugin",
+    "operator::cgroups::run_limits",
+    "operator::cgroups::what_a_limited_cgroup",
+    "operator::scale::five_hundred",
+    "operator::set::a_change_is_in_force",
+    "operator::upgrade::running",
+    "a_node_of_250",
+];
+
+/// Tests among those that measure nothing.
+const NOT_MEASURING: &[&str] =
+    &["chain::foes::an_option_longer", "chain::paths::filters_of_others", "chain::scope::large_packets"];
+
+/// Tests of hundreds of pods. In User Mode Linux they take minutes, but measure nothing that others would disturb.
+pub const MANY_PODS: &[&str] = &["operator::scale::", "two_hundred_pods", "a_node_of_250"];
+
+/// What needs no kernel is not run a second time.
+pub const NO_KERNEL: &str = "plain::";
+
+/// Of the traffic tests, those that show podshaper on this machine's kernel, whatever it has: the rate both ways, replies beside bulk
+/// flows, UDP, short connections, what no socket of the pod sends, and a network's conflist.
+pub const TRAFFIC_HERE: &[&str] = &[
+    "chain::counters::every_byte_of_tcp",
+    "chain::ingress::ten_mbit",
+    "chain::paths::frames_of_af_packet",
+    "chain::rate::a_full_pod",
+    "chain::rate::a_hundred_mbit",
+    "chain::rate::ten_mbit",
+    "chain::unpaced::udp_above_the_limit",
+    "chain::web::short_connections_at_ten",
+    "conflist_examples::the_bridge",
+    "operator::set::a_change_is_in_force",
+    "operator::upgrade::running",
+];
+
+/// Those that show fq, in User Mode Linux.
+pub const TRAFFIC_IN_UML: &[&str] = &[
+    "chain::ingress::requests_beside",
+    "chain::ingress::ten_mbit",
+    "chain::paths::frames_of_af_packet",
+    "chain::paths::other_paths_and",
+    "chain::paths::they_are_held",
+    "chain::rate::a_full_pod",
+    "chain::rate::ten_mbit",
+    "chain::web::short_connections_at_ten",
+];
+
+/// Of the tests, what each of Debian's kernels is asked: where they differ is in what they have and in what they allow.
+pub const KERNELS: &[&str] = &["5.10", "6.1", "6.12", "6.18", "newest"];
+pub const ASKED_OF_KERNELS: &[&str] = &[
+    "kernel::attach::an_add_pins",
+    "kernel::attach::a_replaced",
+    "kernel::attach::no_qdisc",
+    "kernel::failures::",
+    "kernel::verbs::",
+    "conflist_examples::the_bridge",
+    "chain::rate::ten_mbit",
+    "chain::ingress::ten_mbit",
+    "operator::set::limits_change",
+    "operator::set::packets_are",
+];
+
+/// Whether a test may be tried again.
+pub fn measures(test: &str) -> bool {
+    let is_in = |names: &[&str]| names.iter().any(|name| test.contains(name));
+    is_in(MEASURING) && !is_in(NOT_MEASURING)
+}
+
+/// What is asked for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Verb {
+    /// `tests/run`: what shows podshaper, in some minutes.
+    Short,
+    All,
+    Lint,
+    Uml,
+    Node,
+    Cluster,
+}
+
+pub struct Stage {
+    pub what: &'static str,
+    /// About how long it takes on a machine of two cores that has nothing yet.
+    pub minutes: f64,
+    pub run: fn(&Session, &mut Lane),
+}
+
+pub enum Step {
+    One(Stage),
+    /// The stages of both lists, each list in its order, both at the same time.
+    Beside(Vec<Stage>, Vec<Stage>),
+}
+
+pub fn steps(verb: Verb) -> Vec<Step> {
+    let stage = |what, minutes, run| Stage { what, minutes, run };
+    let one = |what, minutes, run| Step::One(stage(what, minutes, run));
+    let lint =
+        || one("lints: rustfmt, clippy, shellcheck, cargo-deny, the oldest Rust, the eBPF object", 1.5, lints::all);
+    let build_debug = || one("build", 1.0, stages::build_debug);
+    let build_optimised = || one("build, optimised", 1.5, stages::build_optimised);
+    match verb {
+        Verb::Lint => vec![lint()],
+        Verb::Short => vec![
+            lint(),
+            build_debug(),
+            one("this kernel: unit tests, ADD to GC, the commands", 2.0, stages::functional_here),
+            one("this kernel: a choice of the tests of traffic", 1.5, stages::some_traffic_here),
+            one("User Mode Linux, which has fq: a choice of the tests of traffic", 2.0, stages::some_traffic_in_uml),
+        ],
+        Verb::Uml => vec![
+            build_optimised(),
+            one("User Mode Linux: all tests", 23.0, stages::all_in_uml),
+            one("User Mode Linux: hundreds of pods", 12.0, stages::many_pods_in_uml),
+        ],
+        Verb::Node => vec![build_optimised(), one("nodes in User Mode Linux", 22.0, nodes::nodes)],
+        Verb::Cluster => vec![build_optimised(), one("a cluster of one node", 20.0, nodes::cluster)],
+        Verb::All => vec![
+            one("compilers for the eBPF object", 2.5, stages::install_bpf_compilers),
+            lint(),
+            build_debug(),
+            one("this kernel: unit tests, ADD to GC, the commands", 3.0, stages::functional_here),
+            one("this kernel: the tests of traffic", 9.0, stages::all_traffic_here),
+            build_optimised(),
+            one("User Mode Linux: all tests", 23.0, stages::all_in_uml),
+            // Each virtual machine is one thread of this one, and so is User Mode Linux.
+            Step::Beside(
+                vec![
+                    stage("Debian's kernels, 5.10 to the newest, in QEMU", 18.0, stages::on_debians_kernels),
+                    stage("what a cluster is made of is built", 5.0, nodes::parts_of_a_cluster),
+                ],
+                vec![
+                    stage("nodes in User Mode Linux", 12.0, nodes::nodes),
+                    stage("User Mode Linux: hundreds of pods", 12.0, stages::many_pods_in_uml),
+                ],
+            ),
+            one("a cluster of one node", 4.0, nodes::cluster),
+        ],
+    }
+}
+
+impl Step {
+    pub fn minutes(&self) -> f64 {
+        let all = |stages: &[Stage]| stages.iter().map(|stage| stage.minutes).sum::<f64>();
+        match self {
+            Self::One(stage) => stage.minutes,
+            Self::Beside(here, there) => all(here).max(all(there)),
+        }
+    }
+}
+
+/// What will be run, for people: a line for each stage, with its minutes.
+pub fn described(steps: &[Step]) -> String {
+    let line = |stage: &Stage, beside: &str| format!("  {:4.1} min  {}{beside}\n", stage.minutes, stage.what);
+    let mut text = String::new();
+    for step in steps {
+        match step {
+            Step::One(stage) => text += &line(stage, ""),
+            Step::Beside(here, there) => {
+                here.iter().for_each(|stage| text += &line(stage, ""));
+                there.iter().for_each(|stage| text += &line(stage, " (beside these)"));
+            }
+        }
+    }
+    text + &format!("  {:4.1} min  in all, on two cores", steps.iter().map(Step::minutes).sum::<f64>())
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use super::*;
+
+    fn sources(directory: &Path) -> String {
+        let entries = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+        let text = |path: std::path::PathBuf| match path.extension() {
+            Some(extension) if extension == "rs" => fs::read_to_string(path).unwrap(),
+            _ if path.is_dir() && !path.ends_with("xtask") => sources(&path),
+            _ => String::new(),
+        };
+        entries.map(text).collect()
+    }
+
+    #[test]
+    fn every_name_is_that_of_a_test() {
+        let sources = sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
+        let lists =
+            [ALONE, MEASURING, NOT_MEASURING, MANY_PODS, &[NO_KERNEL], TRAFFIC_HERE, TRAFFIC_IN_UML, ASKED_OF_KERNELS];
+        for name in lists.concat() {
+            let last = name.rsplit("::").next().unwrap();
+            let module = name.trim_end_matches("::").rsplit("::").next().unwrap();
+            let found = if last.is_empty() { format!("mod {module};") } else { format!("fn {last}") };
+            assert!(sources.contains(&found), "there is no test {name}: no {found:?} in tests/");
+        }
+    }
+
+    #[test]
+    fn what_measures_is_among_what_runs_alone_but_for_rates_of_other_cgroups() {
+        for name in MEASURING.iter().filter(|name| !name.starts_with("operator::cgroups::")) {
+            assert!(ALONE.iter().any(|alone| name.contains(alone)), "{name} would run beside others");
+        }
+    }
+
+    #[test]
+    fn right_and_wrong_are_so_at_the_first_try() {
+        for name in
+            ["chain::rate::ten_mbit_are_ten_mbit", "operator::sync::a_node_of_250_pods", "chain::foes::a_socket"]
+        {
+            assert!(measures(name), "{name}");
+        }
+        for name in [
+            "kernel::attach::an_add_pins",
+            "chain::counters::every_byte_of_tcp_is_counted",
+            "chain::foes::an_option_longer_than_a_page_is_as_without_podshaper",
+            "selftest::a_panic_leaves_nothing",
+            "operator::set::limits_change_and_say_what_they_were",
+            "plain::errors_are_whole",
+        ] {
+            assert!(!measures(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn the_short_run_ends_within_twelve_minutes_and_all_within_cis_ninety() {
+        let minutes = |verb| steps(verb).iter().map(Step::minutes).sum::<f64>();
+        assert!(minutes(Verb::Short) <= 12.0, "{}", minutes(Verb::Short));
+        assert!(minutes(Verb::All) <= 85.0, "{}", minutes(Verb::All));
+    }
+
+    #[test]
+    fn stages_beside_each_other_take_as_long_as_the_longer_list() {
+        let stage = |minutes| Stage { what: "x", minutes, run: |_, _| () };
+        let steps = [Step::One(stage(1.0)), Step::Beside(vec![stage(2.0), stage(3.0)], vec![stage(4.0)])];
+        assert_eq!(steps.iter().map(Step::minutes).sum::<f64>(), 6.0);
+        let text = described(&steps);
+        assert!(text.contains("x (beside these)") && text.ends_with("6.0 min  in all, on two cores"), "{text}");
+    }
+}

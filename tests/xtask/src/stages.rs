@@ -1,0 +1,298 @@
+//! The stages on this machine's kernel, in User Mode Linux and on Debian's kernels.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+use std::time::Instant;
+
+use serde_json::Value;
+
+use crate::lane::{Lane, Tests};
+use crate::output::last_line;
+use crate::plan::{ALONE, ASKED_OF_KERNELS, KERNELS, MANY_PODS, NO_KERNEL, TRAFFIC_HERE, TRAFFIC_IN_UML};
+use crate::processes::{self, command};
+use crate::summary::Outcome;
+
+/// What stages leave for later ones.
+pub struct Session {
+    pub root: PathBuf,
+    /// Whether this is `--all`.
+    pub everything: bool,
+    debug: OnceLock<Built>,
+    optimised: OnceLock<Built>,
+}
+
+/// Where cargo has put what the kernels of the lab run.
+#[derive(Debug)]
+pub struct Built {
+    pub tests: String,
+    pub podshaper: String,
+    pub traffic: String,
+}
+
+impl Session {
+    pub fn new(root: PathBuf, everything: bool) -> Self {
+        Self { root, everything, debug: OnceLock::new(), optimised: OnceLock::new() }
+    }
+
+    /// The build for other kernels, the optimised one if there is one; notes that the stage cannot run where there is none.
+    pub fn built(&self, lane: &mut Lane, stage: &str) -> Option<&Built> {
+        let built = self.optimised.get().or(self.debug.get());
+        if built.is_none() {
+            lane.note(stage, Outcome::NotRun("the build failed".into()), Instant::now());
+        }
+        built
+    }
+}
+
+/// stdout of a short command that succeeds; else the last line of what it said.
+pub fn printed_by(command: &mut Command) -> Result<String, String> {
+    let output = command.stderr(Stdio::piped()).output().map_err(|error| format!("run {command:?}: {error}"))?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    if output.status.success() { Ok(text(&output.stdout)) } else { Err(last_line(&text(&output.stderr))) }
+}
+
+/// Installs the Debian packages whose program or file is missing ("program:package"), and says so.
+pub fn need(lane: &mut Lane, needs: &[&str]) -> Result<(), String> {
+    let mut install = command("bash");
+    install.args(["-c", "source tests/lab/common.bash && need \"$@\"", "tests/run"]).args(needs);
+    match lane.run(&mut install) {
+        (0, _) => Ok(()),
+        (_, said) => Err(last_line(&said)),
+    }
+}
+
+/// Puts Debian's Prometheus and node_exporter, which read podshaper's metrics in the tests, into $PATH where they are missing.
+pub fn find_prometheus(lane: &mut Lane) -> Result<(), String> {
+    if processes::is_there("promtool") && processes::is_there("prometheus-node-exporter") {
+        return Ok(());
+    }
+    let (code, said) = lane.run(&mut command("tests/lab/prometheus"));
+    if code != 0 {
+        return Err(last_line(&said));
+    }
+    processes::add_to_path(Path::new(&last_line(&said)));
+    Ok(())
+}
+
+pub fn build_debug(session: &Session, lane: &mut Lane) {
+    build(lane, "build", &["test", "--workspace", "--no-run"], &session.debug);
+}
+
+/// For whole suites: where each eBPF instruction is interpreted and each system call a switch of processes, there is no time for what is not
+/// optimised.
+pub fn build_optimised(session: &Session, lane: &mut Lane) {
+    let arguments = ["build", "--release", "--bins", "--examples", "--test", "tests"];
+    build(lane, "build, optimised", &arguments, &session.optimised);
+}
+
+fn build(lane: &mut Lane, name: &str, arguments: &[&str], session: &OnceLock<Built>) {
+    let start = Instant::now();
+    lane.say(&format!("{name} .."));
+    let cargo = || {
+        let mut cargo = command("cargo");
+        cargo.args(arguments).arg("--locked");
+        cargo
+    };
+    let outcome = if lane.run(&mut cargo()).0 != 0 {
+        Outcome::Failed("the messages are above".into())
+    } else {
+        // Once more, for where cargo has put it: the first one shows its messages as they come.
+        match printed_by(cargo().args(["--quiet", "--message-format=json"])).and_then(|messages| built(&messages)) {
+            Ok(built) => {
+                let _ = session.set(built);
+                Outcome::Passed("done".into())
+            }
+            Err(why) => Outcome::Failed(why),
+        }
+    };
+    lane.note(name, outcome, start);
+}
+
+/// Builds an example, with podshaper and the other examples, which it calls; where it is.
+pub fn example(name: &str) -> Result<String, String> {
+    let mut cargo = Command::new("cargo");
+    cargo.args(["build", "--release", "--bins", "--examples", "--message-format=json-render-diagnostics"]);
+    // Its messages go to the terminal, and Ctrl-C reaches it from there.
+    let output = cargo.stderr(Stdio::inherit()).output().map_err(|error| format!("run cargo: {error}"))?;
+    if !output.status.success() {
+        return Err("cargo could not build it; the messages are above".into());
+    }
+    executable(&String::from_utf8_lossy(&output.stdout), "example", name)
+}
+
+/// Where a program is, by cargo's messages.
+fn executable(messages: &str, kind: &str, name: &str) -> Result<String, String> {
+    // The unit tests of a program have its name and kind.
+    let is_it = |message: &Value| {
+        let target = &message["target"];
+        target["name"] == name
+            && target["kind"][0] == kind
+            && message["profile"]["test"] == (kind == "test")
+            && message["executable"].is_string()
+    };
+    let mut messages = messages.lines().filter_map(|line| serde_json::from_str(line).ok());
+    let found = messages.rfind(is_it).and_then(|message| message["executable"].as_str().map(str::to_owned));
+    found.ok_or_else(|| format!("cargo built no {kind} {name}"))
+}
+
+fn built(messages: &str) -> Result<Built, String> {
+    Ok(Built {
+        tests: executable(messages, "test", "tests")?,
+        podshaper: executable(messages, "bin", "podshaper")?,
+        traffic: executable(messages, "example", "traffic")?,
+    })
+}
+
+fn release() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned()
+}
+
+/// `--skip NAME` for each of them.
+fn skipping<'a>(names: &[&'a str]) -> Vec<&'a str> {
+    names.iter().flat_map(|name| ["--skip", name]).collect()
+}
+
+/// What makes and looks at real pods, and measures nothing. A choice leaves out what takes minutes.
+pub fn functional_here(session: &Session, lane: &mut Lane) {
+    let mut arguments = vec!["--include-ignored"];
+    arguments.extend(skipping(ALONE));
+    if !session.everything {
+        arguments.extend(skipping(MANY_PODS));
+    }
+    let command = ["cargo", "test", "--workspace", "--no-fail-fast", "--locked", "--"];
+    lane.tests(&Tests { name: format!("this machine's kernel, {}", release()), command: &command, arguments });
+}
+
+pub fn all_traffic_here(_: &Session, lane: &mut Lane) {
+    traffic_here(lane, ALONE);
+}
+
+pub fn some_traffic_here(_: &Session, lane: &mut Lane) {
+    traffic_here(lane, TRAFFIC_HERE);
+}
+
+fn traffic_here(lane: &mut Lane, names: &[&str]) {
+    const OTHER_LINKS: &str = "interfaces_that_are_no_veth_are_limited";
+    // Whether this kernel can make the interfaces that are no veth. User Mode Linux can.
+    let script = "ip link add a type veth peer name b && ip link add link a name m type macvlan &&
+        ip link add link b name i type ipvlan mode l2";
+    let has_other_links = printed_by(command("unshare").args(["--net", "sh", "-ec", script])).is_ok();
+    let mut arguments = vec!["--include-ignored", "--test-threads=1"];
+    let mut without = String::new();
+    if !has_other_links && names.contains(&"chain::") {
+        arguments.extend(["--skip", OTHER_LINKS]);
+        without = format!(" (without {OTHER_LINKS}: it has no ipvlan or macvlan)");
+    }
+    arguments.extend(names);
+    let command = ["cargo", "test", "--locked", "--test", "tests", "--"];
+    lane.tests(&Tests { name: format!("this machine's kernel, traffic{without}"), command: &command, arguments });
+}
+
+/// Tests in User Mode Linux, which may take that long.
+fn in_uml(session: &Session, lane: &mut Lane, name: &str, seconds: &str, arguments: &[&str]) {
+    let Some(built) = session.built(lane, name) else { return };
+    let command = ["tests/lab/uml", "--seconds", seconds, "--", &built.tests];
+    let arguments = [&["--include-ignored", "--test-threads=1"], arguments].concat();
+    lane.tests(&Tests { name: name.into(), command: &command, arguments });
+}
+
+pub fn some_traffic_in_uml(session: &Session, lane: &mut Lane) {
+    in_uml(session, lane, "User Mode Linux, traffic", "600", TRAFFIC_IN_UML);
+}
+
+pub fn all_in_uml(session: &Session, lane: &mut Lane) {
+    const MPTCP: &str = "chain::mptcp::";
+    let mut skipped = [&[NO_KERNEL], MANY_PODS].concat();
+    let mut name = "User Mode Linux".to_owned();
+    // This machine's kernel can make the connections of MPTCP.
+    if lane.run(command("tests/lab/uml").args(["--", "test", "-e", "/proc/sys/net/mptcp/enabled"])).0 != 0 {
+        skipped.push(MPTCP);
+        name += &format!(" (without {MPTCP}, which it cannot)");
+    }
+    in_uml(session, lane, &name, "2100", &skipping(&skipped));
+}
+
+pub fn many_pods_in_uml(session: &Session, lane: &mut Lane) {
+    in_uml(session, lane, &format!("User Mode Linux ({})", MANY_PODS.join(" ")), "1500", MANY_PODS);
+}
+
+/// The main tests on the kernels of Debian's.
+pub fn on_debians_kernels(session: &Session, lane: &mut Lane) {
+    const QEMU: [&str; 4] =
+        ["qemu-system-x86_64:qemu-system-x86", "busybox:busybox-static", "cpio:cpio", "modprobe:kmod"];
+    let Some(built) = session.built(lane, "Debian's kernels") else { return };
+    if let Err(why) = need(lane, &QEMU) {
+        return lane.note("Debian's kernels", Outcome::NotRun(why), Instant::now());
+    }
+    for kernel in KERNELS {
+        let start = Instant::now();
+        let (code, said) = lane.run(command("tests/lab/kernels").arg(kernel));
+        let found = last_line(&said);
+        if code != 0 {
+            lane.note(format!("Debian's kernel {kernel}"), Outcome::NotRun(found), start);
+            continue;
+        }
+        let release = found.split(' ').nth(1).unwrap_or(kernel);
+        // A CPU in software has no time for what is not optimised.
+        let command = ["tests/lab/vm", kernel, "--seconds", "1200", "--", &built.tests];
+        let arguments = [&["--include-ignored", "--test-threads=1"], ASKED_OF_KERNELS].concat();
+        let name = format!("Debian's kernel {release}");
+        lane.tests(&Tests { name, command: &command, arguments });
+    }
+}
+
+/// What `bpf/build` takes; Debian's.
+pub fn install_bpf_compilers(_: &Session, lane: &mut Lane) {
+    const NAME: &str = "compilers for the eBPF object";
+    let start = Instant::now();
+    let outcome = match bpf_compilers(lane) {
+        Ok(()) => Outcome::Passed("there".into()),
+        Err(why) => Outcome::NotRun(why),
+    };
+    lane.note(NAME, outcome, start);
+}
+
+fn bpf_compilers(lane: &mut Lane) -> Result<(), String> {
+    const LLVM: &str = "/usr/lib/llvm-22";
+    need(
+        lane,
+        &[
+            &format!("{LLVM}/bin/llvm-config:llvm-22-dev"),
+            "/usr/bin/rustc:rustc-web",
+            "/usr/bin/cargo:cargo-web",
+            "/usr/bin/cargo-clippy:rust-web-clippy",
+            "/usr/lib/rustlib/bpfel-unknown-none:libstd-rust-web-dev-bpf",
+        ],
+    )?;
+    if processes::is_there("bpf-linker") {
+        return Ok(());
+    }
+    let mut install = command("cargo");
+    install.args(["install", "--quiet", "--locked", "bpf-linker", "--version", "0.13.0"]);
+    install.args(["--no-default-features", "--features", "llvm-22"]).env("LLVM_PREFIX", LLVM);
+    match lane.run(&mut install) {
+        (0, _) => Ok(()),
+        (_, said) => Err(format!("cargo could not build bpf-linker: {}", last_line(&said))),
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cargo_says_where_the_programs_are() {
+        let messages = r#"{"reason":"compiler-artifact","target":{"kind":["bin"],"name":"podshaper"},"profile":{"test":false},"executable":"/t/podshaper"}
+{"reason":"compiler-artifact","target":{"kind":["bin"],"name":"podshaper"},"profile":{"test":true},"executable":"/t/deps/podshaper-1"}
+{"reason":"compiler-artifact","target":{"kind":["lib"],"name":"tests"},"profile":{"test":true},"executable":null}
+{"reason":"compiler-artifact","target":{"kind":["test"],"name":"tests"},"profile":{"test":true},"executable":"/t/deps/tests-1"}
+{"reason":"compiler-artifact","target":{"kind":["example"],"name":"traffic"},"profile":{"test":false},"executable":"/t/examples/traffic"}
+{"reason":"build-finished","success":true}"#;
+        let found = built(messages).unwrap();
+        assert_eq!((found.tests.as_str(), found.podshaper.as_str()), ("/t/deps/tests-1", "/t/podshaper"));
+        assert_eq!(found.traffic, "/t/examples/traffic");
+        assert_eq!(built("").unwrap_err(), "cargo built no test tests");
+    }
+}
