@@ -15,7 +15,7 @@ use crate::{
     interface::{self, HeldAt, IngressBy, Interface, Need, Record},
     pins::{self, BPFFS, LockedPins, Pins},
     pod::Owner,
-    shaper::{self, Attached, Queue, Set, Settings},
+    shaper::{self, Attached, Before, Queue, Set, Settings},
 };
 
 /// Makes an attachment and returns its record.
@@ -163,7 +163,9 @@ impl<'a> Attaching<'a> {
             staged.directory().to_path_buf()
         };
         let Sharing { others, before: slot_before } = sharing.unwrap_or_default();
-        let mut attached = Attached::write(&set, &settings, slot_before)?;
+        let goes_on =
+            slot_before.map(|slot| Before { slot, is_of_same_sandbox: self.is_of_same_sandbox(before.as_ref()) });
+        let mut attached = Attached::write(&set, &settings, goes_on)?;
         let mut owner = Owner {
             interface: self.record.clone(),
             ifindex: self.index,
@@ -201,6 +203,10 @@ impl<'a> Attaching<'a> {
             interface::warn("programs of the limit that was replaced are still on the pod's cgroup", left);
         }
         Ok(owner)
+    }
+
+    fn is_of_same_sandbox(&self, before: Option<&Present>) -> bool {
+        before.is_some_and(|before| before.owner.container_id == self.plan.owner.container_id)
     }
 
     /// Where that cannot be done, the limit holds for the pod's own sockets: not worth a pod. The record says so.

@@ -253,6 +253,11 @@ impl Attachment {
         self.directory == directory && has_same_owner && self.made_at == pins::made_at(directory)
     }
 
+    /// Whether all its programs are attached.
+    pub fn is_whole(&self) -> bool {
+        !self.links.are_dead() && self.links.faults().is_empty()
+    }
+
     /// Its limits, as an ADD would have them.
     pub fn limits(&self) -> Limits {
         limits_of([&self.egress, &self.ingress])

@@ -86,7 +86,7 @@ fn text(found: &[Attachment]) -> String {
     found.iter().for_each(|attachment| text += &info(attachment));
     head(&mut text, "attachment_live", "gauge", "Whether all programs of the attachment are attached to its cgroup.");
     for attachment in found {
-        let is_live = u8::from(!attachment.links.are_dead() && attachment.links.faults().is_empty());
+        let is_live = u8::from(attachment.is_whole());
         text += &format!("podshaper_attachment_live{{{}}} {is_live}\n", labels(attachment));
     }
     for (name, kind, help, value) in METRICS {
