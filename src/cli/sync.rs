@@ -14,7 +14,7 @@ mod task;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
 };
 
@@ -31,7 +31,7 @@ use crate::{
     error::{Code, Error, Result},
     pins::Place,
     pod::Owner,
-    request::{Endpoint, Limits, Request, Subject},
+    request::{Endpoint, Limits, Namespaces, Request, Subject},
     sandboxes::{self, Sandbox},
 };
 use answer::Answer;
@@ -185,6 +185,30 @@ fn candidates(
         }
     }
     (candidates, by_place.into_values().collect())
+}
+
+/// The interfaces of pods that ask for a limit, by what the runtime kept of their ADDs, and have none. Where a sync has just looked at them,
+/// who may have asked the API server, they are those that it could not limit.
+///
+/// # Errors
+/// What cannot be read.
+pub fn unlimited(conf_dir: &Path, cache_dir: &Path) -> Result<Vec<String>> {
+    if let Some(run) = LastRun::recall().filter(LastRun::is_recent) {
+        return Ok(run.failures.iter().map(Failure::name).collect());
+    }
+    // Without a directory there are no networks, which is told elsewhere.
+    let Ok(networks) = Networks::read(conf_dir) else { return Ok(Vec::new()) };
+    let (found, (sandboxes, _)) = (attachments::read()?, sandboxes::read(cache_dir)?);
+    let is_there = |sandbox: &Sandbox| {
+        found.iter().any(|found| found.place.pod == sandbox.pod() && found.place.interface == sandbox.ifname)
+    };
+    let is_unlimited = |sandbox: &&Sandbox| {
+        let limits = networks.request(sandbox, true).map(|request| request?.limits_of_call(&Namespaces::new()));
+        // One that asks for nonsense has not got what it asks for either.
+        !is_there(sandbox) && limits.is_some_and(|limits| limits.map_or(true, |limits| !limits.is_empty()))
+    };
+    let failure = |sandbox: &Sandbox| Failure::of_sandbox(sandbox, &Error::new(Code::Mismatch, "no limit")).name();
+    Ok(sandboxes.iter().filter(is_unlimited).map(failure).collect())
 }
 
 fn endpoint(request: &Request) -> Result<Endpoint> {
