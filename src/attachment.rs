@@ -38,6 +38,9 @@ pub use end::{Change, End, change, lift, remove, remove_locked, settle_all};
 pub use other_paths::check as check_other_paths;
 pub use upgrade::{Upgrade, upgrade};
 
+/// What stands for the interface of an attachment that is on all but loopback.
+pub const EVERY_INTERFACE: &str = "*";
+
 /// An attachment to be made.
 pub struct Plan<'a> {
     /// Where it is pinned.

@@ -19,7 +19,7 @@ use crate::{
     error::{self, Code, Error, Result},
     interface, logging,
     pins::{BPFFS, LockedPins, Pins, Place},
-    pod::{Asked, Owner, PodKey},
+    pod::{Owner, PodKey},
     probe,
     request::{Endpoint, Env, Limit, Limits, Request, Subject, declared_version, read_stdin, says_unknown},
     shaper::{Pinned, Queue, Settings},
@@ -107,7 +107,7 @@ fn add(request: &Request, endpoint: &Endpoint) -> Result<Vec<u8>> {
     if limits.is_empty() {
         forget_unlimited(endpoint)?;
     } else {
-        limit(request, endpoint, limits, |owner| Owner { asked: Some(Asked::of(&limits)), ..owner })?;
+        limit(request, endpoint, limits, |owner| owner.asked_for(&limits))?;
     }
     Ok(reply.get().as_bytes().to_vec())
 }
@@ -162,7 +162,7 @@ fn log_limits(place: &Place, limits: &Limits, owner: &Owner) {
     let pod = [&owner.pod_namespace, &owner.pod_name].map(|name| name.as_deref().unwrap_or("?")).join("/");
     let Place { pod: key, interface } = place;
     for direction in Direction::BOTH {
-        let Some(Limit { rate, burst, asked, source }) = limits.of(direction) else { continue };
+        let Some(Limit { rate, burst, asked, max: _, source }) = limits.of(direction) else { continue };
         let by = match (direction, Queue::of(&owner.interface)) {
             (Direction::Egress, Queue::Fq) => "pacing and fq".to_owned(),
             (Direction::Egress, Queue::Htb) => "pacing and htb".to_owned(),

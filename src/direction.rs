@@ -40,6 +40,14 @@ impl Direction {
             Self::Ingress => "kubernetes.io/ingress-bandwidth",
         }
     }
+
+    /// The annotation for its burst, in bits: Kubernetes has none.
+    pub fn burst_annotation(self) -> &'static str {
+        match self {
+            Self::Egress => "podshaper.io/egress-burst",
+            Self::Ingress => "podshaper.io/ingress-burst",
+        }
+    }
 }
 
 impl fmt::Display for Direction {

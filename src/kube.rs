@@ -45,11 +45,18 @@ pub struct Pod<'a> {
     pub uid: &'a str,
 }
 
+/// The labels of an object.
+pub type Labels = BTreeMap<String, String>;
+
 /// What people write on a pod.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Metadata {
+    /// `metadata.namespace`
+    pub namespace: String,
+    /// `metadata.name`
+    pub name: String,
     /// `metadata.labels`
-    pub labels: BTreeMap<String, String>,
+    pub labels: Labels,
     /// `metadata.annotations`
     pub annotations: BTreeMap<String, String>,
 }
@@ -67,8 +74,12 @@ struct Objects {
 
 #[derive(Deserialize)]
 struct ObjectMeta {
+    #[serde(default)]
+    name: String,
+    #[serde(default)]
+    namespace: String,
     uid: String,
-    labels: Option<BTreeMap<String, String>>,
+    labels: Option<Labels>,
     annotations: Option<BTreeMap<String, String>>,
 }
 
@@ -77,16 +88,10 @@ struct ObjectMeta {
 /// # Errors
 /// [`Code::Config`] for the kubeconfig, [`Code::ApiServer`] for everything after it.
 pub fn metadata(kubeconfig: &Path, pod: Pod<'_>) -> Result<Metadata> {
-    let start = Instant::now();
-    let server = Server::read(kubeconfig)?;
-    let asked = || format!("ask {} for pod {}/{}", server.url, pod.namespace, pod.name);
     let path = format!("/api/v1/namespaces/{}/pods/{}", pod.namespace, pod.name);
     let question = Question { path: &path, accept: METADATA, max_body_bytes: MAX_POD_BYTES, time: TIME };
-    let answer = client::get(&server, &question).map_err(|error| Error::because(Code::ApiServer, asked(), error))?;
-    let found =
-        understand(&answer, pod.uid).map_err(|text| Error::new(Code::ApiServer, format!("{}: {text}", asked())));
-    log::debug!("{} took {:?}", asked(), start.elapsed());
-    found
+    let subject = format!("pod {}/{}", pod.namespace, pod.name);
+    ask(kubeconfig, &subject, &question, |answer| understand(answer, pod.uid))
 }
 
 /// Asks it for the pods of a node, which are told apart by the UID that the runtime was told: a static pod's is its mirror's.
@@ -94,46 +99,91 @@ pub fn metadata(kubeconfig: &Path, pod: Pod<'_>) -> Result<Metadata> {
 /// # Errors
 /// [`Code::Config`] for the kubeconfig, [`Code::ApiServer`] for everything after it.
 pub fn pods_of(kubeconfig: &Path, node: &str) -> Result<BTreeMap<String, Metadata>> {
-    let server = Server::read(kubeconfig)?;
-    let asked = || format!("ask {} for the pods of node {node}", server.url);
     // From the server's memory, which is enough for what is asked every few seconds.
     let path = format!("/api/v1/pods?fieldSelector=spec.nodeName%3D{node}&resourceVersion=0");
     let question =
         Question { path: &path, accept: METADATA_OF_ALL, max_body_bytes: MAX_PODS_BYTES, time: TIME_FOR_ALL };
-    let answer = client::get(&server, &question).map_err(|error| Error::because(Code::ApiServer, asked(), error))?;
-    understand_all(&answer).map_err(|text| Error::new(Code::ApiServer, format!("{}: {text}", asked())))
+    ask(kubeconfig, &format!("the pods of node {node}"), &question, understand_all)
+}
+
+/// Asks it for the labels of a namespace.
+///
+/// # Errors
+/// [`Code::Config`] for the kubeconfig, [`Code::ApiServer`] for everything after it.
+pub fn labels_of_namespace(kubeconfig: &Path, name: &str) -> Result<Labels> {
+    let path = format!("/api/v1/namespaces/{name}");
+    let question = Question { path: &path, accept: METADATA, max_body_bytes: MAX_POD_BYTES, time: TIME };
+    let understand = |answer: &Answer| decode::<Object>(answer, "a namespace");
+    let found = ask(kubeconfig, &format!("namespace {name}"), &question, understand)?;
+    Ok(found.metadata.labels.unwrap_or_default())
+}
+
+/// Asks it for the labels of every namespace, by its name.
+///
+/// # Errors
+/// [`Code::Config`] for the kubeconfig, [`Code::ApiServer`] for everything after it.
+pub fn labels_of_namespaces(kubeconfig: &Path) -> Result<BTreeMap<String, Labels>> {
+    let path = "/api/v1/namespaces?resourceVersion=0";
+    let question = Question { path, accept: METADATA_OF_ALL, max_body_bytes: MAX_PODS_BYTES, time: TIME_FOR_ALL };
+    let understand = |answer: &Answer| decode::<Objects>(answer, "a list of namespaces");
+    let found = ask(kubeconfig, "the namespaces", &question, understand)?;
+    let labels = found.items.into_iter().flatten().map(|Object { metadata }| metadata);
+    Ok(labels.map(|metadata| (metadata.name, metadata.labels.unwrap_or_default())).collect())
+}
+
+/// One question to the server that a kubeconfig names, about what `subject` calls.
+fn ask<T>(
+    kubeconfig: &Path,
+    subject: &str,
+    question: &Question<'_>,
+    understand: impl FnOnce(&Answer) -> Result<T, String>,
+) -> Result<T> {
+    let start = Instant::now();
+    let server = Server::read(kubeconfig)?;
+    let asked = || format!("ask {} for {subject}", server.url);
+    let answer = client::get(&server, question).map_err(|error| Error::because(Code::ApiServer, asked(), error))?;
+    let found = understand(&answer).map_err(|text| Error::new(Code::ApiServer, format!("{}: {text}", asked())));
+    log::debug!("{} took {:?}", asked(), start.elapsed());
+    found
 }
 
 fn understand_all(answer: &Answer) -> Result<BTreeMap<String, Metadata>, String> {
-    if answer.status != 200 {
-        return Err(refusal(answer));
-    }
-    let objects: Objects =
-        serde_json::from_slice(&answer.body).map_err(|cause| format!("its answer is no list of pods: {cause}"))?;
-    let by_uid =
-        objects.items.into_iter().flatten().map(|Object { metadata: ObjectMeta { uid, labels, annotations } }| {
-            let (labels, annotations) = (labels.unwrap_or_default(), annotations.unwrap_or_default());
-            (annotations.get(MIRROR).cloned().unwrap_or(uid), Metadata { labels, annotations })
-        });
+    let objects: Objects = decode(answer, "a list of pods")?;
+    let by_uid = objects.items.into_iter().flatten().map(|Object { metadata }| {
+        let uid = metadata.uid.clone();
+        let metadata = Metadata::of(metadata);
+        (metadata.annotations.get(MIRROR).cloned().unwrap_or(uid), metadata)
+    });
     Ok(by_uid.collect())
+}
+
+impl Metadata {
+    fn of(ObjectMeta { name, namespace, uid: _, labels, annotations }: ObjectMeta) -> Self {
+        let (labels, annotations) = (labels.unwrap_or_default(), annotations.unwrap_or_default());
+        Self { namespace, name, labels, annotations }
+    }
 }
 
 /// The metadata in an answer, if it is about this very pod.
 fn understand(answer: &Answer, uid: &str) -> Result<Metadata, String> {
-    if answer.status != 200 {
-        return Err(refusal(answer));
-    }
-    let object: Object =
-        serde_json::from_slice(&answer.body).map_err(|cause| format!("its answer is no pod: {cause}"))?;
-    let ObjectMeta { uid: found, labels, annotations } = object.metadata;
-    let (labels, annotations) = (labels.unwrap_or_default(), annotations.unwrap_or_default());
-    if found != uid && annotations.get(MIRROR).is_none_or(|mirrored| mirrored != uid) {
+    let Object { metadata } = decode(answer, "a pod")?;
+    let found = metadata.uid.clone();
+    let metadata = Metadata::of(metadata);
+    if found != uid && metadata.annotations.get(MIRROR).is_none_or(|mirrored| mirrored != uid) {
         return Err(format!(
             "it has another pod of this name by now: UID {}, and the runtime makes {uid}; kubelet will give it up or try again",
             quoted(&found)
         ));
     }
-    Ok(Metadata { labels, annotations })
+    Ok(metadata)
+}
+
+fn decode<'a, T: Deserialize<'a>>(answer: &'a Answer, what: &str) -> Result<T, String> {
+    if answer.status != 200 {
+        return Err(refusal(answer));
+    }
+    let none = what.trim_start_matches("a ");
+    serde_json::from_slice(&answer.body).map_err(|cause| format!("its answer is no {none}: {cause}"))
 }
 
 fn refusal(answer: &Answer) -> String {
@@ -145,7 +195,9 @@ fn refusal(answer: &Answer) -> String {
     let said: String = said.chars().take(200).flat_map(char::escape_default).collect();
     let remedy = match answer.status {
         401 => "the credentials in the kubeconfig are not (or no longer) valid",
-        403 => "its user must be allowed to get pods, and for sync to list them (install/labels-rbac.yaml)",
+        403 => {
+            "its user must be allowed to get pods and namespaces, and for sync to list them (install/labels-rbac.yaml)"
+        }
         404 => "there is no such pod (any more), or it is another cluster's API server",
         _ => "is it an API server, and well?",
     };

@@ -268,6 +268,13 @@ impl Owner {
         max.and_then(|max| Rate::bits_per_s(max).ok())
     }
 
+    /// The record of an attachment that follows what is asked for.
+    pub fn asked_for(self, asked: &Limits) -> Self {
+        let max = |limit: Option<Limit>| limit.and_then(|limit| limit.max).map(Rate::as_bits_per_s);
+        let (max_egress, max_ingress) = (max(asked.egress), max(asked.ingress));
+        Self { asked: Some(Asked::of(asked)), max_egress, max_ingress, ..self }
+    }
+
     /// The record after `set`. What was asked for stays known, so that the limits set by hand stay until something else is asked for.
     pub fn by_hand(&self, now: &Limits) -> Self {
         Self { asked: self.asked.or(Some(Asked::of(now))), changed: true, ..self.clone() }

@@ -11,6 +11,7 @@ mod config;
 mod env;
 mod json;
 mod limits;
+mod policy;
 #[cfg(test)]
 mod records;
 mod subnets;
@@ -24,14 +25,13 @@ use rscni_plugin::version::{PluginInfo, SpecVersion};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use crate::direction::Direction;
 use crate::error::{Code, Error, Result, quoted};
 use crate::interface::Record;
 use crate::pod::{NetworkName, Owner, PodKey};
-use crate::units::Rate;
 pub use config::{Config, says_unknown, unknown};
 pub use env::Env;
 pub use limits::{Limit, Limits, Source};
+pub use policy::Namespaces;
 pub use subnets::Subnets;
 
 /// Most that is read from stdin. An API server holds a pod's annotations under 256 KiB, which are six times as many bytes where Go escapes
@@ -211,15 +211,8 @@ impl Request {
             pod_name: self.pod_name.clone(),
             uid: endpoint.key.uid().map(|uid| uid.to_string()),
             cgroup: cgroup.to_string_lossy().into_owned(),
-            max_egress: self.max_recorded(Direction::Egress),
-            max_ingress: self.max_recorded(Direction::Ingress),
             ..Owner::default()
         }
-    }
-
-    /// What is malformed has been refused when the limits were asked for.
-    fn max_recorded(&self, direction: Direction) -> Option<u64> {
-        self.config.max(direction).ok().flatten().map(Rate::as_bits_per_s)
     }
 }
 

@@ -22,7 +22,7 @@ use crate::{
     units::{Burst, Rate},
 };
 
-pub use attached::{Attached, can_share, forget_others, leave};
+pub use attached::{Attached, Before, can_share, forget_others, leave};
 pub use owner::pin as pin_owner;
 pub use pinned::Pinned;
 pub use set::{Set, try_programs};

@@ -35,8 +35,9 @@ fn multus_example() -> Chain {
     chain
 }
 
-/// What the primary plugin of an example answers. Flannel's was recorded. Calico's, Cilium's and Weave's are written from their
-/// sources (cni-plugin/pkg/plugin/plugin.go; plugins/cilium-cni/cmd/cmd.go: Add, prepareIP): their daemons are not to be had here.
+/// What the primary plugin of an example answers. Flannel's was recorded. The others' are written from their sources (Calico's
+/// cni-plugin/pkg/plugin/plugin.go; Cilium's plugins/cilium-cni/cmd/cmd.go: Add, prepareIP; AWS' cmd/routed-eni-cni-plugin/cni.go, with a
+/// number where a namespace would be; OVN-Kubernetes' go-controller/pkg/cni): their daemons are not to be had here.
 fn recorded(primary: &str) -> String {
     fs::read_to_string(directory("tests/records").join(format!("{primary}.result.json"))).unwrap()
 }
@@ -51,8 +52,9 @@ fn every_example_ends_with_podshaper_and_its_capabilities() {
     let mut names: Vec<String> = names.map(|entry| entry.file_name().into_string().unwrap()).collect();
     names.retain(|name| name != "README.md");
     names.sort();
-    let lists = ["05-cilium", "10-bridge", "10-calico", "10-flannel", "10-kindnet", "10-weave"];
-    let mut expected: Vec<String> = lists.map(|list| format!("{list}.conflist")).to_vec();
+    let lists = ["05-cilium", "10-aws", "10-bridge", "10-calico", "10-flannel", "10-k3s", "10-kindnet"];
+    let lists = lists.into_iter().chain(["10-ovn-kubernetes-podshaper", "10-weave"]);
+    let mut expected: Vec<String> = lists.map(|list| format!("{list}.conflist")).collect();
     expected.push("multus-macvlan.yaml".into());
     assert_eq!(names, expected);
     let readme = fs::read_to_string(directory("conflist-examples/README.md")).unwrap();
@@ -69,11 +71,24 @@ fn every_example_ends_with_podshaper_and_its_capabilities() {
     }
 }
 
+/// Examples whose primary plugin does not run here, each with the plugin whose result stands in for it.
+const FOREIGN: [(&str, &str); 7] = [
+    ("10-flannel", "flannel"),
+    ("10-weave", "weave"),
+    ("10-calico", "calico"),
+    ("05-cilium", "cilium"),
+    ("10-aws", "aws"),
+    ("10-ovn-kubernetes-podshaper", "ovn"),
+    (K3S, "flannel"),
+];
+/// Flannel in another version of the specification than the one that was recorded.
+const K3S: &str = "10-k3s";
+
 /// Other plugins' results have fields and layouts of their own, and Weave's has no interfaces.
 #[test]
 fn without_a_limit_the_primary_plugins_result_comes_out_byte_for_byte() {
-    for (number, primary) in [("10", "flannel"), ("10", "weave"), ("10", "calico"), ("05", "cilium")] {
-        let (chain, result) = (example(&format!("{number}-{primary}.conflist")), recorded(primary));
+    for (file, primary) in FOREIGN.into_iter().filter(|(file, _)| *file != K3S) {
+        let (chain, result) = (example(&format!("{file}.conflist")), recorded(primary));
         let version: Value = serde_json::from_str(&result).unwrap();
         assert_eq!(version["cniVersion"], chain.cni_version, "the example and the record of {primary}");
         let mut config = podshaper(&chain).clone();
@@ -129,24 +144,23 @@ fn the_bridge_example_makes_a_limited_pod() {
 /// podshaper of it. The second way a limit is asked for is by annotation alone.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
-fn the_flannel_weave_calico_and_cilium_examples_make_limited_pods() {
+fn the_examples_of_other_networks_make_limited_pods() {
     let bed = Bed::new();
-    for (file, primary) in
-        [("10-flannel", "flannel"), ("10-weave", "weave"), ("10-calico", "calico"), ("05-cilium", "cilium")]
-    {
+    for (file, primary) in FOREIGN {
         let chain = example(&format!("{file}.conflist"));
-        let result: Value = serde_json::from_str(&recorded(primary)).unwrap();
+        let mut result: Value = serde_json::from_str(&recorded(primary)).unwrap();
+        result["cniVersion"] = json!(chain.cni_version);
         let mut pod = bed.pod(Limiter::Bare, 0);
         pod.offers.remove("bandwidth");
         match primary {
-            "flannel" | "calico" => pod.offer_bandwidth(Some(LIMIT), None, None),
+            "flannel" | "calico" | "aws" => pod.offer_bandwidth(Some(LIMIT), None, None),
             _ => offer_annotation(&mut pod),
         }
         let call = chain.call(podshaper(&chain), "ADD", &pod.offers, Some(&result)).unwrap();
         let attachment = Attachment::add(pod.environment(call));
-        assert_limited(primary, &pod, "10.213.0.1");
+        assert_limited(file, &pod, "10.213.0.1");
         drop(attachment);
-        assert!(!meter::directory(&pod, INTERFACE).exists(), "{primary}");
+        assert!(!meter::directory(&pod, INTERFACE).exists(), "{file}");
     }
 }
 

@@ -254,6 +254,17 @@ fn a_lone_configuration_stays_and_a_list_that_sorts_before_it_is_used() {
 }
 
 /// The first podshaper renamed a lone configuration, whose owner then wrote it again; from there on install failed for good.
+/// The example is what install makes of the configuration that OVN-Kubernetes writes.
+#[test]
+fn the_example_for_ovn_kubernetes_is_what_install_makes() {
+    let list = example("10-ovn-kubernetes-podshaper.conflist");
+    let lone = plugins(&list)[0].to_string();
+    let node = Node::new(&[("10-ovn-kubernetes.conf", &lone)]);
+    node.ok("install", &[]);
+    let made: Value = serde_json::from_str(&node.read("10-ovn-kubernetes-podshaper.conflist")).unwrap();
+    assert_eq!(made, serde_json::from_str::<Value>(&list).unwrap());
+}
+
 #[test]
 fn a_list_of_an_earlier_version_gives_way_when_the_configuration_it_was_made_of_is_back() {
     let node = Node::new(&[("10-ovn-kubernetes.conf", OVN)]);
@@ -420,7 +431,9 @@ fn nothing_is_changed_on_a_node_that_cannot_be_understood() {
 fn every_example_survives_uninstall_and_install() {
     let names = fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("conflist-examples")).unwrap();
     let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
-    for name in names.filter(|name| name.ends_with(".conflist")) {
+    // A list that install makes of a lone configuration goes with that.
+    let is_list = |name: &String| name.ends_with(".conflist") && !name.ends_with("-podshaper.conflist");
+    for name in names.filter(is_list) {
         let node = Node::new(&[(&name, &example(&name))]);
         node.ok("uninstall", &[]);
         let without = node.read(&name);
@@ -471,31 +484,88 @@ fn the_kustomization_names_what_is_there() {
     assert_eq!(installer["image"], named.join(":"), "or the image would not be replaced");
 }
 
+/// On the node's root directory, which the container becomes: here one without a systemd, and with k3s' directories.
 #[test]
-fn the_manifests_install_and_uninstall_from_an_empty_root() {
-    let node = Node::new(&[("10-flannel.conflist", FLANNEL)]);
-    fs::create_dir(node.path("host")).unwrap();
-    for name in ["net.d", "bin"] {
-        fs::rename(node.path(name), node.path("host").join(name)).unwrap();
+fn the_manifests_install_and_uninstall_on_the_nodes_root() {
+    let root = tempfile::tempdir().unwrap();
+    let of_k3s = "var/lib/rancher/k3s/agent/etc";
+    let conf = root.path().join(of_k3s).join("cni/net.d");
+    let bin = root.path().join("var/lib/rancher/k3s/data/cni");
+    for directory in [&conf, &bin, &root.path().join(of_k3s).join("containerd")] {
+        fs::create_dir_all(directory).unwrap();
     }
-    let run = |arguments: Vec<String>| {
-        let root = node.root.path().to_str().unwrap();
-        let arguments = arguments.iter().map(|argument| argument.replace("=/host/", &format!("={root}/host/")));
-        // As in a container of nothing but the program: no PATH, no HOME, no CNI_COMMAND.
-        let output = Command::new(PODSHAPER).args(arguments).env_clear().output().unwrap();
+    let containerd = format!("bin_dir = \"/var/lib/rancher/k3s/data/cni\"\nconf_dir = \"/{of_k3s}/cni/net.d\"\n");
+    fs::write(root.path().join(of_k3s).join("containerd/config.toml"), containerd).unwrap();
+    let list = conf.join("10-flannel.conflist");
+    fs::write(&list, FLANNEL).unwrap();
+    let run = |arguments: &[String]| {
+        let root = format!("--host-root={}", root.path().display());
+        let arguments = arguments.iter().map(|argument| argument.replace("--host-root=/host", &root));
+        // As in a container of nothing but the program: no PATH, no HOME, no CNI_COMMAND; and root's chroot without root.
+        let mut command = Command::new("unshare");
+        let output = command.args(["--map-root-user", PODSHAPER]).args(arguments).env_clear().output().unwrap();
         assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
     };
     let ((installer, install), (uninstaller, uninstall)) = (manifest("podshaper.yaml"), manifest("uninstall.yaml"));
     for key in ["apiVersion", "kind", "metadata"] {
         assert_eq!(installer[key], uninstaller[key], "the one takes the other's place");
     }
     assert_eq!(installer["spec"]["selector"], uninstaller["spec"]["selector"]);
-    let list = node.path("host/net.d/10-flannel.conflist");
-    run(install.clone());
-    run(install);
+    let said = run(&install);
+    assert!(said.contains("no systemd runs on this host"), "{said}");
+    run(&install);
     assert_eq!(types(&fs::read_to_string(&list).unwrap()), ["flannel", "portmap", "podshaper"]);
-    assert!(node.path("host/bin/podshaper").exists());
-    run(uninstall.clone());
-    run(uninstall);
+    assert_eq!(fs::metadata(bin.join("podshaper")).unwrap().len(), fs::metadata(PODSHAPER).unwrap().len());
+    run(&uninstall);
+    run(&uninstall);
     assert_eq!(fs::read_to_string(&list).unwrap(), FLANNEL);
+}
+
+/// What it takes on a node with SELinux, with directories of another owner, and without more than that.
+#[test]
+fn the_manifests_may_do_what_the_work_takes_and_no_more() {
+    for name in ["podshaper.yaml", "uninstall.yaml"] {
+        let (manifest, arguments) = manifest(name);
+        let pod = &manifest["spec"]["template"]["spec"];
+        let installer = &pod["initContainers"][0];
+        assert!(arguments.contains(&"--host-root=/host".to_owned()), "{name}: {arguments:?}");
+        let expected = json!({
+            "runAsUser": 0, "allowPrivilegeEscalation": false, "readOnlyRootFilesystem": true,
+            "capabilities": { "drop": ["ALL"], "add": ["SYS_CHROOT", "DAC_OVERRIDE", "CHOWN"] },
+            "seLinuxOptions": { "type": "spc_t" },
+        });
+        assert_eq!(installer["securityContext"], expected, "{name}");
+        assert_eq!(installer["volumeMounts"], json!([{ "name": "host", "mountPath": "/host" }]), "{name}");
+        assert_eq!(
+            pod["volumes"],
+            json!([{ "name": "host", "hostPath": { "path": "/", "type": "Directory" } }]),
+            "{name}"
+        );
+        assert_eq!(
+            (&pod["hostNetwork"], &pod["automountServiceAccountToken"]),
+            (&json!(true), &json!(false)),
+            "{name}"
+        );
+        assert_eq!(pod["tolerations"], json!([{ "operator": "Exists" }]), "{name}");
+        assert_eq!(pod["containers"][0]["securityContext"]["capabilities"], json!({ "drop": ["ALL"] }), "{name}");
+    }
+}
+
+/// `tests/run cluster` renders the chart by helm and compares.
+#[test]
+fn the_chart_is_of_this_version() {
+    let read = |name: &str| -> Value {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("install/helm/podshaper").join(name);
+        serde_norway::from_str(&fs::read_to_string(path).unwrap()).unwrap()
+    };
+    let (chart, values) = (read("Chart.yaml"), read("values.yaml"));
+    let version = json!(env!("CARGO_PKG_VERSION"));
+    assert_eq!((&chart["version"], &chart["appVersion"]), (&version, &version));
+    let pod = &manifest("podshaper.yaml").0["spec"]["template"]["spec"];
+    assert_eq!(
+        pod["initContainers"][0]["image"],
+        format!("{}:{}", values["image"]["repository"].as_str().unwrap(), env!("CARGO_PKG_VERSION"))
+    );
+    assert_eq!(pod["containers"][0]["image"], values["pauseImage"]);
 }

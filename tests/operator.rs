@@ -3,6 +3,8 @@
 
 /// Limits of cgroups that are no pods.
 mod cgroups;
+/// What sync follows beside a pod's rates.
+mod follow;
 /// doctor and gc.
 mod health;
 /// Calls that come between the reading and the change of another.

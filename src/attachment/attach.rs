@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    Directory, Interfaces, Plan, Present,
+    Directory, Interfaces, Plan, Present, is_there,
     other_paths::{self, Held, Wanted},
     others, remove_cgroup_if_made, scopes, sharing,
 };
@@ -15,7 +15,7 @@ use crate::{
     interface::{self, HeldAt, IngressBy, Interface, Need, Record},
     pins::{self, BPFFS, LockedPins, Pins},
     pod::Owner,
-    shaper::{self, Attached, Queue, Set, Settings},
+    shaper::{self, Attached, Before, Queue, Set, Settings},
 };
 
 /// Makes an attachment and returns its record.
@@ -163,7 +163,9 @@ impl<'a> Attaching<'a> {
             staged.directory().to_path_buf()
         };
         let Sharing { others, before: slot_before } = sharing.unwrap_or_default();
-        let mut attached = Attached::write(&set, &settings, slot_before)?;
+        let goes_on =
+            slot_before.map(|slot| Before { slot, is_of_same_sandbox: self.is_of_same_sandbox(before.as_ref()) });
+        let mut attached = Attached::write(&set, &settings, goes_on)?;
         let mut owner = Owner {
             interface: self.record.clone(),
             ifindex: self.index,
@@ -203,6 +205,10 @@ impl<'a> Attaching<'a> {
         Ok(owner)
     }
 
+    fn is_of_same_sandbox(&self, before: Option<&Present>) -> bool {
+        before.is_some_and(|before| before.owner.container_id == self.plan.owner.container_id)
+    }
+
     /// Where that cannot be done, the limit holds for the pod's own sockets: not worth a pod. The record says so.
     fn hold_other_paths<'w>(&self, wanted: &'w Wanted<'w>, interface: Option<&mut Interface>) -> Option<Held<'w>> {
         let interface = interface.filter(|_| self.plan.other_paths)?;
@@ -239,8 +245,28 @@ impl<'a> Attaching<'a> {
         if shaper::can_share(&set, cgroup, self.index, &scopes(&sharing.others), before, &links)? {
             Ok(Programs { set, sharing: Some(sharing) })
         } else {
+            self.refuse_cgroup_of_another_pod(pins)?;
             Ok(Programs { set: Set::own()?, sharing: None })
         }
+    }
+
+    /// Both pods' sockets would be held to both limits. One whose namespace is gone has ended, and its DEL is late.
+    fn refuse_cgroup_of_another_pod(&self, pins: &LockedPins) -> Result<()> {
+        let Plan { place, owner, .. } = self.plan;
+        let others = pins.list().into_iter().filter(|(other, _)| other.pod != place.pod);
+        let mut others = others.filter_map(|(other, directory)| Present::read(other, directory).ok());
+        let is_same = |other: &Present| {
+            other.owner.cgroup == owner.cgroup
+                && other.owner.interface.netns_inode.is_some_and(|inode| is_there(&other.owner, inode))
+        };
+        let Some(other) = others.find(is_same) else { return Ok(()) };
+        let name = other.owner.pod_name.unwrap_or(other.place.pod);
+        let text = format!(
+            "limit pod {}: its cgroup {} is that of {name} as well, and each would be held to the other's limit, too; the path comes from \
+             the runtime's or the configuration's cgroupPath: give each pod its own ({{containerID}} in it is replaced), or leave it out",
+            place.pod, owner.cgroup
+        );
+        Err(Error::new(Code::Cgroup, text))
     }
 
     /// Puts back what the attachment that was replaced had changed and this one does not use.

@@ -20,7 +20,7 @@ use super::{
     output,
 };
 use crate::{
-    attachment::{self, Directory, Interfaces, Plan},
+    attachment::{self, Directory, EVERY_INTERFACE, Interfaces, Plan},
     cgroup::Hierarchies,
     direction::Direction,
     error::{Code, Error, Result},
@@ -30,9 +30,6 @@ use crate::{
     request::{Limit, Limits, Source, Subnets},
     units::{Burst, Rate},
 };
-
-/// What stands for the interface of an attachment that is on all but loopback.
-const EVERY_INTERFACE: &str = "*";
 
 #[derive(Args)]
 pub struct Arguments {

@@ -253,6 +253,22 @@ impl Attachment {
         self.directory == directory && has_same_owner && self.made_at == pins::made_at(directory)
     }
 
+    /// Whether its path names another network namespace than at ADD, or none. One in /proc goes with its process, and its namespace
+    /// may stay.
+    pub fn has_lost_namespace(&self) -> bool {
+        let Record { netns, netns_inode, .. } = &self.owner.interface;
+        let (Some(path), Some(inode)) = (netns, netns_inode) else { return false };
+        match fs::metadata(path) {
+            Ok(found) => found.ino() != *inode,
+            Err(_) => !path.starts_with("/proc/"),
+        }
+    }
+
+    /// Whether all its programs are attached.
+    pub fn is_whole(&self) -> bool {
+        !self.links.are_dead() && self.links.faults().is_empty()
+    }
+
     /// Its limits, as an ADD would have them.
     pub fn limits(&self) -> Limits {
         limits_of([&self.egress, &self.ingress])

@@ -1,7 +1,7 @@
 //! `podshaper doctor`: what this node needs, has and lacks, and what to do about it, a line each. The checks of the kernel are those
 //! that the CNI verb STATUS logs ([`probe`]), made anew at each call.
 
-mod conflists;
+pub mod conflists;
 
 use std::{
     path::{Path, PathBuf},
@@ -16,7 +16,7 @@ use super::{
     directories::Directories,
     install,
     output::Output,
-    sync::LastRun,
+    sync::{self, LastRun},
     table::{Left, Table},
 };
 use crate::{
@@ -33,6 +33,9 @@ pub struct Arguments {
     /// Where the runtime finds its plugins [default: what containerd, k3s or RKE2 says, else /opt/cni/bin]
     #[arg(long, value_name = "DIRECTORY")]
     bin_dir: Option<PathBuf>,
+    /// Directory in which the runtime's CNI library keeps the results of its calls
+    #[arg(long, value_name = "DIRECTORY", default_value = sync::CACHE_DIR)]
+    cache_dir: PathBuf,
     #[command(flatten)]
     output: Output,
 }
@@ -75,6 +78,7 @@ impl Arguments {
             pinned().unwrap_or_else(|error| vec![Finding::new("attachments", State::Missing, error.to_string())]),
         );
         findings.extend(LastRun::recall().map(last_sync).unwrap_or_default());
+        findings.extend(unlimited(&conf, &self.cache_dir));
         self.output.print(&findings, || {
             let mut table = Table::new(&[("CHECK", Left), ("STATE", Left), ("FOUND", Left)]);
             for Finding { check, state, found } in &findings {
@@ -121,6 +125,20 @@ fn last_sync(run: LastRun) -> Vec<Finding> {
     pods.chain(run.error.map(finding)).collect()
 }
 
+/// The pods that asked for a limit when they were made and have none, where no `sync` has looked at them just now.
+fn unlimited(conf_dir: &Path, cache_dir: &Path) -> Vec<Finding> {
+    let finding = |text| Finding::new("pods", State::Missing, text);
+    match sync::unlimited(conf_dir, cache_dir) {
+        Ok(names) if names.is_empty() => Vec::new(),
+        Ok(names) => vec![finding(format!(
+            "{} without the limit that they ask for: podshaper sync gives it to them: {}",
+            names.len(),
+            names.join(", ")
+        ))],
+        Err(error) => vec![finding(error.to_string())],
+    }
+}
+
 /// What is attached, and what should not be there any more.
 fn pinned() -> Result<Vec<Finding>> {
     let (all, unfinished) = attachments::read_all()?;
@@ -137,6 +155,12 @@ fn pinned() -> Result<Vec<Finding>> {
     warn(
         partial,
         "with programs that are not attached, which do not limit as they should: podshaper show says which; restart the pod",
+    );
+    let moved: Vec<_> = live.iter().filter(|attachment| attachment.has_lost_namespace()).collect();
+    warn(
+        moved.len(),
+        "whose network namespace is gone or another one by now, and whose cgroup is there: nothing of that namespace is changed for \
+         them; podshaper show says which, and podshaper detach takes them off",
     );
     warn(old, "of another podshaper's layout: they limit, and a new sandbox of the pod replaces them");
     warn(unfinished, "unfinished, left by calls that were killed (or at work just now): podshaper gc removes them");

@@ -18,6 +18,8 @@ mod uninstall;
 mod units;
 
 use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{Read, Seek};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::SystemTime;
@@ -88,14 +90,18 @@ impl Install {
     /// # Errors
     /// Before anything is changed: a conflist that cannot be one, keys podshaper would refuse.
     pub fn run(self) -> Result<ExitCode> {
+        // While its path is known: the node may not have it.
+        let own = File::open("/proc/self/exe")
+            .map_err(|cause| Error::because(Code::Io, "read this program from /proc/self/exe", cause))?;
+        self.place.enter()?;
         if !self.and_sync {
-            return self.install().and_then(|report| output::print(&report)).map(|()| ExitCode::SUCCESS);
+            return self.install(&own).and_then(|report| output::print(&report)).map(|()| ExitCode::SUCCESS);
         }
         // A network that is not there yet, or is just being written, keeps no pod from what it asks for.
         let mut status = ExitCode::SUCCESS;
         for _ in 0..MAX_ROUNDS {
             let before = self.changed_at();
-            match self.install() {
+            match self.install(&own) {
                 Ok(report) => output::print(&report)?,
                 Err(error) => {
                     output::complain(&error.to_string());
@@ -131,7 +137,7 @@ impl Install {
     }
 
     /// Returns what was done, line by line.
-    fn install(&self) -> Result<String> {
+    fn install(&self, own: &File) -> Result<String> {
         let keys = self.config.as_deref().map_or(Ok(Map::new()), keys)?;
         let entry = Entry::new(keys)?;
         let mut report = Report::new(self.place.is_dry_run(), self.and_sync);
@@ -142,7 +148,7 @@ impl Install {
                 |error| Error::because(Code::Config, format!("put podshaper into {}", target.path().display()), error);
             edits.push(self.edit_of(target, &entry, &mut report).map_err(named)?);
         }
-        install_program(&self.place, &mut report)?;
+        install_program(own, &self.place, &mut report)?;
         for edit in &edits {
             edit.perform(&mut report)?;
         }
@@ -320,17 +326,18 @@ impl Edit {
     }
 }
 
-fn install_program(place: &Place, report: &mut Report) -> Result<()> {
-    // Not current_exe(): this one is readable after the file was replaced, too.
-    let own = Path::new("/proc/self/exe");
+/// Not from current_exe(): the open one is readable after the file was replaced, too.
+fn install_program(mut own: &File, place: &Place, report: &mut Report) -> Result<()> {
     let bin_dir = place.bin_dir();
     let target = bin_dir.join(PODSHAPER);
-    let read = |cause| Error::because(Code::Io, "read this program from /proc/self/exe", cause);
     if files::is_same(own, &target) {
         report.unchanged(format!("{} is this program already", target.display()));
         return Ok(());
     }
-    let program = std::fs::read(own).map_err(read)?;
+    let mut program = Vec::new();
+    own.rewind()
+        .and_then(|()| own.read_to_end(&mut program))
+        .map_err(|cause| Error::because(Code::Io, "read this program", cause))?;
     if files::read_if_there(&target)?.is_some_and(|there| there == program) {
         report.unchanged(format!("{} is this program already", target.display()));
         return Ok(());

@@ -11,8 +11,10 @@ use podshaper_abi::{BACKLOG_BUCKETS, Counters, backlog_bucket_end_ns};
 
 use super::{
     attachments::{self, Attachment, Measured},
-    output,
-    sync::{Failure, LastRun},
+    directories::Directories,
+    doctor::conflists,
+    install, output,
+    sync::{self, Failure, LastRun},
 };
 use crate::error::{Code, Error, Result};
 
@@ -26,6 +28,12 @@ pub struct Arguments {
     /// Write to this file, all at once, instead of stdout: a *.prom in the directory of node_exporter's textfile collector
     #[arg(long, value_name = "FILE")]
     textfile: Option<PathBuf>,
+    /// Where the runtime reads its network configuration [default: what containerd, k3s or RKE2 says, else /etc/cni/net.d]
+    #[arg(long, value_name = "DIRECTORY")]
+    conf_dir: Option<PathBuf>,
+    /// Directory in which the runtime's CNI library keeps the results of its calls
+    #[arg(long, value_name = "DIRECTORY", default_value = sync::CACHE_DIR)]
+    cache_dir: PathBuf,
 }
 
 impl Arguments {
@@ -36,7 +44,10 @@ impl Arguments {
                 log::warn!("leave out {} {}: {problem}", attachment.place.pod, attachment.place.interface);
             }
         }
-        let text = text(&found) + &LastRun::recall().map(|run| of_sync(&run)).unwrap_or_default();
+        let conf_dir = Directories::of_this_node(self.conf_dir.as_deref(), None).conf;
+        let text = text(&found)
+            + &of_node(&conf_dir, &self.cache_dir)
+            + &LastRun::recall().map(|run| of_sync(&run)).unwrap_or_default();
         match &self.textfile {
             None => output::print(&text),
             Some(path) => write(path, &text),
@@ -84,9 +95,14 @@ fn text(found: &[Attachment]) -> String {
     text += &format!("podshaper_build_info{{version=\"{}\"}} 1\n", env!("CARGO_PKG_VERSION"));
     head(&mut text, "attachment_info", "gauge", "What is attached, with what holds it.");
     found.iter().for_each(|attachment| text += &info(attachment));
-    head(&mut text, "attachment_live", "gauge", "Whether all programs of the attachment are attached to its cgroup.");
+    head(
+        &mut text,
+        "attachment_live",
+        "gauge",
+        "Whether all programs of the attachment are on its cgroup, and its network namespace is the one it was made in.",
+    );
     for attachment in found {
-        let is_live = u8::from(!attachment.links.are_dead() && attachment.links.faults().is_empty());
+        let is_live = u8::from(attachment.is_whole() && !attachment.has_lost_namespace());
         text += &format!("podshaper_attachment_live{{{}}} {is_live}\n", labels(attachment));
     }
     for (name, kind, help, value) in METRICS {
@@ -98,6 +114,24 @@ fn text(found: &[Attachment]) -> String {
     let help = "Virtual backlog that packets found; the sum is reckoned from the middles of the kernel's buckets.";
     head(&mut text, "backlog_seconds", "histogram", help);
     directions(found).for_each(|(labels, direction)| text += &histogram(&labels, &direction.counters));
+    text
+}
+
+/// Whether pods come to their limits on this node.
+fn of_node(conf_dir: &Path, cache_dir: &Path) -> String {
+    let mut text = String::new();
+    let mut gauge = |name: &str, help: &str, value: usize| {
+        head(&mut text, name, "gauge", help);
+        text += &format!("podshaper_{name} {value}\n");
+    };
+    let is_in_it = conflists::misses_podshaper(conf_dir).is_none();
+    gauge("in_conflist", "Whether podshaper is in the conflist by which pods are made.", is_in_it.into());
+    let are_enabled = install::not_enabled().is_empty();
+    gauge("units_enabled", "Whether systemd, where it runs, has podshaper's units enabled.", are_enabled.into());
+    match sync::unlimited(conf_dir, cache_dir) {
+        Ok(names) => gauge("unlimited_pods", "Interfaces of pods without the limit that they ask for.", names.len()),
+        Err(error) => log::warn!("leave out podshaper_unlimited_pods: {error}"),
+    }
     text
 }
 

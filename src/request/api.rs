@@ -5,7 +5,7 @@ use std::fs::File;
 use super::config::{Config, OnApiError};
 use super::{Endpoint, Request, Subject};
 use crate::error::{Code, Error, Result};
-use crate::kube::{self, Metadata, Pod};
+use crate::kube::{self, Labels, Metadata, Pod};
 
 impl Request {
     /// The pod as the API server has it; None if nobody is to be asked, or, with `onApiError: ignore`, nobody answered.
@@ -17,6 +17,18 @@ impl Request {
         match (answer, self.config.on_api_error) {
             (Err(error), OnApiError::Ignore) => {
                 log::warn!("without the pod's labels (\"onApiError\": \"ignore\"): {error}");
+                Ok(None)
+            }
+            (answer, _) => answer.map(Some),
+        }
+    }
+
+    /// The labels of the pod's namespace; None where nobody is to be asked, or, with `onApiError: ignore`, nobody answered.
+    pub(super) fn ask_for_namespace(&self, namespace: &str) -> Result<Option<Labels>> {
+        let Some(kubeconfig) = &self.config.kubeconfig else { return Ok(None) };
+        match (kube::labels_of_namespace(kubeconfig, namespace), self.config.on_api_error) {
+            (Err(error), OnApiError::Ignore) => {
+                log::warn!("without the labels of the pod's namespace (\"onApiError\": \"ignore\"): {error}");
                 Ok(None)
             }
             (answer, _) => answer.map(Some),

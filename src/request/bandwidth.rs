@@ -31,7 +31,7 @@ struct Bandwidth {
 ///
 /// # Errors
 /// [`Code::Config`], naming key, value and reason.
-pub(super) fn asked(raw: &RawValue, direction: Direction) -> Result<Option<Asked>> {
+pub(super) fn asked(raw: &RawValue, direction: Direction) -> Result<Asked> {
     let Bandwidth { egress_rate, egress_burst, ingress_rate, ingress_burst } = decode("runtimeConfig.bandwidth", raw)?;
     let (rate, burst, keys) = match direction {
         Direction::Egress => (egress_rate, egress_burst, ["egressRate", "egressBurst"]),
@@ -49,13 +49,13 @@ pub(super) fn asked(raw: &RawValue, direction: Direction) -> Result<Option<Asked
     };
     let bits_per_s = number(keys[0], rate)?;
     if bits_per_s == 0 {
-        return Ok(None);
+        return Ok(Asked::default());
     }
     let rate = Rate::bits_per_s(bits_per_s).map_err(|cause| wrong(keys[0], bits_per_s, cause))?;
     let bits = number(keys[1], burst)?;
     let burst = if UNSET_BURSTS.contains(&bits) { None } else { Some(Burst::bits(bits)) };
     let burst = burst.transpose().map_err(|cause| wrong(keys[1], bits, cause))?;
-    Ok(Some(Asked { rate, burst, source: Source::RuntimeConfig }))
+    Ok(Asked { rate: Some((rate, Source::RuntimeConfig)), burst })
 }
 
 #[cfg(test)]

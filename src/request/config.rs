@@ -5,6 +5,7 @@
 //! | `egress`, `ingress` | rate of pods that ask for none: quantity, or number of bits/s | unlimited |
 //! | `egressBurst`, `ingressBurst` | their bursts: quantity or number, bits | 5 ms, 10 packets at least |
 //! | `max` | `{"egress", "ingress"}`: no pod gets more, whatever it asks for, and one that asks for nothing gets this | none |
+//! | `namespaces` | list of rates and `max` by namespace: see `policy.rs` | none |
 //! | `rateKey` | annotation that holds whole megabytes/s; `""` for none | `rate` |
 //! | `exemptSubnets`, `shapedSubnets` | remote addresses that are not limited, that are: see `subnets.rs` | none, all |
 //! | `otherPaths` | whether what passes by other paths than the pod's sockets is held: true, false | true |
@@ -23,21 +24,17 @@ use log::LevelFilter;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
+use super::policy::{Policy, Rates};
 use super::subnets::Subnets;
 use super::{MAX_PATH_BYTES, NO_CGROUP_PATH, Tolerance, below_cgroup_mount, json};
-use crate::direction::Direction;
 use crate::error::{Code, Error, Result, quoted};
-use crate::units::{Burst, Rate, UnitError};
+use crate::units::UnitError;
 
-/// What an administrator can write instead of a rate that was refused.
-const RATE: &str = "a rate (\"10M\", or a number of bits per second, 1k to 1P)";
-/// The same for a burst.
-const BURST: &str = "a burst (\"400k\", or a number of bits, below 4 GiB)";
 /// Longest annotation or label key: a prefix, a slash, a name.
 const MAX_KEY_BYTES: usize = 253 + 1 + 63;
 
 /// The keys of [`Keys`], with their aliases.
-const OURS: [&str; 17] = [
+const OURS: [&str; 18] = [
     "logFile",
     "logLevel",
     "rateKey",
@@ -55,6 +52,7 @@ const OURS: [&str; 17] = [
     "egressBurst",
     "ingressBurst",
     "max",
+    "namespaces",
 ];
 /// Keys that the configuration of any plugin may have (SPEC.md, "Plugin configuration objects", "Deriving execution configuration").
 const OF_ANY_PLUGIN: [&str; 12] = [
@@ -104,7 +102,7 @@ pub struct Config {
     pub subnets: Subnets,
     /// `otherPaths`.
     pub other_paths: bool,
-    rates: Rates,
+    pub(super) policy: Policy,
 }
 
 /// What a call does that the API server does not answer.
@@ -140,22 +138,7 @@ pub(super) struct Keys {
     egress_burst: Option<Box<RawValue>>,
     ingress_burst: Option<Box<RawValue>>,
     max: Option<Box<RawValue>>,
-}
-
-#[derive(Debug)]
-struct Rates {
-    egress: Option<Box<RawValue>>,
-    ingress: Option<Box<RawValue>>,
-    egress_burst: Option<Box<RawValue>>,
-    ingress_burst: Option<Box<RawValue>>,
-    max: Option<Box<RawValue>>,
-}
-
-#[derive(Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Max {
-    egress: Option<Box<RawValue>>,
-    ingress: Option<Box<RawValue>>,
+    namespaces: Option<Box<RawValue>>,
 }
 
 impl Config {
@@ -163,7 +146,7 @@ impl Config {
     pub(super) fn read(keys: Keys, container_id: Option<&str>, tolerance: &mut Tolerance) -> Result<Self> {
         let Keys { log_file, log_level, rate_key, cgroup_path, kubeconfig, on_api_error, .. } = keys;
         let Keys { exempt_subnets, shaped_subnets, other_paths, .. } = keys;
-        let Keys { egress, ingress, egress_burst, ingress_burst, max, .. } = keys;
+        let Keys { egress, ingress, egress_burst, ingress_burst, max, namespaces, .. } = keys;
 
         let level = |text: &str| text.parse::<LevelFilter>().ok();
         let annotation = |text: &str| (text.len() <= MAX_KEY_BYTES).then(|| text.to_owned());
@@ -178,6 +161,8 @@ impl Config {
             "ignore" => Some(OnApiError::Ignore),
             _ => None,
         };
+        let rates = Rates { egress, ingress, egress_burst, ingress_burst, max, ..Rates::default() };
+        let has_kubeconfig = kubeconfig.is_some();
         let levels = "is not a log level (off, error, warn, info, debug, trace)";
         Ok(Self {
             log_file: tolerance.weigh(read("logFile", log_file, NO_FILE, file))?,
@@ -191,38 +176,7 @@ impl Config {
                 .unwrap_or_default(),
             subnets: tolerance.weigh(Subnets::read(exempt_subnets, shaped_subnets))?,
             other_paths: tolerance.weigh(switch("otherPaths", other_paths))?.unwrap_or(true),
-            rates: Rates { egress, ingress, egress_burst, ingress_burst, max },
-        })
-    }
-
-    /// The rate and burst of pods that ask for none.
-    pub(super) fn default(&self, direction: Direction) -> Result<Option<(Rate, Option<Burst>)>> {
-        let Rates { egress, ingress, egress_burst, ingress_burst, .. } = &self.rates;
-        let (rate, burst, keys) = match direction {
-            Direction::Egress => (egress, egress_burst, ["egress", "egressBurst"]),
-            Direction::Ingress => (ingress, ingress_burst, ["ingress", "ingressBurst"]),
-        };
-        let Some(rate) = rate else { return Ok(None) };
-        let rate = number(keys[0], rate, RATE, Rate::bits_per_s, Rate::from_quantity)?;
-        let burst = burst.as_ref().map(|raw| number(keys[1], raw, BURST, Burst::bits, Burst::from_quantity));
-        Ok(Some((rate, burst.transpose()?)))
-    }
-
-    /// The most that a pod gets. Both directions are checked at once, so that a mistake in `max` is not found by the one
-    /// pod it should have stopped.
-    pub(super) fn max(&self, direction: Direction) -> Result<Option<Rate>> {
-        let wrong = |cause| {
-            Error::because(Code::Config, "configuration key \"max\" has no other keys than egress, ingress", cause)
-        };
-        let max = self.rates.max.as_ref().map(|raw| json::object(raw.get())).transpose().map_err(wrong)?;
-        let Max { egress, ingress } = max.unwrap_or_default();
-        let rate = |key, raw: Option<Box<RawValue>>| {
-            raw.map(|raw| number(key, &raw, RATE, Rate::bits_per_s, Rate::from_quantity)).transpose()
-        };
-        let (egress, ingress) = (rate("max.egress", egress)?, rate("max.ingress", ingress)?);
-        Ok(match direction {
-            Direction::Egress => egress,
-            Direction::Ingress => ingress,
+            policy: tolerance.weigh(Policy::read(rates, namespaces, has_kubeconfig))?,
         })
     }
 }
@@ -249,7 +203,7 @@ fn switch(key: &str, raw: Option<Box<RawValue>>) -> Result<Option<bool>> {
 }
 
 /// A number of bits, or a quantity in a string.
-fn number<T>(
+pub(super) fn number<T>(
     key: &str,
     raw: &RawValue,
     what: &str,
@@ -321,11 +275,11 @@ mod tests {
             ),
             (
                 r#""max": {"egres": "10M"}"#,
-                "\"max\" has no other keys than egress, ingress: unknown field `egres`, expected `egress` or `ingress` \
-                 at line 1 column 8"
+                "\"max\" has no other keys than egress, ingress, egressBurst, ingressBurst: unknown field `egres`, expected \
+                 one of `egress`, `ingress`, `egressBurst`, `ingressBurst` at line 1 column 8"
                     .to_owned(),
             ),
-            (r#""max": []"#, "\"max\" has no other keys than egress, ingress: not an object".to_owned()),
+            (r#""max": []"#, "\"max\" has no other keys than egress, ingress, egressBurst, ingressBurst: not an object".to_owned()),
         ] {
             let error = add("", &config(keys)).unwrap().limits().unwrap_err();
             let expected = format!("configuration key {expected}");

@@ -4,10 +4,11 @@
 //! 2. the pod's annotations, where the runtime passes them
 //! 3. `args.cni`, 4. `CNI_ARGS`: the same keys
 //! 5. the pod's annotations, then its labels, as the API server has them, if `kubeconfig` says to ask it
-//! 6. `egress` and `ingress` of the configuration, else its `max`
+//! 6. `egress` and `ingress` of the configuration, else its `max`, both by the pod's namespace: see `policy.rs`
 //!
 //! A source below the first one that is set is not looked at: a tenant cannot break a pod by writing nonsense into a key
-//! that does not count. The keys of 2 to 5 are [`Direction::annotation`], in bits per second, and the ancestor's `rate`.
+//! that does not count. The keys of 2 to 5 are [`Direction::annotation`], in bits per second, and the ancestor's `rate`. The burst is looked
+//! for in the same order, as [`Direction::burst_annotation`], whichever source has named the rate.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,10 +16,11 @@ use std::fmt;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
+use super::policy::Namespaces;
 use super::{Request, bandwidth, env, json};
 use crate::direction::Direction;
 use crate::error::{Code, Error, Result, quoted};
-use crate::kube::Metadata;
+use crate::kube::{Labels, Metadata};
 use crate::units::{Burst, Rate, UnitError};
 
 /// The limits of one attachment; None is unlimited.
@@ -54,6 +56,8 @@ pub struct Limit {
     pub burst: Burst,
     /// What was asked for; above `rate` if the administrator's `max` is less, which is worth a line in the log.
     pub asked: Rate,
+    /// The administrator's `max` for this pod.
+    pub max: Option<Rate>,
     /// Who asked.
     pub source: Source,
 }
@@ -61,7 +65,7 @@ pub struct Limit {
 impl Limit {
     /// A rate with its default burst.
     pub fn of(rate: Rate, source: Source) -> Self {
-        Self { rate, burst: Burst::default_for(rate), asked: rate, source }
+        Self { rate, burst: Burst::default_for(rate), asked: rate, max: None, source }
     }
 }
 
@@ -115,13 +119,24 @@ struct Args {
     cni: Option<Box<RawValue>>,
 }
 
-/// What a source asks for.
-#[derive(Clone, Copy)]
+/// What is asked for in one direction by the sources that were looked at so far.
+#[derive(Clone, Copy, Default)]
 pub(super) struct Asked {
-    pub(super) rate: Rate,
+    pub(super) rate: Option<(Rate, Source)>,
     pub(super) burst: Option<Burst>,
-    pub(super) source: Source,
 }
+
+/// Both directions.
+type Both = [Asked; 2];
+
+impl Asked {
+    fn is_complete(&self) -> bool {
+        self.rate.is_some() && self.burst.is_some()
+    }
+}
+
+/// What stands at a key; errs with what stands there instead of a string.
+type Value<'a> = &'a dyn Fn(&str) -> Result<Option<String>, String>;
 
 impl Request {
     /// The limits that this call and the configuration ask for.
@@ -129,21 +144,23 @@ impl Request {
     /// # Errors
     /// [`Code::Config`], naming source, key, value, reason and remedy.
     pub fn limits(&self) -> Result<Limits> {
-        let called_for = self.both(|direction| self.called_for(direction))?;
+        let mut asked = self.called_for()?;
         // Nobody is asked for what is known.
-        let pod = if called_for.iter().all(Option::is_some) { None } else { self.ask_api_server()? };
-        self.complete(self.both(|direction| match (called_for[direction.index() as usize], &pod) {
-            (None, Some(pod)) => self.on_pod(direction, pod),
-            (called_for, _) => Ok(called_for),
-        })?)
+        if asked.iter().any(|asked| asked.rate.is_none())
+            && let Some(pod) = self.ask_api_server()?
+        {
+            self.annotations(&pod, &mut asked)?;
+            self.labels(&pod, &mut asked)?;
+        }
+        self.complete(&asked, &|namespace| self.ask_for_namespace(namespace))
     }
 
-    /// The same without the API server, whose answer nobody has.
+    /// The same without the API server; of namespaces these labels are known.
     ///
     /// # Errors
     /// Those of [`Request::limits`].
-    pub fn limits_of_call(&self) -> Result<Limits> {
-        self.complete(self.both(|direction| self.called_for(direction))?)
+    pub fn limits_of_call(&self, namespaces: &Namespaces) -> Result<Limits> {
+        self.complete(&self.called_for()?, &|namespace| Ok(namespaces.get(namespace).cloned()))
     }
 
     /// The limits that are asked for now, of a pod as the API server has it. On the interface that the annotations are about, they take
@@ -152,118 +169,157 @@ impl Request {
     ///
     /// # Errors
     /// Those of [`Request::limits`].
-    pub fn limits_now(&self, pod: &Metadata, are_its_annotations: bool) -> Result<Limits> {
-        let labels = |direction| match self.config.kubeconfig {
-            Some(_) => self.label(direction, pod),
-            None => Ok(None),
-        };
-        self.complete(self.both(|direction| {
-            let asked = if are_its_annotations {
-                first([&|| self.annotation(direction, pod), &|| self.args(direction)])?
-            } else {
-                self.called_for(direction)?
-            };
-            asked.map_or_else(|| labels(direction), |asked| Ok(Some(asked)))
-        })?)
+    pub fn limits_now(&self, pod: &Metadata, are_its_annotations: bool, namespaces: &Namespaces) -> Result<Limits> {
+        let mut asked = Both::default();
+        if are_its_annotations {
+            self.annotations(pod, &mut asked)?;
+            self.args(&mut asked)?;
+        } else {
+            asked = self.called_for()?;
+        }
+        if self.config.kubeconfig.is_some() {
+            self.labels(pod, &mut asked)?;
+        }
+        self.complete(&asked, &|namespace| Ok(namespaces.get(namespace).cloned()))
     }
 
-    fn both(&self, asked: impl Fn(Direction) -> Result<Option<Asked>>) -> Result<[Option<Asked>; 2]> {
-        let [egress, ingress] = Direction::BOTH.map(asked);
-        Ok([egress?, ingress?])
+    /// The limits that a pod's annotations ask for, as the API server has them, and nobody else, held to the administrator's `max`.
+    ///
+    /// # Errors
+    /// Those of [`Request::limits`].
+    pub fn limits_by_annotation(&self, pod: &Metadata, namespaces: &Namespaces) -> Result<Limits> {
+        let mut asked = Both::default();
+        self.annotations(pod, &mut asked)?;
+        let Limits { egress, ingress } = self.complete(&asked, &|namespace| Ok(namespaces.get(namespace).cloned()))?;
+        let [of_egress, of_ingress] = asked.map(|asked| asked.rate.is_some());
+        Ok(Limits { egress: egress.filter(|_| of_egress), ingress: ingress.filter(|_| of_ingress) })
+    }
+
+    /// Whether the labels of namespaces say something about limits.
+    pub fn asks_for_namespaces(&self) -> bool {
+        self.config.policy.asks_for_labels()
     }
 
     /// Source 6, for what nobody else has asked for, and the cap.
-    fn complete(&self, asked: [Option<Asked>; 2]) -> Result<Limits> {
+    fn complete(&self, asked: &Both, labels: &dyn Fn(&str) -> Result<Option<Labels>>) -> Result<Limits> {
+        let policy = self.config.policy.of(self.pod_namespace.as_deref(), labels)?;
         let complete = |direction: Direction| -> Result<Option<Limit>> {
-            let asked = match asked[direction.index() as usize] {
+            let Asked { rate, burst } = asked[direction.index() as usize];
+            let most = policy.max(direction)?;
+            let max = most.map(|most| most.rate);
+            // Nobody asks for more at once than the administrator allows, who may give it.
+            let burst = burst.map(|burst| most.map_or(burst, |most| burst.min(most.burst)));
+            let (rate, source, burst) = match rate {
+                Some((rate, source)) => (Some(rate), source, burst),
                 None => {
-                    self.config.default(direction)?.map(|(rate, burst)| Asked { rate, burst, source: Source::Config })
+                    let default = policy.default(direction)?;
+                    let given = default.and_then(|(_, burst)| burst);
+                    // No pod gets more than max, nor does one that asks for nothing.
+                    (default.map(|(rate, _)| rate).or(max), Source::Config, burst.or(given))
                 }
-                asked => asked,
             };
-            let max = self.config.max(direction)?;
-            // No pod gets more, nor does one that asks for nothing.
-            let asked = asked.or_else(|| max.map(|rate| Asked { rate, burst: None, source: Source::Config }));
-            let max = max.unwrap_or(Rate::MAX);
-            Ok(asked.map(|Asked { rate: asked, burst, source }| {
-                let rate = asked.min(max);
-                Limit { rate, burst: burst.unwrap_or_else(|| Burst::default_for(rate)), asked, source }
+            Ok(rate.map(|asked| {
+                let rate = max.map_or(asked, |max| asked.min(max));
+                let usual = most.map_or(Burst::default_for(rate), |most| Burst::default_for(rate).min(most.burst));
+                Limit { rate, burst: burst.unwrap_or(usual), asked, max, source }
             }))
         };
         Ok(Limits { egress: complete(Direction::Egress)?, ingress: complete(Direction::Ingress)? })
     }
 
-    /// Source 5.
-    fn on_pod(&self, direction: Direction, pod: &Metadata) -> Result<Option<Asked>> {
-        first([&|| self.annotation(direction, pod), &|| self.label(direction, pod)])
+    /// The first part of source 5.
+    fn annotations(&self, pod: &Metadata, asked: &mut Both) -> Result<()> {
+        check_own_keys(Source::ApiAnnotation, pod.annotations.keys())?;
+        self.keys(Source::ApiAnnotation, &|key| Ok(pod.annotations.get(key).cloned()), asked)
     }
 
-    fn annotation(&self, direction: Direction, pod: &Metadata) -> Result<Option<Asked>> {
-        self.keys(direction, Source::ApiAnnotation, |key| Ok(pod.annotations.get(key).cloned()))
-    }
-
-    fn label(&self, direction: Direction, pod: &Metadata) -> Result<Option<Asked>> {
-        self.keys(direction, Source::ApiLabel, |key| Ok(pod.labels.get(key).cloned()))
+    /// Its second part.
+    fn labels(&self, pod: &Metadata, asked: &mut Both) -> Result<()> {
+        self.keys(Source::ApiLabel, &|key| Ok(pod.labels.get(key).cloned()), asked)
     }
 
     /// Sources 1 to 4, which the call brings along.
-    fn called_for(&self, direction: Direction) -> Result<Option<Asked>> {
+    fn called_for(&self) -> Result<Both> {
         let Sources { bandwidth, annotations, .. } = &self.sources;
-        if let Some(asked) = bandwidth.as_deref().map_or(Ok(None), |raw| bandwidth::asked(raw, direction))? {
-            return Ok(Some(asked));
+        let mut asked = Both::default();
+        if let Some(raw) = bandwidth {
+            asked = [bandwidth::asked(raw, Direction::Egress)?, bandwidth::asked(raw, Direction::Ingress)?];
         }
-        let annotations = members("runtimeConfig[\"io.kubernetes.cri.pod-annotations\"]", annotations.as_deref())?;
-        let asked = self.keys(direction, Source::Annotation, |key| text(&annotations, key))?;
-        if asked.is_some() { Ok(asked) } else { self.args(direction) }
+        if !asked.iter().all(Asked::is_complete) {
+            let annotations = members("runtimeConfig[\"io.kubernetes.cri.pod-annotations\"]", annotations.as_deref())?;
+            check_own_keys(Source::Annotation, annotations.keys())?;
+            self.keys(Source::Annotation, &|key| text(&annotations, key), &mut asked)?;
+            self.args(&mut asked)?;
+        }
+        Ok(asked)
     }
 
     /// Sources 3 and 4.
-    fn args(&self, direction: Direction) -> Result<Option<Asked>> {
+    fn args(&self, asked: &mut Both) -> Result<()> {
         let Sources { args, cni_args, .. } = &self.sources;
         let Args { cni } = args.as_deref().map_or(Ok(Args::default()), |raw| decode("args", raw))?;
         let cni = members("args.cni", cni.as_deref())?;
-        let asked = self.keys(direction, Source::Args, |key| text(&cni, key))?;
-        if asked.is_some() {
-            return Ok(asked);
-        }
-        self.keys(direction, Source::CniArgs, |key| Ok(env::value(cni_args, key).map(str::to_owned)))
+        self.keys(Source::Args, &|key| text(&cni, key), asked)?;
+        self.keys(Source::CniArgs, &|key| Ok(env::value(cni_args, key).map(str::to_owned)), asked)
     }
 
-    /// The keys that sources 2 to 5 have in common. `value` errs with what stands there instead of a string.
-    fn keys(
-        &self,
-        direction: Direction,
-        source: Source,
-        value: impl Fn(&str) -> Result<Option<String>, String>,
-    ) -> Result<Option<Asked>> {
-        let megabytes = self.config.rate_key.as_deref().filter(|_| direction == Direction::Egress);
-        let standard = (direction.annotation(), Rate::from_quantity as fn(&str) -> Result<Rate, UnitError>, QUANTITY);
-        let ancestor = megabytes.map(|key| (key, Rate::from_megabytes as fn(&str) -> _, MEGABYTES));
-        for (key, parse, remedy) in [Some(standard), ancestor].into_iter().flatten() {
-            let wrong = |shown: String, cause| {
-                Error::because(Code::Config, format!("{source} {key}: {shown} is not a rate ({remedy})"), cause)
-            };
-            match value(key) {
-                Ok(None) => {}
-                Ok(Some(text)) => {
-                    let rate = parse(&text).map_err(|cause| wrong(quoted(&text), cause))?;
-                    return Ok(Some(Asked { rate, burst: None, source }));
-                }
-                Err(shown) => return Err(wrong(shown, UnitError::NotText)),
+    /// The keys that sources 2 to 5 have in common, for what nobody has asked for yet.
+    fn keys(&self, source: Source, value: Value<'_>, asked: &mut Both) -> Result<()> {
+        for (direction, asked) in Direction::BOTH.into_iter().zip(asked) {
+            if asked.rate.is_none() {
+                asked.rate = self.rate(direction, source, value)?.map(|rate| (rate, source));
+            }
+            if asked.burst.is_none() {
+                asked.burst = read(source, direction.burst_annotation(), value, Burst::from_quantity, BURST)?;
             }
         }
-        Ok(None)
+        Ok(())
+    }
+
+    fn rate(&self, direction: Direction, source: Source, value: Value<'_>) -> Result<Option<Rate>> {
+        let standard = read(source, direction.annotation(), value, Rate::from_quantity, QUANTITY)?;
+        let ancestors = self.config.rate_key.as_deref().filter(|_| direction == Direction::Egress);
+        match (standard, ancestors) {
+            (None, Some(key)) => read(source, key, value, Rate::from_megabytes, MEGABYTES),
+            (standard, _) => Ok(standard),
+        }
     }
 }
 
-/// The answer of the first source that has one.
-fn first(sources: [&dyn Fn() -> Result<Option<Asked>>; 2]) -> Result<Option<Asked>> {
-    let [one, other] = sources;
-    one().and_then(|asked| if asked.is_some() { Ok(asked) } else { other() })
+/// What stands at a key, as `parse` understands it.
+fn read<T>(
+    source: Source,
+    key: &str,
+    value: Value<'_>,
+    parse: fn(&str) -> Result<T, UnitError>,
+    remedy: &str,
+) -> Result<Option<T>> {
+    let wrong =
+        |shown: String, cause| Error::because(Code::Config, format!("{source} {key}: {shown} is not {remedy}"), cause);
+    match value(key) {
+        Ok(None) => Ok(None),
+        Ok(Some(text)) => parse(&text).map(Some).map_err(|cause| wrong(quoted(&text), cause)),
+        Err(shown) => Err(wrong(shown, UnitError::NotText)),
+    }
 }
 
-const QUANTITY: &str = "write bits per second, 1k to 1P, such as \"10M\"";
-const MEGABYTES: &str = "write whole megabytes per second, such as \"1M\"";
+/// A key of podshaper's own prefix that nobody knows is most often misspelt: what was asked for by it would be ignored in silence.
+fn check_own_keys<'a>(source: Source, mut keys: impl Iterator<Item = &'a String>) -> Result<()> {
+    let known = Direction::BOTH.map(Direction::burst_annotation);
+    match keys.find(|key| key.starts_with(OWN_PREFIX) && !known.contains(&key.as_str())) {
+        Some(key) => {
+            let text = format!("{source} {} is none of podshaper's: those are {}", quoted(key), known.join(", "));
+            Err(Error::new(Code::Config, text))
+        }
+        None => Ok(()),
+    }
+}
+
+/// What begins the keys that are podshaper's alone.
+const OWN_PREFIX: &str = "podshaper.io/";
+const QUANTITY: &str = "a rate (write bits per second, 1k to 1P, such as \"10M\")";
+const MEGABYTES: &str = "a rate (write whole megabytes per second, such as \"1M\")";
+const BURST: &str = "a burst (write bits, below 4 GiB, such as \"400k\")";
 
 /// The members of an object, undecoded: one that is not ours may be anything.
 fn members(name: &str, raw: Option<&RawValue>) -> Result<BTreeMap<String, Box<RawValue>>> {
@@ -314,8 +370,7 @@ pub(super) mod tests {
         let runtime = |bandwidth: &str, annotations: &str| {
             format!(r#""runtimeConfig": {{{bandwidth}"io.kubernetes.cri.pod-annotations": {annotations}}}"#)
         };
-        let bandwidth =
-            r#""bandwidth": {"EgressRate": 2000000, "EgressBurst": 80000, "IngressRate": 2000000, "IngressBurst": 0},"#;
+        let bandwidth = r#""bandwidth": {"EgressRate": 2000000, "EgressBurst": 80000, "IngressRate": 2000000, "IngressBurst": 120000},"#;
         let cni_args = "rate=5M;kubernetes.io/ingress-bandwidth=5M";
         let null = runtime("", "null");
         for (call, keys, egress, ingress) in [

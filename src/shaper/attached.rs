@@ -12,10 +12,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use podshaper_abi::{Counters, MAX_ATTACHMENTS, MAX_SCOPES, Meter, Meters, OtherPaths, Scope};
+use podshaper_abi::{Counters, MAX_ATTACHMENTS, MAX_SCOPES, Meter, Meters, OtherPaths, Others, Scope};
 
 use super::{Hooked, Pinned, Set, Settings, refusal::refused};
 use crate::{
+    direction::Direction,
     error::{self, Code, Error, Result},
     pins::{self, LockedPins},
     pod::Owner,
@@ -33,13 +34,22 @@ pub struct Attached<'a> {
     is_kept: bool,
 }
 
+/// An attachment that another one replaces.
+#[derive(Clone, Copy)]
+pub struct Before {
+    /// The key of its limits and meters.
+    pub slot: u32,
+    /// Whether the other one is for the same sandbox, and goes on counting.
+    pub is_of_same_sandbox: bool,
+}
+
 impl<'a> Attached<'a> {
-    /// Writes the limits of an attachment. Nothing is in force yet. `before`: the slot of one in whose place it comes, whose clocks go on,
-    /// so that nobody gets a second burst by being attached again.
+    /// Writes the limits of an attachment. Nothing is in force yet. `before`: one in whose place it comes, whose clocks go on, so that
+    /// nobody gets a second burst by being attached again.
     ///
     /// # Errors
     /// [`Code::Kernel`] with what the kernel says.
-    pub fn write(set: &'a Set, settings: &Settings, before: Option<u32>) -> Result<Self> {
+    pub fn write(set: &'a Set, settings: &Settings, before: Option<Before>) -> Result<Self> {
         let failed = |cause: io::Error| match cause.raw_os_error() {
             Some(libc::E2BIG) => {
                 let text = format!(
@@ -51,8 +61,9 @@ impl<'a> Attached<'a> {
         };
         let slot = free_slot(set).map_err(failed)?;
         let attached = Self { set, slot, changed: None, made: Vec::new(), is_kept: false };
-        let meters = before.map(|before| going_on(set, before)).transpose().map_err(failed)?.unwrap_or_default();
-        let written = set.meters.set(&slot, &meters).and_then(|()| set.others.set(&slot, &OtherPaths::default()));
+        let before = before.map(|before| going_on(set, before, settings)).transpose().map_err(failed)?;
+        let (meters, others) = before.unwrap_or_default();
+        let written = set.meters.set(&slot, &meters).and_then(|()| set.others.set(&slot, &others));
         let written = written.and_then(|()| set.limits.set(&slot, &settings.abi_limits()));
         written.map(|()| attached).map_err(failed)
     }
@@ -199,10 +210,18 @@ fn free_slot(set: &Set) -> io::Result<u32> {
     }
 }
 
-/// The clocks of a slot, with nothing counted.
-fn going_on(set: &Set, slot: u32) -> io::Result<Meters> {
-    let before = set.meters.get(&slot, Read::Locked)?.unwrap_or_default();
-    Ok(Meters::new(before.of.map(|meter| Meter { counters: Counters::default(), ..meter })))
+/// The clocks of an attachment that is replaced, and what it has counted in the directions that go on.
+fn going_on(set: &Set, before: Before, settings: &Settings) -> io::Result<(Meters, OtherPaths)> {
+    let mut meters = set.meters.get(&before.slot, Read::Locked)?.unwrap_or_default().of;
+    let mut others = set.others.get(&before.slot, Read::Plain)?.unwrap_or_default();
+    for direction in Direction::BOTH {
+        let index = direction.index() as usize;
+        if !before.is_of_same_sandbox || settings.limits.of(direction).is_none() {
+            meters[index] = Meter { counters: Counters::default(), ..meters[index] };
+            others.of[index] = Others::default();
+        }
+    }
+    Ok((Meters::new(meters), others))
 }
 
 fn id(cgroup: BorrowedFd<'_>) -> Result<u64> {

@@ -27,9 +27,17 @@ pub enum Reply {
     Flood(Vec<u8>),
     /// Sends nothing and stays.
     Silence,
+    /// What the first of these says whose path the request's begins with.
+    ByPath(Vec<(&'static str, Reply)>),
 }
 
 impl Reply {
+    fn to(&self, request: &str) -> &Self {
+        let Self::ByPath(replies) = self else { return self };
+        let path = request.split(' ').nth(1).unwrap_or_default();
+        replies.iter().find(|(begin, _)| path.starts_with(begin)).map_or(self, |(_, reply)| reply)
+    }
+
     pub fn json(status: &str, body: &Value) -> Self {
         let body = body.to_string();
         Self::Bytes(
@@ -177,8 +185,10 @@ fn serve(stream: TcpStream, config: Arc<ServerConfig>, requests: &Mutex<Vec<Stri
     }
     let certificate = stream.conn.peer_certificates().map_or("without", |_| "with");
     let head = format!("{} ({certificate} a certificate)", with_lower_names(&String::from_utf8_lossy(&request)));
+    let reply = reply.to(&head);
     requests.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(head);
     match reply {
+        Reply::ByPath(_) => {}
         Reply::Bytes(bytes) => stream.write_all(bytes).context("answer")?,
         Reply::Drip(bytes) => {
             for byte in bytes {

@@ -78,6 +78,27 @@ fail() {
     return 1
 }
 
+# below_systemd COMMAND..: runs it as a service of a systemd, the first process of a namespace of its own, and exits as it does.
+below_systemd() {
+    local units=/run/systemd/system unit
+    mkdir -p "$units" "$run"
+    : >"$run/output"
+    printf '%s\n' '[Unit]' DefaultDependencies=no '[Service]' Type=oneshot "Environment=PATH=$PATH HOME=/root PODSHAPER_LAB=${parts%/node}" \
+        "ExecStart=/bin/bash -c '\"\$\$@\"; echo \$\$? >$run/status' bash $*" \
+        "StandardOutput=append:$run/output" "StandardError=append:$run/output" Delegate=yes TimeoutStartSec=infinity >"$units/node.service"
+    printf '%s\n' '[Unit]' DefaultDependencies=no Requires=node.service >"$units/node.target"
+    # The machine's own services have no business here.
+    for unit in systemd-{tmpfiles-setup,tmpfiles-setup-dev,sysctl,modules-load,udevd,udev-trigger,journald,journal-flush,remount-fs,update-utmp}; do
+        ln -sf /dev/null "$units/$unit.service"
+    done
+    tail --follow --lines +1 "$run/output" &
+    container=podshaper unshare --pid --fork --mount --mount-proc --propagation private --kill-child \
+        /lib/systemd/systemd --system --unit=node.target >"$run/systemd.log" 2>&1 &
+    until_true 600 test -s "$run/status" || tail -n 20 "$run/systemd.log"
+    sleep 1
+    exit "$(cat "$run/status")"
+}
+
 # What the node's network is made of: the uplink with its address, and its own place beside pods of macvlan on that uplink.
 make_uplink() {
     ip link set lo up

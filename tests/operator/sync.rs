@@ -22,19 +22,19 @@ use crate::sandbox::{RATE, Sandbox, netns_with, netns_with_host_end, ok};
 
 /// The network that podshaper is in, or is to be in.
 const NETWORK: &str = "cbr0";
-const EGRESS: &str = "kubernetes.io/egress-bandwidth";
-const INGRESS: &str = "kubernetes.io/ingress-bandwidth";
+pub(super) const EGRESS: &str = "kubernetes.io/egress-bandwidth";
+pub(super) const INGRESS: &str = "kubernetes.io/ingress-bandwidth";
 
 /// What a runtime has on its disk: its conflists, and the results of its ADDs.
-struct Node {
+pub(super) struct Node {
     root: TempDir,
     /// The API server that was last asked lives as long.
-    server: Option<ApiServer>,
+    pub(super) server: Option<ApiServer>,
 }
 
 impl Node {
     /// With podshaper in its network, with these keys.
-    fn new(keys: Value) -> Self {
+    pub(super) fn new(keys: Value) -> Self {
         let node = Self { root: tempfile::tempdir().unwrap(), server: None };
         for directory in ["net.d", "cni/results"] {
             fs::create_dir_all(node.path(directory)).unwrap();
@@ -43,11 +43,11 @@ impl Node {
         node
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(super) fn path(&self, name: &str) -> PathBuf {
         self.root.path().join(name)
     }
 
-    fn configure(&self, keys: Value) {
+    pub(super) fn configure(&self, keys: Value) {
         let mut podshaper = json!({
             "type": "podshaper",
             "capabilities": { "bandwidth": true, "cgroupPath": true, "io.kubernetes.cri.pod-annotations": true },
@@ -58,7 +58,7 @@ impl Node {
     }
 
     /// Has the runtime keep the result of an ADD of this pod, made by a conflist without podshaper.
-    fn keep(&self, pod: &Sandbox) -> PathBuf {
+    pub(super) fn keep(&self, pod: &Sandbox) -> PathBuf {
         self.keep_as(&pod.uid, &pod.container_id, &pod.netns.path().display().to_string(), &pod.stdin["runtimeConfig"])
     }
 
@@ -78,17 +78,12 @@ impl Node {
     }
 
     /// Has an API server know these pods of the node, with these annotations.
-    fn ask(&mut self, pods: &[(&str, Value)]) {
-        let items: Vec<Value> = pods
-            .iter()
-            .map(|(uid, annotations)| json!({ "metadata": { "name": "web", "uid": uid, "annotations": annotations } }))
-            .collect();
-        let list = json!({ "kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1", "metadata": {}, "items": items });
-        self.server = Some(ApiServer::start(Reply::json("200 OK", &list)).unwrap());
+    pub(super) fn ask(&mut self, pods: &[(&str, Value)]) {
+        self.server = Some(ApiServer::start(Reply::json("200 OK", &list(pods))).unwrap());
     }
 
     /// `sync` on this node: exit status, stdout, stderr.
-    fn sync(&self, options: &[&str]) -> (i32, String, String) {
+    pub(super) fn sync(&self, options: &[&str]) -> (i32, String, String) {
         let [conf, cache] = ["net.d", "cni"].map(|name| self.path(name).display().to_string());
         let kubeconfig = self.server.as_ref().map(|server| server.kubeconfig(&json!({}), &json!({})).unwrap());
         let kubeconfig = kubeconfig.map(|path| path.display().to_string());
@@ -99,15 +94,22 @@ impl Node {
 
     /// What one that succeeds says. On stderr a kernel may be said to have no fq.
     #[track_caller]
-    fn syncs(&self) -> String {
+    pub(super) fn syncs(&self) -> String {
         let (code, stdout, stderr) = self.sync(&[]);
         assert_eq!(code, 0, "{stdout}{stderr}");
         stdout
     }
 }
 
+/// Pods as an API server has them, all of one name.
+pub(super) fn list(pods: &[(&str, Value)]) -> Value {
+    let pod = |(uid, annotations): &(&str, Value)| json!({ "metadata": { "namespace": "default", "name": "web", "uid": uid, "annotations": annotations } });
+    let items: Vec<Value> = pods.iter().map(pod).collect();
+    json!({ "kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1", "metadata": {}, "items": items })
+}
+
 /// Nothing is attached, and nothing remembered, but by `work`.
-fn on_a_node(work: impl FnOnce() + Send) {
+pub(super) fn on_a_node(work: impl FnOnce() + Send) {
     alone(|| {
         mounts::without_memory();
         work();

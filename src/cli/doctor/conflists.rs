@@ -37,14 +37,12 @@ struct Plugin {
 }
 
 /// What is found in the directories of configurations and of plugins.
-pub fn check(conf_dir: &Path, bin_dir: &Path) -> Vec<Finding> {
+pub(super) fn check(conf_dir: &Path, bin_dir: &Path) -> Vec<Finding> {
     let files = match files(conf_dir) {
         Ok(files) if !files.is_empty() => files,
         Ok(_) => return vec![none(conf_dir, "it is empty")],
         Err(cause) => return vec![none(conf_dir, &cause.to_string())],
     };
-    // Multus has the one that it delegates to make the pod's interface.
-    let is_multus = |path: &PathBuf| fs::read_to_string(path).is_ok_and(|text| install::is_multus(&text));
     let ranked = files.iter().scan(0, |rank, path| {
         let own = *rank;
         *rank += usize::from(!is_multus(path));
@@ -60,8 +58,27 @@ pub fn check(conf_dir: &Path, bin_dir: &Path) -> Vec<Finding> {
         findings.push(Finding::new(CHECK, State::Missing, text));
         return findings;
     }
+    findings.extend(misses_podshaper(conf_dir).map(|path| {
+        let text = format!(
+            "{}: podshaper is not in it, and it is what runtimes read, so that new pods have no limit: podshaper install",
+            path.display()
+        );
+        Finding::new(CHECK, State::Missing, text)
+    }));
     findings.extend(binary(&bin_dir.join("podshaper")));
     findings
+}
+
+/// The file by which a runtime makes pods, if podshaper is not in it. Of one that cannot be read something else is to be said.
+pub fn misses_podshaper(conf_dir: &Path) -> Option<PathBuf> {
+    let in_force = files(conf_dir).ok()?.into_iter().find(|path| !is_multus(path))?;
+    let conflist = read(&in_force).ok()?;
+    problems(&conflist.plugins).is_none().then_some(in_force)
+}
+
+/// Multus has the one that it delegates to make the pod's interface.
+fn is_multus(path: &Path) -> bool {
+    fs::read_to_string(path).is_ok_and(|text| install::is_multus(&text))
 }
 
 fn none(conf_dir: &Path, why: &str) -> Finding {

@@ -66,8 +66,8 @@ pub(super) fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>> {
 }
 
 /// Whether both are one file.
-pub(super) fn is_same(one: &Path, other: &Path) -> bool {
-    let [one, other] = [one, other].map(|path| fs::metadata(path).map(|found| (found.dev(), found.ino())));
+pub(super) fn is_same(one: &File, other: &Path) -> bool {
+    let [one, other] = [one.metadata(), fs::metadata(other)].map(|found| found.map(|found| (found.dev(), found.ino())));
     matches!((one, other), (Ok(one), Ok(other)) if one == other)
 }
 

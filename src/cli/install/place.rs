@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use nix::unistd::{chdir, chroot};
 
 use super::super::directories::Directories;
 use super::conflist::{Conflist, PODSHAPER};
@@ -24,6 +25,9 @@ pub(super) struct Place {
     /// Directory for the systemd units, which are then yours to enable [default: /etc/systemd/system, enabled, if systemd runs here]
     #[arg(long, value_name = "DIR")]
     unit_dir: Option<PathBuf>,
+    /// The node's root directory, where this runs in a container that has it mounted: directories, files and systemd are the node's then
+    #[arg(long, value_name = "DIR")]
+    host_root: Option<PathBuf>,
     /// Show what would be changed, and change nothing
     #[arg(long)]
     dry_run: bool,
@@ -57,6 +61,16 @@ impl Target {
 }
 
 impl Place {
+    /// From here on every path is the node's.
+    pub(super) fn enter(&self) -> Result<()> {
+        let Some(root) = &self.host_root else { return Ok(()) };
+        let entered = chroot(root).and_then(|()| chdir("/"));
+        entered.map_err(|cause| {
+            let text = format!("make {} the root directory (--host-root; it takes CAP_SYS_CHROOT)", root.display());
+            Error::because(Code::Io, text, cause)
+        })
+    }
+
     pub(super) fn conf_dir(&self) -> PathBuf {
         Directories::of_this_node(self.conf_dir.as_deref(), None).conf
     }

@@ -26,6 +26,7 @@ impl Uninstall {
     /// # Errors
     /// A file could not be read or written.
     pub fn run(self) -> Result<String> {
+        self.place.enter()?;
         let mut report = Report::new(self.place.is_dry_run(), false);
         // First, or they would install it again.
         self.remove_units(&mut report)?;

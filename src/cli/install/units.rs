@@ -110,7 +110,9 @@ pub(super) fn there(directory: &Path) -> Vec<PathBuf> {
 fn systemctl(arguments: &[&str]) -> Result<()> {
     let call = || format!("call systemctl {} (--no-units installs without)", arguments.join(" "));
     let failed = |cause: io::Error| Error::because(Code::Io, call(), cause);
-    let output = Command::new("systemctl").args(arguments).output().map_err(failed)?;
+    // In a container (--host-root) it would think that the system is none that runs.
+    let mut command = Command::new("systemctl");
+    let output = command.args(arguments).env("SYSTEMD_IGNORE_CHROOT", "1").output().map_err(failed)?;
     if output.status.success() {
         return Ok(());
     }

@@ -59,6 +59,12 @@ impl LastRun {
         Self { ended_at_s, failures, error }
     }
 
+    /// Whether it was so lately that pods are now as it left them: the units have one every ten seconds.
+    pub fn is_recent(&self) -> bool {
+        let now_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        (self.ended_at_s..self.ended_at_s + 30).contains(&now_s)
+    }
+
     /// `None` if there was none since boot.
     pub fn recall() -> Option<Self> {
         Self::recall_from(Path::new(probe::MEMORY))

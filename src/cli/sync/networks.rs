@@ -6,7 +6,13 @@ use std::{collections::BTreeMap, fs, path::Path};
 use serde_json::{Map, Value, json};
 
 use super::super::install;
-use crate::{error::Result, request::Request, sandboxes::Sandbox};
+use crate::{
+    attachment::EVERY_INTERFACE,
+    error::Result,
+    kube::Metadata,
+    request::{Env, Request},
+    sandboxes::Sandbox,
+};
 use rscni_plugin::types::Cmd;
 
 const PODSHAPER: &str = "podshaper";
@@ -17,6 +23,8 @@ const ANNOTATIONS: &str = "io.kubernetes.cri.pod-annotations";
 #[derive(Default)]
 pub struct Networks {
     by_name: BTreeMap<String, Network>,
+    /// The first that was found, which is the pods' default.
+    first: Option<String>,
 }
 
 /// podshaper's object in a conflist.
@@ -48,6 +56,7 @@ impl Networks {
     fn take(&mut self, list: &Value) {
         let entry = list["plugins"].as_array().into_iter().flatten().find(|plugin| plugin["type"] == PODSHAPER);
         if let (Some(name), Some(Value::Object(entry))) = (list["name"].as_str(), entry) {
+            self.first.get_or_insert_with(|| name.to_owned());
             self.by_name.entry(name.to_owned()).or_insert_with(|| Network::new(name, &list["cniVersion"], entry));
         }
         list["delegates"].as_array().into_iter().flatten().for_each(|delegate| self.take(delegate));
@@ -79,6 +88,24 @@ impl Networks {
             None => of_add().map(|network| network.request(sandbox, with_annotations)),
         }
     }
+
+    /// What would be asked for a pod in the node's own network namespace, if a runtime called for it: by the configuration of the pods'
+    /// default network. `None` if podshaper is in none.
+    ///
+    /// # Errors
+    /// Those of an ADD.
+    pub fn request_of_host_pod(&self, uid: &str, pod: &Metadata) -> Option<Result<Request>> {
+        let network = self.by_name.get(self.first.as_ref()?)?;
+        let Metadata { namespace, name, .. } = pod;
+        let env = Env {
+            container_id: Some(uid.into()),
+            netns: Some("/proc/self/ns/net".into()),
+            ifname: Some(EVERY_INTERFACE.into()),
+            args: Some(format!("K8S_POD_NAMESPACE={namespace};K8S_POD_NAME={name};K8S_POD_UID={uid}").into()),
+            ..Env::default()
+        };
+        Some(network.call(&env, &[]))
+    }
 }
 
 impl Network {
@@ -103,8 +130,13 @@ impl Network {
         let wanted = self.capabilities.iter().filter(|name| with_annotations || *name != ANNOTATIONS);
         let offered = wanted.filter_map(|name| Some((name, sandbox.offers.get(name)?)));
         let offered: Vec<String> = offered.map(|(name, offer)| format!("{}:{}", json!(name), offer.get())).collect();
+        self.call(&sandbox.env(), &offered)
+    }
+
+    /// An ADD with these members of its `runtimeConfig`.
+    fn call(&self, env: &Env, offered: &[String]) -> Result<Request> {
         let stdin = format!("{},\"runtimeConfig\":{{{}}}}}", self.stdin, offered.join(","));
-        Request::parse(Cmd::Add, &sandbox.env(), stdin.as_bytes())
+        Request::parse(Cmd::Add, env, stdin.as_bytes())
     }
 }
 
@@ -144,7 +176,7 @@ mod tests {
     fn egress(networks: &Networks, sandbox: &Sandbox) -> Option<u64> {
         let request = networks.request(sandbox, true)?.unwrap();
         assert_eq!(request.cgroup_path, None, "podshaper has no such capability");
-        Some(request.limits_of_call().unwrap().egress?.rate.as_bits_per_s())
+        Some(request.limits_of_call(&BTreeMap::new()).unwrap().egress?.rate.as_bits_per_s())
     }
 
     #[test]

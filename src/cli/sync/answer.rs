@@ -1,0 +1,104 @@
+//! What the API server says about this node's pods and their namespaces, as far as it was asked and answers.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::Path,
+};
+
+use crate::{
+    error::{Code, Error, Result},
+    kube::{self, Metadata},
+    pod::object_name,
+    request::Namespaces,
+};
+
+use super::report::Report;
+
+/// What is known from it.
+pub struct Answer<'a> {
+    kubeconfig: Option<&'a Path>,
+    pods: Pods,
+    /// The labels of the namespaces.
+    pub namespaces: Namespaces,
+}
+
+/// What was asked about the pods.
+enum Pods {
+    /// There is nobody to ask.
+    OfNobody,
+    /// It gave no answer.
+    Unknown,
+    /// The pods of the node of this name, by the UIDs that the runtime knows.
+    Of { node: String, by_uid: BTreeMap<String, Metadata> },
+}
+
+impl<'a> Answer<'a> {
+    /// Asks for the pods of a node, if there is somebody to ask.
+    pub fn about_pods(kubeconfig: Option<&'a Path>, node: Option<&str>, report: &mut Report) -> Self {
+        let namespaces = Namespaces::new();
+        let Some(path) = kubeconfig else { return Self { kubeconfig, pods: Pods::OfNobody, namespaces } };
+        let pods = node_name(node).and_then(|node| Ok(Pods::Of { by_uid: kube::pods_of(path, &node)?, node }));
+        let pods = pods.unwrap_or_else(|error| {
+            report.know_less(&error);
+            Pods::Unknown
+        });
+        Self { kubeconfig, pods, namespaces }
+    }
+
+    /// Asks for the labels of the namespaces. Without them nobody knows what any pod is to have now.
+    pub fn ask_for_namespaces(&mut self, report: &mut Report) {
+        let (Some(kubeconfig), Pods::Of { .. }) = (self.kubeconfig, &self.pods) else { return };
+        match kube::labels_of_namespaces(kubeconfig) {
+            Ok(namespaces) => self.namespaces = namespaces,
+            Err(error) => {
+                report.know_less(&error);
+                self.pods = Pods::Unknown;
+            }
+        }
+    }
+
+    /// The pod of a UID.
+    pub fn pod(&self, uid: &str) -> Option<&Metadata> {
+        match &self.pods {
+            Pods::Of { by_uid, .. } => by_uid.get(uid),
+            Pods::OfNobody | Pods::Unknown => None,
+        }
+    }
+
+    /// All of them, by their UIDs.
+    pub fn pods(&self) -> impl Iterator<Item = (&str, &Metadata)> {
+        let by_uid = match &self.pods {
+            Pods::Of { by_uid, .. } => Some(by_uid),
+            Pods::OfNobody | Pods::Unknown => None,
+        };
+        by_uid.into_iter().flatten().map(|(uid, pod)| (uid.as_str(), pod))
+    }
+
+    /// Whether there is nobody to ask.
+    pub fn is_of_nobody(&self) -> bool {
+        matches!(self.pods, Pods::OfNobody)
+    }
+
+    /// Whether it is about this node at all, whose runtime has pods with these UIDs.
+    pub fn check_node(&self, uids: &BTreeSet<&str>, report: &mut Report) {
+        let Pods::Of { node, by_uid } = &self.pods else { return };
+        if !uids.is_empty() && !uids.iter().any(|uid| by_uid.contains_key(*uid)) {
+            let text = format!(
+                "the API server has none of this node's pods on node {node}: name the node as it does with --node"
+            );
+            report.know_less(&Error::new(Code::ApiServer, text));
+        }
+    }
+}
+
+/// kubelet calls a node by the name of its host in lower case, unless it is told another one.
+fn node_name(given: Option<&str>) -> Result<String> {
+    const HOSTNAME: &str = "/proc/sys/kernel/hostname";
+    let own = || {
+        let name = fs::read_to_string(HOSTNAME);
+        name.map_err(|cause| Error::because(Code::Io, format!("read this host's name in {HOSTNAME}"), cause))
+    };
+    let name = given.map_or_else(own, |given| Ok(given.to_owned()))?;
+    object_name(&name.trim().to_lowercase())
+}

@@ -1,0 +1,179 @@
+//! Pods in the node's own network namespace (`hostNetwork`): no runtime calls a CNI plugin for them, so their annotations are sync's
+//! alone to follow. The limit is on the pod's cgroup, on every interface but loopback, as `podshaper attach` has it: the node's interfaces
+//! stay as they are, and what is received is held by drops.
+//!
+//! Only a pod that carries the annotation gets a limit. The `max` and the defaults of the configuration hold for the pod network: those
+//! who run in the node's namespace are most often what the node itself needs.
+
+use std::{collections::BTreeSet, fs, io, os::unix::fs::MetadataExt, path::Path};
+
+use super::{
+    super::{attachments::Attachment, gc},
+    answer::Answer,
+    decide::{InForce, Step, decide},
+    memory::Failure,
+    networks::Networks,
+    report::Report,
+    task::{Target, Task},
+};
+use crate::{
+    attachment::{self, Directory, EVERY_INTERFACE, Interfaces, Plan},
+    cgroup::{self, Hierarchies, PodCgroup, Wanted},
+    error::{Code, Error, Result},
+    interface::Record,
+    kube::Metadata,
+    pins::Place,
+    pod::Owner,
+    request::{Limits, Request},
+};
+
+/// Namespace of this process, which is the node's.
+const OWN_NAMESPACE: &str = "/proc/self/ns/net";
+/// How far containers' cgroups are below their pod's.
+const MAX_DEPTH: u32 = 4;
+
+/// One that asks for a limit, or has one.
+pub struct HostPod {
+    /// What it asks for, as if a runtime had called for it.
+    pub request: Request,
+    uid: String,
+    cgroup: PodCgroup,
+}
+
+/// What is to be done for them. Their attachments are taken out of `others`; what has gone stale stays there.
+pub fn tasks(
+    networks: &Networks,
+    answer: &Answer<'_>,
+    with_sandbox: &BTreeSet<&str>,
+    others: &mut Vec<Attachment>,
+    report: &mut Report,
+) -> Vec<Task> {
+    let Ok(hierarchies) = Hierarchies::of_this_host() else { return Vec::new() };
+    let mut tasks = Vec::new();
+    for (uid, pod) in answer.pods().filter(|(uid, _)| !with_sandbox.contains(uid)) {
+        let is_its = |found: &Attachment| found.place.pod == uid && found.place.interface == EVERY_INTERFACE;
+        let found = others.iter().position(|found| is_its(found) && !gc::is_stale(found));
+        let found = found.map(|index| others.swap_remove(index));
+        match task(networks, answer, &hierarchies, (uid, pod), found) {
+            Ok(task) => tasks.extend(task),
+            Err(error) => report.fail(failure(uid, pod, &error)),
+        }
+    }
+    tasks
+}
+
+fn task(
+    networks: &Networks,
+    answer: &Answer<'_>,
+    hierarchies: &Hierarchies,
+    (uid, pod): (&str, &Metadata),
+    found: Option<Attachment>,
+) -> Result<Option<Task>> {
+    let Some(request) = networks.request_of_host_pod(uid, pod) else { return Ok(None) };
+    let request = request?;
+    let asked = request.limits_by_annotation(pod, &answer.namespaces)?;
+    // Most pods ask for nothing, and their cgroups need not be looked for.
+    if asked.is_empty() && found.is_none() {
+        return Ok(None);
+    }
+    let Ok(cgroup) = cgroup::find(hierarchies, Wanted::Uid(uid)) else { return Ok(None) };
+    if found.is_none() && !is_of_host(&cgroup.path)? {
+        return Ok(None);
+    }
+    let in_force = found.as_ref().map(|found| InForce {
+        limits: found.problem.is_none().then(|| found.limits()),
+        asked: found.owner.asked,
+        by_hand: found.owner.changed,
+        is_of_sandbox: Path::new(&found.owner.cgroup) == cgroup.path,
+        is_whole: found.is_whole() && found.owner.list == request.config.subnets.number(),
+    });
+    let step = decide(&asked, in_force.as_ref());
+    let place = Place { pod: uid.to_owned(), interface: EVERY_INTERFACE.to_owned() };
+    let target = Target::HostPod(Box::new(HostPod { request, uid: uid.to_owned(), cgroup }));
+    Ok((step != Step::Keep).then_some(Task { target, place, found, asked, step }))
+}
+
+/// Whether what runs in a pod is in the node's own network namespace. Nothing runs in one that starts or ends.
+fn is_of_host(cgroup: &Path) -> Result<bool> {
+    let failed = |cause| Error::because(Code::Netns, format!("look at {OWN_NAMESPACE}"), cause);
+    let own = fs::metadata(OWN_NAMESPACE).map_err(failed)?.ino();
+    let process = a_process(cgroup, MAX_DEPTH);
+    // One that has just ended is in none.
+    let namespace = process.and_then(|process| fs::metadata(format!("/proc/{process}/ns/net")).ok());
+    Ok(namespace.is_some_and(|namespace| namespace.ino() == own))
+}
+
+/// A process of a cgroup, or of one below it.
+fn a_process(cgroup: &Path, depth: u32) -> Option<String> {
+    let read = |directory: &Path| -> io::Result<Option<String>> {
+        Ok(fs::read_to_string(directory.join("cgroup.procs"))?.lines().next().map(str::to_owned))
+    };
+    if let Ok(Some(process)) = read(cgroup) {
+        return Some(process);
+    }
+    let below = fs::read_dir(cgroup).ok()?.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    below.filter(|_| depth > 0).find_map(|entry| a_process(&entry.path(), depth - 1))
+}
+
+fn failure(uid: &str, pod: &Metadata, error: &Error) -> Failure {
+    Failure {
+        namespace: Some(pod.namespace.clone()),
+        pod: Some(pod.name.clone()),
+        uid: uid.to_owned(),
+        interface: EVERY_INTERFACE.to_owned(),
+        error: error.to_string(),
+    }
+}
+
+impl HostPod {
+    /// Whether its cgroup is there.
+    pub fn is_there(&self) -> bool {
+        self.cgroup.path.exists()
+    }
+
+    /// That it is not limited as it asks.
+    pub fn failure(&self, error: &Error) -> Failure {
+        let Request { pod_namespace, pod_name, .. } = &self.request;
+        Failure {
+            namespace: pod_namespace.clone(),
+            pod: pod_name.clone(),
+            uid: self.uid.clone(),
+            interface: EVERY_INTERFACE.to_owned(),
+            error: error.to_string(),
+        }
+    }
+
+    /// Limits it. Connections that it has already are counted and not paced.
+    ///
+    /// # Errors
+    /// What the kernel says. Nothing is left then.
+    pub fn limit(&self, limits: Limits, record: impl FnOnce(Owner) -> Owner) -> Result<()> {
+        if limits.ingress.is_some() {
+            log::warn!(
+                "what the pod {} receives is limited by drops, being in the node's network namespace; TCP may get much less than the limit",
+                self.uid
+            );
+        }
+        let owner = record(Owner {
+            container_id: self.uid.clone(),
+            interface: Record { ifname: EVERY_INTERFACE.to_owned(), ..Record::default() },
+            pod_namespace: self.request.pod_namespace.clone(),
+            pod_name: self.request.pod_name.clone(),
+            uid: Some(self.uid.clone()),
+            cgroup: self.cgroup.path.to_string_lossy().into_owned(),
+            // No network's: a runtime's GC names none of these.
+            ..Owner::default()
+        });
+        let plan = Plan {
+            place: Place { pod: self.uid.clone(), interface: EVERY_INTERFACE.to_owned() },
+            cgroup: Directory::Pod(&self.cgroup),
+            interfaces: Interfaces::OfNode { index: 0 },
+            limits,
+            subnets: &self.request.config.subnets,
+            // The interfaces are the node's.
+            other_paths: false,
+            owner,
+        };
+        attachment::attach(&plan).map(drop)
+    }
+}

@@ -1,0 +1,172 @@
+//! What a run of `sync` does for one attachment, once it is decided: the way of an ADD, a `set` or a `detach`.
+
+use std::thread;
+
+use super::{
+    super::{attachments::Attachment, detach},
+    decide::Step,
+    host_network::HostPod,
+    memory::Failure,
+    report::{Done, Report},
+};
+use crate::{
+    attachment::{self, Change},
+    cni,
+    direction::Direction,
+    error::{Code, Error, Result},
+    pins::Place,
+    pod::{Asked, Owner},
+    request::{Endpoint, Limits, Request},
+    sandboxes::Sandbox,
+};
+
+/// What is to be done for one.
+pub struct Task {
+    /// Whose limit it is.
+    pub target: Target,
+    /// Where it is pinned.
+    pub place: Place,
+    /// What is there.
+    pub found: Option<Attachment>,
+    /// What is asked for.
+    pub asked: Limits,
+    /// What follows from both.
+    pub step: Step,
+}
+
+/// What is limited.
+pub enum Target {
+    /// An interface of a sandbox.
+    Interface(Box<Interface>),
+    /// A pod in the node's own network namespace.
+    HostPod(Box<HostPod>),
+}
+
+/// An interface of a sandbox.
+pub struct Interface {
+    pub sandbox: Sandbox,
+    pub request: Request,
+    pub endpoint: Endpoint,
+}
+
+/// Does all of them, whatever becomes of each. What is to lose its limit is let go of first, all at once: the kernel keeps a socket's
+/// pace when the programs go.
+pub fn perform(tasks: Vec<Task>, report: &mut Report) {
+    let has_lifted: Vec<bool> =
+        tasks.iter().map(|task| task.lift().unwrap_or_else(|error| task.note(&error))).collect();
+    if has_lifted.contains(&true) {
+        thread::sleep(detach::LET_GO);
+    }
+    for task in tasks {
+        match task.perform() {
+            Ok(()) => report.changes.push(task.done()),
+            // It went away meanwhile, or another sandbox came in its place: the next run knows more.
+            Err(error) if !task.target.is_there() => log::debug!("{error}"),
+            Err(error) => report.fail(task.target.failure(&error)),
+        }
+    }
+}
+
+impl Target {
+    fn is_there(&self) -> bool {
+        match self {
+            Self::Interface(interface) => interface.sandbox.is_there(),
+            Self::HostPod(pod) => pod.is_there(),
+        }
+    }
+
+    /// That it is not limited as it asks.
+    pub fn failure(&self, error: &Error) -> Failure {
+        match self {
+            Self::Interface(interface) => Failure::of_sandbox(&interface.sandbox, error),
+            Self::HostPod(pod) => pod.failure(error),
+        }
+    }
+
+    fn request(&self) -> &Request {
+        match self {
+            Self::Interface(interface) => &interface.request,
+            Self::HostPod(pod) => &pod.request,
+        }
+    }
+
+    fn limit(&self, limits: Limits, record: impl FnOnce(Owner) -> Owner) -> Result<()> {
+        match self {
+            Self::Interface(interface) => cni::limit(&interface.request, &interface.endpoint, limits, record),
+            Self::HostPod(pod) => pod.limit(limits, record),
+        }
+    }
+}
+
+impl Task {
+    /// What it is to have.
+    fn wanted(&self) -> Limits {
+        match self.step {
+            Step::Attach(limits) | Step::Change(limits) => limits,
+            Step::Keep | Step::Remove => Limits::default(),
+        }
+    }
+
+    /// Lifts the limits of the directions that are to have none; whether there are any.
+    fn lift(&self) -> Result<bool> {
+        let Some(found) = self.found.as_ref().filter(|found| !found.links.are_dead()) else {
+            return Ok(false);
+        };
+        let (now, wanted) = (found.limits(), self.wanted());
+        let ends = |direction: &Direction| now.of(*direction).is_some() && wanted.of(*direction).is_none();
+        let ending: Vec<Direction> = Direction::BOTH.into_iter().filter(ends).collect();
+        if ending.is_empty() {
+            return Ok(false);
+        }
+        attachment::lift(&found.place, &ending, |directory, owner| found.is_still(directory, Some(owner)))
+            .map(|()| true)
+    }
+
+    /// A pace that stays with some connections is not worth leaving a limit where none is asked for.
+    fn note(&self, error: &Error) -> bool {
+        log::warn!("connections of {} may keep their pace: {error}", self.place.pod);
+        false
+    }
+
+    fn perform(&self) -> Result<()> {
+        match (self.step, &self.found) {
+            (Step::Keep, _) | (Step::Remove | Step::Change(_), None) => Ok(()),
+            (Step::Attach(limits), _) => self.target.limit(limits, |owner| self.record(owner)),
+            (Step::Change(limits), Some(found)) => {
+                self.change(found, |owner| Change { limits, owner: self.record(owner.clone()) })
+            }
+            (Step::Remove, Some(found)) => detach::remove(found),
+        }
+    }
+
+    /// The record, with what was asked for and what the administrator allows, which may have changed with it.
+    fn record(&self, owner: Owner) -> Owner {
+        let changed = Asked::of(&self.wanted()) != Asked::of(&self.asked);
+        Owner { changed, followed: true, ..owner.asked_for(&self.asked) }
+    }
+
+    /// Changes the attachment that was found, and no other one.
+    fn change(&self, found: &Attachment, to: impl FnOnce(&Owner) -> Change) -> Result<()> {
+        attachment::change(&found.place, |present| {
+            if found.is_still(&present.directory, Some(&present.owner)) {
+                return Ok(to(&present.owner));
+            }
+            let text =
+                format!("change the limits of {}: it has just been replaced; the next run looks again", found.name());
+            Err(Error::new(Code::Mismatch, text))
+        })
+    }
+
+    /// That it was done.
+    pub fn done(&self) -> Done {
+        let action = match self.step {
+            Step::Keep => "keep",
+            Step::Attach(_) => "attach",
+            Step::Change(_) => "change",
+            Step::Remove => "remove",
+        };
+        let was = self.found.as_ref().map(Attachment::limits).unwrap_or_default();
+        let Request { pod_namespace, pod_name, .. } = self.target.request();
+        Done::at(action, &self.place, &was, &self.wanted()).of(pod_namespace.clone(), pod_name.clone())
+    }
+}

@@ -1,0 +1,331 @@
+//! What the administrator allows and gives: rates of pods that ask for none, and the most that a pod gets, for all namespaces and, by
+//! their name or labels, for some.
+//!
+//! ```json
+//! "namespaces": [
+//!   { "name": "batch", "egress": "50M", "max": { "egress": "100M" } },
+//!   { "labels": { "tier": "free" }, "max": { "egress": "20M", "ingress": "20M" } }
+//! ]
+//! ```
+//!
+//! Of these the first that is for the pod's namespace counts, and what it has takes the place of the same key of the configuration, in
+//! each direction by itself. Labels are the API server's to tell. Rates are decoded when a limit is asked for, all else at once.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use super::config::number;
+use super::json;
+use crate::direction::Direction;
+use crate::error::{Code, Error, Result, quoted};
+use crate::kube::Labels;
+use crate::pod::object_name;
+use crate::units::{Burst, Rate};
+
+/// What an administrator can write instead of a rate that was refused.
+const RATE: &str = "a rate (\"10M\", or a number of bits per second, 1k to 1P)";
+/// The same for a burst.
+const BURST: &str = "a burst (\"400k\", or a number of bits, below 4 GiB)";
+
+/// Rates of the configuration, or of one of its `namespaces`.
+#[derive(Debug, Default)]
+pub(super) struct Rates {
+    pub(super) egress: Option<Box<RawValue>>,
+    pub(super) ingress: Option<Box<RawValue>>,
+    pub(super) egress_burst: Option<Box<RawValue>>,
+    pub(super) ingress_burst: Option<Box<RawValue>>,
+    pub(super) max: Option<Box<RawValue>>,
+    /// What stands before their keys where one is named.
+    pub(super) prefix: String,
+}
+
+/// `max`, in both directions.
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Max {
+    egress: Option<Box<RawValue>>,
+    ingress: Option<Box<RawValue>>,
+    egress_burst: Option<Box<RawValue>>,
+    ingress_burst: Option<Box<RawValue>>,
+}
+
+/// The most that a pod gets in a direction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Most {
+    /// In the long run.
+    pub(super) rate: Rate,
+    /// At once, if that is what it asks for.
+    pub(super) burst: Burst,
+}
+
+/// An element of `namespaces`.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct RuleKeys {
+    name: Option<String>,
+    #[serde(default)]
+    labels: Labels,
+    #[serde(alias = "egressRate")]
+    egress: Option<Box<RawValue>>,
+    #[serde(alias = "ingressRate")]
+    ingress: Option<Box<RawValue>>,
+    egress_burst: Option<Box<RawValue>>,
+    ingress_burst: Option<Box<RawValue>>,
+    max: Option<Box<RawValue>>,
+}
+
+/// Rates for the pods of some namespaces.
+#[derive(Debug)]
+struct Rule {
+    name: Option<String>,
+    labels: Labels,
+    rates: Rates,
+}
+
+/// Rates for all pods, and for those of some namespaces.
+#[derive(Debug, Default)]
+pub(super) struct Policy {
+    general: Rates,
+    rules: Vec<Rule>,
+}
+
+/// The rates that count for a pod.
+pub(super) struct Counting<'a> {
+    special: Option<&'a Rates>,
+    general: &'a Rates,
+}
+
+impl Policy {
+    /// Reads `namespaces`.
+    ///
+    /// # Errors
+    /// [`Code::Config`]: not a list of objects that each name namespaces and rates, or labels where nobody can be asked for them.
+    pub(super) fn read(general: Rates, namespaces: Option<Box<RawValue>>, has_kubeconfig: bool) -> Result<Self> {
+        let wrong = |shown: String| {
+            let remedy =
+                "is not a list such as [{\"name\": \"batch\", \"egress\": \"50M\", \"max\": {\"egress\": \"100M\"}}]";
+            Error::new(Code::Config, format!("configuration key \"namespaces\": {shown} {remedy}"))
+        };
+        let elements: Vec<Box<RawValue>> = match &namespaces {
+            None => Vec::new(),
+            Some(raw) => serde_json::from_str(raw.get()).map_err(|_| wrong(quoted(raw.get())))?,
+        };
+        let rules = elements.iter().enumerate().map(|(index, raw)| Rule::read(index, raw));
+        let policy = Self { general, rules: rules.collect::<Result<_>>()? };
+        if policy.asks_for_labels() && !has_kubeconfig {
+            let text = "configuration key \"namespaces\": only the API server knows the labels of a namespace; name a \"kubeconfig\", \
+                        whose user may get and list namespaces (install/labels-rbac.yaml)";
+            return Err(Error::new(Code::Config, text));
+        }
+        Ok(policy)
+    }
+
+    /// Whether labels of namespaces count.
+    pub(super) fn asks_for_labels(&self) -> bool {
+        self.rules.iter().any(|rule| !rule.labels.is_empty())
+    }
+
+    /// The rates that count for a pod of a namespace. `labels` is called for its labels if that depends on them; where it knows none, no
+    /// namespace has them. Every `max` is checked, so that a mistake in one is not found by the pod it should have stopped.
+    ///
+    /// # Errors
+    /// [`Code::Config`] for a `max` that is none, and those of `labels`.
+    pub(super) fn of(
+        &self,
+        namespace: Option<&str>,
+        labels: &dyn Fn(&str) -> Result<Option<Labels>>,
+    ) -> Result<Counting<'_>> {
+        for rates in self.rules.iter().map(|rule| &rule.rates).chain([&self.general]) {
+            rates.max(Direction::Egress)?;
+        }
+        let (mut known, mut special) = (None, None);
+        for rule in self.rules.iter().filter(|rule| rule.may_be_for(namespace)) {
+            if !rule.labels.is_empty() && known.is_none() {
+                known = Some(labels(namespace.unwrap_or_default())?.unwrap_or_default());
+            }
+            let has = |(key, value): (&String, &String)| known.as_ref().and_then(|known| known.get(key)) == Some(value);
+            if rule.labels.iter().all(has) {
+                special = Some(&rule.rates);
+                break;
+            }
+        }
+        Ok(Counting { special, general: &self.general })
+    }
+}
+
+impl Rule {
+    fn read(index: usize, raw: &RawValue) -> Result<Self> {
+        let prefix = format!("namespaces[{index}].");
+        let key = || format!("configuration key \"namespaces[{index}]\"");
+        let keys: RuleKeys = json::object(raw.get()).map_err(|cause| Error::because(Code::Config, key(), cause))?;
+        let RuleKeys { name, labels, egress, ingress, egress_burst, ingress_burst, max } = keys;
+        let name = name.map(|name| object_name(&name)).transpose();
+        let name = name.map_err(|cause| Error::because(Code::Config, key(), cause))?;
+        if name.is_none() && labels.is_empty() {
+            let text = format!("{}: it has neither the \"name\" of a namespace nor \"labels\"", key());
+            return Err(Error::new(Code::Config, text));
+        }
+        Ok(Self { name, labels, rates: Rates { egress, ingress, egress_burst, ingress_burst, max, prefix } })
+    }
+
+    /// Whether nothing but labels can speak against it. What is in no namespace is no pod.
+    fn may_be_for(&self, namespace: Option<&str>) -> bool {
+        namespace.is_some() && self.name.as_deref().is_none_or(|name| Some(name) == namespace)
+    }
+}
+
+impl Counting<'_> {
+    /// The rate and burst of pods that ask for none.
+    pub(super) fn default(&self, direction: Direction) -> Result<Option<(Rate, Option<Burst>)>> {
+        let special = self.special.map_or(Ok(None), |rates| rates.default(direction))?;
+        if special.is_some() { Ok(special) } else { self.general.default(direction) }
+    }
+
+    /// The most that a pod gets.
+    pub(super) fn max(&self, direction: Direction) -> Result<Option<Most>> {
+        let special = self.special.map_or(Ok(None), |rates| rates.max(direction))?;
+        if special.is_some() { Ok(special) } else { self.general.max(direction) }
+    }
+}
+
+impl Rates {
+    fn default(&self, direction: Direction) -> Result<Option<(Rate, Option<Burst>)>> {
+        let Self { egress, ingress, egress_burst, ingress_burst, .. } = self;
+        match direction {
+            Direction::Egress => self.pair(egress, egress_burst, ["egress", "egressBurst"]),
+            Direction::Ingress => self.pair(ingress, ingress_burst, ["ingress", "ingressBurst"]),
+        }
+    }
+
+    /// Of one direction, with both checked.
+    fn max(&self, direction: Direction) -> Result<Option<Most>> {
+        let wrong = |cause| {
+            let text = format!(
+                "configuration key \"{}max\" has no other keys than egress, ingress, egressBurst, ingressBurst",
+                self.prefix
+            );
+            Error::because(Code::Config, text, cause)
+        };
+        let max = self.max.as_ref().map(|raw| json::object(raw.get())).transpose().map_err(wrong)?;
+        let Max { egress, ingress, egress_burst, ingress_burst } = max.unwrap_or_default();
+        let is_without_rate = |rate: &Option<_>, burst: &Option<_>| rate.is_none() && burst.is_some();
+        if is_without_rate(&egress, &egress_burst) || is_without_rate(&ingress, &ingress_burst) {
+            let text =
+                format!("configuration key \"{}max\": it has a burst without the rate of its direction", self.prefix);
+            return Err(Error::new(Code::Config, text));
+        }
+        let both = [
+            self.pair(&egress, &egress_burst, ["max.egress", "max.egressBurst"])?,
+            self.pair(&ingress, &ingress_burst, ["max.ingress", "max.ingressBurst"])?,
+        ];
+        let most =
+            |(rate, burst): (Rate, Option<Burst>)| Most { rate, burst: burst.unwrap_or(Burst::default_for(rate)) };
+        Ok(both[direction.index() as usize].map(most))
+    }
+
+    /// A rate and its burst, by these keys.
+    fn pair(
+        &self,
+        rate: &Option<Box<RawValue>>,
+        burst: &Option<Box<RawValue>>,
+        [rate_key, burst_key]: [&str; 2],
+    ) -> Result<Option<(Rate, Option<Burst>)>> {
+        let key = |name: &str| format!("{}{name}", self.prefix);
+        let Some(rate) = rate else { return Ok(None) };
+        let rate = number(&key(rate_key), rate, RATE, Rate::bits_per_s, Rate::from_quantity)?;
+        let burst = burst.as_ref().map(|raw| number(&key(burst_key), raw, BURST, Burst::bits, Burst::from_quantity));
+        Ok(Some((rate, burst.transpose()?)))
+    }
+}
+
+/// Labels of namespaces by their names, as far as they are known.
+pub type Namespaces = BTreeMap<String, Labels>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::request::tests::{add, config};
+
+    const RULES: &str = r#""kubeconfig": "/etc/k", "egress": "7M", "max": {"egress": "100M", "ingress": "100M"}, "namespaces": [
+        {"name": "batch", "egress": "5M", "max": {"egress": "10M"}},
+        {"labels": {"tier": "free", "team": "a"}, "ingress": "2M", "max": {"ingress": "3M", "ingressBurst": "1M"}},
+        {"labels": {"tier": "free"}, "max": {"egress": "200M"}}]"#;
+
+    /// Egress and ingress of a pod in a namespace with these labels, in bits per second.
+    fn limits(args: &str, keys: &str, labels: &[(&str, &str)]) -> Result<[u64; 2]> {
+        let labels = labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        let namespaces = BTreeMap::from([("n".to_owned(), labels)]);
+        let limits = add(args, &config(keys)).and_then(|request| request.limits_of_call(&namespaces))?;
+        Ok([limits.egress, limits.ingress].map(|limit| limit.map_or(0, |limit| limit.rate.as_bits_per_s() / 1_000_000)))
+    }
+
+    #[test]
+    fn the_first_rule_for_the_namespace_takes_the_place_of_the_general_keys() {
+        let (free, both) = ([("tier", "free")], [("tier", "free"), ("team", "a")]);
+        for (args, labels, expected) in [
+            // No pod.
+            ("", &[][..], [7, 100]),
+            ("K8S_POD_NAMESPACE=n", &[], [7, 100]),
+            ("K8S_POD_NAMESPACE=other", &both, [7, 100]),
+            ("K8S_POD_NAMESPACE=batch", &[], [5, 100]),
+            ("K8S_POD_NAMESPACE=batch;kubernetes.io/egress-bandwidth=50M", &[], [10, 100]),
+            ("K8S_POD_NAMESPACE=n", &free, [7, 100]),
+            ("K8S_POD_NAMESPACE=n;kubernetes.io/egress-bandwidth=500M", &free, [200, 100]),
+            ("K8S_POD_NAMESPACE=n", &both, [7, 2]),
+            ("K8S_POD_NAMESPACE=n;kubernetes.io/ingress-bandwidth=50M", &both, [7, 3]),
+        ] {
+            assert_eq!(limits(args, RULES, labels).unwrap(), expected, "{args} {labels:?}");
+        }
+    }
+
+    #[test]
+    fn a_burst_that_is_asked_for_is_not_above_the_administrators() {
+        let burst = |keys: &str, args: &str| {
+            let limits = add(args, &config(keys)).unwrap().limits_of_call(&Namespaces::new()).unwrap();
+            limits.egress.unwrap().burst.as_bytes()
+        };
+        let asked = "kubernetes.io/egress-bandwidth=10M;podshaper.io/egress-burst=80M";
+        assert_eq!(burst("", asked), 10_000_000);
+        assert_eq!(burst(r#""max": {"egress": "1G"}"#, asked), 625_000);
+        assert_eq!(burst(r#""max": {"egress": "1G", "egressBurst": "16M"}"#, asked), 2_000_000);
+        assert_eq!(
+            burst(r#""max": {"egress": "1G", "egressBurst": "80k"}"#, "kubernetes.io/egress-bandwidth=10M"),
+            10_000
+        );
+        // His own is.
+        assert_eq!(burst(r#""max": {"egress": "1G"}, "egress": "1M", "egressBurst": "80M""#, ""), 10_000_000);
+    }
+
+    #[test]
+    fn a_rule_that_is_none_is_named_by_its_place() {
+        for (keys, expected) in [
+            (r#""namespaces": {}"#, r#"configuration key "namespaces": "{}" is not a list such as"#),
+            (
+                r#""namespaces": [{"name": "a"}, {"egress": "1M"}]"#,
+                r#"configuration key "namespaces[1]": it has neither the "name""#,
+            ),
+            (
+                r#""namespaces": [{"name": "a", "egres": "1M"}]"#,
+                r#"configuration key "namespaces[0]": unknown field `egres`"#,
+            ),
+            (
+                r#""namespaces": [{"name": "a/b"}]"#,
+                r#"configuration key "namespaces[0]": "a/b" is not the name of an object"#,
+            ),
+            (
+                r#""namespaces": [{"labels": {"a": "b"}}]"#,
+                "only the API server knows the labels of a namespace; name a \"kubeconfig\"",
+            ),
+            // Whatever the pod's namespace.
+            (
+                r#""namespaces": [{"name": "a", "max": {"ingress": "fast"}}]"#,
+                r#"configuration key "namespaces[0].max.ingress": "fast" is not a rate"#,
+            ),
+        ] {
+            let error = limits("K8S_POD_NAMESPACE=n", keys, &[]).unwrap_err();
+            assert!(error.code() == Code::Config && error.to_string().contains(expected), "{error}");
+        }
+    }
+}
