@@ -1,7 +1,7 @@
 //! Small requests and replies: what a person at the other end of a busy pod feels.
 
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,9 @@ pub struct Echo {
     /// Exit after this long, so that nothing is left behind by a caller that was killed
     #[arg(long, value_parser = seconds, default_value = "600")]
     seconds: Duration,
+    /// Answer datagrams
+    #[arg(long)]
+    datagrams: bool,
     #[command(flatten)]
     protocol: Protocol,
 }
@@ -40,6 +43,9 @@ pub struct Ask {
     /// Ask this long before the first reply is counted: what is measured may begin after the connection
     #[arg(long, value_parser = seconds, default_value = "0")]
     uncounted: Duration,
+    /// Each request a datagram, of a socket of its own, as a name is looked up
+    #[arg(long)]
+    datagrams: bool,
     #[command(flatten)]
     protocol: Protocol,
 }
@@ -54,6 +60,13 @@ pub struct AskReport {
 }
 
 pub fn echo(options: &Echo) -> io::Result<()> {
+    if options.datagrams {
+        let socket = UdpSocket::bind(options.listen).map_err(context("listen"))?;
+        say_listening(socket.local_addr()?);
+        thread::spawn(move || answer_datagrams(&socket));
+        thread::sleep(options.seconds);
+        return Ok(());
+    }
     let listener = options.protocol.listen(options.listen)?;
     say_listening(listener.local_addr()?);
     thread::spawn(move || {
@@ -75,17 +88,41 @@ fn answer(mut stream: TcpStream) -> io::Result<()> {
     }
 }
 
+fn answer_datagrams(socket: &UdpSocket) -> io::Result<()> {
+    let mut message = [0; MESSAGE_BYTES];
+    loop {
+        let (bytes, from) = socket.recv_from(&mut message)?;
+        socket.send_to(&message[..bytes], from)?;
+    }
+}
+
+/// A resolver's: it waits five seconds.
+fn ask_by_datagram(to: SocketAddr, message: &mut [u8]) -> io::Result<()> {
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    socket.connect(to)?;
+    socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+    socket.send(message).map_err(context("send a request"))?;
+    socket.recv(message).map_err(context("wait for a reply")).map(drop)
+}
+
 pub fn ask(options: &Ask) -> io::Result<AskReport> {
-    let mut stream = options.protocol.connect(options.to)?;
-    stream.set_nodelay(true)?;
+    let mut stream = if options.datagrams { None } else { Some(options.protocol.connect(options.to)?) };
+    if let Some(stream) = &stream {
+        stream.set_nodelay(true)?;
+    }
     let pause = Duration::from_micros(options.interval_us);
     let mut message = [0; MESSAGE_BYTES];
     let mut times = Vec::new();
     let start = Instant::now();
     while start.elapsed() < options.seconds {
         let sent = Instant::now();
-        stream.write_all(&message).map_err(context("send a request"))?;
-        stream.read_exact(&mut message).map_err(context("wait for a reply"))?;
+        match &mut stream {
+            Some(stream) => {
+                stream.write_all(&message).map_err(context("send a request"))?;
+                stream.read_exact(&mut message).map_err(context("wait for a reply"))?;
+            }
+            None => ask_by_datagram(options.to, &mut message)?,
+        }
         if sent - start >= options.uncounted {
             times.push(sent.elapsed());
         }

@@ -12,7 +12,7 @@ const CLUSTER: &str = "a whole cluster on this machine's kernel";
 
 const OF_A_NODE: &[&str] = &["kubelet", "containerd-1.7", "runc", "cni", "cni-0.9", "image"];
 const OF_ALL_NODES: &[&str] = &["kubelet-cri-v1", "containerd-1.6", "containerd-2.1", "cni-1.9", "podman"];
-const OF_A_CLUSTER: &[&str] = &["kube-apiserver", "kube-scheduler", "kube-controller-manager", "kubectl", "etcd"];
+const OF_A_CLUSTER: &[&str] = &["kube-apiserver", "kube-scheduler", "kube-controller-manager", "kubectl", "etcd", "helm"];
 
 /// containerd and kubelet's cgroup driver. Every driver and every containerd, but not every pair.
 const CONFIGURATIONS: &[[&str; 2]] = &[["1.7", "cgroupfs"], ["1.6", "systemd"], ["2.1", "cgroupfs"]];
@@ -40,7 +40,7 @@ fn get(lane: &mut Lane, parts: &[&str]) -> Result<(), String> {
     }
 }
 
-/// Kubelets with each containerd, two nodes, podman.
+/// Kubelets with each containerd, two nodes, the units below a systemd, podman.
 pub fn nodes(session: &Session, lane: &mut Lane) {
     let Some(built) = session.built(lane, NODES) else { return };
     let start = Instant::now();
@@ -59,6 +59,12 @@ pub fn nodes(session: &Session, lane: &mut Lane) {
     lane.tests(&Tests {
         name: "two nodes in User Mode Linux, flannel over VXLAN".into(),
         command: &two,
+        arguments: vec![],
+    });
+    let systemd = [&uml("400"), &["tests/node/systemd"][..], &programs[..1]].concat();
+    lane.tests(&Tests {
+        name: "the units below a systemd in User Mode Linux".into(),
+        command: &systemd,
         arguments: vec![],
     });
     let podman = [&uml("300"), &["tests/node/podman"][..], &programs].concat();
@@ -81,6 +87,6 @@ pub fn cluster(session: &Session, lane: &mut Lane) {
     if let Err(why) = get(lane, &[OF_A_NODE, OF_A_CLUSTER].concat()) {
         return lane.note(CLUSTER, Outcome::NotRun(why), start);
     }
-    let command = ["tests/node/cluster", "--seconds", "900", &built.podshaper, &built.traffic];
+    let command = ["tests/node/cluster", "--seconds", "1200", &built.podshaper, &built.traffic];
     lane.tests(&Tests { name: CLUSTER.into(), command: &command, arguments: vec![] });
 }
