@@ -45,8 +45,17 @@ fn answer(env: &Env, stdin: &mut Vec<u8>) -> Result<Vec<u8>> {
     if cmd == Cmd::Version {
         return version(read_stdin(io::stdin().lock()).ok().as_deref().and_then(declared_version));
     }
-    *stdin = read_stdin(io::stdin().lock())?;
-    let request = Request::parse(cmd, env, stdin)?;
+    let read = read_stdin(io::stdin().lock()).and_then(|bytes| {
+        *stdin = bytes;
+        Request::parse(cmd, env, stdin)
+    });
+    let request = match read {
+        // The variables say whose limit is to go. A DEL that fails keeps the plugins before this one from theirs, and IPAM from the address.
+        Err(error) if cmd == Cmd::Del && matches!(error.code(), Code::Decode | Code::Io) => {
+            Request::of_variables(cmd, env, error)?
+        }
+        read => read?,
+    };
     logging::start(&request.config);
     let verb = <&str>::from(request.cmd);
     log::debug!("{verb} of network {}, CNI {}: {:?}", request.network, request.version, request.subject);

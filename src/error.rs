@@ -61,7 +61,6 @@ impl Error {
     }
 
     /// The CNI code this error is answered with.
-    #[cfg(test)]
     pub fn code(&self) -> Code {
         self.code
     }

@@ -3,7 +3,8 @@
 //! What is asked of the shaper is in `request/limits.rs`, the keys of the plugin's own configuration in
 //! `request/config.rs`; acting on a request is `cni`'s. Everything read here is foreign. Tenants write the annotations,
 //! so limits are not looked at before [`Request::limits`] is called: a DEL must succeed whatever they hold. For the same
-//! reason a DEL or GC forgives what an ADD refuses ([`Request::forgiven`]), but for stdin that is no configuration at all.
+//! reason a DEL or GC forgives what an ADD refuses ([`Request::forgiven`]), and a DEL whose stdin is no configuration at all goes by its variables
+//! ([`Request::of_variables`]).
 
 mod api;
 mod bandwidth;
@@ -188,6 +189,16 @@ impl Request {
             forgiven: tolerance.forgiven,
             sources: limits::Sources { bandwidth, annotations, args: decoded.args, cni_args: call.args },
         })
+    }
+
+    /// The request of a call whose stdin cannot be read, and why not: what the variables alone say.
+    ///
+    /// # Errors
+    /// [`Code::Environment`].
+    pub fn of_variables(cmd: Cmd, env: &Env, unreadable: Error) -> Result<Self> {
+        let mut request = Self::parse(cmd, env, br#"{"cniVersion": "1.0.0", "name": "unknown"}"#)?;
+        request.forgiven.push(unreadable);
+        Ok(request)
     }
 
     /// Where the pod's cgroup is said to be: by the runtime, else, when there is no UID to search by, by the configuration.
