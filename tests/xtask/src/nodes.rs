@@ -12,7 +12,8 @@ const CLUSTER: &str = "a whole cluster on this machine's kernel";
 
 const OF_A_NODE: &[&str] = &["kubelet", "containerd-1.7", "runc", "cni", "cni-0.9", "image"];
 const OF_ALL_NODES: &[&str] = &["kubelet-cri-v1", "containerd-1.6", "containerd-2.1", "cni-1.9", "podman"];
-const OF_A_CLUSTER: &[&str] = &["kube-apiserver", "kube-scheduler", "kube-controller-manager", "kubectl", "etcd", "helm"];
+const OF_A_CLUSTER: &[&str] =
+    &["kube-apiserver", "kube-scheduler", "kube-controller-manager", "kubectl", "etcd", "helm"];
 
 /// containerd and kubelet's cgroup driver. Every driver and every containerd, but not every pair.
 const CONFIGURATIONS: &[[&str; 2]] = &[["1.7", "cgroupfs"], ["1.6", "systemd"], ["2.1", "cgroupfs"]];
