@@ -99,8 +99,9 @@ pub fn metadata(kubeconfig: &Path, pod: Pod<'_>) -> Result<Metadata> {
 /// # Errors
 /// [`Code::Config`] for the kubeconfig, [`Code::ApiServer`] for everything after it.
 pub fn pods_of(kubeconfig: &Path, node: &str) -> Result<BTreeMap<String, Metadata>> {
-    // From the server's memory, which is enough for what is asked every few seconds.
-    let path = format!("/api/v1/pods?fieldSelector=spec.nodeName%3D{node}&resourceVersion=0");
+    // Those that have ended have no sandbox and no cgroup. From the server's memory, which is enough for what is asked every few seconds.
+    const NOT_ENDED: &str = "status.phase%21%3DSucceeded%2Cstatus.phase%21%3DFailed";
+    let path = format!("/api/v1/pods?fieldSelector=spec.nodeName%3D{node}%2C{NOT_ENDED}&resourceVersion=0");
     let question =
         Question { path: &path, accept: METADATA_OF_ALL, max_body_bytes: MAX_PODS_BYTES, time: TIME_FOR_ALL };
     ask(kubeconfig, &format!("the pods of node {node}"), &question, understand_all)

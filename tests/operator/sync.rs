@@ -159,7 +159,7 @@ fn an_annotation_that_changes_changes_the_limit_of_a_running_pod() {
             assert_eq!(node.syncs(), expected, "{annotations}");
             assert_eq!(node.syncs(), "", "{annotations}");
             let request = &node.server.as_ref().unwrap().requests()[0];
-            let path = "GET /api/v1/pods?fieldSelector=spec.nodeName%3Dhere&resourceVersion=0 HTTP/1.1\r\n";
+            let path = "GET /api/v1/pods?fieldSelector=spec.nodeName%3Dhere%2Cstatus.phase%21%3DSucceeded%2Cstatus.phase%21%3DFailed&resourceVersion=0 HTTP/1.1\r\n";
             assert!(request.starts_with(path), "{request}");
         };
         annotate(json!({ EGRESS: "10M" }), "");
