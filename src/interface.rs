@@ -33,6 +33,8 @@ pub struct Interface {
     inside: Entered,
     /// Its number in its namespace.
     pub index: u32,
+    /// The number that its namespace has for itself, once it has one. 0: none.
+    pub namespace: u64,
     netns: PathBuf,
     netns_inode: u64,
     ifname: String,
@@ -100,7 +102,15 @@ impl Interface {
         let mut inside = opened.enter()?;
         let link = inside.run(|| netns::link(ifname, netns));
         let (netns, ifname) = (netns.to_path_buf(), ifname.to_owned());
-        Ok(link.map(|link| Self { inside, index: link.index, netns, netns_inode, ifname, host_end: None }))
+        Ok(link.map(|link| Self {
+            inside,
+            index: link.index,
+            namespace: 0,
+            netns,
+            netns_inode,
+            ifname,
+            host_end: None,
+        }))
     }
 
     /// The record of an attachment that has not changed anything.
@@ -127,15 +137,22 @@ impl Interface {
         Ok(found)
     }
 
-    /// Puts fq on, which decides which programs are loaded. It is of use to both directions: it lets acknowledgements leave when
+    /// Gives the namespace its number, and puts fq on, which decides which programs are loaded. fq is of use to both directions: it lets
+    /// acknowledgements leave when
     /// they should, and what the pod sends without having waited. htb, which [`Interface::change`] puts on, is for the latter, where
     /// there is no fq.
     ///
     /// # Errors
     /// [`Code::Kernel`]: the kernel has no fq, or there is a qdisc of somebody else's.
     pub fn prepare(&mut self) -> Result<()> {
-        let index = self.index;
-        self.inside.run(|| qdisc::put_fq(index))
+        let (index, there, inode) = (self.index, self.inside.there(), self.netns_inode);
+        let (named, fq) = self.inside.run(|| (qdisc::name_namespace(there, inode), qdisc::put_fq(index)));
+        // Without it what a namespace made in the pod sends may be charged twice: not worth a pod.
+        self.namespace = named.unwrap_or_else(|cause| {
+            log::warn!("the pod's namespace cannot be told from those that are made in the pod: {cause}");
+            0
+        });
+        fq
     }
 
     /// Makes the interface what an attachment with these limits needs of it, beside those that are `there`; `others` are those of

@@ -111,6 +111,11 @@ impl Entered {
         self.home.as_raw_fd()
     }
 
+    /// The namespace itself, in the same way.
+    pub fn there(&self) -> RawFd {
+        self.there.as_raw_fd()
+    }
+
     fn go(&mut self) -> nix::Result<Away<'_>> {
         setns(&self.there, CloneFlags::CLONE_NEWNET)?;
         let connection = netlink::replace_connection(self.connection.take());

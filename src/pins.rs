@@ -428,6 +428,12 @@ impl Drop for Staged<'_> {
     }
 }
 
+/// The key of what is pinned for a cgroup that is not a pod's. An id is not given to another cgroup before the next boot, and a path may be
+/// longer than the name of a directory.
+pub fn key_of_cgroup(id: u64) -> String {
+    format!("cgroup-{id}")
+}
+
 /// The layout an attachment is pinned in: `v1`.
 pub fn layout_of(directory: &Path) -> &str {
     let layout = directory.ancestors().nth(2).and_then(Path::file_name);

@@ -189,9 +189,12 @@ pub struct Owner {
     /// .. the key of its limits and meters ..
     #[serde(skip_serializing_if = "is_zero")]
     pub slot: u32,
-    /// .. and the number of its list of subnets.
+    /// .. the number of its list of subnets ..
     #[serde(skip_serializing_if = "is_zero")]
     pub list: u64,
+    /// .. and that of the namespace.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub namespace: u64,
     /// The administrator's `max` at ADD, in bits per second: what `set` does not go beyond.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_egress: Option<u64>,
@@ -256,7 +259,7 @@ impl Amount {
 impl Owner {
     /// What the programs find on the cgroup.
     pub fn scope(&self) -> Scope {
-        Scope { ifindex: self.ifindex, slot: self.slot, list: self.list }
+        Scope { ifindex: self.ifindex, slot: self.slot, list: self.list, namespace: self.namespace }
     }
 
     /// The administrator's `max` at ADD.

@@ -4,6 +4,8 @@
 //! STATUS is asked about the node, and a node that answers no gets no pods at all. A pod without a limit takes nothing of what is
 //! checked here, so what is missing is for the log, unless the configuration limits every pod.
 
+mod sockets;
+
 use std::{
     fs, io,
     os::unix::fs::{DirBuilderExt, MetadataExt},
@@ -35,7 +37,10 @@ pub type Check = (&'static str, fn(&Path) -> Result<String>);
 pub const NEEDS: [Check; 3] = [("cgroup v2", cgroup), ("bpffs", bpffs), ("eBPF programs", programs)];
 
 /// What makes it better.
-pub const WISHES: [Check; 1] = [("fq", fq)];
+pub const WISHES: [Check; 2] = [("fq", fq), SOCKETS];
+
+/// Whether limits hold where they are paced.
+const SOCKETS: Check = ("sockets", sockets::check);
 
 /// The answer to STATUS.
 ///
@@ -52,6 +57,10 @@ pub fn status(bpffs: &Path, memory: &Path, is_every_pod_limited: bool) -> Result
         _ => {}
     }
     let found = node(bpffs);
+    let (_, sockets) = SOCKETS;
+    if let Err(error) = sockets(bpffs) {
+        log::warn!("{error}");
+    }
     let text = found.as_ref().err().map(Error::to_string);
     if let Err(cause) = remember(memory, text.as_deref().unwrap_or(FIT)) {
         log::debug!("STATUS will check again: write {}: {cause}", memory.join(FOUND).display());

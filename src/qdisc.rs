@@ -267,6 +267,24 @@ pub fn peer_namespace(ifindex: u32) -> Result<Option<u32>> {
     }))
 }
 
+/// `ip netns set NAME NSID` in the namespace itself, so that the programs can tell it from others (`bpf/src/namespace.rs`): the number that it
+/// has for itself, which is made of its inode's, and so no other namespace's. It goes with the namespace. 0: it has another one already.
+///
+/// # Errors
+/// What the kernel says.
+pub fn name_namespace(namespace: RawFd, inode: u64) -> io::Result<u64> {
+    let id = inode as i32 & i32::MAX;
+    let mut message = NsidMessage::default();
+    message.attributes = vec![NsidAttribute::Fd(namespace as u32), NsidAttribute::Id(id)];
+    match netlink::change(RouteNetlinkMessage::NewNsId(message), 0) {
+        Ok(()) => Ok(id as u64),
+        Err(cause) if cause.raw_os_error() == Some(libc::EEXIST) => {
+            Ok(namespace_id(namespace)?.filter(|known| *known == id).map_or(0, |id| id as u64))
+        }
+        Err(cause) => Err(cause),
+    }
+}
+
 /// The id that the calling thread's namespace has for another one.
 fn namespace_id(namespace: RawFd) -> io::Result<Option<i32>> {
     let mut message = NsidMessage::default();

@@ -11,6 +11,8 @@ mod refusal;
 mod set;
 mod upgrade;
 
+use std::os::fd::BorrowedFd;
+
 use podshaper_abi::{Limit as AbiLimit, Limits as AbiLimits, QUEUE_FQ, QUEUE_HTB, QUEUE_NONE};
 
 use crate::{
@@ -18,7 +20,7 @@ use crate::{
     pod::Owner,
     qdisc,
     request::{Limit, Limits, Source},
-    sys::CgroupHook,
+    sys::{self, CgroupHook},
     units::{Burst, Rate},
 };
 
@@ -32,6 +34,16 @@ pub use upgrade::NewPrograms;
 type Hooked = (&'static str, CgroupHook);
 /// Those of cgroups, the largest first.
 const PROGRAMS: [Hooked; 5] = [COUNT_EGRESS, COUNT_INGRESS, PACE_TCP, HOLD_ACKS, NOTE_SETSOCKOPT];
+
+/// The hooks at which a cgroup above has programs that podshaper's displace there, for all below. They were attached so that they may be.
+#[must_use]
+pub fn displaced(above: BorrowedFd<'_>) -> Vec<CgroupHook> {
+    let mut hooks = PROGRAMS.map(|(_, hook)| hook).to_vec();
+    hooks.dedup();
+    hooks.retain(|hook| sys::has_displaceable(above, *hook).unwrap_or(false));
+    hooks
+}
+
 const COUNT_EGRESS: Hooked = ("count_egress", CgroupHook::InetEgress);
 const COUNT_INGRESS: Hooked = ("count_ingress", CgroupHook::InetIngress);
 const PACE_TCP: Hooked = ("pace_tcp", CgroupHook::SockOps);

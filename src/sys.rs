@@ -20,9 +20,11 @@ const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
+const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_PROG_QUERY: libc::c_long = 16;
 const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
@@ -45,6 +47,37 @@ pub enum CgroupHook {
     SockOps = 3,
     /// `BPF_CGROUP_SETSOCKOPT`
     Setsockopt = 22,
+}
+
+/// `union bpf_attr`, the part for BPF_PROG_LOAD.
+#[repr(C)]
+#[derive(Default)]
+struct ProgLoadAttr {
+    prog_type: u32,
+    insn_cnt: u32,
+    insns: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log_buf: u64,
+    kern_version: u32,
+    prog_flags: u32,
+    prog_name: [u8; 16],
+    prog_ifindex: u32,
+    expected_attach_type: u32,
+}
+
+/// `union bpf_attr`, the part for BPF_PROG_QUERY.
+#[repr(C)]
+#[derive(Default)]
+struct QueryAttr {
+    target_fd: u32,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    prog_ids: u64,
+    prog_cnt: u32,
+    reserved: u32,
 }
 
 /// `union bpf_attr`, the part for BPF_LINK_CREATE.
@@ -195,6 +228,36 @@ pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let bpf_fd = object.as_raw_fd() as u32;
     bpf(BPF_OBJ_PIN, &mut PinAttr { pathname: path.as_ptr() as u64, bpf_fd, file_flags: 0 }).map(drop)
+}
+
+/// A program for packets that the sockets of a cgroup send, which refuses each: sendto() says EPERM.
+///
+/// # Errors
+/// What the kernel says.
+pub fn refusing_program() -> io::Result<OwnedFd> {
+    const BPF_PROG_TYPE_CGROUP_SKB: u32 = 8;
+    /// r0 = 0; exit.
+    const REFUSE: [u64; 2] = [0xb7, 0x95];
+    let mut attr = ProgLoadAttr {
+        prog_type: BPF_PROG_TYPE_CGROUP_SKB,
+        insn_cnt: REFUSE.len() as u32,
+        insns: REFUSE.as_ptr() as u64,
+        license: c"GPL".as_ptr() as u64,
+        expected_attach_type: CgroupHook::InetEgress as u32,
+        ..ProgLoadAttr::default()
+    };
+    bpf_fd(BPF_PROG_LOAD, &mut attr)
+}
+
+/// Whether a cgroup has programs that those below it displace: attached with `BPF_F_ALLOW_OVERRIDE`.
+///
+/// # Errors
+/// What the kernel says.
+pub fn has_displaceable(cgroup: BorrowedFd<'_>, hook: CgroupHook) -> io::Result<bool> {
+    const BPF_F_ALLOW_OVERRIDE: u32 = 1;
+    let mut attr = QueryAttr { target_fd: cgroup.as_raw_fd() as u32, attach_type: hook as u32, ..QueryAttr::default() };
+    bpf(BPF_PROG_QUERY, &mut attr)?;
+    Ok(attr.prog_cnt > 0 && attr.attach_flags == BPF_F_ALLOW_OVERRIDE)
 }
 
 /// Attaches a program to a cgroup, beside whatever is attached there (a link always is what is called "multi" otherwise). It is

@@ -27,6 +27,10 @@ pub struct Flow {
     /// When a link of the ingress limit would have delivered what the remote sent before anything could slow it: no answer to that leaves
     /// earlier. 0: there is nothing to wait for.
     pub answer_from_ns: u64,
+    /// The namespace of the attachment for which it was asked whether the socket is in that ([`crate::namespace`]). 0: not yet.
+    pub asked_namespace: u64,
+    /// Not 0: it is not.
+    pub is_foreign: u64,
     /// What it has sent: charged, and passed the host's end.
     pub out_covered: Covered,
     /// The same of what it receives.

@@ -1,6 +1,7 @@
 //! podshaper's eBPF programs: hook, what each is called for, and what its return value means. How they work is in the modules:
 //! [`turn`] (which packet leaves at once and which waits), [`clock`] (the pod clock), [`pace`] (TCP out), [`window`] (TCP in), [`flow`] (what
-//! is remembered of a socket), [`other_paths`] (what no socket of the pod sends or gets), [`packet`] (bytes on the wire), [`subnets`] (what is exempt), [`maps`].
+//! is remembered of a socket), [`other_paths`] (what no socket of the pod sends or gets),
+//! [`namespace`] (whether a socket is in the pod's), [`packet`] (bytes on the wire), [`subnets`] (what is exempt), [`maps`].
 //!
 //! A node has the programs and maps once. A program learns from the storage of the cgroup for which it runs which attachments are on that,
 //! and finds their numbers in the maps. All programs run in the context of whoever sends, on any CPU, many at once; what they share is in
@@ -13,6 +14,7 @@
 mod clock;
 mod flow;
 mod maps;
+mod namespace;
 mod other_paths;
 mod pace;
 mod packet;
@@ -66,6 +68,10 @@ pub fn count_egress(ctx: SkBuffContext) -> i32 {
     };
     // SAFETY: `full_socket` returns what `bpf_sk_fullsock` gave.
     let mut flow = socket.and_then(|socket| unsafe { maps::flow_or_new(socket) });
+    if flow.as_deref_mut().is_some_and(|flow| namespace::is_foreign(&ctx, flow, &scope, true)) {
+        leave(socket);
+        return PASS;
+    }
     let mut edt_ns = 0;
     if let Some(flow) = flow.as_deref_mut() {
         flow.slot = scope.slot.into();
@@ -105,6 +111,15 @@ pub fn count_ingress(ctx: SkBuffContext) -> i32 {
     let socket = packet::full_socket(&ctx);
     // SAFETY: as in `count_egress`.
     let mut flow = socket.and_then(|socket| unsafe { maps::flow_or_new(socket) });
+    if flow.as_deref_mut().is_some_and(|flow| namespace::is_foreign(&ctx, flow, &scope, false)) {
+        return PASS;
+    }
+    if other_paths::has_been_charged(&ctx, scope.slot) {
+        if let Some(flow) = flow {
+            flow.into_covered.open(scope.slot);
+        }
+        return PASS;
+    }
     let wire = Wire::of(&ctx);
     let now_ns = clock::now_ns();
     if let Some(flow) = flow.as_deref_mut() {

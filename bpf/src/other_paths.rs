@@ -18,8 +18,8 @@
 use core::{arch::asm, ptr::NonNull};
 
 use aya_ebpf::{
-    bindings::{__sk_buff, BPF_F_INGRESS, BPF_TCP_NEW_SYN_RECV, bpf_sock, bpf_sock_tuple},
-    helpers::{bpf_redirect, bpf_sk_fullsock, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp},
+    bindings::{__sk_buff, BPF_F_INGRESS, bpf_sock},
+    helpers::{bpf_redirect, bpf_set_hash, bpf_sk_fullsock},
     programs::{SkBuffContext, TcContext},
 };
 use podshaper_abi::{EGRESS, FRESH, HostEnd, INGRESS, OTHER, OTHER_FRESH};
@@ -69,6 +69,14 @@ pub struct Covered {
 }
 
 impl Covered {
+    /// Notes a packet of the socket that was charged at the host's end: the next ones need not be.
+    #[inline(always)]
+    pub fn open(&mut self, slot: u32) {
+        if self.slot != slot.into() {
+            *self = Self { slot: slot.into(), charged_bytes: 0, passed_bytes: 0, older_bytes: 0, next_look_ns: 0 };
+        }
+    }
+
     /// Notes a packet that was charged to an attachment. What was charged to another one is of no use for its host's end.
     #[inline(always)]
     pub fn charge(&mut self, wire: &Wire, slot: u32, link: &Link, now_ns: u64) {
@@ -76,9 +84,7 @@ impl Covered {
         const UNCUT_BYTES: u64 = 1500;
         const MIN_MTU: u64 = 1280;
         const FRAGMENT_HEADER_BYTES: u64 = 48;
-        if self.slot != slot.into() {
-            *self = Self { slot: slot.into(), charged_bytes: 0, passed_bytes: 0, older_bytes: 0, next_look_ns: 0 };
-        }
+        self.open(slot);
         if now_ns >= self.next_look_ns {
             self.forfeit();
             self.next_look_ns = now_ns + link.limit().horizon_ns.min(MAX_WAIT_NS);
@@ -148,6 +154,9 @@ pub fn into_pod(ctx: &TcContext) -> i32 {
     unsafe {
         if (*skb).cb[PLACE] == IS_BACK {
             (*skb).cb[PLACE] = 0;
+            if let Some(end) = host_end(skb) {
+                mark_charged(skb, end);
+            }
             return TC_ACT_UNSPEC;
         }
     }
@@ -156,10 +165,29 @@ pub fn into_pod(ctx: &TcContext) -> i32 {
     let wire = Wire::after(&packet, ETHERNET_HEADER_BYTES);
     let is_exempt = || subnets::are_exempt(&packet, end.list, Remote::SOURCE.after(ETHERNET_HEADER_BYTES));
     if will_be_charged(&packet, end, wire.bytes) || is_exempt() {
-        TC_ACT_UNSPEC
-    } else {
-        charge(skb, end, INGRESS, &wire)
+        return TC_ACT_UNSPEC;
     }
+    let verdict = charge(skb, end, INGRESS, &wire);
+    if verdict == TC_ACT_UNSPEC {
+        mark_charged(skb, end);
+    }
+    verdict
+}
+
+/// Tells the hook of a socket that may get the packet that it has been charged: a socket's first packet, a raw socket's, the fragments of a
+/// datagram, whose whole has the hash of its first. No other field of a packet outlives the way into another namespace and can be read there.
+/// Whoever forges it gains nothing: what a hook has not charged does not pass the host's end.
+#[inline(always)]
+fn mark_charged(skb: *mut __sk_buff, end: &HostEnd) {
+    // SAFETY: tc programs may call it.
+    unsafe { bpf_set_hash(skb, end.slot) };
+}
+
+/// Whether the host's end has charged a packet that a hook sees to this attachment. Slots are random, as hashes are.
+#[inline(always)]
+pub fn has_been_charged(ctx: &SkBuffContext, slot: u32) -> bool {
+    // SAFETY: cgroup_skb programs may read hash.
+    unsafe { (*ctx.skb.skb).hash == slot }
 }
 
 #[inline(always)]
@@ -267,58 +295,20 @@ fn is_charged(skb: *mut __sk_buff, end: &HostEnd, bytes: u64) -> bool {
 }
 
 /// Whether a socket of the pod will get the packet whose bytes the cgroup's hook charges. A socket is known to the hook by its first packet,
-/// which is charged here too, as new.
+/// which is charged here, as new.
 #[inline(always)]
 fn will_be_charged(packet: &SkBuffContext, end: &HostEnd, bytes: u64) -> bool {
-    let Some((mut tuple, tuple_bytes, is_tcp)) = addresses(packet) else { return false };
-    let (skb, tuple) = (packet.skb.skb.cast(), &raw mut tuple);
-    let namespace = end.namespace.into();
-    // SAFETY: the tuple is on the stack, and as long as is said. What is found is released.
+    let Some(mut peers) = packet::peers(packet, ETHERNET_HEADER_BYTES) else { return false };
+    // SAFETY: what is found is released, and not used after that.
     unsafe {
-        let socket = if is_tcp {
-            bpf_skc_lookup_tcp(skb, tuple, tuple_bytes, namespace, 0)
-        } else {
-            bpf_sk_lookup_udp(skb, tuple, tuple_bytes, namespace, 0)
-        };
-        if socket.is_null() {
-            return false;
-        }
-        let full = NonNull::new(bpf_sk_fullsock(socket));
+        let Some((socket, is_request)) = peers.socket(packet, end.namespace.into()) else { return false };
+        let full = NonNull::new(bpf_sk_fullsock(socket.as_ptr()));
         let is_charged = match full.and_then(|socket| maps::flow(socket)) {
             Some(flow) => flow.into_covered.passes(end, bytes, ON_THE_WAY_BYTES),
             // The request for a connection: its listener's hook sees it.
-            None => full.is_none() && is_tcp && (*socket).state == BPF_TCP_NEW_SYN_RECV,
+            None => full.is_none() && is_request,
         };
-        bpf_sk_release(socket.cast());
+        packet::release(socket);
         is_charged
     }
-}
-
-/// Addresses and ports, the length of what holds them, and whether it is TCP; `None` for what has no ports.
-#[inline(always)]
-fn addresses(packet: &SkBuffContext) -> Option<(bpf_sock_tuple, u32, bool)> {
-    const IPV4_BYTES: u32 = 12;
-    const IPV6_BYTES: u32 = 36;
-    // SAFETY: integers, which take any bytes.
-    let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
-    let (protocol, network_bytes, is_ipv4) = packet::transport(packet, ETHERNET_HEADER_BYTES)?;
-    let is_tcp = protocol == packet::IPPROTO_TCP;
-    if !is_tcp && protocol != packet::IPPROTO_UDP {
-        return None;
-    }
-    let ports: [u16; 2] = packet::load(packet, ETHERNET_HEADER_BYTES + network_bytes);
-    if is_ipv4 {
-        let [from, to]: [u32; 2] = packet::load(packet, ETHERNET_HEADER_BYTES + 12);
-        tuple.__bindgen_anon_1.ipv4.saddr = from;
-        tuple.__bindgen_anon_1.ipv4.daddr = to;
-        tuple.__bindgen_anon_1.ipv4.sport = ports[0];
-        tuple.__bindgen_anon_1.ipv4.dport = ports[1];
-        return Some((tuple, IPV4_BYTES, is_tcp));
-    }
-    let [from, to]: [[u32; 4]; 2] = packet::load(packet, ETHERNET_HEADER_BYTES + 8);
-    tuple.__bindgen_anon_1.ipv6.saddr = from;
-    tuple.__bindgen_anon_1.ipv6.daddr = to;
-    tuple.__bindgen_anon_1.ipv6.sport = ports[0];
-    tuple.__bindgen_anon_1.ipv6.dport = ports[1];
-    Some((tuple, IPV6_BYTES, is_tcp))
 }

@@ -3,11 +3,14 @@
 //! The stack hands over GSO packets: one header and up to 512 KiB of payload, to be cut into segments that each carry a header
 //! of their own. `wire_len` has the answer but may not be read in cgroup_skb, and `len` counts one header only.
 
-use core::{mem::MaybeUninit, ptr::NonNull};
+use core::{
+    mem::{self, MaybeUninit},
+    ptr::NonNull,
+};
 
 use aya_ebpf::{
-    bindings::bpf_sock,
-    helpers::{bpf_sk_fullsock, bpf_skb_load_bytes},
+    bindings::{BPF_TCP_NEW_SYN_RECV, bpf_sock, bpf_sock_tuple},
+    helpers::{bpf_sk_fullsock, bpf_sk_lookup_udp, bpf_sk_release, bpf_skb_load_bytes, bpf_skc_lookup_tcp},
     programs::SkBuffContext,
 };
 
@@ -134,6 +137,94 @@ pub fn transport(ctx: &SkBuffContext, link_bytes: u64) -> Option<(u8, u64, bool)
         return None;
     }
     Some(((headers.0 >> 32) as u8, headers.network_bytes(), is_ipv4))
+}
+
+/// Addresses and ports of a packet, as its receiver's socket is looked up by them.
+pub struct Peers {
+    tuple: bpf_sock_tuple,
+    is_ipv4: bool,
+    /// And of UDP otherwise.
+    are_of_tcp: bool,
+}
+
+impl Peers {
+    /// Has them be those of the sender.
+    #[inline(always)]
+    pub fn turn(&mut self) {
+        // SAFETY: integers, all of which were written.
+        unsafe {
+            if self.is_ipv4 {
+                let tuple = &mut self.tuple.__bindgen_anon_1.ipv4;
+                mem::swap(&mut tuple.saddr, &mut tuple.daddr);
+                mem::swap(&mut tuple.sport, &mut tuple.dport);
+            } else {
+                let tuple = &mut self.tuple.__bindgen_anon_1.ipv6;
+                mem::swap(&mut tuple.saddr, &mut tuple.daddr);
+                mem::swap(&mut tuple.sport, &mut tuple.dport);
+            }
+        }
+    }
+
+    /// The socket that gets what has these addresses, in a namespace by its number; and whether it is no more than the request for a connection.
+    ///
+    /// # Safety
+    /// It must be given to [`release`], once.
+    #[inline(always)]
+    pub unsafe fn socket(&mut self, ctx: &SkBuffContext, namespace: u64) -> Option<(NonNull<bpf_sock>, bool)> {
+        let (skb, tuple) = (ctx.skb.skb.cast(), &raw mut self.tuple);
+        // Not kept beside the tuple: the verifier forgets what it knows of a number there.
+        let bytes = if self.is_ipv4 { IPV4_TUPLE_BYTES } else { IPV6_TUPLE_BYTES };
+        // SAFETY: the tuple is on the stack, and as long as is said. The state may be read of what is found; not behind the branch, since the
+        // two are different types to the verifier ("same insn cannot be used with different pointers").
+        unsafe {
+            if self.are_of_tcp {
+                let socket = NonNull::new(bpf_skc_lookup_tcp(skb, tuple, bytes, namespace, 0))?;
+                Some((socket, (&raw const (*socket.as_ptr()).state).read_volatile() == BPF_TCP_NEW_SYN_RECV))
+            } else {
+                Some((NonNull::new(bpf_sk_lookup_udp(skb, tuple, bytes, namespace, 0))?, false))
+            }
+        }
+    }
+}
+
+const IPV4_TUPLE_BYTES: u32 = 12;
+const IPV6_TUPLE_BYTES: u32 = 36;
+
+/// Gives back what [`Peers::socket`] gave.
+///
+/// # Safety
+/// It is that, and is not used any more.
+#[inline(always)]
+pub unsafe fn release(socket: NonNull<bpf_sock>) {
+    // SAFETY: the caller's duty.
+    unsafe { bpf_sk_release(socket.as_ptr().cast()) };
+}
+
+/// Addresses and ports of a packet behind a link header of so many bytes; `None` for what has no ports, or shows none.
+#[inline(always)]
+pub fn peers(ctx: &SkBuffContext, link_bytes: u64) -> Option<Peers> {
+    // SAFETY: integers, which take any bytes.
+    let mut tuple: bpf_sock_tuple = unsafe { mem::zeroed() };
+    let (protocol, network_bytes, is_ipv4) = transport(ctx, link_bytes)?;
+    let are_of_tcp = protocol == IPPROTO_TCP;
+    if !are_of_tcp && protocol != IPPROTO_UDP {
+        return None;
+    }
+    let ports: [u16; 2] = load(ctx, link_bytes + network_bytes);
+    if is_ipv4 {
+        let [from, to]: [u32; 2] = load(ctx, link_bytes + 12);
+        tuple.__bindgen_anon_1.ipv4.saddr = from;
+        tuple.__bindgen_anon_1.ipv4.daddr = to;
+        tuple.__bindgen_anon_1.ipv4.sport = ports[0];
+        tuple.__bindgen_anon_1.ipv4.dport = ports[1];
+        return Some(Peers { tuple, is_ipv4, are_of_tcp });
+    }
+    let [from, to]: [[u32; 4]; 2] = load(ctx, link_bytes + 8);
+    tuple.__bindgen_anon_1.ipv6.saddr = from;
+    tuple.__bindgen_anon_1.ipv6.daddr = to;
+    tuple.__bindgen_anon_1.ipv6.sport = ports[0];
+    tuple.__bindgen_anon_1.ipv6.dport = ports[1];
+    Some(Peers { tuple, is_ipv4, are_of_tcp })
 }
 
 /// Whether a TCP packet is an acknowledgement and nothing else: no payload, and no SYN, FIN or RST.

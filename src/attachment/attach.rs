@@ -1,7 +1,11 @@
 //! Makes an attachment, in the place of one that may be there, or leaves everything as it was.
 
 use std::{
-    os::fd::{AsFd, BorrowedFd},
+    fs,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::MetadataExt,
+    },
     path::{Path, PathBuf},
 };
 
@@ -145,6 +149,7 @@ impl<'a> Attaching<'a> {
         self.interface = interface;
         let owner = owner?;
         self.is_committed = true;
+        self.warn_of_limits_above();
         self.leave_before(owner.interface.held_at);
         Ok(owner)
     }
@@ -171,6 +176,7 @@ impl<'a> Attaching<'a> {
             ifindex: self.index,
             slot: attached.slot(),
             list: set.list(self.plan.subnets)?,
+            namespace: interface.as_ref().map_or(0, |interface| interface.namespace),
             ..self.plan.owner.clone()
         };
         let node = if is_shared { None } else { Set::pinned(&pins.node()).ok() };
@@ -182,6 +188,7 @@ impl<'a> Attaching<'a> {
             limits: &settings.limits,
             ingress_by: settings.ingress_by,
             taken: self.taken_host_end(),
+            before: before.as_ref().and_then(|before| before.owner.interface.held_at),
         };
         let held = self.hold_other_paths(&wanted, interface);
         owner.interface.held_at = held.as_ref().map(Held::at);
@@ -209,14 +216,39 @@ impl<'a> Attaching<'a> {
         before.is_some_and(|before| before.owner.container_id == self.plan.owner.container_id)
     }
 
+    /// A limit of an operator's on a cgroup above, as `podshaper attach` pins it, holds as well.
+    fn warn_of_limits_above(&self) {
+        let (Directory::Pod(cgroup), Some(UnderLock { pins, .. })) = (self.plan.cgroup, &self.under_lock) else {
+            return;
+        };
+        let above = cgroup.path.ancestors().skip(1);
+        let limited = above.filter(|path| {
+            fs::metadata(path).is_ok_and(|directory| pins.has_pod(&pins::key_of_cgroup(directory.ino())))
+        });
+        for path in limited {
+            log::warn!(
+                "{} has a limit, too (podshaper attach): what the pod sends and gets has to pass both",
+                path.display()
+            );
+        }
+    }
+
     /// Where that cannot be done, the limit holds for the pod's own sockets: not worth a pod. The record says so.
     fn hold_other_paths<'w>(&self, wanted: &'w Wanted<'w>, interface: Option<&mut Interface>) -> Option<Held<'w>> {
         let interface = interface.filter(|_| self.plan.other_paths)?;
-        let held = Held::begin(wanted, interface);
-        held.unwrap_or_else(|error| {
-            log::warn!("what passes by other paths than the pod's sockets is not held: {error}");
-            None
-        })
+        const NOT_HELD: &str = "what passes by other paths than the pod's sockets is not held";
+        match Held::begin(wanted, interface) {
+            Ok(held) => {
+                if held.is_none() && !wanted.is_held_by_tbf_alone() {
+                    log::warn!("{NOT_HELD}: the pod's interface has no end on this host");
+                }
+                held
+            }
+            Err(error) => {
+                log::warn!("{NOT_HELD}: {error}");
+                None
+            }
+        }
     }
 
     /// The host's end of the interface, where it holds the other paths of another attachment.

@@ -42,6 +42,15 @@ pub struct Wanted<'a> {
     pub ingress_by: Option<IngressBy>,
     /// The host's end, where it holds other paths of another attachment of the interface.
     pub taken: Option<u32>,
+    /// Where those of the attachment were held in whose place this one comes.
+    pub before: Option<HeldAt>,
+}
+
+impl Wanted<'_> {
+    /// Whether tbf holds all that is limited.
+    pub fn is_held_by_tbf_alone(&self) -> bool {
+        hooks(self.limits, self.ingress_by).is_empty()
+    }
 }
 
 /// What is held from here on. Dropped before [`Held::keep`], everything is as it was before.
@@ -74,7 +83,8 @@ impl<'a> Held<'a> {
         })?;
         let filter = if wanted.node.is_none() { OF_NODE } else { wanted.slot as u16 | OWN };
         let before = wanted.set.host_ends.get(&ifindex, Read::Plain).map_err(writing)?;
-        let at = HeldAt { ifindex, filter, class: 0 };
+        let clsact = wanted.before.is_some_and(|before| before.ifindex == ifindex && before.clsact);
+        let at = HeldAt { ifindex, filter, class: 0, clsact };
         let mut held = Self { wanted, at, before, put: Vec::new(), is_kept: false };
         // The room's programs need no maps: those of any set will do.
         let room = WaitingRoom::open(|name| wanted.set.program(name))?;
@@ -88,7 +98,7 @@ impl<'a> Held<'a> {
             is_shared: 0,
         }))?;
         for (hook, name) in hooks {
-            host_end::put_filter(ifindex, hook, filter, name, wanted.set.program(name)?.as_fd())?;
+            held.at.clsact |= host_end::put_filter(ifindex, hook, filter, name, wanted.set.program(name)?.as_fd())?;
             held.put.push(hook);
         }
         Ok(Some(held))
@@ -174,9 +184,9 @@ pub fn renew(record: &Record, limits: &Limits, program: impl Fn(&str) -> Result<
         return Ok(());
     };
     WaitingRoom::open(&program)?.equip(&program)?;
-    hooks(limits, record.ingress_by)
-        .into_iter()
-        .try_for_each(|(hook, name)| host_end::put_filter(at.ifindex, hook, at.filter, name, program(name)?.as_fd()))
+    hooks(limits, record.ingress_by).into_iter().try_for_each(|(hook, name)| {
+        host_end::put_filter(at.ifindex, hook, at.filter, name, program(name)?.as_fd()).map(drop)
+    })
 }
 
 /// Clears what killed calls have left of the node's list of host's ends, and in the waiting room; `owners`: whose attachments are there.
@@ -241,6 +251,9 @@ fn is_there(record: &Record, ifindex: u32) -> bool {
 fn take_filters(at: HeldAt, hooks: &[Hook]) {
     for hook in hooks {
         interface::warn(LEFT, host_end::take_filter(at.ifindex, *hook, at.filter));
+    }
+    if at.clsact {
+        interface::warn(LEFT, host_end::take_clsact_if_unused(at.ifindex));
     }
 }
 

@@ -25,7 +25,7 @@ use crate::{
     direction::Direction,
     error::{Code, Error, Result},
     interface::Record,
-    pins::Place,
+    pins::{self, Place},
     pod::Owner,
     request::{Limit, Limits, Source, Subnets},
     units::{Burst, Rate},
@@ -115,10 +115,9 @@ impl Target {
         let path = cgroup_directory(cgroup)?;
         let failed = |cause| Error::because(Code::Cgroup, format!("open the cgroup {}", path.display()), cause);
         let directory = File::open(&path).map_err(failed)?;
-        // An id is not given to another cgroup before the next boot, and a path may be longer than the name of a directory.
         let id = directory.metadata().map_err(failed)?.ino();
         let interface = interface.unwrap_or(EVERY_INTERFACE).to_owned();
-        let place = Place { pod: format!("cgroup-{id}"), interface: interface.clone() };
+        let place = Place { pod: pins::key_of_cgroup(id), interface: interface.clone() };
         let ifindex = match (netns, interface.as_str()) {
             (_, EVERY_INTERFACE) => 0,
             // It is found when the namespace is entered.

@@ -4,6 +4,9 @@
 pub mod conflists;
 
 use std::{
+    collections::BTreeSet,
+    fs::File,
+    os::fd::AsFd,
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -12,7 +15,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::{
-    attachments,
+    attachments::{self, Attachment},
     directories::Directories,
     install,
     output::Output,
@@ -22,7 +25,7 @@ use super::{
 use crate::{
     error::Result,
     pins::{self, BPFFS},
-    probe,
+    probe, shaper,
 };
 
 #[derive(Args)]
@@ -163,6 +166,34 @@ fn pinned() -> Result<Vec<Finding>> {
          them; podshaper show says which, and podshaper detach takes them off",
     );
     warn(old, "of another podshaper's layout: they limit, and a new sandbox of the pod replaces them");
+    warn(
+        below_others(&live),
+        "below a limit of podshaper attach, or of another pod's cgroup: what they send and get has to pass both",
+    );
     warn(unfinished, "unfinished, left by calls that were killed (or at work just now): podshaper gc removes them");
+    findings.extend(displaced(&live));
     Ok(findings)
+}
+
+/// How many have a cgroup that is below that of another one, whose programs run for their sockets, too.
+fn below_others(live: &[&Attachment]) -> usize {
+    let cgroups: BTreeSet<&Path> = live.iter().map(|attachment| Path::new(&attachment.owner.cgroup)).collect();
+    let is_below = |cgroup: &Path| cgroup.ancestors().skip(1).any(|above| cgroups.contains(above));
+    live.iter().filter(|attachment| is_below(Path::new(&attachment.owner.cgroup))).count()
+}
+
+/// Programs of others that do not run any more for what is below them, since podshaper has attached its own there.
+fn displaced(live: &[&Attachment]) -> Vec<Finding> {
+    let above = live.iter().flat_map(|attachment| Path::new(&attachment.owner.cgroup).ancestors().skip(1));
+    let above: BTreeSet<&Path> = above.collect();
+    let found = above.into_iter().filter_map(|path| {
+        let hooks = shaper::displaced(File::open(path).ok()?.as_fd());
+        let text = format!(
+            "the programs of others on {} ({hooks:?}) do not run for the limited pods below: they were attached so that another one displaces \
+             them (allow_override). Their owner can attach them with allow_multi",
+            path.display()
+        );
+        (!hooks.is_empty()).then(|| Finding::new("attachments", State::Warn, text))
+    });
+    found.collect()
 }

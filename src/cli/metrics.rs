@@ -10,7 +10,7 @@ use clap::Args;
 use podshaper_abi::{BACKLOG_BUCKETS, Counters, backlog_bucket_end_ns};
 
 use super::{
-    attachments::{self, Attachment, Measured},
+    attachments::{self, Attachment, Measured, OtherPaths},
     directories::Directories,
     doctor::conflists,
     install, output,
@@ -58,7 +58,7 @@ impl Arguments {
 /// One metric: its name without "podshaper_", what it is, and its value of a direction.
 type Metric = (&'static str, &'static str, &'static str, fn(&Measured) -> f64);
 
-const METRICS: [Metric; 9] = [
+const METRICS: [Metric; 10] = [
     ("limit_bytes_per_second", "gauge", "Rate of the limit, in bytes at layer 3.", |direction| {
         direction.rate.as_bits_per_s() as f64 / 8.0
     }),
@@ -71,6 +71,12 @@ const METRICS: [Metric; 9] = [
     ("marked_packets_total", "counter", "Packets that passed with a congestion mark.", |direction| {
         direction.counters.marks as f64
     }),
+    (
+        "other_paths_held",
+        "gauge",
+        "0 where what passes by other paths than the pod's sockets is not held.",
+        |direction| f64::from(u8::from(!matches!(direction.others, OtherPaths::Free))),
+    ),
     ("other_paths_bytes_total", "counter", "Bytes that passed and no socket of the pod sent or got.", |direction| {
         direction.others.counted().map_or(0.0, |others| others.bytes as f64)
     }),

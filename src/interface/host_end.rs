@@ -217,15 +217,16 @@ fn take_classes(ifindex: u32, class: u16) {
     }
 }
 
-/// Puts a program on an interface, before the filters of others and in the place of an earlier one of this number.
+/// Puts a program on an interface, before the filters of others and in the place of an earlier one of this number. Whether the place for
+/// filters had to be made for it.
 ///
 /// # Errors
 /// [`Code::Kernel`] with what the kernel says.
-pub fn put_filter(ifindex: u32, hook: Hook, number: u16, name: &str, program: BorrowedFd<'_>) -> Result<()> {
+pub fn put_filter(ifindex: u32, hook: Hook, number: u16, name: &str, program: BorrowedFd<'_>) -> Result<bool> {
     let failed = |cause: io::Error| {
         Error::because(Code::Kernel, format!("put the eBPF program {name} on the interface {ifindex}"), cause)
     };
-    put_clsact(ifindex).map_err(failed)?;
+    let is_made = put_clsact(ifindex).map_err(failed)?;
     let mut message = filter(ifindex, hook, number);
     let options = vec![
         option(TCA_BPF_FD, &program.as_raw_fd().to_ne_bytes()),
@@ -233,10 +234,11 @@ pub fn put_filter(ifindex: u32, hook: Hook, number: u16, name: &str, program: Bo
         option(TCA_BPF_FLAGS, &TCA_BPF_FLAG_ACT_DIRECT.to_ne_bytes()),
     ];
     message.attributes = vec![TcAttribute::Kind("bpf".to_owned()), TcAttribute::Options(options)];
-    netlink::change(RouteNetlinkMessage::NewTrafficFilter(message), NLM_F_CREATE | NLM_F_REPLACE).map_err(failed)
+    netlink::change(RouteNetlinkMessage::NewTrafficFilter(message), NLM_F_CREATE | NLM_F_REPLACE).map_err(failed)?;
+    Ok(is_made)
 }
 
-/// Takes the program of this number off an interface. What others have put there stays, and with it the place for it.
+/// Takes the program of this number off an interface. What others have put there stays.
 ///
 /// # Errors
 /// [`Code::Kernel`] with what the kernel says.
@@ -249,19 +251,41 @@ pub fn take_filter(ifindex: u32, hook: Hook, number: u16) -> Result<()> {
     }
 }
 
+/// `tc qdisc del dev IFINDEX clsact`, if nobody has a filter there.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn take_clsact_if_unused(ifindex: u32) -> Result<()> {
+    for hook in [Hook::Ingress, Hook::Egress] {
+        let is_filter = |answer: &RouteNetlinkMessage| matches!(answer, RouteNetlinkMessage::NewTrafficFilter(_));
+        if filters(ifindex, hook)?.iter().any(is_filter) {
+            return Ok(());
+        }
+    }
+    match netlink::change(RouteNetlinkMessage::DelQueueDiscipline(clsact(ifindex)), 0) {
+        Err(cause) if !matches!(cause.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::EINVAL)) => {
+            Err(Error::because(Code::Kernel, format!("take podshaper's clsact off the interface {ifindex}"), cause))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Whether the program of this number is on an interface.
 ///
 /// # Errors
 /// [`Code::Kernel`] with what the kernel says.
 pub fn has_filter(ifindex: u32, hook: Hook, number: u16) -> Result<bool> {
-    let mut message = TcMessage::with_index(ifindex as i32);
-    message.header.parent = hook.parent();
-    let all = netlink::dump(RouteNetlinkMessage::GetTrafficFilter(message));
-    let all = all.map_err(|cause| Error::because(Code::Kernel, "list the filters at the host's end", cause))?;
-    Ok(all.iter().any(|answer| match answer {
+    Ok(filters(ifindex, hook)?.iter().any(|answer| match answer {
         RouteNetlinkMessage::NewTrafficFilter(filter) => filter.header.handle == handle(number),
         _ => false,
     }))
+}
+
+fn filters(ifindex: u32, hook: Hook) -> Result<Vec<RouteNetlinkMessage>> {
+    let mut message = TcMessage::with_index(ifindex as i32);
+    message.header.parent = hook.parent();
+    let all = netlink::dump(RouteNetlinkMessage::GetTrafficFilter(message));
+    all.map_err(|cause| Error::because(Code::Kernel, "list the filters at the host's end", cause))
 }
 
 fn filter(ifindex: u32, hook: Hook, number: u16) -> TcMessage {
@@ -273,16 +297,20 @@ fn filter(ifindex: u32, hook: Hook, number: u16) -> TcMessage {
     message
 }
 
-/// `tc qdisc add dev IFINDEX clsact`. It queues nothing, and is left where others have one, be it `ingress`.
-fn put_clsact(ifindex: u32) -> io::Result<()> {
+/// `tc qdisc add dev IFINDEX clsact`, unless there is one, or `ingress`. It queues nothing. Whether there was none.
+fn put_clsact(ifindex: u32) -> io::Result<bool> {
+    match netlink::change(RouteNetlinkMessage::NewQueueDiscipline(clsact(ifindex)), NLM_F_CREATE | NLM_F_EXCL) {
+        Err(cause) if cause.raw_os_error() == Some(libc::EEXIST) => Ok(false),
+        put => put.map(|()| true),
+    }
+}
+
+fn clsact(ifindex: u32) -> TcMessage {
     let mut message = TcMessage::with_index(ifindex as i32);
     message.header.parent = TcHandle::CLSACT;
     message.header.handle = TcHandle { major: TcHandle::CLSACT.major, minor: 0 };
     message.attributes = vec![TcAttribute::Kind("clsact".to_owned())];
-    match netlink::change(RouteNetlinkMessage::NewQueueDiscipline(message), NLM_F_CREATE | NLM_F_EXCL) {
-        Err(cause) if cause.raw_os_error() == Some(libc::EEXIST) => Ok(()),
-        put => put,
-    }
+    message
 }
 
 /// `ip link add podshaper-wait mtu 65535 type veth peer name podshaper-back ..`

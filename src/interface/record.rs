@@ -51,6 +51,9 @@ pub struct HeldAt {
     /// The class of htb in which it waits, before that of what goes into the pod; 0 where that is fq.
     #[serde(skip_serializing_if = "is_zero")]
     pub class: u16,
+    /// Whether podshaper has made the place for filters there (clsact). It goes with the last filter.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub clsact: bool,
 }
 
 /// Of a field that is left out of a record while it is zero.

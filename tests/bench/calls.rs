@@ -98,17 +98,20 @@ pub fn calls(table: &mut Table) -> Result<Title> {
         let caller = |name, plugin: &Value| Caller::new(&host, name, plugin.clone(), bandwidth.clone());
         let mut first = caller("podshaper, the node's only pod", &podshaper)?;
         let mut beside = caller("podshaper", &podshaper)?;
+        podshaper["otherPaths"] = json!(false);
+        let mut own = caller("podshaper, otherPaths false", &podshaper)?;
         let mut plugin = caller("bandwidth plugin", &bandwidth_plugin())?;
         for _ in 0..CALLS {
             first.call(table, 0)?;
             for call in [0, 1] {
                 beside.call(table, call)?;
+                own.call(table, call)?;
                 plugin.call(table, call)?;
             }
             plugin.clear();
             first.call(table, 1)?;
         }
-        table.rows.extend([beside, first, plugin].map(|caller| caller.row(limits)));
+        table.rows.extend([beside, own, first, plugin].map(|caller| caller.row(limits)));
     }
     let header = &["limits", "plugin", "ADD p50", "p95", "DEL p50", "p95", "peak memory"];
     Ok((format!("Calls: median and 95th percentile of {CALLS}, whole processes, in turn"), header))

@@ -44,7 +44,7 @@ impl Ticks {
 }
 
 /// CPUs at work between the first second and the last of what `measure` takes.
-fn while_measuring(seconds: f64, measure: impl FnOnce() -> Result<Timeline> + Send) -> Result<(f64, Timeline)> {
+pub fn while_measuring<T: Send>(seconds: f64, measure: impl FnOnce() -> Result<T> + Send) -> Result<(f64, T)> {
     let cpus = thread::available_parallelism().context("count the CPUs")?.get() as f64;
     thread::scope(|scope| {
         let measuring = scope.spawn(measure);
@@ -52,9 +52,9 @@ fn while_measuring(seconds: f64, measure: impl FnOnce() -> Result<Timeline> + Se
         let before = Ticks::now()?;
         thread::sleep(Duration::from_secs_f64(seconds).saturating_sub(2 * LEFT_OUT));
         let after = Ticks::now()?;
-        let timeline = measuring.join().unwrap_or_else(|panic| resume_unwind(panic))?;
+        let measured = measuring.join().unwrap_or_else(|panic| resume_unwind(panic))?;
         let share = (after.busy - before.busy) as f64 / (after.all - before.all).max(1) as f64;
-        Ok((share * cpus, timeline))
+        Ok((share * cpus, measured))
     })
 }
 

@@ -11,6 +11,8 @@ mod calls;
 /// What limiting costs the machine.
 mod cpu;
 mod many;
+/// Traffic of no socket of the pod's cgroup.
+mod paths;
 /// Traffic that is not a few long flows of TCP.
 mod short;
 
@@ -24,6 +26,7 @@ use clap::{Parser, ValueEnum};
 use harness::host::Host;
 use harness::limiter::{Limiter, Limits, Programs};
 use harness::measure::{self, Bulk, BulkResult, Latency, Udp, UdpResult, Way};
+use harness::paths::Path;
 use harness::pod::Pod;
 use harness::{Context, Failure, Result, check_stop, note, stop_on_signals, stopped, table};
 
@@ -60,6 +63,9 @@ struct Options {
     /// Bytes of what they get (with --ingress: post)
     #[arg(long, value_delimiter = ',', default_value = "300,3000,10000,30000,100000")]
     sizes: Vec<usize>,
+    /// Which ways, for --parts paths
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Path::value_variants().to_vec())]
+    paths: Vec<Path>,
     /// Limit what the pod receives, and send to it
     #[arg(long)]
     ingress: bool,
@@ -105,6 +111,10 @@ enum Part {
     Cpu,
     /// nginx, redis and their usual clients
     Apps,
+    /// What passes a pod's interface by other paths than the sockets of its cgroup
+    Paths,
+    /// What those sockets notice of that being held
+    Own,
 }
 
 fn main() -> ExitCode {
@@ -155,6 +165,8 @@ fn run(options: &Options) -> Result<bool> {
             Part::Chatter => short::chatter(options, &mut table)?,
             Part::Cpu => cpu::cpu(options, &mut table)?,
             Part::Apps => apps::apps(options, &mut table)?,
+            Part::Paths => paths::paths(options, &mut table)?,
+            Part::Own => paths::own(options, &mut table)?,
         };
         complete &= table.complete;
         let text = format!("### {title}\n\n{}\n", table::markdown(header, &table.rows));
@@ -177,17 +189,11 @@ impl Table {
         labels: &[String],
         limiter: Limiter,
         limits: Limits,
-        measure: impl FnOnce(&Pod) -> Result<Vec<String>>,
+        measure: impl FnOnce(&mut Pod) -> Result<Vec<String>>,
     ) -> Result<()> {
         check_stop()?;
         note(format_args!("{}, {} ..", labels.join(", "), limiter.title()));
-        let measured = Host::new().and_then(|host| {
-            let mut pod = Pod::new(&host, "bench")?;
-            limiter.add(&mut pod, limits, &self.programs)?;
-            options.lengthen(&pod)?;
-            options.negotiate_ecn(&pod)?;
-            measure(&pod)
-        });
+        let measured = self.measure(options, limiter, limits, measure);
         // A stop shows up as a failure of whatever was running.
         check_stop()?;
         let cells = measured.unwrap_or_else(|error| {
@@ -197,6 +203,22 @@ impl Table {
         });
         self.rows.push([labels, &[limiter.title().to_owned()], &cells].concat());
         Ok(())
+    }
+
+    /// What `measure` finds on a fresh pod.
+    fn measure<T>(
+        &self,
+        options: &Options,
+        limiter: Limiter,
+        limits: Limits,
+        measure: impl FnOnce(&mut Pod) -> Result<T>,
+    ) -> Result<T> {
+        let host = Host::new()?;
+        let mut pod = Pod::new(&host, "bench")?;
+        limiter.add(&mut pod, limits, &self.programs)?;
+        options.lengthen(&pod)?;
+        options.negotiate_ecn(&pod)?;
+        measure(&mut pod)
     }
 }
 

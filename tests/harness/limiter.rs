@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use serde::Serialize;
+use serde_json::json;
 
 use super::cni::Chain;
 use super::host::{bandwidth_plugin, podshaper_plugin};
@@ -19,6 +20,8 @@ const BANDWIDTH_BURST_BITS: u64 = 1_000_000;
 pub enum Limiter {
     Bare,
     Podshaper,
+    /// podshaper that leaves other paths than the pod's sockets alone.
+    OwnSockets,
     Bandwidth,
     /// None: each bulk flow's own SO_MAX_PACING_RATE is its share of the limit. What replies wait for then is the machine.
     Senders,
@@ -40,6 +43,7 @@ impl Limiter {
         match self {
             Self::Bare => "no limit",
             Self::Podshaper => "podshaper",
+            Self::OwnSockets => "podshaper, otherPaths false",
             Self::Bandwidth => "bandwidth plugin, burst 1 Mbit",
             Self::Senders => "none, senders pace themselves",
         }
@@ -49,7 +53,7 @@ impl Limiter {
     pub fn plugin(self) -> Option<&'static str> {
         match self {
             Self::Bare | Self::Senders => None,
-            Self::Podshaper => Some("podshaper"),
+            Self::Podshaper | Self::OwnSockets => Some("podshaper"),
             Self::Bandwidth => Some("bandwidth"),
         }
     }
@@ -62,6 +66,11 @@ impl Limiter {
         let chain: Chain = match self {
             Self::Bare | Self::Senders => bridge,
             Self::Podshaper => bridge.then(podshaper_plugin()).with_dir(programs.directory()?),
+            Self::OwnSockets => {
+                let mut plugin = podshaper_plugin();
+                plugin["otherPaths"] = json!(false);
+                bridge.then(plugin).with_dir(programs.directory()?)
+            }
             Self::Bandwidth => bridge.then(bandwidth_plugin()),
         };
         pod.add(&chain).map(drop)

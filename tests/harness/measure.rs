@@ -1,9 +1,11 @@
 //! Sends traffic between a pod and its node and says what arrived, and how long small replies took meanwhile.
 
+use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -107,6 +109,8 @@ pub struct Udp {
     pub ecn: bool,
     /// Packets that the kernel gets in one piece and cuts.
     pub at_once: u16,
+    /// Payload of a packet, in bytes. More than fits into one is cut into fragments.
+    pub size: usize,
     /// Every packet from a socket of its own.
     pub fresh_sockets: bool,
     /// The sender's socket has room for 40 ms of its rate. The usual 208 KiB are 11 ms at 100 Mbit/s, which a kernel whose timers are late
@@ -124,6 +128,7 @@ impl Default for Udp {
             to: None,
             ecn: false,
             at_once: 1,
+            size: 1400,
             fresh_sockets: false,
             large_buffer: false,
         }
@@ -259,13 +264,13 @@ pub fn load(pod: &Pod, way: Way, flows: usize) -> Result<[Running; 2]> {
 
 /// UDP at a steady rate.
 pub fn udp(pod: &Pod, options: &Udp) -> Result<UdpResult> {
-    let Udp { way, rate, seconds, ipv6, to, ecn, at_once, fresh_sockets, large_buffer } = *options;
+    let Udp { way, rate, seconds, ipv6, to, ecn, at_once, size, fresh_sockets, large_buffer } = *options;
     let ends = Ends::new(pod, way, ipv6, to)?;
     let (sink, address) = Running::start_server(ends.receiver("udp-sink")?.args(["--seconds", &seconds.to_string()]))?;
     let mut send = ends.sender("udp-send")?;
     let sending = seconds + 0.2;
     send.args(["--to", &address.to_string(), "--rate", &rate.to_string(), "--seconds", &sending.to_string()]);
-    send.args(["--at-once", &at_once.to_string()]).args(ecn.then_some("--ecn"));
+    send.args(["--at-once", &at_once.to_string(), "--size", &size.to_string()]).args(ecn.then_some("--ecn"));
     send.args(fresh_sockets.then_some("--fresh-sockets"));
     if large_buffer {
         // The kernel counts what a packet takes in memory, and doubles what it is asked for.
@@ -278,20 +283,78 @@ pub fn udp(pod: &Pod, options: &Udp) -> Result<UdpResult> {
     Ok(UdpResult { timeline, sent: number(&sent, "packets")?, errors: parse(errors)? })
 }
 
-/// UDP in frames of an AF_PACKET socket of the pod, which goes to the node by `next_hop`.
-pub fn frames(pod: &Pod, next_hop: &str, bypass: bool, seconds: f64) -> Result<Timeline> {
+/// By which socket frames are sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FramesBy {
+    /// AF_PACKET.
+    Packet,
+    /// The same with PACKET_QDISC_BYPASS.
+    PacketPastTheQueue,
+    /// AF_XDP in generic mode.
+    Xdp,
+}
+
+/// UDP in frames that the pod makes itself, to the node's bridge, as fast as their socket takes them.
+pub fn frames(pod: &Pod, by: FramesBy, seconds: f64) -> Result<Timeline> {
     let ends = Ends::new(pod, Way::Out, false, None)?;
     let (sink, address) = Running::start_server(ends.receiver("udp-sink")?.args(["--seconds", &seconds.to_string()]))?;
     let from = pod.addresses().first().map(ToString::to_string).unwrap_or_default();
+    let bridge = pod.host.netns.run("ip", &["-o", "link", "show", "cni0"])?;
+    let next_hop = bridge.split_whitespace().skip_while(|word| *word != "link/ether").nth(1).unwrap_or_default();
     let link = pod.netns.run("ip", &["-o", "link", "show", "eth0"])?;
     let ifindex = link.split(':').next().unwrap_or_default();
     let mut send = ends.sender("frames")?;
     send.args(["--to", &address.to_string(), "--from", &from, "--ifindex", ifindex, "--next-hop", next_hop]);
-    send.args(["--seconds", &(seconds + 0.2).to_string()]).args(bypass.then_some("--bypass"));
+    send.args(["--seconds", &(seconds + 0.2).to_string()]);
+    send.args(match by {
+        FramesBy::Packet => None,
+        FramesBy::PacketPastTheQueue => Some("--bypass"),
+        FramesBy::Xdp => Some("--xdp"),
+    });
     let send = Running::start(&mut send)?;
     let timeline = parse(sink.json(limit(seconds))?)?;
     send.json(limit(seconds))?;
     Ok(timeline)
+}
+
+/// Large pings from the node, as many at once as fit into a backlog; what came back. Their answers are the pod's kernel's own.
+pub fn answers(pod: &Pod, seconds: f64) -> Result<Timeline> {
+    let to = pod.addresses().first().map(ToString::to_string).unwrap_or_default();
+    let mut ping = pod.host.command("ping");
+    ping.args(["-q", "-f", "-s", "1400", "-l", "60", "-w", &(seconds.ceil() as u64 + 1).to_string(), &to]);
+    let pinging = Running::start(&mut ping)?;
+    let timeline = pod.host.netns.inside(|| sample_received(seconds))??;
+    drop(pinging);
+    Ok(timeline)
+}
+
+/// What the calling thread's namespace receives, at layer 3.
+fn sample_received(seconds: f64) -> Result<Timeline> {
+    const PAUSE: Duration = Duration::from_millis(50);
+    const NETSTAT: &str = "/proc/thread-self/net/netstat";
+    let now = || -> Result<u64> {
+        let text = fs::read_to_string(NETSTAT).context(format_args!("read {NETSTAT}"))?;
+        let mut lines = text.lines().filter_map(|line| line.strip_prefix("IpExt: "));
+        let (names, values) = (lines.next().unwrap_or_default(), lines.next().unwrap_or_default());
+        let mut both = names.split(' ').zip(values.split(' '));
+        let octets = both.find(|(name, _)| *name == "InOctets").and_then(|(_, value)| value.parse().ok());
+        octets.ok_or_else(|| Failure::new(format_args!("no InOctets in {NETSTAT}")))
+    };
+    let (start, before) = (Instant::now(), now()?);
+    let (mut sample_us, mut bytes) = (vec![0], vec![0]);
+    while start.elapsed().as_secs_f64() < seconds {
+        thread::sleep(PAUSE);
+        sample_us.push(start.elapsed().as_micros() as u64);
+        bytes.push(now()? - before);
+    }
+    Ok(Timeline {
+        sample_us,
+        payload_bytes: bytes.clone(),
+        wire_bytes: bytes,
+        flows: vec![],
+        buffer_errors: 0,
+        marked: 0,
+    })
 }
 
 /// One flow from the pod which the node opened; SO_MAX_PACING_RATE, in bytes per second, was set on the listening socket.

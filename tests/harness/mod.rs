@@ -16,6 +16,7 @@ pub mod limiter;
 pub mod measure;
 pub mod meter;
 pub mod netns;
+pub mod paths;
 pub mod pod;
 pub mod process;
 pub mod table;

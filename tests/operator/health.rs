@@ -1,10 +1,13 @@
 use std::fs;
+use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{alone, call, limited_both_ways, listed, says};
-use crate::sandbox::within;
+use crate::harness::cgroup::{self, PodCgroup};
+use crate::harness::{pod, unique};
+use crate::sandbox::{Sandbox, bpftool, netns_with, within};
 
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
@@ -70,6 +73,36 @@ fn doctor_finds_this_node_fit_and_a_bad_conflist_not() {
     assert_eq!(doctor(), (1, vec!["\"plugin\"".to_owned()]));
     fs::write(conf.join("05-broken.conflist"), "{\"plugins\": [").unwrap();
     assert_eq!(doctor(), (1, vec!["\"conflist\"".to_owned(), "\"plugin\"".to_owned()]));
+}
+
+/// Programs of others above that do not run any more, and an operator's limit above.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn what_else_is_on_the_cgroups_above_a_pod_is_said() {
+    alone(|| {
+        let outer = PodCgroup::new(cgroup::mount().unwrap().join(unique("outer"))).unwrap();
+        let inner = PodCgroup::new(outer.path().join("inner")).unwrap();
+        says(&["attach", "--cgroup", inner.path().to_str().unwrap(), "--egress", "1G"]);
+        let uid = pod::uuid().unwrap();
+        let path = inner.path().strip_prefix(cgroup::mount().unwrap()).unwrap().join(format!("pod{uid}"));
+        let path = format!("/{}", path.display());
+        let mut pod = Sandbox::at(&path, uid, Arc::new(netns_with(&["eth0"])));
+        pod.stdin["runtimeConfig"]["cgroupPath"] = json!(path);
+        let add = pod.call("ADD");
+        assert!(add.stderr.contains("inner has a limit, too (podshaper attach)"), "{}", add.stderr);
+        let (_, doctor, _) = call(&["doctor"]);
+        assert!(
+            doctor.contains("1 below a limit of podshaper attach") && !doctor.contains("allow_override"),
+            "{doctor}"
+        );
+        let program = pod.pod_directory().parent().unwrap().join("%node/count_egress");
+        let [above, program] = [outer.path(), &program].map(|path| path.to_str().unwrap());
+        bpftool(&["cgroup", "attach", above, "egress", "pinned", program, "override"]).unwrap();
+        let (_, doctor, _) = call(&["doctor"]);
+        assert!(doctor.contains("allow_override") && doctor.contains("[InetEgress]"), "{doctor}");
+        pod.call("DEL");
+        says(&["detach", "--cgroup", inner.path().to_str().unwrap()]);
+    });
 }
 
 #[test]

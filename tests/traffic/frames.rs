@@ -11,7 +11,7 @@ use nix::sys::socket::{
 };
 use serde::Serialize;
 
-use super::{context, seconds};
+use super::{context, seconds, xdp};
 
 const HEADERS: usize = 20 + 8;
 const IPPROTO_UDP: u8 = 17;
@@ -40,8 +40,11 @@ pub struct Frames {
     #[arg(long, value_parser = seconds)]
     seconds: Duration,
     /// Send past the interface's queue: PACKET_QDISC_BYPASS
-    #[arg(long)]
+    #[arg(long, conflicts_with = "xdp")]
     bypass: bool,
+    /// Send by AF_XDP
+    #[arg(long)]
+    xdp: bool,
 }
 
 #[derive(Serialize)]
@@ -51,6 +54,9 @@ pub struct Report {
 }
 
 pub fn send(options: &Frames) -> io::Result<Report> {
+    if options.xdp {
+        return send_by_xdp(options);
+    }
     let flags = SockFlag::empty();
     let socket =
         socket(AddressFamily::Packet, SockType::Datagram, flags, None::<SockProtocol>).map_err(io::Error::from)?;
@@ -70,9 +76,26 @@ pub fn send(options: &Frames) -> io::Result<Report> {
     Ok(report)
 }
 
-fn address(options: &Frames) -> io::Result<LinkAddr> {
+fn send_by_xdp(options: &Frames) -> io::Result<Report> {
+    /// Nobody's: of a frame the receiver looks at its own address.
+    const FROM: [u8; 6] = [2, 0, 0, 0, 0, 1];
+    let frame = [&next_hop(options)?[..], &FROM, &ETH_P_IP.to_be_bytes(), &packet(options, 1400)].concat();
+    let mut sender = xdp::Sender::new(options.ifindex, &frame)?;
+    let mut report = Report { packets: 0, refused: 0 };
+    let start = Instant::now();
+    while start.elapsed() < options.seconds {
+        report.packets += sender.send();
+    }
+    Ok(report)
+}
+
+fn next_hop(options: &Frames) -> io::Result<[u8; 6]> {
     let bytes: Vec<u8> = options.next_hop.split(':').map_while(|byte| u8::from_str_radix(byte, 16).ok()).collect();
-    let mac: [u8; 6] = bytes.try_into().map_err(|_| io::Error::other("a hardware address has six bytes"))?;
+    bytes.try_into().map_err(|_| io::Error::other("a hardware address has six bytes"))
+}
+
+fn address(options: &Frames) -> io::Result<LinkAddr> {
+    let mac = next_hop(options)?;
     let raw = libc::sockaddr_ll {
         sll_family: libc::AF_PACKET as u16,
         sll_protocol: ETH_P_IP.to_be(),

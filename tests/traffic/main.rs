@@ -17,6 +17,7 @@ mod times;
 mod udp;
 mod web;
 mod wire;
+mod xdp;
 
 use std::io::{self, Write};
 use std::net::SocketAddr;
@@ -38,7 +39,7 @@ enum Command {
     Serve(send::Serve),
     /// Connect to `traffic serve` and count what arrives as `traffic sink` does
     Fetch(sink::Fetch),
-    /// Receive UDP and count what arrives in every 100 ms from the first packet on
+    /// Receive UDP and count what arrives in every 100 ms from the first packet on; at an address of multicast, join it
     UdpSink(Receive),
     /// Send UDP at a steady rate and count what the socket refused
     UdpSend(udp::Send),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, IoSlice, IoSliceMut};
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -143,6 +143,12 @@ fn send_each(socket: &UdpSocket, packet: &[u8], to: SocketAddr, times: usize) ->
 
 pub fn sink(options: &Receive) -> io::Result<SinkReport> {
     let socket = UdpSocket::bind(options.listen).map_err(context(format_args!("listen on {}", options.listen)))?;
+    if let IpAddr::V4(group) = options.listen.ip()
+        && group.is_multicast()
+    {
+        // By the interface to which the route to the group leads.
+        socket.join_multicast_v4(&group, &Ipv4Addr::UNSPECIFIED).map_err(context(format_args!("join {group}")))?;
+    }
     // Past net.core.rmem_max with CAP_NET_ADMIN only; without it a large burst may show up in buffer_errors.
     let _ = setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER_BYTES);
     let headers = if options.listen.is_ipv4() { HEADERS_V4 } else { HEADERS_V6 };

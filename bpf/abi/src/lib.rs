@@ -68,6 +68,9 @@ pub struct Scope {
     pub slot: u32,
     /// Number of the list of subnets, which has a subnet around every address. 0: no list, and every address is shaped.
     pub list: u64,
+    /// The namespace of the interface, by the number that it has for itself, and no other namespace of the node for any. 0: it has none, and
+    /// the interface's number says all that is known.
+    pub namespace: u64,
 }
 
 /// What a cgroup keeps: the attachments that are on it.
@@ -266,7 +269,7 @@ const _: () = assert!(size_of::<Clock>() == 16);
 const _: () = assert!(size_of::<Counters>() == 40 + 8 * BACKLOG_BUCKETS);
 const _: () = assert!(size_of::<Meter>() == 8 + size_of::<Clock>() + 16 + size_of::<Counters>());
 const _: () = assert!(size_of::<Meters>() == 8 + 2 * size_of::<Meter>());
-const _: () = assert!(size_of::<Scope>() == 16);
+const _: () = assert!(size_of::<Scope>() == 24);
 const _: () = assert!(size_of::<HostEnd>() == 32);
 const _: () = assert!(size_of::<OtherPaths>() == 64);
 

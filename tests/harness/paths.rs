@@ -1,0 +1,301 @@
+//! Ways on which traffic passes a pod's interface and no hook of its cgroup, or one that must not count it.
+
+use std::mem;
+use std::net::IpAddr;
+use std::process::Command;
+
+use clap::ValueEnum;
+
+use super::cgroup::{self, PodCgroup};
+use super::measure::{self, Bulk, FramesBy, Timeline, Udp, Way};
+use super::netns::Netns;
+use super::pod::{INTERFACE, Pod};
+use super::process;
+use super::{Failure, Result, unique};
+
+/// Addresses of a tunnel's ends: the node's, the pod's.
+const TUNNEL: [[u8; 4]; 2] = [[10, 77, 0, 1], [10, 77, 0, 2]];
+/// The address of a namespace that a pod has made.
+const NESTED: [u8; 4] = [10, 78, 0, 2];
+/// An address of the pod's subnet that is nobody's.
+const FREE: [u8; 4] = [10, 213, 0, 200];
+const GROUP: [u8; 4] = [239, 77, 0, 1];
+/// The number of a nested namespace's interface where it is to be another one than the pod's.
+const OTHER_NUMBER: u32 = 77;
+
+/// Such a way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Path {
+    /// Processes of another cgroup in the pod's namespace.
+    AnotherCgroup,
+    Vxlan,
+    Wireguard,
+    Gre,
+    Ipip,
+    AfPacket,
+    /// With PACKET_QDISC_BYPASS.
+    AfPacketPastTheQueue,
+    AfXdp,
+    /// Of a namespace that the pod has made and routes.
+    Forwarded,
+    ForwardedWithNat,
+    /// Of such a namespace whose interface has the number of the pod's.
+    SameNumber,
+    /// A bridge above eth0.
+    Bridge,
+    /// In a namespace that the pod has made.
+    Ipvlan,
+    Macvlan,
+    Multicast,
+    /// The kernel's own: what the pod's says to pings.
+    Answers,
+    /// Datagrams that are cut.
+    Fragments,
+}
+
+/// What is sent.
+#[derive(Clone, Copy, Debug)]
+pub struct Load {
+    pub way: Way,
+    /// And TCP otherwise.
+    pub is_udp: bool,
+    pub limit: u64,
+    pub seconds: f64,
+}
+
+/// Where each end is reached; `None`: at the address that it has anyway.
+#[derive(Clone, Copy, Default)]
+pub struct Ends {
+    pub node: Option<IpAddr>,
+    pub pod: Option<IpAddr>,
+}
+
+impl Path {
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::AnotherCgroup => "a socket of another cgroup",
+            Self::Vxlan => "VXLAN",
+            Self::Wireguard => "WireGuard",
+            Self::Gre => "GRE",
+            Self::Ipip => "ipip",
+            Self::AfPacket => "AF_PACKET",
+            Self::AfPacketPastTheQueue => "AF_PACKET, PACKET_QDISC_BYPASS",
+            Self::AfXdp => "AF_XDP",
+            Self::Forwarded => "forwarded, a nested namespace",
+            Self::ForwardedWithNat => "forwarded with NAT",
+            Self::SameNumber => "nested, with the pod's ifindex",
+            Self::Bridge => "a bridge above eth0",
+            Self::Ipvlan => "ipvlan above eth0",
+            Self::Macvlan => "macvlan above eth0",
+            Self::Multicast => "multicast",
+            Self::Answers => "answers to pings",
+            Self::Fragments => "fragments",
+        }
+    }
+
+    /// Whether there is such traffic on it.
+    pub fn carries(self, way: Way, is_udp: bool) -> bool {
+        match self {
+            Self::AfPacket | Self::AfPacketPastTheQueue | Self::AfXdp | Self::Answers => way == Way::Out && is_udp,
+            Self::ForwardedWithNat => way == Way::Out,
+            Self::Multicast | Self::Fragments => is_udp,
+            _ => true,
+        }
+    }
+
+    /// Bytes at layer 3 on the pod's interface for each byte of payload, in full packets.
+    pub fn wire_per_payload(self, is_udp: bool) -> f64 {
+        const UDP_PACKET: f64 = 1400.0;
+        if self == Self::Answers {
+            return 1.0;
+        }
+        if self == Self::Fragments {
+            return 4084.0 / 4000.0;
+        }
+        let tunnel = self.tunnel_header();
+        if is_udp { (UDP_PACKET + 28.0 + tunnel) / UDP_PACKET } else { 1500.0 / (1448.0 - tunnel) }
+    }
+
+    fn tunnel_header(self) -> f64 {
+        match self {
+            Self::Vxlan => 50.0,
+            Self::Wireguard => 60.0,
+            Self::Gre => 24.0,
+            Self::Ipip => 20.0,
+            _ => 0.0,
+        }
+    }
+
+    /// Makes the way, and does `work` on it, with a pod whose processes use it.
+    pub fn with<T>(self, pod: &mut Pod, work: impl FnOnce(&Pod, Ends) -> Result<T>) -> Result<T> {
+        match self {
+            Self::AnotherCgroup => as_another_cgroup(pod, |pod| work(pod, Ends::default()))?,
+            Self::Vxlan | Self::Wireguard | Self::Gre | Self::Ipip => {
+                self.tunnel(pod)?;
+                work(pod, Ends { node: Some(TUNNEL[0].into()), pod: Some(TUNNEL[1].into()) })
+            }
+            Self::Forwarded => in_nested(pod, nest(pod, OTHER_NUMBER)?, NESTED, work),
+            Self::SameNumber => in_nested(pod, nest(pod, number(pod)?)?, NESTED, work),
+            Self::ForwardedWithNat => {
+                let nested = nest(pod, OTHER_NUMBER)?;
+                run(&pod.netns, "iptables -t nat -A POSTROUTING -o eth0 -j MASQUERADE")?;
+                in_nested(pod, nested, NESTED, work)
+            }
+            Self::Ipvlan | Self::Macvlan => in_nested(pod, self.above(pod)?, FREE, work),
+            Self::Bridge => {
+                bridge(pod)?;
+                work(pod, Ends::default())
+            }
+            Self::Multicast => {
+                run(&pod.netns, "ip route add 239.0.0.0/8 dev eth0")?;
+                run(&pod.host.netns, "ip route replace 239.0.0.0/8 dev cni0")?;
+                work(pod, Ends { node: Some(GROUP.into()), pod: Some(GROUP.into()) })
+            }
+            Self::AfPacket | Self::AfPacketPastTheQueue | Self::AfXdp | Self::Answers | Self::Fragments => {
+                work(pod, Ends::default())
+            }
+        }
+    }
+
+    /// Sends, and says what has arrived.
+    pub fn send(self, pod: &Pod, ends: Ends, load: &Load) -> Result<Timeline> {
+        let Load { way, is_udp, limit, seconds } = *load;
+        let to = if way == Way::Out { ends.node } else { ends.pod };
+        let size = if self == Self::Fragments { 4000 } else { 1400 };
+        match self {
+            Self::AfPacket => measure::frames(pod, FramesBy::Packet, seconds),
+            Self::AfPacketPastTheQueue => measure::frames(pod, FramesBy::PacketPastTheQueue, seconds),
+            Self::AfXdp => measure::frames(pod, FramesBy::Xdp, seconds),
+            Self::Answers => measure::answers(pod, seconds),
+            _ if is_udp => {
+                let rate = limit / 10 * if self == Self::Fragments { 9 } else { 13 };
+                let udp = Udp { way, to, rate, seconds, size, large_buffer: true, ..Udp::default() };
+                Ok(measure::udp(pod, &udp)?.timeline)
+            }
+            _ => Ok(measure::bulk(pod, &Bulk { way, to, flows: 2, seconds, ..Bulk::default() })?.timeline),
+        }
+    }
+
+    /// A tunnel between pod and node, of which the pod has made its end.
+    fn tunnel(self, pod: &Pod) -> Result<()> {
+        let (node, own) = (pod.host.gateway_v4(), address(pod)?);
+        let keys = if self == Self::Wireguard { Some([key()?, key()?]) } else { None };
+        let ends = [(&pod.host.netns, node, own), (&pod.netns, own, node)];
+        for (end, (netns, local, remote)) in ends.into_iter().enumerate() {
+            let kind = match self {
+                Self::Vxlan => format!("vxlan id 7 dstport 4789 local {local} remote {remote}"),
+                Self::Gre => format!("gre local {local} remote {remote}"),
+                Self::Ipip => format!("ipip local {local} remote {remote}"),
+                _ => "wireguard".to_owned(),
+            };
+            run(netns, &format!("ip link add t0 type {kind}"))?;
+            if let Some(keys) = &keys {
+                configure_wireguard(netns, keys, end, remote)?;
+            }
+            run(netns, &format!("ip addr add {}/24 dev t0", IpAddr::from(TUNNEL[end])))?;
+            run(netns, "ip link set t0 up")?;
+        }
+        Ok(())
+    }
+
+    /// A namespace whose interface is above the pod's.
+    fn above(self, pod: &Pod) -> Result<Netns> {
+        let nested = Netns::new(&unique("nested"))?;
+        let kind = if self == Self::Ipvlan { "ipvlan mode l2" } else { "macvlan mode bridge" };
+        run(&pod.netns, &format!("ip link add v0 link eth0 type {kind}"))?;
+        run(&pod.netns, &format!("ip link set v0 netns {} name eth0", nested.name()))?;
+        run(&nested, &format!("ip addr add {}/24 dev eth0", IpAddr::from(FREE)))?;
+        run(&nested, "ip link set eth0 up")?;
+        Ok(nested)
+    }
+}
+
+pub fn run(netns: &Netns, command: &str) -> Result<String> {
+    let mut words = command.split(' ');
+    let program = words.next().unwrap_or_default();
+    netns.run(program, &words.collect::<Vec<_>>())
+}
+
+/// The pod's traffic is that of another cgroup's processes meanwhile, as of a service mesh's proxy on the node.
+pub fn as_another_cgroup<T>(pod: &mut Pod, work: impl FnOnce(&Pod) -> T) -> Result<T> {
+    let other = PodCgroup::new(cgroup::mount()?.join(unique("mesh")))?;
+    let own = mem::replace(&mut pod.cgroup, other);
+    let done = work(pod);
+    pod.cgroup = own;
+    Ok(done)
+}
+
+fn in_nested<T>(
+    pod: &mut Pod,
+    nested: Netns,
+    address: [u8; 4],
+    work: impl FnOnce(&Pod, Ends) -> Result<T>,
+) -> Result<T> {
+    let own = mem::replace(&mut pod.netns, nested);
+    let done = work(pod, Ends { node: None, pod: Some(address.into()) });
+    pod.netns = own;
+    done
+}
+
+/// A namespace in the pod, as docker in docker makes it; the number of its interface.
+fn nest(pod: &Pod, number: u32) -> Result<Netns> {
+    let nested = Netns::new(&unique("nested"))?;
+    run(&pod.netns, &format!("ip link add n0 type veth peer name eth0 index {number} netns {}", nested.name()))?;
+    for command in ["ip addr add 10.78.0.1/24 dev n0", "ip link set n0 up", "sysctl -q net.ipv4.ip_forward=1"] {
+        run(&pod.netns, command)?;
+    }
+    for command in ["ip addr add 10.78.0.2/24 dev eth0", "ip link set eth0 up", "ip route add default via 10.78.0.1"] {
+        run(&nested, command)?;
+    }
+    run(&pod.host.netns, &format!("ip route add 10.78.0.0/24 via {}", address(pod)?))?;
+    Ok(nested)
+}
+
+fn bridge(pod: &Pod) -> Result<()> {
+    let address = address(pod)?;
+    for command in [
+        "ip link add br0 type bridge",
+        "ip link set br0 up",
+        "ip link set eth0 master br0",
+        &format!("ip addr del {address}/24 dev eth0"),
+        &format!("ip addr add {address}/24 dev br0"),
+    ] {
+        run(&pod.netns, command)?;
+    }
+    Ok(())
+}
+
+/// The number of the pod's interface.
+pub fn number(pod: &Pod) -> Result<u32> {
+    let link = pod.netns.run("ip", &["-o", "link", "show", INTERFACE])?;
+    let number = link.split(':').next().and_then(|number| number.parse().ok());
+    number.ok_or_else(|| Failure::new(format_args!("no number in {link}")))
+}
+
+fn address(pod: &Pod) -> Result<IpAddr> {
+    pod.addresses().first().copied().ok_or_else(|| Failure::new("a pod without an address: add it to a network first"))
+}
+
+/// A private key and its public one.
+struct Key {
+    private: String,
+    public: String,
+}
+
+fn key() -> Result<Key> {
+    let private = process::run(Command::new("wg").arg("genkey"))?.trim().to_owned();
+    let public = process::run(Command::new("sh").args(["-c", &format!("echo {private} | wg pubkey")]))?;
+    Ok(Key { private, public: public.trim().to_owned() })
+}
+
+fn configure_wireguard(netns: &Netns, keys: &[Key; 2], end: usize, remote: IpAddr) -> Result<()> {
+    let (own, other) = (&keys[end], &keys[1 - end]);
+    let command = format!(
+        "echo {} >/tmp/wg-key-{end} && wg set t0 listen-port 51820 private-key /tmp/wg-key-{end} peer {} allowed-ips 0.0.0.0/0 \
+         endpoint {remote}:51820; rm /tmp/wg-key-{end}",
+        own.private, other.public
+    );
+    netns.run("sh", &["-c", &command])?;
+    // So that what is in it fits into 1500 bytes.
+    run(netns, "ip link set t0 mtu 1440").map(drop)
+}
