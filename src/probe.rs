@@ -58,7 +58,10 @@ pub fn status(bpffs: &Path, memory: &Path, is_every_pod_limited: bool) -> Result
     }
     let found = node(bpffs);
     let (_, sockets) = SOCKETS;
-    if let Err(error) = sockets(bpffs) {
+    // Where no program can be loaded there is nothing to try.
+    if found.is_ok()
+        && let Err(error) = sockets(bpffs)
+    {
         log::warn!("{error}");
     }
     let text = found.as_ref().err().map(Error::to_string);

@@ -53,7 +53,7 @@ fn an_add_pins_and_attaches_what_it_says_and_a_del_leaves_nothing() {
         }
     }
     let mut recorded = pod.owner("eth0");
-    for number in ["slot", "ifindex"] {
+    for number in ["slot", "ifindex", "namespace"] {
         assert!(recorded.as_object_mut().unwrap().remove(number).is_some_and(|number| number != 0));
     }
     assert_eq!(recorded, owner);

@@ -183,7 +183,7 @@ fn a_log_file_takes_the_lines_and_one_that_cannot_be_opened_costs_no_pod() {
     let file = directory.path().join("podshaper.log");
     let pod = Sandbox::new();
     let logging = |verb, file: &str, level| {
-        ok(&pod.cni(verb).stdin(pod.stdin_with(json!({ "logFile": file, "logLevel": level }))))
+        ok(&pod.cni(verb).stdin(pod.stdin_with(json!({ "logFile": file, "logLevel": level, "otherPaths": false }))))
     };
     let add = logging("ADD", file.to_str().unwrap(), "info");
     assert_eq!(add.stderr, "");
