@@ -27,8 +27,8 @@ use crate::{
     direction::Direction,
     error::{Code, Error, Result},
     interface::{Need, Record},
+    owner::Owner,
     pins::{self, BPFFS, LockedPins, Pins, Place},
-    pod::Owner,
     request::{Limit, Limits, Source, Subnets},
     shaper::{self, Pinned, Settings},
 };

@@ -17,12 +17,14 @@ use crate::{
     cgroup::{self, Hierarchies, PodCgroup, Wanted},
     direction::Direction,
     error::{self, Code, Error, Result},
-    interface, logging,
+    interface::{self, Queue},
+    logging,
+    owner::Owner,
     pins::{BPFFS, LockedPins, Pins, Place},
-    pod::{Owner, PodKey},
+    pod::PodKey,
     probe,
     request::{Endpoint, Env, Limit, Limits, Request, Subject, declared_version, read_stdin, says_unknown},
-    shaper::{Pinned, Queue, Settings},
+    shaper::{Pinned, Settings},
 };
 
 /// Reads a runtime's call, does it and answers on stdout.
@@ -152,7 +154,7 @@ pub fn limit(
     record: impl FnOnce(Owner) -> Owner,
 ) -> Result<()> {
     let Resolved { cgroup, netns } = resolve(request, endpoint)?;
-    let owner = record(request.owner(endpoint, &cgroup.path));
+    let owner = record(Owner::of(request, endpoint, &cgroup.path));
     let plan = Plan {
         place: place(endpoint),
         cgroup: Directory::Pod(&cgroup),

@@ -20,10 +20,9 @@ use crate::{
     netns::{self, Entered, Namespace},
     qdisc,
     request::{Limit, Limits},
-    shaper::Queue,
 };
 
-pub use mechanism::IngressBy;
+pub use mechanism::{IngressBy, Queue};
 pub use packets::min_tso_segs;
 use record::Found;
 pub use record::{HeldAt, Need, Record, is_zero};

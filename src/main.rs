@@ -15,6 +15,7 @@ mod kube;
 mod logging;
 mod netlink;
 mod netns;
+mod owner;
 mod pins;
 mod pod;
 mod probe;

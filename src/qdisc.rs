@@ -11,13 +11,12 @@ use netlink_packet_route::{
     tc::{TcAttribute, TcHandle, TcMessage, TcOption},
 };
 
-use podshaper_abi::{HTB_QUEUE, QDISC_MAJOR};
+use podshaper_abi::{HTB_QUEUE, MAX_HORIZON_NS, QDISC_MAJOR};
 
 use crate::{
     error::{Code, Error, Result},
     netlink,
     request::Limit,
-    shaper,
     units::Rate,
 };
 
@@ -92,7 +91,7 @@ pub fn put_fq(ifindex: u32) -> Result<()> {
         }
         _ => {}
     }
-    let horizon_us = u32::try_from(shaper::MAX_HORIZON_NS / 1_000).unwrap_or(u32::MAX);
+    let horizon_us = u32::try_from(MAX_HORIZON_NS / 1_000).unwrap_or(u32::MAX);
     let options = vec![
         option(TCA_FQ_PLIMIT, &QUEUE_PACKETS.to_ne_bytes()),
         option(TCA_FQ_FLOW_PLIMIT, &FQ_FLOW_LIMIT.to_ne_bytes()),

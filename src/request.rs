@@ -27,8 +27,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use crate::error::{Code, Error, Result, quoted};
-use crate::interface::Record;
-use crate::pod::{NetworkName, Owner, PodKey};
+use crate::pod::{NetworkName, PodKey};
 pub use config::{Config, says_unknown, unknown};
 pub use env::Env;
 pub use limits::{Limit, Limits, Source};
@@ -206,24 +205,6 @@ impl Request {
         let nameless = matches!(&self.subject, Subject::Endpoint(Endpoint { key: PodKey::Container(_), .. }));
         let configured = self.config.cgroup_path.as_deref().filter(|_| nameless);
         self.cgroup_path.as_deref().or(configured)
-    }
-
-    /// The record to keep beside an attachment made for this request.
-    pub fn owner(&self, endpoint: &Endpoint, cgroup: &Path) -> Owner {
-        Owner {
-            container_id: endpoint.container_id.to_string(),
-            network: self.network.to_string(),
-            interface: Record {
-                ifname: endpoint.ifname.to_string(),
-                netns: self.netns.as_ref().map(|netns| netns.to_string_lossy().into_owned()),
-                ..Record::default()
-            },
-            pod_namespace: self.pod_namespace.clone(),
-            pod_name: self.pod_name.clone(),
-            uid: endpoint.key.uid().map(|uid| uid.to_string()),
-            cgroup: cgroup.to_string_lossy().into_owned(),
-            ..Owner::default()
-        }
     }
 }
 

@@ -13,11 +13,15 @@ mod upgrade;
 
 use std::os::fd::BorrowedFd;
 
-use podshaper_abi::{Limit as AbiLimit, Limits as AbiLimits, QUEUE_FQ, QUEUE_HTB, QUEUE_NONE};
+use podshaper_abi::{Limit as AbiLimit, Limits as AbiLimits, MAX_HORIZON_NS, QUEUE_FQ, QUEUE_HTB, QUEUE_NONE};
 
 use crate::{
-    interface::{IngressBy, Record, min_tso_segs},
-    pod::Owner,
+    interface::{
+        IngressBy, Queue,
+        host_end::{GO_BACK, INTO_POD, OUT_OF_POD, WAIT_HERE},
+        min_tso_segs,
+    },
+    owner::Owner,
     qdisc,
     request::{Limit, Limits, Source},
     sys::{self, CgroupHook},
@@ -52,14 +56,6 @@ const NOTE_SETSOCKOPT: Hooked = ("note_setsockopt", CgroupHook::Setsockopt);
 
 /// Those at the host's end of a pod's interface, and in the waiting room.
 const OTHER_PATHS: [&str; 4] = [INTO_POD, OUT_OF_POD, WAIT_HERE, GO_BACK];
-/// On what comes out of a pod.
-pub const OUT_OF_POD: &str = "out_of_pod";
-/// On what goes into a pod.
-pub const INTO_POD: &str = "into_pod";
-/// On what comes into the waiting room.
-pub const WAIT_HERE: &str = "wait_here";
-/// On what has waited.
-pub const GO_BACK: &str = "go_back";
 
 /// All programs by name, the largest first.
 fn program_names() -> impl Iterator<Item = &'static str> {
@@ -85,10 +81,9 @@ const HELD_MARK_NS: u64 = 10_000_000;
 const DROPS_BOUND_NS: u64 = 100_000_000;
 /// Backlog beyond which TCP is dropped whose sender has not waited: what comes without end. The horizon of Cilium's bandwidth manager (2 s) ..
 const HORIZON_NS: u64 = 2_000_000_000;
-/// .. or so many full packets, if that is longer: ten of each of 300 flows, which TCP sends before it hears of anything ..
+/// .. or so many full packets, if that is longer, up to [`MAX_HORIZON_NS`]: ten of each of 300 flows, which TCP sends before it hears of
+/// anything.
 const HORIZON_PACKETS: u64 = 3_000;
-/// .. but no more than this, which is also fq's.
-pub const MAX_HORIZON_NS: u64 = 60_000_000_000;
 const FULL_PACKET_BITS: u64 = 1500 * 8;
 
 /// What one attachment is to do.
@@ -102,44 +97,21 @@ pub struct Settings {
     pub ingress_by: Option<IngressBy>,
 }
 
-/// Where packets wait whose senders have not waited: see `turn` in the programs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Queue {
-    /// Nowhere: they pass, or are dropped.
-    #[default]
-    None,
-    /// In fq, for their departure time.
-    Fq,
-    /// In a class of htb.
-    Htb,
+/// As the programs read it.
+fn queue_as_abi(queue: Queue) -> u64 {
+    match queue {
+        Queue::None => QUEUE_NONE,
+        Queue::Fq => QUEUE_FQ,
+        Queue::Htb => QUEUE_HTB,
+    }
 }
 
-impl Queue {
-    /// What is on the interface of a recorded attachment.
-    pub fn of(record: &Record) -> Self {
-        match record {
-            Record { fq: true, .. } => Self::Fq,
-            Record { htb: true, .. } => Self::Htb,
-            _ => Self::None,
-        }
-    }
-
-    /// As the programs read it.
-    fn as_abi(self) -> u64 {
-        match self {
-            Self::None => QUEUE_NONE,
-            Self::Fq => QUEUE_FQ,
-            Self::Htb => QUEUE_HTB,
-        }
-    }
-
-    fn datagram_bound_ns(self, rate: Rate) -> u64 {
-        match self {
-            Self::None => DATAGRAM_BOUND_NS,
-            // Well below the horizon, at any rate: others wait there.
-            Self::Fq | Self::Htb => {
-                full_packets_ns(QUEUED_DATAGRAMS, rate).clamp(QUEUED_DATAGRAM_BOUND_NS, horizon_ns(rate) / 4)
-            }
+fn datagram_bound_ns(queue: Queue, rate: Rate) -> u64 {
+    match queue {
+        Queue::None => DATAGRAM_BOUND_NS,
+        // Well below the horizon, at any rate: others wait there.
+        Queue::Fq | Queue::Htb => {
+            full_packets_ns(QUEUED_DATAGRAMS, rate).clamp(QUEUED_DATAGRAM_BOUND_NS, horizon_ns(rate) / 4)
         }
     }
 }
@@ -182,10 +154,10 @@ impl Settings {
             Queue::None | Queue::Fq => (rate.as_bits_per_s(), 0),
         };
         let egress = self.limits.egress.as_ref().map(|limit| AbiLimit {
-            queue: self.queue.as_abi(),
+            queue: queue_as_abi(self.queue),
             link_bits_per_s: link(limit.rate).0,
             link_header_bytes: link(limit.rate).1,
-            datagram_bound_ns: self.queue.datagram_bound_ns(limit.rate),
+            datagram_bound_ns: datagram_bound_ns(self.queue, limit.rate),
             ..abi_limit(limit, u64::MAX, horizon_ns(limit.rate))
         });
         let ingress = self.limits.ingress.as_ref().zip(self.ingress_by).map(|(limit, by)| match by {

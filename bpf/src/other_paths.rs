@@ -22,7 +22,7 @@ use aya_ebpf::{
     helpers::{bpf_redirect, bpf_set_hash, bpf_sk_fullsock},
     programs::{SkBuffContext, TcContext},
 };
-use podshaper_abi::{EGRESS, FRESH, HostEnd, INGRESS, OTHER, OTHER_FRESH};
+use podshaper_abi::{EGRESS, FRESH, HostEnd, INGRESS, MAX_HORIZON_NS, OTHER, OTHER_FRESH};
 
 use crate::{
     clock::{self, Link},
@@ -49,8 +49,6 @@ const PLACE: usize = 4;
 const LATE_NS: u64 = 50_000_000;
 /// What the others count as of the backlog: a first flight of TCP.
 const OTHERS_BURST_BYTES: u64 = 1 << 14;
-/// No packet waits in the pod for longer than this (`MAX_HORIZON_NS` of user space).
-const MAX_WAIT_NS: u64 = 60_000_000_000;
 /// What may be on the way from the host's end to a socket of the pod. No more passes for it until the hook has seen that.
 const ON_THE_WAY_BYTES: u64 = 1 << 20;
 
@@ -87,7 +85,7 @@ impl Covered {
         self.open(slot);
         if now_ns >= self.next_look_ns {
             self.forfeit();
-            self.next_look_ns = now_ns + link.limit().horizon_ns.min(MAX_WAIT_NS);
+            self.next_look_ns = now_ns + link.limit().horizon_ns.min(MAX_HORIZON_NS);
         }
         let is_cut = wire.segments == 1 && wire.bytes > UNCUT_BYTES;
         let headers = if is_cut { wire.bytes / MIN_MTU * FRAGMENT_HEADER_BYTES } else { 0 };

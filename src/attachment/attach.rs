@@ -16,10 +16,10 @@ use super::{
 };
 use crate::{
     error::{Code, Error, Result},
-    interface::{self, HeldAt, IngressBy, Interface, Need, Record},
+    interface::{self, HeldAt, IngressBy, Interface, Need, Queue, Record},
+    owner::Owner,
     pins::{self, BPFFS, LockedPins, Pins},
-    pod::Owner,
-    shaper::{self, Attached, Before, Queue, Set, Settings},
+    shaper::{self, Attached, Before, Set, Settings},
 };
 
 /// Makes an attachment and returns its record.

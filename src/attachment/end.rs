@@ -7,8 +7,8 @@ use crate::{
     direction::Direction,
     error::{self, Code, Error, Result},
     interface::{self, Interface, Record, host_end},
+    owner::Owner,
     pins::{self, LockedPins, Pins, Place},
-    pod::Owner,
     request::Limits,
     shaper::{self, Pinned, Set, Settings},
 };

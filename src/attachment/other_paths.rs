@@ -12,11 +12,11 @@ use crate::{
         self, HeldAt, IngressBy, Interface, Record,
         host_end::{self, Hook, WaitingRoom},
     },
+    owner::Owner,
     pins::LockedPins,
-    pod::Owner,
     qdisc,
     request::Limits,
-    shaper::{self, Set},
+    shaper::Set,
     sys::{Map, Read},
 };
 
@@ -136,8 +136,8 @@ fn share(set: &Set, ifindex: u32) -> Result<()> {
 
 /// Where which program is put. What tbf holds is held whole.
 fn hooks(limits: &Limits, ingress_by: Option<IngressBy>) -> Vec<(Hook, &'static str)> {
-    let out = limits.egress.map(|_| (Hook::Ingress, shaper::OUT_OF_POD));
-    let into = ingress_by.filter(|by| *by != IngressBy::Tbf).map(|_| (Hook::Egress, shaper::INTO_POD));
+    let out = limits.egress.map(|_| (Hook::Ingress, host_end::OUT_OF_POD));
+    let into = ingress_by.filter(|by| *by != IngressBy::Tbf).map(|_| (Hook::Egress, host_end::INTO_POD));
     [out, into].into_iter().flatten().collect()
 }
 

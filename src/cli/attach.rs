@@ -25,8 +25,8 @@ use crate::{
     direction::Direction,
     error::{Code, Error, Result},
     interface::Record,
+    owner::Owner,
     pins::{self, Place},
-    pod::Owner,
     request::{Limit, Limits, Source, Subnets},
     units::{Burst, Rate},
 };

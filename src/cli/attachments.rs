@@ -22,11 +22,11 @@ use crate::{
     cgroup::Hierarchies,
     direction::Direction,
     error::{Code, Error, Result},
-    interface::Record,
+    interface::{Queue, Record},
+    owner::Owner,
     pins::{self, BPFFS, Pins, Place},
-    pod::Owner,
     request::{Limit, Limits, Source},
-    shaper::{self, Pinned, Queue, Set, Settings},
+    shaper::{self, Pinned, Set, Settings},
     units::{Burst, Rate},
 };
 

@@ -13,7 +13,7 @@ use crate::{
     attachment::{self, End},
     direction::Direction,
     error::{self, Code, Error, Result},
-    pod::Owner,
+    owner::Owner,
 };
 
 /// The kernel keeps a socket's pace when the programs go. So the limit is lifted first, and every connection that sends within this

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     attachment::{self, End},
     error::{self, Result},
-    pod::Owner,
+    owner::Owner,
 };
 
 #[derive(Args)]

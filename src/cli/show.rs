@@ -11,7 +11,7 @@ use super::{
     output::Output,
     select::Selector,
 };
-use crate::{direction::Direction, error::Result, pod::Owner, units::Rate};
+use crate::{direction::Direction, error::Result, owner::Owner, units::Rate};
 
 const BAR_WIDTH: usize = 40;
 

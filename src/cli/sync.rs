@@ -29,8 +29,8 @@ use super::{
 use crate::{
     attachment, cni,
     error::{Code, Error, Result},
+    owner::Owner,
     pins::Place,
-    pod::Owner,
     request::{Endpoint, Limits, Namespaces, Request, Subject},
     sandboxes::{self, Sandbox},
 };

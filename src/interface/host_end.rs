@@ -24,8 +24,16 @@ use crate::{
     error::{Code, Error, Result},
     netlink, qdisc,
     request::Limits,
-    shaper::{GO_BACK, WAIT_HERE},
 };
+
+/// The program on what comes out of a pod.
+pub const OUT_OF_POD: &str = "out_of_pod";
+/// The program on what goes into a pod.
+pub const INTO_POD: &str = "into_pod";
+/// The program on what comes into the waiting room.
+pub const WAIT_HERE: &str = "wait_here";
+/// The program on what has waited.
+pub const GO_BACK: &str = "go_back";
 
 /// Where packets wait.
 const WAITING: &str = "podshaper-wait";

@@ -1,11 +1,36 @@
-//! What holds a pod's ingress to its limit. Which it is depends on the kernel and on the pod's interface; it is recorded with the
+//! What on a pod's interface holds its limits. Which it is depends on the kernel and on the interface; it is recorded with the
 //! attachment and logged, never silent.
 
 use std::fmt;
 
 use serde::{Deserialize, Deserializer, Serialize, de::IntoDeserializer};
 
-/// The mechanism in force, best first.
+use super::record::Record;
+
+/// Where packets wait whose senders have not waited: see `turn` in the programs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Queue {
+    /// Nowhere: they pass, or are dropped.
+    #[default]
+    None,
+    /// In fq, for their departure time.
+    Fq,
+    /// In a class of htb.
+    Htb,
+}
+
+impl Queue {
+    /// What is on the interface of a recorded attachment.
+    pub fn of(record: &Record) -> Self {
+        match record {
+            Record { fq: true, .. } => Self::Fq,
+            Record { htb: true, .. } => Self::Htb,
+            _ => Self::None,
+        }
+    }
+}
+
+/// What holds ingress, best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum IngressBy {

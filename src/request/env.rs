@@ -241,7 +241,7 @@ mod tests {
             let request = add(args, &config("")).unwrap();
             let Subject::Endpoint(endpoint) = &request.subject else { panic!("{:?}", request.subject) };
             assert_eq!(endpoint.key.as_str(), key, "{args}");
-            let owner = request.owner(endpoint, Path::new("/sys/fs/cgroup/a"));
+            let owner = crate::owner::Owner::of(&request, endpoint, Path::new("/sys/fs/cgroup/a"));
             assert!(owner.is(&request.network, &endpoint.container_id, &endpoint.ifname));
             assert_eq!((owner.uid.is_some(), owner.interface.netns.as_deref()), (key != "c1", Some("/run/netns/n1")));
         }

@@ -18,8 +18,8 @@ use super::{Hooked, Pinned, Set, Settings, refusal::refused};
 use crate::{
     direction::Direction,
     error::{self, Code, Error, Result},
+    owner::Owner,
     pins::{self, LockedPins},
-    pod::Owner,
     sys::{self, Read},
 };
 

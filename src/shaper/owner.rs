@@ -5,8 +5,8 @@ use std::{os::fd::AsFd, path::Path};
 use super::refusal::refused;
 use crate::{
     error::{Code, Error, Result},
+    owner::Owner,
     pins::OWNER,
-    pod::Owner,
     sys,
 };
 

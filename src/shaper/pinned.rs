@@ -13,8 +13,8 @@ use super::{Set, Settings, owner, refusal::refused};
 use crate::{
     direction::Direction,
     error::{Code, Error, Result},
+    owner::Owner,
     pins::{self, OWNER},
-    pod::Owner,
     sys::{self, Read},
 };
 

@@ -128,6 +128,9 @@ pub const OTHER: u64 = 6;
 /// Of a packet: the same, but none of its kind waits, and it leaves at once on the clock of new flows.
 pub const OTHER_FRESH: u64 = 7;
 
+/// No packet waits for longer than this, be the limit ever so low; fq's horizon is as far.
+pub const MAX_HORIZON_NS: u64 = 60_000_000_000;
+
 /// Where packets wait whose sender has not: nowhere, they pass or are dropped.
 pub const QUEUE_NONE: u64 = 0;
 /// Where packets wait whose sender has not: in fq, for their departure time.

@@ -2,7 +2,7 @@
 
 use crate::{
     direction::Direction,
-    pod::{Amount, Asked},
+    owner::{Amount, Asked},
     request::{Limit, Limits},
 };
 

@@ -22,8 +22,8 @@ use crate::{
     error::{Code, Error, Result},
     interface::Record,
     kube::Metadata,
+    owner::Owner,
     pins::Place,
-    pod::Owner,
     request::{Limits, Request},
 };
 

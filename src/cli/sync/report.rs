@@ -9,8 +9,9 @@ use super::{
 use crate::{
     direction::Direction,
     error::{Error, quoted},
+    owner::Owner,
     pins::Place,
-    pod::{Owner, PodUid, object_name},
+    pod::{PodUid, object_name},
     request::{Limit, Limits},
     sandboxes::Sandbox,
 };

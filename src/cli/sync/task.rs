@@ -14,8 +14,8 @@ use crate::{
     cni,
     direction::Direction,
     error::{Code, Error, Result},
+    owner::{Asked, Owner},
     pins::Place,
-    pod::{Asked, Owner},
     request::{Endpoint, Limits, Request},
     sandboxes::Sandbox,
 };
