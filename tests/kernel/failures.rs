@@ -11,7 +11,7 @@ use crate::harness::cgroup::{self, PodCgroup};
 use crate::harness::cni::Cni;
 use crate::harness::pod::uuid;
 use crate::harness::{process, unique};
-use crate::sandbox::{RATE, Sandbox, netns_with_host_end, ok, own_qdiscs, refused};
+use crate::sandbox::{RATE, Sandbox, bpftool, netns_with_host_end, ok, own_qdiscs, refused};
 
 const NETNS: u64 = 8;
 const UNAVAILABLE: u64 = 50;
@@ -381,12 +381,9 @@ fn a_program_that_tolerates_no_other_is_told_from_a_missing_capability() {
     let there = own_qdiscs(&netns, &host_end);
     let program = lender.program("count_egress").to_string();
     let parent = PodCgroup::new(cgroup::mount().unwrap().join(unique("occupied"))).unwrap();
-    // Up to Linux 5.10 the program's storage in the cgroup counts as locked memory of the caller.
-    const UNLOCKED: &str = "ulimit -l unlimited 2>/dev/null || true; exec bpftool \"$@\"";
     let occupy = |action: &str| {
         let parent = parent.path().to_str().unwrap();
-        let arguments = ["-c", UNLOCKED, "bpftool", "cgroup", action, parent, "egress", "id", &program];
-        process::run(Command::new("sh").args(arguments)).unwrap();
+        bpftool(&["cgroup", action, parent, "egress", "id", &program]).unwrap();
     };
     let place = parent.path().file_name().unwrap().to_str().unwrap();
     let uid = uuid().unwrap();
