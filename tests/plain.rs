@@ -1,6 +1,9 @@
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
+use std::fs;
 use std::io::Write;
 use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use serde_json::{Value, json};
@@ -442,4 +445,56 @@ fn run(mut command: Command, stdin: &[u8]) -> Output {
     // It may have seen enough before the end.
     let _ = child.stdin.take().unwrap().write_all(stdin);
     child.wait_with_output().unwrap()
+}
+
+/// The modules of src/ that a source file uses: what follows `crate::`, also as one of several in braces.
+fn used(source: &str) -> BTreeSet<String> {
+    let source = source.split("#[cfg(test)]").next().unwrap_or_default();
+    let first_word =
+        |text: &str| text.trim_start().split(|c: char| !c.is_alphanumeric() && c != '_').next().map(str::to_owned);
+    let mut found = BTreeSet::new();
+    for (at, _) in source.match_indices("crate::") {
+        let rest = &source[at + "crate::".len()..];
+        let Some(list) = rest.strip_prefix('{') else {
+            found.extend(first_word(rest));
+            continue;
+        };
+        let (mut depth, mut item) = (0, String::new());
+        for c in list.chars() {
+            match c {
+                '{' => depth += 1,
+                '}' if depth == 0 => break,
+                '}' => depth -= 1,
+                ',' if depth == 0 => found.extend(first_word(&std::mem::take(&mut item))),
+                c => item.push(c),
+            }
+        }
+        found.extend(first_word(&item));
+    }
+    found
+}
+
+fn sources(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    entries.flat_map(|path| if path.is_dir() { sources(&path) } else { vec![path] }).collect()
+}
+
+#[test]
+fn no_two_modules_need_each_other() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut needs: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for path in sources(&root) {
+        let below = path.strip_prefix(&root).unwrap().with_extension("");
+        let module = below.components().next().unwrap().as_os_str().to_str().unwrap().to_owned();
+        needs.entry(module).or_default().extend(used(&fs::read_to_string(&path).unwrap()));
+    }
+    assert!(needs["attachment"].contains("interface") && needs["cli"].contains("attachment"), "{needs:?}");
+    let modules: BTreeSet<String> = needs.keys().cloned().collect();
+    needs.iter_mut().for_each(|(module, needed)| needed.retain(|other| other != module && modules.contains(other)));
+    // Whoever needs nobody that is left is taken away, until nobody is left.
+    while let Some(module) = needs.iter().find(|(_, needed)| needed.is_empty()).map(|(module, _)| module.clone()) {
+        needs.remove(&module);
+        needs.values_mut().for_each(|needed| needed.retain(|other| *other != module));
+    }
+    assert!(needs.is_empty(), "these need each other: {needs:?}");
 }

@@ -14,7 +14,7 @@ use crate::harness::paths::{self, Ends, Load, Path};
 use crate::harness::pod::{INTERFACE, Pod};
 use crate::harness::{podshaper_program, process};
 
-const SECONDS: f64 = 4.0;
+const SECONDS: f64 = 3.0;
 /// What may have come up to any second's end, beside the limit: a late look at the counters, and the burst.
 const AHEAD_SECONDS: f64 = 0.1;
 /// Payload of a full packet in VXLAN, of 1500 bytes: the least of these paths; and what TCP needs to find its rate.
