@@ -32,7 +32,7 @@ const TCA_FQ_HORIZON: u16 = 14;
 const FQ_FLOW_LIMIT: u32 = 10_000;
 /// Packets that may wait in all. The programs bound the time, and the senders' buffers the memory: this is for neither, and fq's own limit of
 /// 10000 would fill with small packets first and then drop everybody's.
-const QUEUE_PACKETS: u32 = 100_000;
+pub const QUEUE_PACKETS: u32 = 100_000;
 
 /// uapi/linux/rtnetlink.h.
 const TCA_OPTIONS: u16 = 2;
@@ -169,7 +169,7 @@ pub fn add_room_class(ifindex: u32, slot: u32, limit: &Limit) -> Result<u16> {
     for pair in 0..PAIRS {
         let minor = FIRST_ROOM_CLASS + 2 * (slot.wrapping_add(pair) % PAIRS) as u16;
         match put_htb_class(ifindex, OURS, minor, room_options(limit), NLM_F_CREATE | NLM_F_EXCL) {
-            Ok(()) => return put_pfifo(ifindex, class(minor)).map(|()| minor).map_err(no_room),
+            Ok(()) => return Ok(minor),
             Err(cause) if cause.raw_os_error() == Some(libc::EEXIST) => {}
             Err(cause) => return Err(no_room(cause)),
         }
@@ -206,13 +206,13 @@ pub fn take_room_class(ifindex: u32, minor: u16) -> Result<()> {
     }
 }
 
-/// A pod's class in it: `tc class replace dev IFINDEX parent 7064: classid 7064:MINOR htb rate LIMIT`, with a pfifo.
+/// A pod's class in it: `tc class replace dev IFINDEX parent 7064: classid 7064:MINOR htb rate LIMIT`. Its queue is the
+/// pfifo that htb makes for a new class, as long as the room's `txqueuelen` (`htb_change_class`, `fifo_init`).
 ///
 /// # Errors
 /// [`Code::Kernel`] with what the kernel says.
 pub fn put_room_class(ifindex: u32, minor: u16, limit: &Limit) -> Result<()> {
-    put_htb_class(ifindex, OURS, minor, room_options(limit), NLM_F_CREATE | NLM_F_REPLACE).map_err(no_room)?;
-    put_pfifo(ifindex, class(minor)).map_err(no_room)
+    put_htb_class(ifindex, OURS, minor, room_options(limit), NLM_F_CREATE | NLM_F_REPLACE).map_err(no_room)
 }
 
 fn room_options(limit: &Limit) -> Vec<TcOption> {

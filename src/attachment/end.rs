@@ -147,7 +147,7 @@ fn settle(pins: &Pins, present: &Present, interface: &mut Option<Interface>, to:
     needs.insert(0, own);
     let settled = interface.settle(record, &needs);
     if let Some(held_at) = record.held_at {
-        host_end::change_place(held_at.class, &present.limits_with(to))?;
+        host_end::change_place(held_at.class, &present.limits_with(to), record.ingress_by)?;
     }
     interface::warn("TCP may send larger packets than this limit is good for", settled.packets);
     if is_held_by_qdisc(record, to) {

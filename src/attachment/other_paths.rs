@@ -88,7 +88,7 @@ impl<'a> Held<'a> {
         let mut held = Self { wanted, at, before, put: Vec::new(), is_kept: false };
         // The room's programs need no maps: those of any set will do.
         let room = WaitingRoom::open(|name| wanted.set.program(name))?;
-        held.at.class = room.make_place(wanted.slot, wanted.limits)?;
+        held.at.class = room.make_place(wanted.slot, wanted.limits, wanted.ingress_by)?;
         held.write(Some(&HostEnd {
             slot: wanted.slot,
             namespace,

@@ -20,6 +20,7 @@ use netlink_packet_route::{
 use nix::net::if_::if_nametoindex;
 use podshaper_abi::QDISC_MAJOR;
 
+use super::IngressBy;
 use crate::{
     error::{Code, Error, Result},
     netlink, qdisc,
@@ -151,7 +152,8 @@ impl WaitingRoom {
     ///
     /// # Errors
     /// [`Code::Kernel`] with what the kernel says.
-    pub fn make_place(&self, slot: u32, limits: &Limits) -> Result<u16> {
+    pub fn make_place(&self, slot: u32, limits: &Limits, ingress_by: Option<IngressBy>) -> Result<u16> {
+        let limits = waiting(limits, ingress_by);
         let Some(limit) = limits.egress.or(limits.ingress).filter(|_| !self.has_fq) else { return Ok(0) };
         let class = qdisc::add_room_class(self.ifindex, slot, &limit)?;
         if let Some(limit) = &limits.ingress {
@@ -161,13 +163,13 @@ impl WaitingRoom {
     }
 }
 
-/// Sets other limits at a pod's place in the waiting room.
+/// Sets other limits at a pod's place in the waiting room; in the direction that tbf holds, nothing waits there.
 ///
 /// # Errors
 /// [`Code::Kernel`] with what the kernel says.
-pub fn change_place(class: u16, limits: &Limits) -> Result<()> {
+pub fn change_place(class: u16, limits: &Limits, ingress_by: Option<IngressBy>) -> Result<()> {
     match index_of(WAITING).filter(|_| class != 0) {
-        Some(ifindex) => put_classes(ifindex, class, limits),
+        Some(ifindex) => put_classes(ifindex, class, &waiting(limits, ingress_by)),
         None => Ok(()),
     }
 }
@@ -208,6 +210,11 @@ pub fn remove_room() -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// The limits of the directions that wait.
+fn waiting(limits: &Limits, ingress_by: Option<IngressBy>) -> Limits {
+    Limits { ingress: limits.ingress.filter(|_| ingress_by != Some(IngressBy::Tbf)), ..*limits }
 }
 
 fn put_classes(ifindex: u32, class: u16, limits: &Limits) -> Result<()> {
@@ -321,11 +328,15 @@ fn clsact(ifindex: u32) -> TcMessage {
     message
 }
 
-/// `ip link add podshaper-wait mtu 65535 type veth peer name podshaper-back ..`
+/// `ip link add podshaper-wait mtu 65535 txqueuelen 100000 type veth peer name podshaper-back ..`
 fn make_veth() -> io::Result<()> {
     let end = |name: &str| {
         let mut end = LinkMessage::default();
-        end.attributes = vec![LinkAttribute::IfName(name.to_owned()), LinkAttribute::Mtu(ROOM_MTU)];
+        end.attributes = vec![
+            LinkAttribute::IfName(name.to_owned()),
+            LinkAttribute::Mtu(ROOM_MTU),
+            LinkAttribute::TxQueueLen(qdisc::QUEUE_PACKETS),
+        ];
         end
     };
     let mut message = end(WAITING);
