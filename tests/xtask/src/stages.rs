@@ -9,7 +9,9 @@ use serde_json::Value;
 
 use crate::lane::{Lane, Tests};
 use crate::output::last_line;
-use crate::plan::{ALONE, ASKED_OF_KERNELS, KERNELS, MANY_PODS, NO_KERNEL, TRAFFIC_HERE, TRAFFIC_IN_UML};
+use crate::plan::{
+    ALONE, ASKED_OF_KERNELS, KERNELS, MANY_PODS, MANY_PODS_IN_UML, NO_KERNEL, TRAFFIC_HERE, TRAFFIC_IN_UML,
+};
 use crate::processes::{self, command};
 use crate::summary::Outcome;
 
@@ -214,7 +216,7 @@ pub fn all_in_uml(session: &Session, lane: &mut Lane) {
 }
 
 pub fn many_pods_in_uml(session: &Session, lane: &mut Lane) {
-    in_uml(session, lane, &format!("User Mode Linux ({})", MANY_PODS.join(" ")), "1500", MANY_PODS);
+    in_uml(session, lane, &format!("User Mode Linux ({})", MANY_PODS_IN_UML.join(" ")), "1500", MANY_PODS_IN_UML);
 }
 
 /// The main tests on the kernels of Debian's.
