@@ -55,7 +55,7 @@ pub const NO_KERNEL: &str = "plain::";
 pub const TRAFFIC_HERE: &[&str] = &[
     "chain::counters::every_byte_of_tcp",
     "chain::ingress::ten_mbit",
-    "chain::paths::frames_of_af_packet",
+    "chain::paths::frames_are_held",
     "chain::rate::a_full_pod",
     "chain::rate::a_hundred_mbit",
     "chain::rate::ten_mbit",
@@ -70,7 +70,7 @@ pub const TRAFFIC_HERE: &[&str] = &[
 pub const TRAFFIC_IN_UML: &[&str] = &[
     "chain::ingress::requests_beside",
     "chain::ingress::ten_mbit",
-    "chain::paths::frames_of_af_packet",
+    "chain::paths::frames_are_held",
     "chain::paths::other_paths_and",
     "chain::paths::they_are_held",
     "chain::rate::a_full_pod",
