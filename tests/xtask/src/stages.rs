@@ -212,7 +212,7 @@ pub fn all_in_uml(session: &Session, lane: &mut Lane) {
         skipped.push(MPTCP);
         name += &format!(" (without {MPTCP}, which it cannot)");
     }
-    in_uml(session, lane, &name, "2100", &skipping(&skipped));
+    in_uml(session, lane, &name, "2400", &skipping(&skipped));
 }
 
 pub fn many_pods_in_uml(session: &Session, lane: &mut Lane) {
