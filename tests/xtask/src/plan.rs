@@ -129,15 +129,15 @@ pub fn steps(verb: Verb) -> Vec<Step> {
     let stage = |what, minutes, run| Stage { what, minutes, run };
     let one = |what, minutes, run| Step::One(stage(what, minutes, run));
     let lint =
-        || one("lints: rustfmt, clippy, shellcheck, cargo-deny, the oldest Rust, the eBPF object", 1.5, lints::all);
-    let build_debug = || one("build", 1.0, stages::build_debug);
+        || one("lints: rustfmt, clippy, shellcheck, cargo-deny, the oldest Rust, the eBPF object", 2.5, lints::all);
+    let build_debug = || one("build", 2.5, stages::build_debug);
     let build_optimised = || one("build, optimised", 1.5, stages::build_optimised);
     match verb {
         Verb::Lint => vec![lint()],
         Verb::Short => vec![
             lint(),
             build_debug(),
-            one("this kernel: unit tests, ADD to GC, the commands", 2.0, stages::functional_here),
+            one("this kernel: unit tests, ADD to GC, the commands", 2.2, stages::functional_here),
             one("this kernel: a choice of the tests of traffic", 1.5, stages::some_traffic_here),
             one("User Mode Linux, which has fq: a choice of the tests of traffic", 2.0, stages::some_traffic_in_uml),
         ],
