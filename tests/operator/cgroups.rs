@@ -194,8 +194,10 @@ fn run_passes_the_exit_status_and_signals_on() {
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
         let mut run = podshaper(&["run", "--egress", "10M", "--", "sleep", "1000"]).spawn().unwrap();
         let directory = own_cgroup_of(run.id());
-        assert!(within(Duration::from_secs(5), || directory.join("cgroup.procs").exists() && !is_empty(&directory)));
-        std::thread::sleep(Duration::from_millis(100));
+        // It steps out again once the command has started.
+        let is_started =
+            || !is_empty(&directory) && !processes(&directory).lines().any(|id| id == run.id().to_string());
+        assert!(within(Duration::from_secs(30), is_started));
         kill(Pid::from_raw(run.id() as i32), signal).unwrap();
         assert_eq!(run.wait().unwrap().code(), Some(128 + signal as i32));
         assert_gone(run.id());
@@ -208,8 +210,12 @@ fn own_cgroup_of(id: u32) -> std::path::PathBuf {
     cgroup::mount().unwrap().join(own).join(format!("podshaper-run-{id}"))
 }
 
+fn processes(directory: &Path) -> String {
+    std::fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default()
+}
+
 fn is_empty(directory: &Path) -> bool {
-    std::fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default().is_empty()
+    processes(directory).is_empty()
 }
 
 #[track_caller]
