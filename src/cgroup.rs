@@ -107,6 +107,11 @@ fn where_searched(hierarchies: &Hierarchies) -> String {
 }
 
 impl PodCgroup {
+    /// The cgroups above it, up to the mount's root. Directories above that are of other filesystems, whose inodes have the same numbers.
+    pub fn above(&self) -> impl Iterator<Item = &Path> {
+        self.path.ancestors().skip(1).take_while(|path| path.starts_with(&self.mount))
+    }
+
     fn at(hierarchies: &Hierarchies, place: &Path) -> Self {
         Self {
             path: hierarchies.unified.join(place),

@@ -221,8 +221,7 @@ impl<'a> Attaching<'a> {
         let (Directory::Pod(cgroup), Some(UnderLock { pins, .. })) = (self.plan.cgroup, &self.under_lock) else {
             return;
         };
-        let above = cgroup.path.ancestors().skip(1);
-        let limited = above.filter(|path| {
+        let limited = cgroup.above().filter(|path| {
             fs::metadata(path).is_ok_and(|directory| pins.has_pod(&pins::key_of_cgroup(directory.ino())))
         });
         for path in limited {
