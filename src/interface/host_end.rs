@@ -42,6 +42,8 @@ const WAITING: &str = "podshaper-wait";
 const GOING_BACK: &str = "podshaper-back";
 /// As large as packets become: the room cuts none.
 const ROOM_MTU: u32 = 65_535;
+/// The most that newer kernels (7.3 is one) take as the length of an interface's queue. It is that of each class of htb in the room.
+const ROOM_PACKETS: u32 = 32_767;
 
 /// uapi/linux/pkt_cls.h.
 const TCA_BPF_FD: u16 = 6;
@@ -328,14 +330,14 @@ fn clsact(ifindex: u32) -> TcMessage {
     message
 }
 
-/// `ip link add podshaper-wait mtu 65535 txqueuelen 100000 type veth peer name podshaper-back ..`
+/// `ip link add podshaper-wait mtu 65535 txqueuelen 32767 type veth peer name podshaper-back ..`
 fn make_veth() -> io::Result<()> {
     let end = |name: &str| {
         let mut end = LinkMessage::default();
         end.attributes = vec![
             LinkAttribute::IfName(name.to_owned()),
             LinkAttribute::Mtu(ROOM_MTU),
-            LinkAttribute::TxQueueLen(qdisc::QUEUE_PACKETS),
+            LinkAttribute::TxQueueLen(ROOM_PACKETS),
         ];
         end
     };
