@@ -2,7 +2,14 @@
 //!
 //! It is in socket storage: it lives and dies with the socket. All of it is zero when new.
 
-use crate::{other_paths::Covered, turn::Turn, window::Window};
+use podshaper_abi::HostEnd;
+
+use crate::{
+    clock,
+    other_paths::{Covered, Riding},
+    turn::Turn,
+    window::Window,
+};
 
 /// One socket's state.
 #[repr(C)]
@@ -35,6 +42,16 @@ pub struct Flow {
     pub out_covered: Covered,
     /// The same of what it receives.
     pub into_covered: Covered,
+    /// What it receives while its acknowledgements ride on data.
+    pub riding: Riding,
     /// The receive window.
     pub window: Window,
+}
+
+impl Flow {
+    /// Whether its acknowledgements ride on data, so that what comes to it is to be held at this host's end, or some of that waits there still.
+    #[inline(always)]
+    pub fn rides(&self, end: &HostEnd) -> bool {
+        self.slot == end.slot.into() && self.riding.is_on(clock::now_ns())
+    }
 }

@@ -38,11 +38,13 @@ use podshaper_abi::{
     DATAGRAM, EGRESS, FRESH, HTB_QUEUE, INGRESS, ORDERED, QDISC_MAJOR, QUEUE_FQ, QUEUE_HTB, STREAM, Scope,
 };
 
-use crate::{clock::Link, flow::Flow, packet::Wire, subnets::Remote, turn::Packet};
-
-/// What a flow that is not TCP may send as a sparse one, in bytes on the wire: two full packets of the usual MTU. (Of TCP it is two
-/// segments.)
-const SPARSE_BYTES: u64 = 2 * 1500;
+use crate::{
+    clock::Link,
+    flow::Flow,
+    packet::Wire,
+    subnets::Remote,
+    turn::{Packet, SPARSE_BYTES},
+};
 
 /// What a TCP sender sends before the first acknowledgement: ten segments (RFC 6928).
 const FIRST_FLIGHT_BYTES: u64 = 10 * 1460;
@@ -243,17 +245,18 @@ fn class_of(
         return decided - 1;
     }
     let turn = if direction == EGRESS { &mut flow.out } else { &mut flow.into };
-    // A request that is answered when the backlog has drained comes as often as a bulk flow's segments do, and would wait for ever. Not so
-    // for what is sent: there the short ends of a bulk flow's writes would be an advantage over others.
-    let bulk_bytes = if direction == INGRESS { SPARSE_BYTES / 4 } else { 0 };
-    let packet = Packet {
-        bytes: wire.bytes,
-        segments: wire.segments,
-        credit_bytes: SPARSE_BYTES,
-        bulk_bytes,
-        is_stream,
-        is_bulk: false,
-        has_arrived: direction == EGRESS && is_stream && has_arrived(socket),
+    let packet = if direction == INGRESS {
+        Packet::received(wire, is_stream)
+    } else {
+        Packet {
+            bytes: wire.bytes,
+            segments: wire.segments,
+            credit_bytes: SPARSE_BYTES,
+            bulk_bytes: 0,
+            is_stream,
+            is_bulk: false,
+            has_arrived: is_stream && has_arrived(socket),
+        }
     };
     if direction == INGRESS && is_stream {
         // Its acknowledgements hold its sender, but for the first flight, which has left before there is one.
@@ -312,7 +315,7 @@ fn answer_edt_ns(ctx: &SkBuffContext, flow: &mut Flow) -> u64 {
     if clock::now_ns() >= flow.answer_from_ns {
         flow.answer_from_ns = 0;
     }
-    if packet::is_pure_ack(ctx) { 0 } else { flow.answer_from_ns }
+    if packet::is_acknowledgement(ctx, 0) { 0 } else { flow.answer_from_ns }
 }
 
 /// Gives a packet a departure time, which fq honours. An application's own (SO_TXTIME), and TCP's, hold where they are later. 0: none.

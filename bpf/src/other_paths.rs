@@ -19,17 +19,19 @@ use core::{arch::asm, ptr::NonNull};
 
 use aya_ebpf::{
     bindings::{__sk_buff, BPF_F_INGRESS, bpf_sock},
-    helpers::{bpf_redirect, bpf_set_hash, bpf_sk_fullsock},
+    helpers::{bpf_redirect, bpf_set_hash, bpf_sk_fullsock, bpf_skb_ecn_set_ce},
     programs::{SkBuffContext, TcContext},
 };
-use podshaper_abi::{EGRESS, FRESH, HostEnd, INGRESS, MAX_HORIZON_NS, OTHER, OTHER_FRESH};
+use podshaper_abi::{EGRESS, FRESH, HostEnd, INGRESS, MAX_HORIZON_NS, OTHER, OTHER_FRESH, SPARSE, STREAM};
 
 use crate::{
     clock::{self, Link},
+    flow::Flow,
     maps,
     packet::{self, Wire},
     subnets,
     subnets::Remote,
+    turn::Packet,
 };
 
 /// Go on with the filters of others (uapi/linux/pkt_cls.h).
@@ -49,6 +51,11 @@ const PLACE: usize = 4;
 const LATE_NS: u64 = 50_000_000;
 /// What the others count as of the backlog: a first flight of TCP.
 const OTHERS_BURST_BYTES: u64 = 1 << 14;
+/// How long after a packet that was held here the next ones are taken to be as well.
+const HELD_FOR_NS: u64 = 1_000_000_000;
+/// What passes at once of a connection whose acknowledgements ride: as much as the windows aim for, so that a late timer does not leave the clock
+/// idle.
+const AHEAD_NS: u64 = 5_000_000;
 /// What may be on the way from the host's end to a socket of the pod. No more passes for it until the hook has seen that.
 const ON_THE_WAY_BYTES: u64 = 1 << 20;
 
@@ -64,6 +71,32 @@ pub struct Covered {
     older_bytes: u64,
     /// .. and when it is next.
     next_look_ns: u64,
+}
+
+/// What waits of a connection whose acknowledgements ride on data.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Riding {
+    /// Until when what comes is held here, since acknowledgements ride. 0: none has.
+    pub until_ns: u64,
+    /// Until when what came waits.
+    waits_until_ns: u64,
+    /// The time of the last packet that was held here.
+    held_ns: u64,
+}
+
+impl Riding {
+    /// Whether what comes now is to be held here.
+    #[inline(always)]
+    pub fn is_on(&self, now_ns: u64) -> bool {
+        now_ns < self.until_ns.max(self.waits_until_ns)
+    }
+
+    /// Whether what comes is held at the host's end, so that the pod's acknowledgements need not be.
+    #[inline(always)]
+    pub fn is_held(&self, now_ns: u64) -> bool {
+        self.held_ns != 0 && now_ns - self.held_ns < HELD_FOR_NS
+    }
 }
 
 impl Covered {
@@ -162,10 +195,12 @@ pub fn into_pod(ctx: &TcContext) -> i32 {
     let packet = SkBuffContext::new(skb);
     let wire = Wire::after(&packet, ETHERNET_HEADER_BYTES);
     let is_exempt = || subnets::are_exempt(&packet, end.list, Remote::SOURCE.after(ETHERNET_HEADER_BYTES));
-    if will_be_charged(&packet, end, wire.bytes) || is_exempt() {
-        return TC_ACT_UNSPEC;
-    }
-    let verdict = charge(skb, end, INGRESS, &wire);
+    let verdict = match coming(&packet, end, wire.bytes) {
+        Coming::ToBeCharged => return TC_ACT_UNSPEC,
+        Coming::ToBeHeld(flow) => hold(&packet, end, &wire, flow),
+        Coming::Other if is_exempt() => return TC_ACT_UNSPEC,
+        Coming::Other => charge(skb, end, INGRESS, &wire),
+    };
     if verdict == TC_ACT_UNSPEC {
         mark_charged(skb, end);
     }
@@ -220,6 +255,32 @@ fn charge(skb: *mut __sk_buff, end: &HostEnd, direction: u32, wire: &Wire) -> i3
     // SAFETY: as above. What two CPUs lose is that a packet overtakes one of the other.
     unsafe { (&raw mut others.waits_until_ns).write_volatile(edt_ns + LATE_NS) };
     wait(skb, end, direction, edt_ns)
+}
+
+/// Charges a packet of a connection whose acknowledgements ride on the pod's own data. Held, they would make that data late, or not be held at
+/// all: fq lets data pass a held acknowledgement since Linux 6.7. So the packets wait here, until the backlog is as long as windows aim for.
+#[inline(always)]
+fn hold(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, flow: &mut Flow) -> i32 {
+    let Some(link) = Link::of(end.slot, INGRESS) else { return TC_ACT_UNSPEC };
+    let now_ns = clock::now_ns();
+    let before_ns = link.backlog_ns(now_ns, 0, false);
+    let is_sparse = flow.into.note(&link, &Packet::received(wire, true)) == 0 && link.has_room(SPARSE, now_ns);
+    let riding = &mut flow.riding;
+    riding.held_ns = now_ns;
+    let skb = packet.skb.skb;
+    // SAFETY: tc programs may call it. It returns 1 where the packet is ECN-capable and now marked.
+    let is_marked = link.is_marked(STREAM, before_ns) && unsafe { bpf_skb_ecn_set_ce(skb) } == 1;
+    if !link.admits(wire.bytes, wire.segments, if is_sparse { SPARSE } else { STREAM }, is_marked) {
+        return TC_ACT_SHOT;
+    }
+    let follows = now_ns < riding.waits_until_ns;
+    if end.waiting_ifindex == 0 || !follows && (is_sparse || before_ns <= AHEAD_NS) {
+        return TC_ACT_UNSPEC;
+    }
+    // The clock never goes back, and so nor do these times: packets of a connection stay in their order.
+    let edt_ns = now_ns + before_ns.max(AHEAD_NS) - AHEAD_NS;
+    riding.waits_until_ns = edt_ns + LATE_NS;
+    wait(skb, end, INGRESS, edt_ns)
 }
 
 /// Sends a packet into the waiting room, with its time and the place to come back to.
@@ -292,21 +353,36 @@ fn is_charged(skb: *mut __sk_buff, end: &HostEnd, bytes: u64) -> bool {
     }
 }
 
-/// Whether a socket of the pod will get the packet whose bytes the cgroup's hook charges. A socket is known to the hook by its first packet,
-/// which is charged here, as new.
+/// What a packet is that goes into the pod.
+enum Coming<'a> {
+    /// A socket of the pod gets it, whose hook charges its bytes.
+    ToBeCharged,
+    /// It is of a connection whose acknowledgements cannot be held.
+    ToBeHeld(&'a mut Flow),
+    /// No hook charges it.
+    Other,
+}
+
+/// A socket is known to the hook by its first packet, which is charged here, as new.
 #[inline(always)]
-fn will_be_charged(packet: &SkBuffContext, end: &HostEnd, bytes: u64) -> bool {
-    let Some(mut peers) = packet::peers(packet, ETHERNET_HEADER_BYTES) else { return false };
-    // SAFETY: what is found is released, and not used after that.
+fn coming<'a>(packet: &SkBuffContext, end: &HostEnd, bytes: u64) -> Coming<'a> {
+    let Some(mut peers) = packet::peers(packet, ETHERNET_HEADER_BYTES) else { return Coming::Other };
+    // SAFETY: what is found is released, and not used after that. Its storage stays as long as the program runs (RCU).
     unsafe {
-        let Some((socket, is_request)) = peers.socket(packet, end.namespace.into()) else { return false };
+        let Some((socket, is_request)) = peers.socket(packet, end.namespace.into()) else { return Coming::Other };
         let full = NonNull::new(bpf_sk_fullsock(socket.as_ptr()));
-        let is_charged = match full.and_then(|socket| maps::flow(socket)) {
-            Some(flow) => flow.into_covered.passes(end, bytes, ON_THE_WAY_BYTES),
-            // The request for a connection: its listener's hook sees it.
-            None => full.is_none() && is_request,
-        };
+        let flow = full.and_then(|socket| maps::flow(socket));
         packet::release(socket);
-        is_charged
+        match flow {
+            Some(flow) if flow.rides(end) && !packet::is_acknowledgement(packet, ETHERNET_HEADER_BYTES) => {
+                Coming::ToBeHeld(flow)
+            }
+            Some(flow) => {
+                if flow.into_covered.passes(end, bytes, ON_THE_WAY_BYTES) { Coming::ToBeCharged } else { Coming::Other }
+            }
+            // The request for a connection: its listener's hook sees it.
+            None if full.is_none() && is_request => Coming::ToBeCharged,
+            None => Coming::Other,
+        }
     }
 }

@@ -227,14 +227,14 @@ pub fn peers(ctx: &SkBuffContext, link_bytes: u64) -> Option<Peers> {
     Some(Peers { tuple, is_ipv4, are_of_tcp })
 }
 
-/// Whether a TCP packet is an acknowledgement and nothing else: no payload, and no SYN, FIN or RST.
+/// Whether a TCP packet behind a link header of so many bytes is an acknowledgement and nothing else: no payload, and no SYN, FIN or RST.
 #[inline(always)]
-pub fn is_pure_ack(ctx: &SkBuffContext) -> bool {
-    let start: [u64; 2] = load(ctx, 0);
-    let extension: u16 = load(ctx, IPV6_HEADER_BYTES);
+pub fn is_acknowledgement(ctx: &SkBuffContext, link_bytes: u64) -> bool {
+    let start: [u64; 2] = load(ctx, link_bytes);
+    let extension: u16 = load(ctx, link_bytes + IPV6_HEADER_BYTES);
     let network_bytes = Headers(network_headers(start[0], start[1], extension.into())).network_bytes();
-    let [data_offset, flags]: [u8; 2] = load(ctx, network_bytes + TCP_DATA_OFFSET_OFFSET);
-    let headers_bytes = network_bytes + u64::from(data_offset >> 4) * 4;
+    let [data_offset, flags]: [u8; 2] = load(ctx, link_bytes + network_bytes + TCP_DATA_OFFSET_OFFSET);
+    let headers_bytes = link_bytes + network_bytes + u64::from(data_offset >> 4) * 4;
     u64::from(ctx.len()) <= headers_bytes && flags & OPENS_OR_CLOSES == 0
 }
 

@@ -20,8 +20,13 @@ use podshaper_abi::{
     DATAGRAM, FRESH, ORDERED, QUEUE_HTB, QUEUE_NONE, SMALL_COST, SPARSE, STREAM, WAITED, wait_slack_ns,
 };
 
-use crate::clock::{self, Link};
+use crate::{
+    clock::{self, Link},
+    packet::Wire,
+};
 
+/// What a flow may send as a sparse one, in bytes on the wire: two full packets of the usual MTU. (Of TCP out it is two segments.)
+pub const SPARSE_BYTES: u64 = 2 * 1500;
 /// The shortest time for one credit, where the backlog is shorter than any timer.
 const SPARSE_GAP_NS: u64 = 1_000_000;
 /// How long a flow is new: long enough for a connection that is opened for one request to be over.
@@ -78,6 +83,23 @@ pub struct Packet {
     pub is_bulk: bool,
     /// Whether all that the flow sent before is known to have arrived: nothing of it can wait in a queue.
     pub has_arrived: bool,
+}
+
+impl Packet {
+    /// One that comes into the pod. A request that is answered when the backlog has drained comes as often as a bulk flow's segments do, and would
+    /// wait for ever. Not so for what is sent: there the short ends of a bulk flow's writes would be an advantage over others.
+    #[inline(always)]
+    pub fn received(wire: &Wire, is_stream: bool) -> Self {
+        Self {
+            bytes: wire.bytes,
+            segments: wire.segments,
+            credit_bytes: SPARSE_BYTES,
+            bulk_bytes: SPARSE_BYTES / 4,
+            is_stream,
+            is_bulk: false,
+            has_arrived: false,
+        }
+    }
 }
 
 /// What becomes of a packet.

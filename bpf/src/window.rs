@@ -61,6 +61,8 @@ const FIRST_REQUEST_NS: u64 = 20_000_000;
 const MAX_INITIAL_RWND: u64 = 10;
 /// Payload of a full packet, where the connection's own is not known yet.
 const USUAL_MSS: u64 = 1448;
+/// How long after an acknowledgement that rode on data the next ones are expected to.
+const RIDES_FOR_NS: u64 = 1_000_000_000;
 /// Above this the clamp limits nothing: 8 MB in 5 ms are 13 Gbit/s.
 const MAX_WINDOW_BYTES: u64 = 8 << 20;
 
@@ -86,6 +88,8 @@ pub struct Window {
     pub largest_bytes: u64,
     /// Departure time of the pure ACK that is just being sent. 0: it is not held.
     pub hold_until_ns: u64,
+    /// What the socket had received when it last sent data, in bytes.
+    pub ridden_bytes: u64,
 }
 
 /// A connection is about to open: says its first window, in segments, if the connection may be limited. By which interface it will send is
@@ -119,13 +123,27 @@ pub fn open(ctx: &SockOpsContext, is_answered: bool) {
 /// A segment is about to leave. If it is a pure ACK: when it may, and with which window.
 #[inline(always)]
 pub fn acknowledge(ctx: &SockOpsContext) {
-    // Data carries acknowledgements too; it is not held, since its latency is the application's.
-    if tcp::payload_bytes(ctx) != 0 || tcp::opens_or_closes(ctx) {
+    if tcp::opens_or_closes(ctx) {
         return;
     }
     let Some((flow, link)) = limited(ctx) else { return };
     let now_ns = clock::now_ns();
+    let is_held = flow.riding.is_held(now_ns);
+    if tcp::payload_bytes(ctx) != 0 {
+        // Data carries the newest acknowledgement. It is not held, since its latency is the application's.
+        note_ride(ctx, flow, now_ns);
+        if !is_held {
+            return;
+        }
+    }
     let backlog_ns = link.backlog_ns(now_ns, 0, false);
+    if is_held {
+        // What it acknowledges has waited.
+        flow.window.held_ns = 0;
+        flow.window.hold_until_ns = 0;
+        resize(ctx, link.limit(), &mut flow.window, now_ns, backlog_ns);
+        return advertise(ctx, flow);
+    }
     // The remote's estimate counts what its acknowledgements were held. It waits for two of it, whatever else. What the pod itself sends may
     // wait for long, in either direction's name, and the remote's estimate does not count that.
     let two_rtt_ns = 2 * (tcp::shortest_rtt_ns(ctx) + flow.window.held_ns);
@@ -141,6 +159,18 @@ pub fn acknowledge(ctx: &SockOpsContext) {
         resize(ctx, link.limit(), &mut flow.window, now_ns, backlog_ns);
     }
     advertise(ctx, flow);
+}
+
+/// Notes that data carries an acknowledgement of a segment: the host's end of the interface then holds what comes, if it can. The answer to a
+/// small request carries none of these.
+#[inline(always)]
+fn note_ride(ctx: &SockOpsContext, flow: &mut Flow, now_ns: u64) {
+    let received_bytes = tcp::received_bytes(ctx);
+    let before_bytes = flow.window.acknowledged_bytes.max(flow.window.ridden_bytes);
+    flow.window.ridden_bytes = received_bytes;
+    if received_bytes >= before_bytes + part_of_segment(ctx) {
+        flow.riding.until_ns = now_ns + RIDES_FOR_NS;
+    }
 }
 
 /// The flow of a socket whose ingress is limited.
