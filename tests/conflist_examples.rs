@@ -134,6 +134,9 @@ fn the_bridge_example_makes_a_limited_pod() {
     pod.add(&chain).unwrap();
     let call = pod.last_call("podshaper", "ADD").unwrap();
     assert!(call.stdin.contains(&format!("\"prevResult\":{}", call.stdout)), "{call}");
+    // On each kernel what comes by other paths is held.
+    let owner = meter::owner(&meter::directory(&pod, INTERFACE)).unwrap();
+    assert!(owner["heldAt"]["ifindex"].is_u64(), "{owner} {call}");
     assert_limited("bridge", &pod, "10.244.1.1");
     pod.check().unwrap();
     pod.del().unwrap();
