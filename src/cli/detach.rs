@@ -36,25 +36,33 @@ pub struct Arguments {
 impl Arguments {
     pub fn run(self) -> Result<()> {
         let wanted = Selector::new(self.pod.or(self.cgroup).unwrap_or_default(), self.interface);
-        let found = wanted.select(attachments::read()?)?;
-        let live = found.iter().any(|attachment| !attachment.links.are_dead());
-        for attachment in &found {
-            let is_meant = |directory: &Path, owner: &Owner| attachment.is_still(directory, Some(owner));
-            attachment::lift(&attachment.place, &Direction::BOTH, is_meant)?;
-        }
-        if live {
-            thread::sleep(LET_GO);
-        }
-        let mut gone = String::new();
-        let removed = found.iter().map(|attachment| {
-            remove(attachment)?;
-            gone += &format!("{} {}: no limit any more\n", attachment.name(), attachment.place.interface);
-            Ok(())
-        });
-        let removed = error::all(removed);
+        let (gone, done) = take_off(&wanted.select(attachments::read()?)?);
         output::print(&gone)?;
-        removed
+        done
     }
+}
+
+/// Takes limits off and lets go of their connections. Returns a line for each that is gone.
+pub fn take_off(found: &[Attachment]) -> (String, Result<()>) {
+    let lifted = found.iter().map(|attachment| {
+        let is_meant = |directory: &Path, owner: &Owner| attachment.is_still(directory, Some(owner));
+        attachment::lift(&attachment.place, &Direction::BOTH, is_meant)
+    });
+    let lifted = error::all(lifted);
+    if lifted.is_err() {
+        return (String::new(), lifted);
+    }
+    if found.iter().any(|attachment| !attachment.links.are_dead()) {
+        thread::sleep(LET_GO);
+    }
+    let mut gone = String::new();
+    let removed = found.iter().map(|attachment| {
+        remove(attachment)?;
+        gone += &format!("{} {}: no limit any more\n", attachment.name(), attachment.place.interface);
+        Ok(())
+    });
+    let removed = error::all(removed);
+    (gone, removed)
 }
 
 /// Takes an attachment away with all that was made for it.

@@ -1,4 +1,5 @@
 use std::fs;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,7 +8,7 @@ use serde_json::{Value, json};
 use super::{alone, call, limited_both_ways, listed, says};
 use crate::harness::cgroup::{self, PodCgroup};
 use crate::harness::{pod, unique};
-use crate::sandbox::{Sandbox, bpftool, netns_with, within};
+use crate::sandbox::{NODE, RATE, Sandbox, bpftool, netns_with, within};
 
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
@@ -116,4 +117,37 @@ fn doctor_without_the_capabilities_says_which() {
     assert_eq!(output.status.code(), Some(1));
     let programs = text.lines().find(|line| line.starts_with("eBPF programs")).unwrap();
     assert!(programs.contains("MISSING") && programs.contains("must run with CAP_BPF"), "{text}");
+}
+
+/// A node that is done with podshaper: what DEL would not come for, since no conflist names podshaper any more.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn uninstall_leaves_running_pods_their_limits_or_takes_them_off() {
+    let node = tempfile::tempdir().unwrap();
+    let [conf, bin, units] = ["net.d", "bin", "systemd"].map(|name| node.path().join(name));
+    [&conf, &bin, &units].into_iter().for_each(|directory| fs::create_dir(directory).unwrap());
+    let list = conf.join("10-pods.conflist");
+    let text = r#"{ "cniVersion": "1.0.0", "name": "pods", "plugins": [{ "type": "bridge" }] }"#;
+    fs::write(&list, text).unwrap();
+    let places = [("--conf-dir", &conf), ("--bin-dir", &bin), ("--unit-dir", &units)];
+    let places: Vec<_> = places.iter().flat_map(|(option, path)| [*option, path.to_str().unwrap()]).collect();
+    let call = |words: &[&str]| says(&[words, &places].concat());
+    alone(|| {
+        let pod = Sandbox::new();
+        pod.call("ADD");
+        call(&["install"]);
+        call(&["uninstall"]);
+        pod.assert_limited(&pod.container_id, RATE);
+        call(&["install"]);
+        let gone = "default/web eth0: no limit any more\n";
+        assert!(call(&["uninstall", "--detach", "--dry-run"]).contains(gone));
+        pod.assert_limited(&pod.container_id, RATE);
+        assert!(call(&["uninstall", "--detach", "--remove-binary"]).contains(gone));
+        assert_eq!(fs::read_to_string(&list).unwrap(), text);
+        assert!(!pod.pod_directory().exists() && !Path::new(NODE).exists());
+        let empty = |directory: &Path| fs::read_dir(directory).unwrap().count() == 0;
+        assert!(empty(&bin) && empty(&units));
+        // What comes for the pod later finds nothing, and says nothing.
+        pod.call("DEL");
+    });
 }

@@ -7,10 +7,11 @@ use clap::Args;
 use super::conflist::{self, BANDWIDTH, Conflist, PODSHAPER};
 use super::place::{Place, Target, has_podshaper};
 use super::{Report, files, multus, networks, units};
+use crate::cli::{attachments, detach};
 use crate::error::{Code, Error, Result};
 use crate::probe;
 
-/// Take podshaper out of the conflists of this node, with its units. Running pods keep their limits until they end.
+/// Take podshaper out of the conflists of this node, with its units. Running pods keep their limits until they end, or lose them by --detach.
 #[derive(Args, Debug)]
 pub struct Uninstall {
     #[command(flatten)]
@@ -18,6 +19,9 @@ pub struct Uninstall {
     /// Remove the program, too. CRI-O, and podman, call it for each pod that was made with it: only when those are gone
     #[arg(long)]
     remove_binary: bool,
+    /// Take the limits off running pods and cgroups, too, so that nothing of podshaper is left in the kernel
+    #[arg(long)]
+    detach: bool,
 }
 
 impl Uninstall {
@@ -41,6 +45,7 @@ impl Uninstall {
         if !found {
             report.say(format!("podshaper is in no conflist of {}", self.place.conf_dir().display()));
         }
+        self.take_off_limits(&mut report)?;
         self.remove_program(&mut report)?;
         if !report.dry_run {
             probe::forget(Path::new(probe::MEMORY));
@@ -128,6 +133,19 @@ impl Uninstall {
                     report.warn(format!("{}: {changed}: {}", path.display(), backup.display()));
                 }
             }
+        }
+        Ok(())
+    }
+
+    fn take_off_limits(&self, report: &mut Report) -> Result<()> {
+        let found = if self.detach { attachments::read()? } else { Vec::new() };
+        if !report.dry_run {
+            let (gone, done) = detach::take_off(&found);
+            gone.lines().for_each(|line| report.say(line));
+            return done;
+        }
+        for attachment in &found {
+            report.say(format!("{} {}: no limit any more", attachment.name(), attachment.place.interface));
         }
         Ok(())
     }
