@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::{Bed, MBIT, assert_rate, has_fq, has_queue};
+use super::{Bed, MBIT, assert_rate, has_fq, has_queue, move_away};
 use crate::harness::limiter::{Limiter, Limits};
 use crate::harness::measure::{self, Bulk, Udp, Way};
 use crate::harness::meter;
@@ -40,6 +40,42 @@ fn an_applications_own_window_clamp_holds() {
     // The receiving end fails where another one is in force.
     let rate = measure::bulk(&pod, &bulk).unwrap().timeline.steady_rate();
     assert!((1e6..105e6).contains(&rate), "{rate} bit/s");
+}
+
+/// The same by SO_RCVBUF: 32 KiB at most in 20 ms.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn an_applications_own_receive_buffer_holds() {
+    const OWN_BYTES: usize = 16 << 10;
+    let bed = Bed::new();
+    let pod = bed.limited(Limits { egress: None, ingress: Some(100 * MBIT) });
+    let is_far = has_fq(&pod);
+    if is_far {
+        move_away(&pod);
+    }
+    let [limited, own] = [None, Some(OWN_BYTES)].map(|receive_buffer| {
+        let bulk = Bulk { way: Way::In, receive_buffer, seconds: 4.0, ..Bulk::default() };
+        measure::bulk(&pod, &bulk).unwrap().timeline.wire_rate(2.0, 4.0) / 1e6
+    });
+    let what = format!("{limited:.1} Mbit/s of 100, {own:.1} with a receive buffer of {OWN_BYTES} bytes");
+    eprintln!("{what}");
+    // On a short path 100 Mbit/s have room in any buffer.
+    assert!(!is_far || (limited > 60.0 && own < 20.0), "{what}");
+    assert!(own > 1.0 && own < 108.0, "{what}");
+}
+
+/// Applications say when a packet is to depart, and the later of two times is the one that holds. Only fq asks for it.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn an_applications_own_departure_times_hold() {
+    const AFTER: Duration = Duration::from_millis(600);
+    let bed = Bed::new();
+    let pod = bed.pod(Limiter::Podshaper, 10 * MBIT);
+    let [at_once, later] = [None, Some(AFTER)].map(|after| measure::departs(&pod, after).unwrap());
+    let what = format!("a packet left after {at_once:?}, and one with a departure time after {later:?}");
+    eprintln!("{what}");
+    assert!(at_once < AFTER, "{what}");
+    assert_eq!(later >= AFTER, has_fq(&pod), "{what}");
 }
 
 /// As far as one can: a socket that was told so sends one segment before its pace is set again, and the clock counts that one.

@@ -91,8 +91,16 @@ impl Bed {
     }
 }
 
+/// `tc qdisc add dev VETH root netem delay 20ms`, at the node's end: what goes to the pod is late. Kernels that have fq have netem, too.
+pub fn move_away(pod: &Pod) {
+    let links = pod.host.netns.run("ip", &["-br", "link", "show", "type", "veth"]).unwrap();
+    let veth = links.split(['@', ' ']).next().unwrap_or_default();
+    let netem = ["qdisc", "replace", "dev", veth, "root", "netem", "delay", "20ms", "limit", "100000"];
+    pod.host.netns.run("tc", &netem).unwrap();
+}
+
 /// Whether podshaper found fq in the kernel: packets that no socket paces then wait for their departure time.
-fn has_fq(pod: &Pod) -> bool {
+pub fn has_fq(pod: &Pod) -> bool {
     pod.netns.run("tc", &["qdisc", "show", "dev", INTERFACE]).unwrap().contains("qdisc fq ")
 }
 

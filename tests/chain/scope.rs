@@ -3,9 +3,9 @@ use std::thread;
 
 use serde_json::json;
 
-use super::{Attachment, Bed, MBIT, assert_rate};
+use super::{Attachment, Bed, MBIT, assert_rate, has_fq};
 use crate::harness::cni::Cni;
-use crate::harness::limiter::Limiter;
+use crate::harness::limiter::{Limiter, Limits};
 use crate::harness::measure::{self, Bulk, Way};
 use crate::harness::meter;
 use crate::harness::pod::{INTERFACE, Pod};
@@ -122,4 +122,32 @@ fn large_packets_are_turned_off_in_the_pod_and_nowhere_else() {
     let [node, limited] = read(&bed.pod(Limiter::Podshaper, 10 * MBIT));
     assert_eq!((&node, &bare), (&node_before, &node_before));
     assert_eq!(limited, if node.is_empty() { "" } else { "0" });
+}
+
+/// The first window of a connection is small where what comes on it is limited, and as ever where the remote is exempt or the pod itself.
+/// Where acknowledgements are not held, no window is podshaper's.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn the_first_window_is_limited_where_the_limit_is() {
+    /// A window of ten segments is not limited.
+    const FREE_BYTES: u64 = 20_000;
+    let bed = Bed::new();
+    let window = |keys, way| {
+        let limits = Limits { egress: None, ingress: Some(MBIT) };
+        let pod = bed.pod_of(bed.host.bridge_chain().unwrap(), keys, limits);
+        (has_fq(&pod), measure::first_window(&pod, way).unwrap())
+    };
+    for (keys, way, is_limited) in [
+        (json!({}), Way::In, true),
+        (json!({}), Way::Out, true),
+        (json!({}), Way::Within, false),
+        (json!({ "exemptSubnets": ["10.213.0.0/16"] }), Way::In, false),
+        (json!({ "exemptSubnets": ["10.213.0.0/16"] }), Way::Out, false),
+        (json!({ "exemptSubnets": ["10.0.0.0/16"] }), Way::In, true),
+    ] {
+        let what = format!("{way:?}, {keys}");
+        let (has_fq, bytes) = window(keys, way);
+        eprintln!("{what}: {bytes} bytes");
+        assert_eq!(bytes < FREE_BYTES, is_limited && has_fq, "{what}: {bytes} bytes");
+    }
 }

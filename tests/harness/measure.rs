@@ -1,7 +1,7 @@
 //! Sends traffic between a pod and its node and says what arrived, and how long small replies took meanwhile.
 
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -56,6 +56,10 @@ pub struct Bulk {
     pub message_bytes: Option<usize>,
     /// TCP_WINDOW_CLAMP of each flow at the receiving end, which must be that at the end too.
     pub window_clamp: Option<u32>,
+    /// SO_RCVBUF of each flow.
+    pub receive_buffer: Option<usize>,
+    /// Seconds from the first byte between which nothing is written to the flows.
+    pub silence: Option<[f64; 2]>,
     /// What the receiving end says on each flow meanwhile.
     pub chatter: Option<Chatter>,
     /// Flows, requests and replies are MPTCP's.
@@ -79,6 +83,8 @@ impl Default for Bulk {
             small_segments: None,
             message_bytes: None,
             window_clamp: None,
+            receive_buffer: None,
+            silence: None,
             chatter: None,
             mptcp: false,
             ask: None,
@@ -196,6 +202,9 @@ pub fn bulk(pod: &Pod, options: &Bulk) -> Result<BulkResult> {
     if let Some(bytes) = options.window_clamp {
         sink.args(["--window-clamp", &bytes.to_string()]);
     }
+    if let Some(bytes) = options.receive_buffer {
+        sink.args(["--buffer", &bytes.to_string()]);
+    }
     if let Some(Chatter { bytes, every }) = options.chatter {
         sink.args(["--chatter-bytes", &bytes.to_string(), "--chatter-us", &every.as_micros().to_string()]);
     }
@@ -215,6 +224,9 @@ pub fn bulk(pod: &Pod, options: &Bulk) -> Result<BulkResult> {
     }
     if let Some(bytes) = options.message_bytes {
         send.args(["--message-bytes", &bytes.to_string()]);
+    }
+    if let Some([from, to]) = options.silence {
+        send.args(["--silent-after", &from.to_string(), "--silent-for", &(to - from).to_string()]);
     }
     if let Some(chatter) = options.chatter {
         send.args(["--chatter-bytes", &chatter.bytes.to_string()]);
@@ -366,6 +378,50 @@ pub fn served(pod: &Pod, max_pacing_rate: u64, seconds: f64) -> Result<Timeline>
     let mut fetch = ends.sender("fetch")?;
     fetch.args(["--from", &address.to_string(), "--seconds", &seconds.to_string()]);
     parse(Running::start(&mut fetch)?.json(limit(seconds))?)
+}
+
+/// The window that the pod has given the other end of a connection on which nothing was sent yet, in bytes.
+pub fn first_window(pod: &Pod, way: Way) -> Result<u64> {
+    const LONG: &str = "60";
+    let ends = Ends::new(pod, way, false, None)?;
+    let (_sink, address) = Running::start_server(ends.receiver("sink")?.args(["--seconds", "1"]))?;
+    let mut send = ends.sender("send")?;
+    send.args(["--to", &address.to_string(), "--seconds", LONG, "--silent-after", "0", "--silent-for", LONG]);
+    let _send = Running::start(&mut send)?;
+    // The socket of the other end says.
+    let (netns, port) = match way {
+        Way::Out => (&pod.host.netns, "sport"),
+        Way::In => (&pod.host.netns, "dport"),
+        Way::Within => (&pod.netns, "dport"),
+    };
+    let filter = format!("{port} = :{}", address.port());
+    let until = Instant::now() + GRACE;
+    while Instant::now() < until {
+        let text = netns.run("ss", &["-Htni", "state", "established", &filter])?;
+        let window = text.split_whitespace().find_map(|word| word.strip_prefix("snd_wnd:"));
+        if let Some(window) = window {
+            return window.parse().context(format_args!("read the window in {text}"));
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    Err(Failure::new("ss shows no window of a connection"))
+}
+
+/// How long after it was told to send a packet so much later by SO_TXTIME, or at once, the pod has sent one.
+pub fn departs(pod: &Pod, after: Option<Duration>) -> Result<Duration> {
+    let gateway = pod.host.gateway_v4();
+    let socket = pod.host.netns.inside(|| UdpSocket::bind((gateway, 0)))?.context("receive UDP at the node")?;
+    socket.set_read_timeout(Some(GRACE)).context("wait for a packet")?;
+    let address = socket.local_addr().context("receive UDP at the node")?;
+    let mut send = Ends::new(pod, Way::Out, false, None)?.sender("udp-send")?;
+    send.args(["--to", &address.to_string(), "--rate", "100000", "--seconds", "0.05"]);
+    if let Some(after) = after {
+        send.args(["--depart-after-ms", &after.as_millis().to_string()]);
+    }
+    let start = Instant::now();
+    let _send = Running::start(&mut send)?;
+    socket.recv(&mut [0]).context("wait for a packet")?;
+    Ok(start.elapsed())
 }
 
 /// Wire bytes and packets that the node has received so far, from wherever.

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -50,6 +51,12 @@ pub struct Send {
     /// Take the messages of so many bytes that `sink` says meanwhile
     #[arg(long, value_name = "BYTES")]
     chatter_bytes: Option<usize>,
+    /// From when on nothing is written to the flows
+    #[arg(long, value_parser = seconds, requires = "silent_for")]
+    silent_after: Option<Duration>,
+    /// For how long
+    #[arg(long, value_parser = seconds, requires = "silent_after")]
+    silent_for: Option<Duration>,
     #[command(flatten)]
     protocol: Protocol,
 }
@@ -105,6 +112,10 @@ pub fn send(options: &Send) -> io::Result<SendReport> {
         unpace_every: options.unpace_every_ms.map(Duration::from_millis),
         message_bytes: options.message_bytes,
         chatter_bytes: options.chatter_bytes,
+        silence: options.silent_after.zip(options.silent_for).map(|(after, length)| {
+            let from = Instant::now() + after;
+            from..from + length
+        }),
     };
     fill.run(before)
 }
@@ -117,7 +128,8 @@ pub fn serve(options: &Serve) -> io::Result<SendReport> {
     let accept = |_| listener.accept().and_then(|(stream, _)| prepare(stream));
     let flows: Vec<TcpStream> = (0..options.flows.count).map(accept).collect::<io::Result<_>>()?;
     let until = Instant::now() + options.flows.seconds;
-    Fill { flows: &flows, until, unpace_every: None, message_bytes: None, chatter_bytes: None }.run(before)
+    Fill { flows: &flows, until, unpace_every: None, message_bytes: None, chatter_bytes: None, silence: None }
+        .run(before)
 }
 
 fn open(options: &Send, number: usize) -> io::Result<TcpStream> {
@@ -160,6 +172,8 @@ struct Fill<'a> {
     unpace_every: Option<Duration>,
     message_bytes: Option<usize>,
     chatter_bytes: Option<usize>,
+    /// When nothing is sent.
+    silence: Option<Range<Instant>>,
 }
 
 impl Fill<'_> {
@@ -210,6 +224,9 @@ impl Fill<'_> {
             None => stream.write(&buffer),
         };
         while Instant::now() < self.until {
+            if let Some(silence) = self.silence.as_ref().filter(|silence| silence.contains(&Instant::now())) {
+                thread::sleep(silence.end.saturating_duration_since(Instant::now()));
+            }
             match write() {
                 Ok(length) => written += length as u64,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}

@@ -34,6 +34,9 @@ pub struct Sink {
     /// TCP_WINDOW_CLAMP of each flow; fail unless it is the same at the end
     #[arg(long, value_name = "BYTES")]
     window_clamp: Option<u32>,
+    /// SO_RCVBUF of each flow, which the kernel doubles
+    #[arg(long, value_name = "BYTES")]
+    buffer: Option<usize>,
     #[command(flatten)]
     protocol: Protocol,
     /// Say a message of so many bytes on each flow, again and again; 8 bytes have room for the time, which `send` wants
@@ -65,6 +68,7 @@ pub fn sink(options: &Sink) -> io::Result<Timeline> {
     let (accepting, protocol) = (Arc::clone(&sampler), options.protocol);
     let clamped = Arc::new(Mutex::new(Vec::new()));
     let (window_clamp, streams) = (options.window_clamp, Arc::clone(&clamped));
+    let buffer = options.buffer;
     let chatter = options.chatter_bytes.zip(options.chatter_us.map(Duration::from_micros));
     // Never joined: accept() blocks for good, and the process ends when the samples are taken.
     thread::spawn(move || {
@@ -73,6 +77,10 @@ pub fn sink(options: &Sink) -> io::Result<Timeline> {
             let _ = protocol.greet(&stream);
             if let (Some((bytes, every)), Ok(stream)) = (chatter, stream.try_clone()) {
                 thread::spawn(move || chatter::say(stream, bytes, every));
+            }
+            if let Some(bytes) = buffer {
+                // A refusal shows in what comes.
+                let _ = setsockopt(&stream, sockopt::RcvBuf, &bytes);
             }
             if let (Some(bytes), Ok(stream)) = (window_clamp, stream.try_clone()) {
                 // With a buffer of its own size the kernel's autotuning leaves the clamp alone. An error shows at the end.

@@ -8,7 +8,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrStorage, recvmmsg, sendmmsg, setsockopt, sockopt};
+use nix::sys::socket::{
+    ControlMessage, MsgFlags, MultiHeaders, SockaddrStorage, recvmmsg, sendmmsg, sendmsg, setsockopt, sockopt,
+};
+use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
 use super::sampler::BUCKET;
@@ -51,6 +54,9 @@ pub struct Send {
     /// Buffer of the socket, in bytes, past net.core.wmem_max
     #[arg(long)]
     buffer: Option<usize>,
+    /// Give each packet a departure time, so long after it was given to the kernel (SO_TXTIME, which fq honours)
+    #[arg(long, value_name = "MILLISECONDS", conflicts_with = "at_once")]
+    depart_after_ms: Option<u64>,
 }
 
 #[derive(Serialize)]
@@ -102,7 +108,10 @@ pub fn send(options: &Send) -> io::Result<SendReport> {
         // All that is due with one call, since calls are dear in User Mode Linux; but one from each new socket.
         let missed = now.saturating_duration_since(due).div_duration_f64(interval) as usize;
         let wanted = if options.fresh_sockets { 1 } else { (missed + 1).min(MOST_DUE) };
-        let sent = send_each(&socket, &packet, options.to, wanted);
+        let sent = match options.depart_after_ms {
+            Some(ms) => send_later(&socket, &packet, options.to, Duration::from_millis(ms)),
+            None => send_each(&socket, &packet, options.to, wanted),
+        };
         due += interval * sent.unwrap_or(1) as u32;
         match sent {
             Ok(sent) => packets += at_once * sent as u64,
@@ -130,7 +139,20 @@ fn set_up(socket: &UdpSocket, options: &Send) -> io::Result<()> {
             .map_err(io::Error::from)
             .map_err(context("set UDP_SEGMENT"))?;
     }
+    if options.depart_after_ms.is_some() {
+        let clock = libc::sock_txtime { clockid: libc::CLOCK_MONOTONIC, flags: 0 };
+        setsockopt(socket, sockopt::TxTime, &clock).map_err(io::Error::from).map_err(context("set SO_TXTIME"))?;
+    }
     Ok(())
+}
+
+/// Sends a packet that is to depart so much later.
+fn send_later(socket: &UdpSocket, packet: &[u8], to: SocketAddr, after: Duration) -> nix::Result<usize> {
+    let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?);
+    let departs_ns = (now + after).as_nanos() as u64;
+    let (slices, to) = ([IoSlice::new(packet)], SockaddrStorage::from(to));
+    sendmsg(socket.as_raw_fd(), &slices, &[ControlMessage::TxTime(&departs_ns)], MsgFlags::empty(), Some(&to))
+        .map(|_| 1)
 }
 
 /// Sends a packet so many times; how many times it could, at least once.
