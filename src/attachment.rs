@@ -7,6 +7,7 @@
 
 mod attach;
 mod end;
+mod let_go;
 mod other_paths;
 mod upgrade;
 
@@ -32,6 +33,8 @@ use crate::{
     request::{Limit, Limits, Source, Subnets},
     shaper::{self, Pinned, Settings},
 };
+
+use let_go::Connections;
 
 pub use attach::attach;
 pub use end::{Change, End, change, lift, remove, remove_locked, settle_all};
@@ -124,6 +127,11 @@ impl Present {
     /// The programs that it needs on its cgroup.
     fn programs(&self) -> Vec<&'static str> {
         Settings::of(&self.owner, self.limits.unwrap_or_default()).program_names().collect()
+    }
+
+    /// Its connections, as they can be let go of.
+    fn connections(&self) -> Option<Connections> {
+        let_go::connections(&self.directory, &self.owner)
     }
 
     fn need(&self) -> Need {

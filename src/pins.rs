@@ -475,7 +475,7 @@ pub fn shares(directory: &Path) -> bool {
 pub fn links(directory: &Path) -> Vec<String> {
     let names = fs::read_dir(links_of(directory)).into_iter().flatten().flatten();
     let names = names.filter_map(|pin| pin.file_name().into_string().ok());
-    let maps = [OWNER, LIMITS, METERS, SCOPES, OTHERS, HOST_ENDS];
+    let maps = [OWNER, FLOWS, LIMITS, METERS, SCOPES, OTHERS, HOST_ENDS];
     let mut links: Vec<_> = names.filter(|name| !maps.contains(&name.as_str())).collect();
     links.sort();
     links

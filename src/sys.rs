@@ -1,13 +1,14 @@
-//! All the unsafe code of podshaper: cgroup links and array maps by bpf(2), a signal handler, and how names are looked up. aya 0.14 makes links, but lets none of a
-//! cgroup/setsockopt program out to be pinned, and says of none which cgroup it is on. Of maps it allocates and asks more than a list
-//! of 500 attachments can afford, and it takes a map for what another podshaper pinned only if every size is as it knows it.
+//! All the unsafe code of podshaper: cgroup links and array maps by bpf(2), descriptors of other processes, a signal handler, and how names
+//! are looked up. aya 0.14 makes links, but lets none of a cgroup/setsockopt program out to be pinned, and says of none which cgroup it is
+//! on. Of maps it allocates and asks more than a list of 500 attachments can afford, and it takes a map for what another podshaper pinned
+//! only if every size is as it knows it.
 #![expect(unsafe_code, reason = "bpf(2) is a raw system call, and libc's functions are C")]
 
 use std::{
     ffi::CString,
     io,
     marker::PhantomData,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
     os::unix::ffi::OsStrExt,
     path::Path,
 };
@@ -540,6 +541,33 @@ pub fn look_up_names_without_plugins() {
 /// Other libcs have no plugins.
 #[cfg(not(target_env = "gnu"))]
 pub fn look_up_names_without_plugins() {}
+
+/// A handle of a process, which is not another's when that one has its number.
+///
+/// # Errors
+/// What the kernel says; ESRCH where there is no such process.
+pub fn open_process(id: libc::pid_t) -> io::Result<OwnedFd> {
+    // SAFETY: a process id and no flags: nothing of this process's memory is touched.
+    opened(unsafe { libc::syscall(libc::SYS_pidfd_open, id, 0) })
+}
+
+/// A descriptor of another process, as one of this process: the same open file or socket (Linux 5.6). Takes the right to trace it.
+///
+/// # Errors
+/// What the kernel says; EBADF where it has no such descriptor.
+pub fn descriptor_of(process: BorrowedFd<'_>, number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: numbers alone, as in `open_process`.
+    opened(unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) })
+}
+
+/// What a call that opens a descriptor (close-on-exec) has returned.
+fn opened(result: libc::c_long) -> io::Result<OwnedFd> {
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel just opened it for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(result as RawFd) })
+}
 
 /// A command that opens a descriptor.
 fn bpf_fd<T>(command: libc::c_long, attr: &mut T) -> io::Result<OwnedFd> {

@@ -2,7 +2,9 @@
 //!
 //! It is in socket storage: it lives and dies with the socket. All of it is zero when new.
 
-use podshaper_abi::HostEnd;
+use core::mem::offset_of;
+
+use podshaper_abi::{HostEnd, SocketState};
 
 use crate::{
     clock,
@@ -55,3 +57,13 @@ impl Flow {
         self.slot == end.slot.into() && self.riding.is_on(clock::now_ns())
     }
 }
+
+// User space reads it as the other one.
+const _: () = {
+    assert!(size_of::<Flow>() == size_of::<SocketState>());
+    assert!(offset_of!(Flow, application_bytes_per_s) == offset_of!(SocketState, application_bytes_per_s));
+    assert!(offset_of!(Flow, application_window_bytes) == offset_of!(SocketState, application_window_bytes));
+    assert!(offset_of!(Flow, set_bytes_per_s) == offset_of!(SocketState, set_bytes_per_s));
+    assert!(offset_of!(Flow, slot) == offset_of!(SocketState, slot));
+    assert!(offset_of!(Flow, window) + offset_of!(Window, bytes) == offset_of!(SocketState, window_bytes));
+};

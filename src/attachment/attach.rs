@@ -11,10 +11,12 @@ use std::{
 
 use super::{
     Directory, Interfaces, Plan, Present, is_there,
+    let_go::Connections,
     other_paths::{self, Held, Wanted},
     others, remove_cgroup_if_made, scopes, sharing,
 };
 use crate::{
+    direction::Direction,
     error::{Code, Error, Result},
     interface::{self, HeldAt, IngressBy, Interface, Need, Queue, Record},
     owner::Owner,
@@ -74,6 +76,8 @@ struct UnderLock {
     found: Option<PathBuf>,
     /// That attachment, if it can be read.
     before: Option<Present>,
+    /// Its connections, and the directions in which this one will not hold them as it did.
+    ending: Option<(Connections, Vec<Direction>)>,
     /// What the others in the namespace need.
     others: Vec<Need>,
 }
@@ -110,8 +114,23 @@ impl<'a> Attaching<'a> {
         let found = pins.settle(place)?;
         let before = found.clone().and_then(|directory| Present::read(place.clone(), directory).ok());
         let others = others(&pins, place, &self.record);
-        self.under_lock = Some(UnderLock { pins, found, before, others });
+        // Read now: what is known of its sockets may go with its pins.
+        let ending = before.as_ref().and_then(|before| {
+            let directions = self.ending(before);
+            let connections = if directions.is_empty() { None } else { before.connections() };
+            connections.map(|connections| (connections, directions))
+        });
+        self.under_lock = Some(UnderLock { pins, found, before, ending, others });
         Ok(())
+    }
+
+    /// The directions in which an attachment that is replaced lets go of its connections: those that are not limited any more. One with programs
+    /// of its own does so in all: what they know of each socket goes with them, and with that what the application had set.
+    fn ending(&self, before: &Present) -> Vec<Direction> {
+        let (then, now) = (before.limits.unwrap_or_default(), &self.plan.limits);
+        let goes_on = |direction: Direction| pins::shares(&before.directory) && now.of(direction).is_some();
+        let ends = |direction: &Direction| then.of(*direction).is_some() && !goes_on(*direction);
+        Direction::BOTH.into_iter().filter(ends).collect()
     }
 
     /// Changes the interface. fq is there already, if there is any.
@@ -150,6 +169,9 @@ impl<'a> Attaching<'a> {
         let owner = owner?;
         self.is_committed = true;
         self.warn_of_limits_above();
+        if let Some((connections, directions)) = self.under_lock.as_ref().and_then(|lock| lock.ending.as_ref()) {
+            connections.let_go(directions);
+        }
         self.leave_before(owner.interface.held_at);
         Ok(owner)
     }

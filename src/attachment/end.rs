@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{Present, lock, other_paths, others, scopes, sharing, unlimited};
+use super::{Present, let_go::connections, lock, other_paths, others, scopes, sharing, unlimited};
 use crate::{
     direction::Direction,
     error::{self, Code, Error, Result},
@@ -46,10 +46,14 @@ pub fn remove_locked(
     if !is_meant(&directory, owner.as_ref()) {
         return Ok(End::Another(Box::new(owner.unwrap_or_default())));
     }
+    let connections = owner.as_ref().and_then(|owner| connections(&directory, owner));
     if pins::shares(&directory) {
         release(pins, place, owner.as_ref())?;
     }
     pins.remove(place)?;
+    if let Some(connections) = connections {
+        connections.let_go(&Direction::BOTH);
+    }
     match owner {
         Some(mut owner) => {
             owner.interface.complete();
@@ -162,8 +166,9 @@ fn is_held_by_qdisc(record: &Record, limits: &Limits) -> bool {
     (record.has_tbf() && limits.ingress.is_some()) || (record.htb && limits.egress.is_some())
 }
 
-/// Lifts the limits of an attachment in these directions, if it is the one that is meant: a connection that sends before it is removed
-/// goes on without a pace. One that is of another layout, or cannot be read, stays as it is.
+/// Lifts the limits of an attachment in these directions, if it is the one that is meant, and lets go of its connections. A connection that
+/// no process of the cgroup has open goes on without a pace if it sends before the attachment is removed. An attachment that is of another
+/// layout, or cannot be read, stays as it is.
 ///
 /// # Errors
 /// [`Code::Kernel`] with what the kernel says.
@@ -172,7 +177,14 @@ pub fn lift(place: &Place, directions: &[Direction], is_meant: impl FnOnce(&Path
     let found = pins.find(place).and_then(|directory| Present::read(place.clone(), directory).ok());
     match found {
         Some(present) if is_meant(&present.directory, &present.owner) => match &present.limits {
-            Some(limits) => present.write(&unlimited(limits, directions), &present.owner.by_hand(limits)),
+            Some(limits) => {
+                present.write(&unlimited(limits, directions), &present.owner.by_hand(limits))?;
+                // From here on no program sets anything anew.
+                if let Some(connections) = present.connections() {
+                    connections.let_go(directions);
+                }
+                Ok(())
+            }
             None => Ok(()),
         },
         _ => Ok(()),

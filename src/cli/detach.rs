@@ -16,8 +16,8 @@ use crate::{
     owner::Owner,
 };
 
-/// The kernel keeps a socket's pace when the programs go. So the limit is lifted first, and every connection that sends within this
-/// time is let go with it.
+/// The kernel keeps a socket's pace when the programs go. So the limit is lifted first, which lets go of what the processes of the cgroup
+/// have open, and of every other connection that sends within this time.
 pub const LET_GO: Duration = Duration::from_secs(1);
 
 #[derive(Args)]

@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use podshaper_abi::{HostEnd, Limits as AbiLimits, ListedAddress, Meters, OtherPaths, Scope, Scopes};
+use podshaper_abi::{HostEnd, Limits as AbiLimits, ListedAddress, Meters, OtherPaths, Scope, Scopes, SocketState};
 
 use super::{
     object::{IDENTITY, MAPS, Object},
@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     error::{Code, Error, Result},
-    pins::{HOST_ENDS, LIMITS, LockedPins, METERS, OTHERS, SCOPES, SUBNETS},
+    pins::{FLOWS, HOST_ENDS, LIMITS, LockedPins, METERS, OTHERS, SCOPES, SUBNETS},
     request::Subnets,
     sys::{self, Map, Read, TrieKey},
 };
@@ -116,7 +116,9 @@ impl Set {
     /// # Errors
     /// [`Code::Kernel`] with what the kernel says.
     pub fn pin_maps(&self, directory: &Path) -> Result<()> {
+        let flows = self.find_map(FLOWS)?;
         let maps = [
+            (FLOWS, flows.as_fd()),
             (LIMITS, self.limits.as_fd()),
             (METERS, self.meters.as_fd()),
             (SCOPES, self.scopes.as_fd()),
@@ -168,7 +170,7 @@ impl Set {
             return Ok(0);
         }
         let failed = |cause: std::io::Error| refused("write the subnets", &cause);
-        let map: Map<TrieKey, u32> = map(SUBNETS, self.subnets()?)?;
+        let map: Map<TrieKey, u32> = map(SUBNETS, self.find_map(SUBNETS)?)?;
         let key = |(bits, address, _)| TrieKey {
             bits: bits + LIST_BITS,
             address: ListedAddress { list: number.to_ne_bytes(), address },
@@ -190,16 +192,24 @@ impl Set {
     pub fn keep_lists(&self, numbers: impl Iterator<Item = u64>) -> Result<()> {
         let numbers: HashSet<u64> = numbers.collect();
         let failed = |cause: std::io::Error| refused("remove the subnets of an old configuration", &cause);
-        let map: Map<TrieKey, u32> = map(SUBNETS, self.subnets()?)?;
+        let map: Map<TrieKey, u32> = map(SUBNETS, self.find_map(SUBNETS)?)?;
         let keys = map.keys().map_err(failed)?;
         let mut old = keys.iter().filter(|key| !numbers.contains(&u64::from_ne_bytes(key.address.list)));
         old.try_for_each(|key| map.remove(key)).map_err(failed)
     }
 
-    fn subnets(&self) -> Result<OwnedFd> {
+    /// What the programs keep with each socket, by its descriptor.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] where it cannot be opened.
+    pub fn socket_states(&self) -> Result<Map<i32, SocketState>> {
+        map(FLOWS, self.find_map(FLOWS)?)
+    }
+
+    fn find_map(&self, name: &str) -> Result<OwnedFd> {
         match &self.origin {
-            Origin::Loaded(object) => object.map(SUBNETS),
-            Origin::Pinned(directory) => open(&directory.join(SUBNETS)),
+            Origin::Loaded(object) => object.map(name),
+            Origin::Pinned(directory) => open(&directory.join(name)),
         }
     }
 }

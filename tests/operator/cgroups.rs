@@ -6,10 +6,11 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::{call, limited_both_ways, listed, podshaper, refuses, says};
-use crate::chain::{Bed, MBIT, assert_rate};
+use crate::chain::{Bed, MBIT, assert_rate, has_fq, move_away};
 use crate::harness::cgroup::{self, PodCgroup};
-use crate::harness::limiter::Limiter;
+use crate::harness::limiter::{Limiter, Limits};
 use crate::harness::measure::{self, Bulk, Way};
+use crate::harness::pod::Pod;
 use crate::harness::process::{self, Running};
 use crate::harness::{traffic_program, unique};
 use crate::sandbox::within;
@@ -117,11 +118,7 @@ fn a_container_with_a_namespace_of_its_own_is_limited_by_its_interface() {
     assert!(text.contains("--netns /proc/"), "{text}");
     let netns = pod.netns.path().display().to_string();
     // On its node, where the other end of the veth is.
-    let on_node = |arguments: &[&str]| {
-        let mut command = bed.host.command(env!("CARGO_BIN_EXE_podshaper"));
-        process::run(command.args(arguments)).unwrap();
-    };
-    on_node(&[&["attach", "--cgroup", &path], &limits[..], &["eth0", "--netns", &netns]].concat());
+    on_node(&pod, &[&["attach", "--cgroup", &path], &limits[..], &["eth0", "--netns", &netns]].concat());
     let by = listed(&key(&pod.cgroup)).unwrap()["ingress"]["by"].clone();
     assert_ne!(by, "drops");
     for way in [Way::Out, Way::In] {
@@ -130,7 +127,7 @@ fn a_container_with_a_namespace_of_its_own_is_limited_by_its_interface() {
         eprintln!("{way:?}: {rate} bit/s, ingress by {by}");
         assert!((14e6..22e6).contains(&rate), "{way:?}: {rate} bit/s");
     }
-    on_node(&["detach", "--cgroup", &path]);
+    on_node(&pod, &["detach", "--cgroup", &path]);
     let qdiscs =
         bed.host.netns.run("tc", &["qdisc", "show"]).unwrap() + &pod.netns.run("tc", &["qdisc", "show"]).unwrap();
     assert!(!qdiscs.contains(" 7064: "), "{qdiscs}");
@@ -151,6 +148,62 @@ fn connections_are_let_go_by_detach() {
     });
     let after = timeline.wire_rate(4.0, 5.0);
     assert!(after > 200e6, "{after} bit/s of a connection whose limit is gone");
+}
+
+/// Ends the limit of a connection on which nothing is sent at the time, of which no program hears. What it still had to send is through by
+/// then.
+#[track_caller]
+fn assert_let_go_in_silence(pod: &Pod, way: Way, end: impl FnOnce() + Send) {
+    const SILENCE: [f64; 2] = [2.0, 8.0];
+    let bulk = Bulk { way, silence: Some(SILENCE), seconds: 11.0, ..Bulk::default() };
+    let timeline = std::thread::scope(|scope| {
+        let sending = scope.spawn(|| measure::bulk(pod, &bulk).unwrap());
+        std::thread::sleep(Duration::from_secs(6));
+        end();
+        sending.join().unwrap().timeline
+    });
+    let [during, silent, after] =
+        [(0.5, 1.5), (5.0, 7.5), (8.5, 11.0)].map(|(from, to)| timeline.payload_rate(from, to) / 1e6);
+    let what = format!("{way:?}: {during:.1} Mbit/s, {silent:.1} when the limit ended, {after:.1} after that");
+    eprintln!("{what}");
+    assert!((1.0..15.0).contains(&during) && silent == 0.0 && after > 50.0, "{what}");
+}
+
+fn on_node(pod: &Pod, arguments: &[&str]) {
+    let mut command = pod.host.command(env!("CARGO_BIN_EXE_podshaper"));
+    process::run(command.args(arguments)).unwrap();
+}
+
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn a_silent_connection_sends_freely_after_detach() {
+    let bed = Bed::new();
+    let pod = bed.pod(Limiter::Podshaper, 10 * MBIT);
+    assert_let_go_in_silence(&pod, Way::Out, || on_node(&pod, &["detach", &pod.uid]));
+}
+
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn a_silent_connection_receives_freely_after_detach() {
+    let bed = Bed::new();
+    let pod = bed.limited(Limits { egress: None, ingress: Some(10 * MBIT) });
+    if has_fq(&pod) {
+        // On a short path the smallest window is no limit.
+        move_away(&pod);
+    }
+    assert_let_go_in_silence(&pod, Way::In, || on_node(&pod, &["detach", &pod.uid]));
+}
+
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn a_silent_connection_is_let_go_by_a_limit_of_the_other_direction_alone() {
+    let bed = Bed::new();
+    let pod = bed.pod(Limiter::Bare, MBIT);
+    let path = pod.cgroup.path().to_str().unwrap().to_owned();
+    let attach = |direction, rate| says(&["attach", "--cgroup", &path, direction, rate]);
+    attach("--egress", "10M");
+    assert_let_go_in_silence(&pod, Way::Out, || drop(attach("--ingress", "500M")));
+    says(&["detach", "--cgroup", &path]);
 }
 
 #[test]

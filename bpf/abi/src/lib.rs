@@ -266,6 +266,27 @@ pub struct OtherPaths {
     pub of: [Others; DIRECTIONS],
 }
 
+/// What the programs keep with each socket, as far as user space reads it: what they have set on the socket, and what the application had set
+/// itself. Its other fields are the programs' own.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SocketState {
+    turns: [u64; 15],
+    /// The application's own SO_MAX_PACING_RATE in bytes/s. 0: it set none.
+    pub application_bytes_per_s: u64,
+    /// The application's own TCP_WINDOW_CLAMP in bytes. 0: it set none.
+    pub application_window_bytes: u64,
+    /// SO_MAX_PACING_RATE as the programs set it last, in bytes/s. 0: what is in force is the application's.
+    pub set_bytes_per_s: u64,
+    paced_bytes_per_s: u64,
+    /// The attachment by whose interface the socket sends, as of [`Scope::slot`]. 0: none.
+    pub slot: u64,
+    others: [u64; 16],
+    /// TCP_WINDOW_CLAMP as the programs set it last, in bytes. 0: they have not.
+    pub window_bytes: u64,
+    window: [u64; 9],
+}
+
 // The sizes are part of LAYOUT: a padding byte or a new field must not slip in unseen.
 const _: () = assert!(size_of::<Limit>() == 96);
 const _: () = assert!(size_of::<Clock>() == 16);
@@ -275,6 +296,7 @@ const _: () = assert!(size_of::<Meters>() == 8 + 2 * size_of::<Meter>());
 const _: () = assert!(size_of::<Scope>() == 24);
 const _: () = assert!(size_of::<HostEnd>() == 32);
 const _: () = assert!(size_of::<OtherPaths>() == 64);
+const _: () = assert!(size_of::<SocketState>() == 368);
 
 impl Meters {
     /// Meters whose lock is free.
@@ -407,6 +429,8 @@ mod user {
     unsafe impl aya::Pod for super::HostEnd {}
     // SAFETY: as for Limit.
     unsafe impl aya::Pod for super::OtherPaths {}
+    // SAFETY: as for Limit.
+    unsafe impl aya::Pod for super::SocketState {}
 }
 
 #[cfg(test)]

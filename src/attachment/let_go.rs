@@ -1,0 +1,182 @@
+//! Lets go of connections whose limit ends. What the programs have set on a socket stays there when the programs go, and on a connection
+//! that sends nothing meanwhile no program runs that could take it back. But root may have a copy of another process's descriptor
+//! (`pidfd_getfd`, since Linux 5.6), and with that set the socket's options; what the application had set itself is in the programs'
+//! state of the socket, which user space reads by the descriptor.
+//!
+//! It finds the sockets that a process of the cgroup has open. Those that none has (the kernel's own, the subflows of MPTCP, what accept() has
+//! not taken yet) let go when they send: see [`super::lift`].
+
+use std::{
+    collections::HashSet,
+    fs, io,
+    os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use nix::sys::socket::{setsockopt, sockopt};
+use podshaper_abi::SocketState;
+
+use crate::{
+    direction::Direction,
+    owner::Owner,
+    shaper::Pinned,
+    sys::{self, Map, Read},
+};
+
+/// SO_MAX_PACING_RATE of a socket that nobody paces.
+const NOT_PACED: u64 = u64::MAX;
+/// TCP_WINDOW_CLAMP of a socket for whose window its buffer alone counts: the largest window that TCP can say (RFC 7323, 2.2), where a
+/// kernel starts, too (`tcp_select_initial_window`).
+const NOT_CLAMPED: u32 = 0xffff << 14;
+
+/// Other calls wait meanwhile, and a pod may open sockets without end.
+const MOST_TIME: Duration = Duration::from_secs(1);
+
+/// nix has no names for these options.
+#[derive(Clone, Copy)]
+struct MaxPacingRate;
+nix::setsockopt_impl!(MaxPacingRate, libc::SOL_SOCKET, libc::SO_MAX_PACING_RATE, u64, sockopt::SetStruct<u64>);
+#[derive(Clone, Copy)]
+struct WindowClamp;
+nix::setsockopt_impl!(WindowClamp, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, u32, sockopt::SetStruct<u32>);
+
+/// The connections of one attachment.
+pub struct Connections {
+    /// What the programs keep with each socket.
+    states: Map<i32, SocketState>,
+    /// The attachment.
+    slot: u32,
+    /// The cgroup it is on.
+    cgroup: PathBuf,
+}
+
+/// The connections of the attachment that is pinned in a directory. `None`, and the reason in the log, where what is known of them cannot be
+/// read: it is of another layout.
+pub fn connections(directory: &Path, owner: &Owner) -> Option<Connections> {
+    match Pinned::at(directory).set().and_then(|set| set.socket_states()) {
+        Ok(states) => Some(Connections { states, slot: owner.slot, cgroup: PathBuf::from(&owner.cgroup) }),
+        Err(error) => {
+            log::warn!("connections may keep the limit that ends: {error}");
+            None
+        }
+    }
+}
+
+impl Connections {
+    /// Takes off their sockets what was set there for these directions. What could not be done is in the log.
+    pub fn let_go(&self, directions: &[Direction]) {
+        let (until, mut seen) = (Instant::now() + MOST_TIME, HashSet::new());
+        for process in processes(&self.cgroup) {
+            match self.let_go_of(process, directions, until, &mut seen) {
+                // A process or a descriptor that is gone meanwhile.
+                Err(cause) if matches!(cause.raw_os_error(), Some(libc::ENOENT | libc::ESRCH | libc::EBADF)) => {}
+                Err(cause) => log::warn!("connections of process {process} may keep the limit that ended: {cause}"),
+                Ok(()) => {}
+            }
+            if Instant::now() > until {
+                let cgroup = self.cgroup.display();
+                log::warn!(
+                    "connections of {cgroup} may keep the limit that ended: there are more than {MOST_TIME:?} are enough for"
+                );
+                return;
+            }
+        }
+    }
+
+    fn let_go_of(
+        &self,
+        process: i32,
+        directions: &[Direction],
+        until: Instant,
+        seen: &mut HashSet<PathBuf>,
+    ) -> io::Result<()> {
+        let handle = sys::open_process(process)?;
+        let mut first_error = Ok(());
+        for (number, name) in sockets(process)? {
+            if Instant::now() > until {
+                break;
+            }
+            if !seen.insert(name) {
+                continue;
+            }
+            let done = sys::descriptor_of(handle.as_fd(), number).and_then(|socket| self.release(&socket, directions));
+            first_error = first_error.and(done);
+        }
+        first_error
+    }
+
+    fn release(&self, socket: &OwnedFd, directions: &[Direction]) -> io::Result<()> {
+        let found = self.states.get(&socket.as_raw_fd(), Read::Plain)?;
+        let Some(state) = found.filter(|state| state.slot == u64::from(self.slot)) else { return Ok(()) };
+        if directions.contains(&Direction::Egress) && state.set_bytes_per_s != 0 {
+            let own = state.application_bytes_per_s;
+            setsockopt(socket, MaxPacingRate, &(if own == 0 { NOT_PACED } else { own }))?;
+        }
+        if directions.contains(&Direction::Ingress) && state.window_bytes != 0 {
+            let own = state.application_window_bytes;
+            let clamp = if own == 0 { NOT_CLAMPED } else { own.try_into().unwrap_or(NOT_CLAMPED) };
+            setsockopt(socket, WindowClamp, &clamp)?;
+        }
+        Ok(())
+    }
+}
+
+/// The processes of a cgroup and of those below it.
+fn processes(cgroup: &Path) -> Vec<i32> {
+    let (mut found, mut directories) = (Vec::new(), vec![cgroup.to_path_buf()]);
+    while let Some(directory) = directories.pop() {
+        // Gone, or one of threads, whose processes are in the one above.
+        let text = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+        // 0 is a process of another namespace.
+        found.extend(text.lines().filter_map(|line| line.parse::<i32>().ok()).filter(|id| *id != 0));
+        let below = fs::read_dir(&directory).into_iter().flatten().flatten();
+        let below = below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        directories.extend(below.map(|entry| entry.path()));
+    }
+    found
+}
+
+/// The sockets that a process has open: its number of each, and the kernel's name.
+fn sockets(process: i32) -> io::Result<impl Iterator<Item = (RawFd, PathBuf)>> {
+    let open = fs::read_dir(format!("/proc/{process}/fd"))?.flatten();
+    Ok(open.filter_map(|entry| {
+        let number = entry.file_name().to_str()?.parse().ok()?;
+        let name = fs::read_link(entry.path()).ok()?;
+        name.to_str()?.starts_with("socket:").then_some((number, name))
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{net::TcpListener, os::fd::AsFd, process};
+
+    use super::*;
+
+    #[test]
+    fn a_socket_of_a_process_is_found_and_opened_again() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let own = process::id() as i32;
+        let (number, _) = sockets(own).unwrap().find(|(number, _)| *number == listener.as_raw_fd()).unwrap();
+        // Who may not trace may not have it: as another user, or where a sandbox forbids it, this says EPERM.
+        let copy = sys::open_process(own).and_then(|process| sys::descriptor_of(process.as_fd(), number)).unwrap();
+        let copy = TcpListener::from(copy);
+        assert_eq!(copy.local_addr().unwrap(), listener.local_addr().unwrap());
+        let file = tempfile::tempfile().unwrap();
+        assert!(sockets(own).unwrap().all(|(number, _)| number != file.as_raw_fd()));
+    }
+
+    #[test]
+    fn processes_of_a_cgroup_are_those_of_its_directory_and_below() {
+        let root = tempfile::tempdir().unwrap();
+        let below = root.path().join("container/inner");
+        fs::create_dir_all(&below).unwrap();
+        fs::write(root.path().join("cgroup.procs"), "").unwrap();
+        fs::write(root.path().join("container/cgroup.procs"), "12\n0\n").unwrap();
+        fs::write(below.join("cgroup.procs"), "7\n").unwrap();
+        let mut found = processes(root.path());
+        found.sort_unstable();
+        assert_eq!(found, [7, 12]);
+        assert_eq!(processes(&root.path().join("gone")), [0; 0]);
+    }
+}
