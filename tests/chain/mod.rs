@@ -20,7 +20,7 @@ mod paths;
 /// Rate, first second, retransmits, fairness, latency of TCP.
 mod rate;
 /// Which traffic is this attachment's, and what is not touched at all.
-mod scope;
+pub mod scope;
 /// Remote addresses that are exempt.
 mod subnets;
 /// UDP and ICMP.

@@ -57,13 +57,17 @@ fn link_second(pod: &Pod) {
 
 /// Limits that interface in a network of its own, as Multus has podshaper called.
 fn limit_second(pod: &Pod, rate: u64) -> Attachment {
+    Attachment::add(call_alone(pod, rate).env("CNI_IFNAME", SECOND_INTERFACE))
+}
+
+/// An ADD of podshaper without a network before it.
+pub fn call_alone(pod: &Pod, rate: u64) -> Cni {
     let config = json!({
         "cniVersion": "1.0.0", "name": "second", "type": "podshaper",
         "runtimeConfig": { "bandwidth": { "egressRate": rate }, "cgroupPath": pod.offers["cgroupPath"] },
         "prevResult": { "cniVersion": "1.0.0", "ips": [{ "address": "10.214.0.2/24" }] },
     });
-    let call = Cni::new(podshaper_program().unwrap(), "ADD").stdin(config.to_string());
-    Attachment::add(pod.environment(call).env("CNI_IFNAME", SECOND_INTERFACE))
+    pod.environment(Cni::new(podshaper_program().unwrap(), "ADD").stdin(config.to_string()))
 }
 
 #[test]

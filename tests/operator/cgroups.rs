@@ -6,7 +6,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::{call, limited_both_ways, listed, podshaper, refuses, says};
-use crate::chain::{Bed, MBIT, assert_rate, has_fq, move_away};
+use crate::chain::scope::call_alone;
+use crate::chain::{Attachment, Bed, MBIT, assert_rate, has_fq, move_away};
 use crate::harness::cgroup::{self, PodCgroup};
 use crate::harness::limiter::{Limiter, Limits};
 use crate::harness::measure::{self, Bulk, Way};
@@ -192,6 +193,15 @@ fn a_silent_connection_receives_freely_after_detach() {
         move_away(&pod);
     }
     assert_let_go_in_silence(&pod, Way::In, || on_node(&pod, &["detach", &pod.uid]));
+}
+
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn a_silent_connection_sends_freely_after_del() {
+    let bed = Bed::new();
+    let pod = bed.pod(Limiter::Bare, MBIT);
+    let limit = Attachment::add(call_alone(&pod, 10 * MBIT));
+    assert_let_go_in_silence(&pod, Way::Out, || drop(limit));
 }
 
 #[test]
