@@ -167,7 +167,9 @@ fn assert_let_go_in_silence(pod: &Pod, way: Way, end: impl FnOnce() + Send) {
         [(0.5, 1.5), (5.0, 7.5), (8.5, 11.0)].map(|(from, to)| timeline.payload_rate(from, to) / 1e6);
     let what = format!("{way:?}: {during:.1} Mbit/s, {silent:.1} when the limit ended, {after:.1} after that");
     eprintln!("{what}");
-    assert!((1.0..15.0).contains(&during) && silent == 0.0 && after > 50.0, "{what}");
+    // Kernels in software emulation send no more than twice the limit. A small window lets as much come.
+    let least = if way == Way::Out { 15.0 } else { 50.0 };
+    assert!((1.0..15.0).contains(&during) && silent == 0.0 && after > least, "{what}");
 }
 
 fn on_node(pod: &Pod, arguments: &[&str]) {
