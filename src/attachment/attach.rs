@@ -12,7 +12,7 @@ use std::{
 use super::{
     Directory, Interfaces, Plan, Present, is_there,
     other_paths::{self, Held, Wanted},
-    others, remove_cgroup_if_made, scopes, sharing,
+    others, remove_cgroup_if_ours, scopes, sharing,
 };
 use crate::{
     error::{Code, Error, Result},
@@ -347,7 +347,7 @@ impl<'a> Attaching<'a> {
         if let Directory::Pod(cgroup) = self.plan.cgroup
             && !pins.has_pod(&self.plan.place.pod)
         {
-            remove_cgroup_if_made(&cgroup.path);
+            remove_cgroup_if_ours(&cgroup.path);
         }
     }
 }

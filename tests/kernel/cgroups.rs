@@ -153,6 +153,34 @@ fn a_directory_made_for_an_add_that_fails_is_removed() {
         pod.call("ADD");
         pod.call("DEL");
         assert!(!unified.exists());
+/// The limit of a pod that was there before it, as sync attaches it and takes it off: runc has made its directory.
+#[test]
+#[ignore = "needs root, cgroup2, cgroup v1 and bpffs"]
+fn on_a_hybrid_host_the_directory_goes_with_a_pod_whose_limit_came_later_and_ended_before() {
+    let netns = Arc::new(netns_with(&["eth0"]));
+    mounts::with_own(|| {
+        let v1 = V1::new();
+        let uid = uuid().unwrap();
+        let path = Driver::Cgroupfs.path(&uid);
+        let kubelets = v1.pod(&path);
+        let unified = cgroup::mount().unwrap().join(&path[1..]);
+        let runcs = PodCgroup::new(unified.clone()).unwrap();
+        let container = runcs.container("c1").unwrap();
+        let pod = Sandbox::of(PodCgroup::absent(unified.clone()), uid, Arc::clone(&netns));
+        assert!(!is_marked(&unified));
+        pod.call("ADD");
+        pod.assert_limited(&pod.container_id, RATE);
+        // Without a limit, in the same sandbox.
+        ok(&pod.cni("ADD").stdin(&pod.stdin_with(json!({ "runtimeConfig": {} }))));
+        pod.assert_unlimited();
+        assert!(container.is_dir(), "the pod lives");
+        fs::remove_dir(container).unwrap();
+        pod.call("DEL");
+        assert!(!unified.exists());
+        drop(kubelets);
+    });
+}
+
         assert!(!Path::new(PINS).exists(), "the last pod is gone");
         // Of this mount alone: a filesystem of another mount namespace stays as it is.
         let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
