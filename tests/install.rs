@@ -367,6 +367,10 @@ fn units_call_the_same_installation_again_and_go_with_it() {
          \"--cache-dir\" \"/var/lib/cni\" \"--config\" \"{{\\\"max\\\":{{\\\"egress\\\":\\\"1G\\\"}}}}\" \"--kubeconfig\" \"/etc/k\" \"--node\" \"n1\""
     );
     assert_eq!(command(), expected);
+    // What podshaper.path does not see while that one ends is looked for after it.
+    let again = fs::read_to_string(node.path("systemd/podshaper-again.service")).unwrap();
+    assert!(again.contains(&format!("\nExecStart={expected} \"--if-changed\"\n")), "{again}");
+    assert!(again.contains("\nAfter=podshaper.service\n") && service().contains("\nWants=podshaper-again.service\n"));
     let path = fs::read_to_string(node.path("systemd/podshaper.path")).unwrap();
     for watched in [node.path("net.d"), "/var/lib/cni/results".into(), "/var/lib/cni/multus/results".into()] {
         assert!(path.contains(&format!("PathChanged={}\n", watched.display())), "{path}");
@@ -385,6 +389,7 @@ fn units_call_the_same_installation_again_and_go_with_it() {
         let verified = Command::new("systemd-analyze")
             .args(["verify", "--man=no"])
             .args([unit("podshaper.path"), unit("podshaper.timer"), unit("podshaper.service")])
+            .arg(unit("podshaper-again.service"))
             .output()
             .unwrap();
         let said = String::from_utf8_lossy(&verified.stderr).into_owned();
