@@ -23,7 +23,7 @@ use crate::{
     pins::{BPFFS, LockedPins, Pins, Place},
     pod::PodKey,
     probe,
-    request::{Endpoint, Env, Limit, Limits, Request, Subject, declared_version, read_stdin, says_unknown},
+    request::{Endpoint, Env, Limit, Limits, Request, Subject, declared_version, read_stdin},
     shaper::{Pinned, Settings},
 };
 
@@ -112,7 +112,7 @@ fn add(request: &Request, endpoint: &Endpoint) -> Result<Vec<u8>> {
         )
     })?;
     for key in &request.unknown_keys {
-        log::warn!("the configuration of network {}: {}; it is ignored", request.network, says_unknown(key));
+        log::warn!("the configuration of network {}: {key}; it is ignored", request.network);
     }
     let limits = request.limits()?;
     if limits.is_empty() {

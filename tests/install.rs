@@ -8,6 +8,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::harness::api::{ApiServer, Reply};
 use crate::harness::process;
 
 const PODSHAPER: &str = env!("CARGO_BIN_EXE_podshaper");
@@ -400,6 +401,53 @@ fn units_call_the_same_installation_again_and_go_with_it() {
     assert_eq!(fs::read_dir(node.path("systemd")).unwrap().count(), 0);
     node.ok("install", &["--no-units"]);
     assert_eq!(fs::read_dir(node.path("systemd")).unwrap().count(), 0);
+}
+
+/// Labels of namespaces are the API server's to tell, and kubelet's user may not ask for them.
+#[test]
+fn a_user_who_may_not_get_namespaces_is_found_before_any_pod_fails() {
+    let namespace = json!({ "metadata": { "name": "default", "uid": "n-1" } });
+    let one = Reply::json("200 OK", &namespace);
+    let all = Reply::json("200 OK", &json!({ "metadata": {}, "items": [namespace] }));
+    let no = || Reply::status("403 Forbidden", "no namespaces for you");
+    for (one, all, what) in [
+        (one.clone(), all.clone(), None),
+        (no(), no(), Some("namespace default")),
+        // An ADD would do, and no sync.
+        (one, no(), Some("the namespaces")),
+    ] {
+        let replies = vec![("/api/v1/namespaces?", all), ("/api/v1/namespaces/default", one)];
+        let server = ApiServer::start(Reply::ByPath(replies)).unwrap();
+        let kubeconfig = server.kubeconfig(&json!({}), &json!({})).unwrap();
+        let rule = json!({ "labels": { "tier": "free" }, "egress": "5M" });
+        let keys = json!({ "kubeconfig": kubeconfig, "namespaces": [rule] });
+        let node = Node::new(&[("10-flannel.conflist", FLANNEL)]);
+        let doctor = |node: &Node| {
+            let directories = ["net.d", "bin"].map(|name| node.path(name));
+            let mut command = Command::new(PODSHAPER);
+            command.args(["doctor", "--conf-dir"]).arg(&directories[0]).arg("--bin-dir").arg(&directories[1]);
+            String::from_utf8(command.env_remove("CNI_COMMAND").output().unwrap().stdout).unwrap()
+        };
+        let Some(what) = what else {
+            node.ok("install", &["--config", &keys.to_string()]);
+            assert!(!doctor(&node).contains("namespace"), "{}", doctor(&node));
+            continue;
+        };
+        let remedy = format!(
+            "for {what}: it answered 403 \"no namespaces for you\": its user may not; kubectl apply -f install/labels-rbac.yaml makes one \
+             who may get and list pods and namespaces, and install/kubeconfig writes its kubeconfig"
+        );
+        let refusal = node.refused("install", &["--config", &keys.to_string()]);
+        assert!(refusal.contains(&remedy), "{refusal}");
+        assert_eq!(node.read("10-flannel.conflist"), FLANNEL);
+        // As somebody else may write it.
+        let mut list: Value = serde_json::from_str(FLANNEL).unwrap();
+        let mut entry = keys.clone();
+        entry["type"] = json!("podshaper");
+        list["plugins"].as_array_mut().unwrap().push(entry);
+        node.write("10-flannel.conflist", &list.to_string());
+        assert!(doctor(&node).contains(&remedy), "{}", doctor(&node));
+    }
 }
 
 #[test]

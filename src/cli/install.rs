@@ -25,12 +25,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
-use rscni_plugin::types::Cmd;
 use serde_json::{Map, Value};
 
 use super::{output, sync};
 use crate::error::{Code, Error, Result};
-use crate::request::{self, Env, Request};
+use crate::request::Request;
 use conflist::{BANDWIDTH, CAPABILITIES, Conflist, Entry, PODSHAPER};
 pub use files::networks;
 pub use multus::is as is_multus;
@@ -147,6 +146,10 @@ impl Install {
     /// Returns what was done, line by line.
     fn install(&self, own: &File) -> Result<String> {
         let keys = self.config.as_deref().map_or(Ok(Map::new()), keys)?;
+        // Once, and not every ten seconds.
+        if !self.and_sync {
+            request_of(&keys)?.check_namespaces().map_err(|error| Error::because(Code::Config, "--config", error))?;
+        }
         let entry = Entry::new(keys)?;
         let mut report = Report::new(self.place.is_dry_run(), self.and_sync);
         let targets = self.place.targets()?;
@@ -370,18 +373,14 @@ fn install_program(mut own: &File, place: &Place, report: &mut Report) -> Result
 fn keys(json: &str) -> Result<Map<String, Value>> {
     let wrong = |cause| Error::because(Code::Config, "--config is not a JSON object", cause);
     let keys: Map<String, Value> = serde_json::from_str(json).map_err(wrong)?;
-    if let Some(key) = request::unknown(keys.keys()).first() {
-        return Err(Error::new(Code::Config, format!("--config: {}", request::says_unknown(key))));
-    }
-    let mut stdin = keys.clone();
-    stdin.extend(
-        [("cniVersion", "1.1.0"), ("name", "install"), ("type", PODSHAPER)]
-            .map(|(key, value)| (key.to_owned(), value.into())),
-    );
-    let named = |name: &str| Some(name.into());
-    let env = Env { container_id: named("install"), netns: named("/"), ifname: named("eth0"), ..Env::default() };
-    let taken = Request::parse(Cmd::Add, &env, Value::Object(stdin).to_string().as_bytes())
-        .and_then(|request| request.limits());
-    taken.map_err(|error| Error::because(Code::Config, "--config", error))?;
+    request_of(&keys)?;
     Ok(keys)
+}
+
+fn request_of(keys: &Map<String, Value>) -> Result<Request> {
+    let request = Request::of_keys(keys).map_err(|error| Error::because(Code::Config, "--config", error))?;
+    match request.unknown_keys.first() {
+        Some(key) => Err(Error::new(Code::Config, format!("--config: {key}"))),
+        None => Ok(request),
+    }
 }
