@@ -1,6 +1,7 @@
 //! Makes an attachment, in the place of one that may be there, or leaves everything as it was.
 
 use std::{
+    collections::BTreeMap,
     fs,
     os::{
         fd::{AsFd, BorrowedFd},
@@ -221,13 +222,14 @@ impl<'a> Attaching<'a> {
         let (Directory::Pod(cgroup), Some(UnderLock { pins, .. })) = (self.plan.cgroup, &self.under_lock) else {
             return;
         };
-        let limited = cgroup.above().filter(|path| {
-            fs::metadata(path).is_ok_and(|directory| pins.has_pod(&pins::key_of_cgroup(directory.ino())))
-        });
-        for path in limited {
+        let keys: BTreeMap<String, &Path> = cgroup
+            .above()
+            .filter_map(|path| Some((pins::key_of_cgroup(fs::metadata(path).ok()?.ino()), path)))
+            .collect();
+        for limited in pins.with_any_of(keys.keys().cloned()) {
             log::warn!(
                 "{} has a limit, too (podshaper attach): what the pod sends and gets has to pass both",
-                path.display()
+                keys[&limited].display()
             );
         }
     }
