@@ -421,7 +421,7 @@ pub fn new_element(name: &str, bytes: &[u8]) -> io::Result<OwnedFd> {
         ..MapCreateAttr::default()
     };
     let map = bpf_fd(BPF_MAP_CREATE, &mut attr)?;
-    set_element_bytes(map.as_fd(), bytes)?;
+    write_element(map.as_fd(), bytes, bytes.len())?;
     Ok(map)
 }
 
@@ -449,6 +449,11 @@ pub fn set_element_bytes(map: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
         let text = format!("its elements have {size} bytes, and this takes {}", bytes.len());
         return Err(io::Error::new(io::ErrorKind::InvalidData, text));
     }
+    write_element(map, bytes, size)
+}
+
+/// Writes the element of an array map whose elements have `size` bytes, with zeros at its end.
+fn write_element(map: BorrowedFd<'_>, bytes: &[u8], size: usize) -> io::Result<()> {
     let mut value = bytes.to_vec();
     value.resize(size.next_multiple_of(8), 0);
     let (map_fd, key) = (map.as_raw_fd() as u32, 0u32);
