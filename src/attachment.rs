@@ -187,9 +187,9 @@ fn is_there(owner: &Owner, inode: u64) -> bool {
     }
 }
 
-/// Removes a pod's cgroup2 directory on a hybrid host, if podshaper made it and nothing is left in it.
-pub fn remove_cgroup_if_made(path: &Path) {
-    let removed = Hierarchies::of_this_host().and_then(|hierarchies| cgroup::remove_if_made(&hierarchies, path));
+/// Removes a pod's cgroup2 directory on a hybrid host, if that is left to podshaper and nothing is in it.
+pub fn remove_cgroup_if_ours(path: &Path) {
+    let removed = Hierarchies::of_this_host().and_then(|hierarchies| cgroup::remove_if_ours(&hierarchies, path));
     if let Err(error) = removed {
         log::warn!("{error}");
     }

@@ -2,7 +2,8 @@
 //!
 //! The directory is not the sandbox's or a container's, which do not exist yet when the runtime calls ADD, but the pod's, which
 //! kubelet makes before and which holds them all. On a hybrid host kubelet makes it on the v1 hierarchies only; runc puts the
-//! containers into cgroup2 later, under the same relative path. So podshaper makes the pod's directory there first.
+//! containers into cgroup2 later, under the same relative path. So podshaper makes the pod's directory there first. Of a pod that is limited
+//! later (`podshaper sync`) runc has made it. Neither kubelet nor runc removes it: podshaper does, of each pod that it has limited.
 
 mod mounts;
 mod names;
@@ -16,7 +17,7 @@ use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, fchmod, fstat};
 
 use crate::error::{Code, Error, Result};
 pub use mounts::Hierarchies;
@@ -24,7 +25,7 @@ use names::Shape;
 use search::{MAX_DEPTH, MAX_VISITED, Outcome};
 
 /// The mode of the directories podshaper makes. The sticky bit has no effect on a cgroup directory and nobody else sets it: it
-/// says, for as long as the directory lives and nowhere else, that it is ours to remove.
+/// says, for as long as the directory lives and nowhere else, that it is ours to remove. A pod's directory that runc has made gets it, too.
 const MADE_HERE: u32 = 0o1755;
 const STICKY: u32 = 0o1000;
 
@@ -121,8 +122,8 @@ impl PodCgroup {
         }
     }
 
-    /// Opens the directory, and makes it before if it is one that podshaper has to make. What was made is removed again by
-    /// [`remove_if_made`].
+    /// Opens the directory, and makes it before if it is one that podshaper has to make. What was made, or is left to podshaper, is
+    /// removed again by [`remove_if_ours`].
     ///
     /// # Errors
     /// [`Code::Cgroup`] if it is gone, or cannot be made or opened.
@@ -130,7 +131,10 @@ impl PodCgroup {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         for _ in 0..OPEN_ATTEMPTS {
             match open(&self.path, flags, Mode::empty()) {
-                Ok(fd) => return Ok(fd),
+                Ok(fd) => {
+                    self.take_over(&fd);
+                    return Ok(fd);
+                }
                 Err(Errno::ENOENT) if self.may_make => self.make()?,
                 Err(errno) => {
                     let text = format!("open the pod's cgroup {} (it goes away with the pod)", self.path.display());
@@ -140,6 +144,16 @@ impl PodCgroup {
         }
         let text = format!("make the pod's cgroup {}: removed again {OPEN_ATTEMPTS} times", self.path.display());
         Err(Error::new(Code::Cgroup, text))
+    }
+
+    /// Marks the directory as podshaper's to remove, where kubelet has its own on v1 and so will not. Its parents stay whose they are.
+    fn take_over(&self, directory: &OwnedFd) {
+        let marked = || fchmod(directory, Mode::from_bits_truncate(fstat(directory)?.st_mode | STICKY));
+        if self.may_make
+            && let Err(errno) = marked()
+        {
+            log::debug!("the cgroup {} will be left when its pod has ended: mark it: {errno}", self.path.display());
+        }
     }
 
     /// Makes the directories below the mount that are missing. Returns early, to be called again, if one of them is removed
@@ -160,7 +174,7 @@ impl PodCgroup {
     }
 }
 
-/// Removes the pod's directory at `path` from cgroup2, and its parents up to the mount, as far as podshaper made them and
+/// Removes the pod's directory at `path` from cgroup2, and its parents up to the mount, as far as they are marked as podshaper's and
 /// nothing is left in them. For DEL and for undoing an ADD. Without v1 hierarchies, or with a path that is not below the mount
 /// (a record of another boot), there is nothing to remove.
 ///
@@ -168,7 +182,7 @@ impl PodCgroup {
 ///
 /// # Errors
 /// [`Code::Cgroup`] if a directory that is empty cannot be removed.
-pub fn remove_if_made(hierarchies: &Hierarchies, path: &Path) -> Result<()> {
+pub fn remove_if_ours(hierarchies: &Hierarchies, path: &Path) -> Result<()> {
     let is_plain = path.components().all(|part| part != Component::ParentDir);
     if !hierarchies.are_hybrid() || !is_plain || !path.starts_with(&hierarchies.unified) {
         return Ok(());
@@ -260,8 +274,15 @@ mod tests {
             found.open().unwrap();
             assert!(expected.is_dir());
 
-            remove_if_made(&hierarchies, &expected).unwrap();
-            assert_eq!(tree(&hierarchies.unified), before, "all that was made is removed and no more: {dirs:?}");
+            remove_if_ours(&hierarchies, &expected).unwrap();
+            let is_kubelets = |dir: &String| !dir.starts_with("unified") && dir.ends_with(place);
+            if missing || !dirs.iter().any(is_kubelets) {
+                assert_eq!(tree(&hierarchies.unified), before, "all that was made is removed and no more: {dirs:?}");
+            } else {
+                // runc's: kubelet has only its own on v1.
+                let expected: Vec<_> = before.into_iter().filter(|path| *path != expected).collect();
+                assert_eq!(tree(&hierarchies.unified), expected, "the pod's alone is removed: {dirs:?}");
+            }
         }
     }
 
@@ -272,12 +293,12 @@ mod tests {
             let found = find(&hierarchies, wanted).unwrap();
             assert!(!found.missing);
             found.open().unwrap();
-            remove_if_made(&hierarchies, &found.path).unwrap();
+            remove_if_ours(&hierarchies, &found.path).unwrap();
             assert!(found.path.is_dir());
         }
         let marked = hierarchies.unified.join("marked");
         DirBuilder::new().mode(MADE_HERE).create(&marked).unwrap();
-        remove_if_made(&hierarchies, &marked).unwrap();
+        remove_if_ours(&hierarchies, &marked).unwrap();
         assert!(marked.is_dir());
 
         let found = find(&hierarchies, Wanted::Uid("u-1")).unwrap();
@@ -326,7 +347,7 @@ mod tests {
         let [one, two] = ["u-1", "u-2"].map(|uid| find(&hierarchies, Wanted::Uid(uid)).unwrap());
         one.open().unwrap();
         two.open().unwrap();
-        let remove = |path: &Path| remove_if_made(&hierarchies, path).unwrap();
+        let remove = |path: &Path| remove_if_ours(&hierarchies, path).unwrap();
 
         create_dir_all(one.path.join("container")).unwrap();
         remove(&one.path);
@@ -361,7 +382,7 @@ mod tests {
                     for _ in 0..500 {
                         pod.open().unwrap();
                         assert!(pod.path.is_dir());
-                        remove_if_made(hierarchies, &pod.path).unwrap();
+                        remove_if_ours(hierarchies, &pod.path).unwrap();
                         assert!(!pod.path.exists());
                     }
                 });
@@ -397,9 +418,9 @@ mod tests {
         let found = find(&hierarchies, Wanted::Path(&format!("{}/a/pod1", scratch.1))).unwrap();
         assert!(found.missing);
         found.open().unwrap();
-        remove_if_made(&hierarchies, found.path.parent().unwrap()).unwrap();
+        remove_if_ours(&hierarchies, found.path.parent().unwrap()).unwrap();
         assert!(found.path.join("cgroup.procs").exists(), "a cgroup with children stays");
-        remove_if_made(&hierarchies, &found.path).unwrap();
+        remove_if_ours(&hierarchies, &found.path).unwrap();
         assert!(!hierarchies.unified.join(&scratch.1).exists());
 
         come_and_go(&hierarchies, &scratch.1);

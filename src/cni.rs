@@ -13,7 +13,7 @@ use rscni_plugin::{
 };
 
 use crate::{
-    attachment::{self, Directory, End, Interfaces, Plan, remove_cgroup_if_made},
+    attachment::{self, Directory, End, Interfaces, Plan, remove_cgroup_if_ours},
     cgroup::{self, Hierarchies, PodCgroup, Wanted},
     direction::Direction,
     error::{self, Code, Error, Result},
@@ -23,7 +23,7 @@ use crate::{
     pins::{BPFFS, LockedPins, Pins, Place},
     pod::PodKey,
     probe,
-    request::{Endpoint, Env, Limit, Limits, Request, Subject, declared_version, read_stdin, says_unknown},
+    request::{Endpoint, Env, Limit, Limits, Request, Subject, declared_version, read_stdin},
     shaper::{Pinned, Settings},
 };
 
@@ -112,7 +112,7 @@ fn add(request: &Request, endpoint: &Endpoint) -> Result<Vec<u8>> {
         )
     })?;
     for key in &request.unknown_keys {
-        log::warn!("the configuration of network {}: {}; it is ignored", request.network, says_unknown(key));
+        log::warn!("the configuration of network {}: {key}; it is ignored", request.network);
     }
     let limits = request.limits()?;
     if limits.is_empty() {
@@ -233,15 +233,15 @@ fn del(request: &Request, endpoint: &Endpoint) -> Result<()> {
     Ok(())
 }
 
-/// On a hybrid host the pod's cgroup2 directory is podshaper's, to be removed with its last attachment. It cannot be while the
-/// pod's last container is in it; then one of the DELs that follow does it.
+/// On a hybrid host the pod's cgroup2 directory is podshaper's to remove, also when its limit has been taken off before. It cannot be
+/// while the pod's last container is in it; then one of the DELs that follow does it.
 fn remove_cgroup_after(request: &Request, endpoint: &Endpoint, pins: &LockedPins) {
     let Ok(hierarchies) = Hierarchies::of_this_host() else { return };
     if !hierarchies.are_hybrid() || pins.has_pod(endpoint.key.as_str()) {
         return;
     }
     if let Ok(cgroup) = find_cgroup(request, endpoint, &hierarchies) {
-        remove_cgroup_if_made(&cgroup.path);
+        remove_cgroup_if_ours(&cgroup.path);
     }
 }
 
@@ -261,7 +261,7 @@ fn gc(request: &Request) -> Result<()> {
         if is_stale(&owner) && matches!(attachment::remove_locked(&pins, &place, is_meant)?, End::Removed) {
             log::info!("no container uses {} any more", directory.display());
             if !pins.has_pod(&place.pod) {
-                remove_cgroup_if_made(Path::new(&owner.cgroup));
+                remove_cgroup_if_ours(Path::new(&owner.cgroup));
             }
         }
         Ok(())

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use crate::{
     error::{self, Code, Error, Result},
     netns::{self, Entered, Namespace},
-    qdisc,
+    qdisc::{self, Peer},
     request::{Limit, Limits},
 };
 
@@ -37,6 +37,8 @@ pub struct Interface {
     netns: PathBuf,
     netns_inode: u64,
     ifname: String,
+    /// Its other end, if it is a veth's.
+    peer: Option<Peer>,
     /// Its end on the host, once it was looked for.
     host_end: Option<Option<u32>>,
 }
@@ -98,16 +100,16 @@ impl Interface {
     /// The inner error: it was entered, and has no such interface.
     fn find(opened: Namespace, netns: &Path, ifname: &str) -> Result<Result<Self>> {
         let netns_inode = opened.inode;
-        let mut inside = opened.enter()?;
-        let link = inside.run(|| netns::link(ifname, netns));
+        let (inside, link) = opened.enter(|| netns::link(ifname, netns))?;
         let (netns, ifname) = (netns.to_path_buf(), ifname.to_owned());
         Ok(link.map(|link| Self {
             inside,
-            index: link.index,
+            index: link.header.index,
             namespace: 0,
             netns,
             netns_inode,
             ifname,
+            peer: Peer::of(&link),
             host_end: None,
         }))
     }
@@ -130,8 +132,11 @@ impl Interface {
         if let Some(known) = self.host_end {
             return Ok(known);
         }
-        let (index, home) = (self.index, self.inside.home());
-        let found = self.inside.run(|| qdisc::veth_peer(index, home))?;
+        let home = self.inside.home();
+        let found = match self.peer {
+            Some(peer) => self.inside.run(|| peer.in_namespace(home))?,
+            None => None,
+        };
         self.host_end = Some(found);
         Ok(found)
     }
@@ -274,11 +279,9 @@ pub fn check(record: &Record) -> Result<()> {
         return Err(another(netns));
     }
     let mut interface = Interface::find(opened, netns, &record.ifname)??;
-    let (index, home) = (interface.index, interface.inside.home());
-    let (has_queue, peer) = interface.inside.run(|| {
-        let has_queue = queue.map_or(Ok(true), |kind| qdisc::has(index, kind))?;
-        Ok::<_, Error>((has_queue, if wants_tbf { qdisc::veth_peer(index, home)? } else { None }))
-    })?;
+    let index = interface.index;
+    let has_queue = interface.inside.run(|| queue.map_or(Ok(true), |kind| qdisc::has(index, kind)))?;
+    let peer = if wants_tbf { interface.host_end()? } else { None };
     let gone = |what: &str| {
         let text =
             format!("{what} has been taken off {} of {}: podshaper put it there", record.ifname, netns.display());
@@ -309,12 +312,11 @@ fn change_inside(
 ) -> (Found, Inside) {
     let mut packets = Ok(());
     if limits.egress.is_some() {
-        packets = packets::find(index, &mine, there).and_then(|found| {
-            mine.found = found;
-            let mut needs = others.to_vec();
-            needs.push(Need { record: mine.clone(), limits: Some(*limits) });
-            packets::settle(index, &mine, &needs)
-        });
+        let sizes = packets::Sizes::read(index);
+        mine.found = packets::find(&mine, there, sizes.as_ref().ok().and_then(Option::as_ref));
+        let mut needs = others.to_vec();
+        needs.push(Need { record: mine.clone(), limits: Some(*limits) });
+        packets = packets::settle(index, &mine, &needs, sizes);
     }
     let fq = if has_fq { keep_fq(index) } else { Ok(()) };
     let htb = limits.egress.filter(|_| !has_fq).map(|limit| put_htb(index, &mine, &limit, others));
@@ -324,7 +326,9 @@ fn change_inside(
 /// In the namespace: what [`Interface::settle`] does there.
 fn settle_inside(index: u32, own: &Record, needs: &[Need]) -> Inside {
     let here = || needs.iter().filter(|need| need.record.shares_interface(own));
-    let packets = packets::settle(index, own, needs);
+    // What was not found is not put back, and need not be read.
+    let sizes = own.found.gso_max_size.map_or(Ok(None), |_| packets::Sizes::read(index));
+    let packets = packets::settle(index, own, needs, sizes);
     let (mut fq, mut htb) = (Ok(()), None);
     if here().any(|need| need.record.fq) {
         fq = keep_fq(index);

@@ -197,7 +197,8 @@ fn refusal(answer: &Answer) -> String {
     let remedy = match answer.status {
         401 => "the credentials in the kubeconfig are not (or no longer) valid",
         403 => {
-            "its user must be allowed to get pods and namespaces, and for sync to list them (install/labels-rbac.yaml)"
+            "its user may not; kubectl apply -f install/labels-rbac.yaml makes one who may get and list pods and namespaces, and \
+             install/kubeconfig writes its kubeconfig: put that in the place of this one (kubelet's own may get its node's pods alone)"
         }
         404 => "there is no such pod (any more), or it is another cluster's API server",
         _ => "is it an API server, and well?",
@@ -229,6 +230,6 @@ mod tests {
         assert_eq!(pods["u-1"].labels["a"], "b");
         assert_eq!(all("{}").unwrap_err().split(':').next(), Some("its answer is no list of pods"));
         let refused = understand_all(&Answer { status: 403, body: b"{}".to_vec() }).unwrap_err();
-        assert!(refused.contains("for sync to list them"), "{refused}");
+        assert!(refused.contains("kubectl apply -f install/labels-rbac.yaml"), "{refused}");
     }
 }

@@ -7,9 +7,9 @@ use std::fmt;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
+use netlink_packet_route::link::LinkMessage;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
-use nix::net::if_::if_nametoindex;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::stat::{Mode, fstat};
 use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
@@ -21,13 +21,6 @@ use crate::{
 
 /// /proc/self would be the main thread's namespace.
 const OWN: &str = "/proc/thread-self/ns/net";
-
-/// An interface of the namespace the calling thread is in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Link {
-    /// The number that `skb->ifindex` has in the programs; unique within its namespace only.
-    pub index: u32,
-}
 
 /// A pod's network namespace, not entered yet.
 pub struct Namespace {
@@ -77,18 +70,19 @@ impl Namespace {
         Ok(Self { path: path.to_path_buf(), home, file, inode: there.st_ino })
     }
 
-    /// Enters it once, and leaves it.
+    /// Enters it, runs `work` inside and leaves it.
     ///
     /// # Errors
     /// [`Code::Netns`]: it is a namespace of another kind, or podshaper may not.
-    pub fn enter(self) -> Result<Entered> {
+    pub fn enter<T>(self, work: impl FnOnce() -> T) -> Result<(Entered, T)> {
         let Self { path, home, file: there, inode: _ } = self;
         let mut entered = Entered { home, there, connection: None };
-        match entered.go().map(drop) {
-            Ok(()) => Ok(entered),
-            Err(errno @ Errno::EINVAL) => Err(failed(&path, "setns (a namespace of another kind)", errno)),
-            Err(errno) => Err(failed(&path, "setns (needs CAP_SYS_ADMIN)", errno)),
-        }
+        let done = match entered.go() {
+            Ok(_away) => work(),
+            Err(errno @ Errno::EINVAL) => return Err(failed(&path, "setns (a namespace of another kind)", errno)),
+            Err(errno) => return Err(failed(&path, "setns (needs CAP_SYS_ADMIN)", errno)),
+        };
+        Ok((entered, done))
     }
 }
 
@@ -151,14 +145,21 @@ fn entering(path: &Path, what: impl fmt::Display) -> String {
 ///
 /// # Errors
 /// [`Code::Netns`] if there is none of that name.
-pub fn link(ifname: &str, netns: &Path) -> Result<Link> {
-    if_nametoindex(ifname).map(|index| Link { index }).map_err(|errno| {
-        let text = format!(
+pub fn link(ifname: &str, netns: &Path) -> Result<LinkMessage> {
+    /// The kernel's IFNAMSIZ, without the zero at the end.
+    const MAX_NAME_BYTES: usize = 15;
+    let text = || {
+        format!(
             "find the interface {ifname:?} in the netns {}; podshaper must come after the plugin that makes it",
             netns.display()
-        );
-        Error::because(Code::Netns, text, errno)
-    })
+        )
+    };
+    let found = match ifname.len() {
+        1..=MAX_NAME_BYTES => netlink::link_by_name(ifname),
+        _ => Ok(None),
+    };
+    let found = found.map_err(|cause| Error::because(Code::Netns, text(), cause))?;
+    found.ok_or_else(|| Error::because(Code::Netns, text(), Errno::ENODEV))
 }
 
 #[cfg(test)]
@@ -233,7 +234,7 @@ mod tests {
     }
 
     fn enter(path: &Path) -> Result<Entered> {
-        Namespace::open(path).and_then(Namespace::enter)
+        Namespace::open(path).and_then(|namespace| namespace.enter(|| ())).map(|(entered, ())| entered)
     }
 
     #[test]
@@ -271,6 +272,7 @@ mod tests {
     fn interfaces_are_the_pods() {
         let netns = Netns::new();
         let path = netns.path();
-        assert_eq!(enter(&path).unwrap().run(move || link("lo", &path)).unwrap(), Link { index: 1 });
+        let lo = enter(&path).unwrap().run(move || link("lo", &path)).unwrap();
+        assert_eq!(lo.header.index, 1);
     }
 }

@@ -215,7 +215,13 @@ impl Pins {
 impl LockedPins {
     /// Whether any attachment of the pod is left.
     pub fn has_pod(&self, pod: &str) -> bool {
-        layouts(&self.root).iter().any(|layout| layout.join(encode(pod)).exists())
+        self.with_any_of([pod.to_owned()].into_iter()).next().is_some()
+    }
+
+    /// Those of these pods of which an attachment is there.
+    pub fn with_any_of(&self, pods: impl Iterator<Item = String>) -> impl Iterator<Item = String> {
+        let layouts = layouts(&self.root);
+        pods.filter(move |pod| layouts.iter().any(|layout| layout.join(encode(pod)).exists()))
     }
 
     /// Clears what killed calls left of an attachment: the lock is ours, so nobody is at work on it. One that was being
@@ -226,8 +232,8 @@ impl LockedPins {
     /// [`Code::Kernel`] with what the kernel says.
     pub fn settle(&self, place: &Place) -> Result<Option<PathBuf>> {
         let layouts = layouts(&self.root);
-        error::all(layouts.iter().map(|layout| {
-            let pod = layout.join(encode(&place.pod));
+        let pods = layouts.iter().map(|layout| layout.join(encode(&place.pod)));
+        error::all(pods.filter(|pod| pod.exists()).map(|pod| {
             settle(&pod, &encode(&place.interface))?;
             remove_pod_if_unused(&pod)
         }))?;

@@ -234,21 +234,32 @@ fn put_pfifo(ifindex: u32, parent: TcHandle) -> io::Result<()> {
     netlink::change(RouteNetlinkMessage::NewQueueDiscipline(queue), NLM_F_CREATE | NLM_F_REPLACE)
 }
 
-/// The other end of a veth, by its index; `None` for an interface that is no veth, or whose other end is not in the namespace
-/// `home`, podshaper's own: the index means another interface here, perhaps another pod's.
-///
-/// # Errors
-/// [`Code::Kernel`] with what the kernel says.
-pub fn veth_peer(ifindex: u32, home: RawFd) -> Result<Option<u32>> {
-    let failed = |cause: io::Error| Error::because(Code::Kernel, "find the host's end of the pod's interface", cause);
-    let Some(link) = netlink::link(ifindex).map_err(failed)?.filter(is_veth) else { return Ok(None) };
-    let peers = link.attributes.iter().find_map(|attribute| match attribute {
-        LinkAttribute::LinkNetNsId(id) => Some(*id),
-        _ => None,
-    });
-    // Asked after the link, since asking for a link is what gives its peer's namespace an id.
-    let hosts = namespace_id(home).map_err(failed)?;
-    Ok(linked_to(&link).filter(|_| peers.is_some() && peers == hosts))
+/// The other end of a veth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    ifindex: u32,
+    /// The id of its namespace in that of the first end, which the kernel gives it when it is asked for the link.
+    namespace: i32,
+}
+
+impl Peer {
+    /// That of an interface; `None` for one that is no veth, or whose other end is in the same namespace.
+    pub fn of(link: &LinkMessage) -> Option<Self> {
+        let ifindex = linked_to(link).filter(|_| is_veth(link))?;
+        Some(Self { ifindex, namespace: peer_namespace_id(link)? })
+    }
+
+    /// Its index, if it is in the namespace `home`, podshaper's own: elsewhere the index means another interface, perhaps another pod's. To
+    /// be called in the namespace of the first end.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] with what the kernel says.
+    pub fn in_namespace(self, home: RawFd) -> Result<Option<u32>> {
+        let failed =
+            |cause: io::Error| Error::because(Code::Kernel, "find the host's end of the pod's interface", cause);
+        let hosts = namespace_id(home).map_err(failed)?;
+        Ok((hosts == Some(self.namespace)).then_some(self.ifindex))
+    }
 }
 
 /// The number that the calling thread's namespace has for that of the other end of a veth.
@@ -258,12 +269,14 @@ pub fn veth_peer(ifindex: u32, home: RawFd) -> Result<Option<u32>> {
 pub fn peer_namespace(ifindex: u32) -> Result<Option<u32>> {
     let failed = |cause: io::Error| Error::because(Code::Kernel, "find the pod's network namespace", cause);
     let link = netlink::link(ifindex).map_err(failed)?;
-    Ok(link.and_then(|link| {
-        link.attributes.iter().find_map(|attribute| match attribute {
-            LinkAttribute::LinkNetNsId(id) => u32::try_from(*id).ok(),
-            _ => None,
-        })
-    }))
+    Ok(link.as_ref().and_then(peer_namespace_id).and_then(|id| u32::try_from(id).ok()))
+}
+
+fn peer_namespace_id(link: &LinkMessage) -> Option<i32> {
+    link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::LinkNetNsId(id) => Some(*id),
+        _ => None,
+    })
 }
 
 /// `ip netns set NAME NSID` in the namespace itself, so that the programs can tell it from others (`bpf/src/namespace.rs`): the number that it

@@ -25,10 +25,11 @@ use rscni_plugin::types::{Cmd, ContainerId, GcAttachment, InterfaceName};
 use rscni_plugin::version::{PluginInfo, SpecVersion};
 use serde::Deserialize;
 use serde_json::value::RawValue;
+use serde_json::{Map, Value};
 
 use crate::error::{Code, Error, Result, quoted};
 use crate::pod::{NetworkName, PodKey};
-pub use config::{Config, says_unknown, unknown};
+pub use config::{Config, UnknownKey};
 pub use env::Env;
 pub use limits::{Limit, Limits, Source};
 pub use policy::Namespaces;
@@ -66,7 +67,7 @@ pub struct Request {
     /// `cni.dev/valid-attachments` of a GC. None is not an empty list: nothing may be removed then.
     pub valid_attachments: Option<Vec<GcAttachment>>,
     /// Keys of the configuration that nobody knows.
-    pub unknown_keys: Vec<String>,
+    pub unknown_keys: Vec<UnknownKey>,
     /// What this DEL or GC did not need and found malformed; to be logged.
     pub forgiven: Vec<Error>,
     sources: limits::Sources,
@@ -166,6 +167,8 @@ impl Request {
             Subject::NeverAdded(_) | Subject::Node => None,
         };
         let config = Config::read(keys, container_id, &mut tolerance)?;
+        let mut unknown_keys = config::unknown(all.keys());
+        unknown_keys.extend(config.policy.unknown_keys().cloned());
         let runtime = decoded.runtime_config.map(|raw| part("runtimeConfig", json::object(raw.get()))).transpose()?;
         let RuntimeConfig { cgroup_path, bandwidth, annotations } = runtime.unwrap_or_default();
         // A sandbox without a cgroup parent, as crictl makes it, has an empty path.
@@ -184,10 +187,25 @@ impl Request {
             cgroup_path: tolerance.weigh(cgroup_path)?,
             prev_result: decoded.prev_result,
             valid_attachments: attachments.transpose()?,
-            unknown_keys: unknown(all.keys()),
+            unknown_keys,
             forgiven: tolerance.forgiven,
             sources: limits::Sources { bandwidth, annotations, args: decoded.args, cni_args: call.args },
         })
+    }
+
+    /// The request of an ADD with these keys of podshaper's, of no pod: for what is wrong with them to be found before there is one.
+    ///
+    /// # Errors
+    /// Those of every ADD.
+    pub fn of_keys(keys: &Map<String, Value>) -> Result<Self> {
+        let mut stdin = keys.clone();
+        let standing = [("cniVersion", "1.1.0"), ("name", "none"), ("type", "podshaper")];
+        stdin.extend(standing.map(|(key, value)| (key.to_owned(), value.into())));
+        let named = |name: &str| Some(name.into());
+        let env = Env { container_id: named("none"), netns: named("/"), ifname: named("eth0"), ..Env::default() };
+        let request = Self::parse(Cmd::Add, &env, Value::Object(stdin).to_string().as_bytes())?;
+        request.limits()?;
+        Ok(request)
     }
 
     /// The request of a call whose stdin cannot be read, and why not: what the variables alone say.

@@ -1,7 +1,7 @@
-//! All the unsafe code of podshaper: cgroup links and array maps by bpf(2), descriptors of other processes, a signal handler, and how names
-//! are looked up. aya 0.14 makes links, but lets none of a cgroup/setsockopt program out to be pinned, and says of none which cgroup it is
-//! on. Of maps it allocates and asks more than a list of 500 attachments can afford, and it takes a map for what another podshaper pinned
-//! only if every size is as it knows it.
+//! All the unsafe code of podshaper: cgroup links and array maps by bpf(2), descriptors of other processes, the signals of a command that is
+//! started, and how names are looked up. aya 0.14 makes links, but lets none of a cgroup/setsockopt program out to be pinned, and says of none
+//! which cgroup it is on. Of maps it allocates and asks more than a list of 500 attachments can afford, and it takes a map for what another
+//! podshaper pinned only if every size is as it knows it.
 #![expect(unsafe_code, reason = "bpf(2) is a raw system call, and libc's functions are C")]
 
 use std::{
@@ -10,9 +10,12 @@ use std::{
     marker::PhantomData,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
     os::unix::ffi::OsStrExt,
+    os::unix::process::CommandExt,
     path::Path,
+    process::Command,
 };
 
+use nix::sys::signal::SigSet;
 use podshaper_abi::ListedAddress;
 
 /// Commands of bpf(2) (uapi/linux/bpf.h, `enum bpf_cmd`).
@@ -418,7 +421,7 @@ pub fn new_element(name: &str, bytes: &[u8]) -> io::Result<OwnedFd> {
         ..MapCreateAttr::default()
     };
     let map = bpf_fd(BPF_MAP_CREATE, &mut attr)?;
-    set_element_bytes(map.as_fd(), bytes)?;
+    write_element(map.as_fd(), bytes, bytes.len())?;
     Ok(map)
 }
 
@@ -446,6 +449,11 @@ pub fn set_element_bytes(map: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
         let text = format!("its elements have {size} bytes, and this takes {}", bytes.len());
         return Err(io::Error::new(io::ErrorKind::InvalidData, text));
     }
+    write_element(map, bytes, size)
+}
+
+/// Writes the element of an array map whose elements have `size` bytes, with zeros at its end.
+fn write_element(map: BorrowedFd<'_>, bytes: &[u8], size: usize) -> io::Result<()> {
     let mut value = bytes.to_vec();
     value.resize(size.next_multiple_of(8), 0);
     let (map_fd, key) = (map.as_raw_fd() as u32, 0u32);
@@ -507,16 +515,10 @@ fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {
     Ok(info)
 }
 
-/// Has a signal do nothing, where it would end the process. Unlike one that is ignored, it is back to normal in a program that is
-/// started.
-///
-/// # Errors
-/// What the kernel says.
-pub fn survive(signal: libc::c_int) -> io::Result<()> {
-    extern "C" fn nothing(_: libc::c_int) {}
-    // SAFETY: a handler that does nothing may interrupt anything.
-    let before = unsafe { libc::signal(signal, nothing as extern "C" fn(libc::c_int) as libc::sighandler_t) };
-    if before == libc::SIG_ERR { Err(io::Error::last_os_error()) } else { Ok(()) }
+/// Has a command start without these signals blocked: it would inherit what is blocked here.
+pub fn unblock_before_exec(command: &mut Command, signals: SigSet) {
+    // SAFETY: between fork and exec it makes one system call, and allocates nothing.
+    unsafe { command.pre_exec(move || signals.thread_unblock().map_err(io::Error::from)) };
 }
 
 /// Has getaddrinfo look into /etc/hosts and ask the servers of /etc/resolv.conf, each for one second, and nobody else.

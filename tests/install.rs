@@ -8,6 +8,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::harness::api::{ApiServer, Reply};
 use crate::harness::process;
 
 const PODSHAPER: &str = env!("CARGO_BIN_EXE_podshaper");
@@ -367,6 +368,10 @@ fn units_call_the_same_installation_again_and_go_with_it() {
          \"--cache-dir\" \"/var/lib/cni\" \"--config\" \"{{\\\"max\\\":{{\\\"egress\\\":\\\"1G\\\"}}}}\" \"--kubeconfig\" \"/etc/k\" \"--node\" \"n1\""
     );
     assert_eq!(command(), expected);
+    // What podshaper.path does not see while that one ends is looked for after it.
+    let again = fs::read_to_string(node.path("systemd/podshaper-again.service")).unwrap();
+    assert!(again.contains(&format!("\nExecStart={expected} \"--if-changed\"\n")), "{again}");
+    assert!(again.contains("\nAfter=podshaper.service\n") && service().contains("\nWants=podshaper-again.service\n"));
     let path = fs::read_to_string(node.path("systemd/podshaper.path")).unwrap();
     for watched in [node.path("net.d"), "/var/lib/cni/results".into(), "/var/lib/cni/multus/results".into()] {
         assert!(path.contains(&format!("PathChanged={}\n", watched.display())), "{path}");
@@ -385,6 +390,7 @@ fn units_call_the_same_installation_again_and_go_with_it() {
         let verified = Command::new("systemd-analyze")
             .args(["verify", "--man=no"])
             .args([unit("podshaper.path"), unit("podshaper.timer"), unit("podshaper.service")])
+            .arg(unit("podshaper-again.service"))
             .output()
             .unwrap();
         let said = String::from_utf8_lossy(&verified.stderr).into_owned();
@@ -395,6 +401,53 @@ fn units_call_the_same_installation_again_and_go_with_it() {
     assert_eq!(fs::read_dir(node.path("systemd")).unwrap().count(), 0);
     node.ok("install", &["--no-units"]);
     assert_eq!(fs::read_dir(node.path("systemd")).unwrap().count(), 0);
+}
+
+/// Labels of namespaces are the API server's to tell, and kubelet's user may not ask for them.
+#[test]
+fn a_user_who_may_not_get_namespaces_is_found_before_any_pod_fails() {
+    let namespace = json!({ "metadata": { "name": "default", "uid": "n-1" } });
+    let one = Reply::json("200 OK", &namespace);
+    let all = Reply::json("200 OK", &json!({ "metadata": {}, "items": [namespace] }));
+    let no = || Reply::status("403 Forbidden", "no namespaces for you");
+    for (one, all, what) in [
+        (one.clone(), all.clone(), None),
+        (no(), no(), Some("namespace default")),
+        // An ADD would do, and no sync.
+        (one, no(), Some("the namespaces")),
+    ] {
+        let replies = vec![("/api/v1/namespaces?", all), ("/api/v1/namespaces/default", one)];
+        let server = ApiServer::start(Reply::ByPath(replies)).unwrap();
+        let kubeconfig = server.kubeconfig(&json!({}), &json!({})).unwrap();
+        let rule = json!({ "labels": { "tier": "free" }, "egress": "5M" });
+        let keys = json!({ "kubeconfig": kubeconfig, "namespaces": [rule] });
+        let node = Node::new(&[("10-flannel.conflist", FLANNEL)]);
+        let doctor = |node: &Node| {
+            let directories = ["net.d", "bin"].map(|name| node.path(name));
+            let mut command = Command::new(PODSHAPER);
+            command.args(["doctor", "--conf-dir"]).arg(&directories[0]).arg("--bin-dir").arg(&directories[1]);
+            String::from_utf8(command.env_remove("CNI_COMMAND").output().unwrap().stdout).unwrap()
+        };
+        let Some(what) = what else {
+            node.ok("install", &["--config", &keys.to_string()]);
+            assert!(!doctor(&node).contains("namespace"), "{}", doctor(&node));
+            continue;
+        };
+        let remedy = format!(
+            "for {what}: it answered 403 \"no namespaces for you\": its user may not; kubectl apply -f install/labels-rbac.yaml makes one \
+             who may get and list pods and namespaces, and install/kubeconfig writes its kubeconfig"
+        );
+        let refusal = node.refused("install", &["--config", &keys.to_string()]);
+        assert!(refusal.contains(&remedy), "{refusal}");
+        assert_eq!(node.read("10-flannel.conflist"), FLANNEL);
+        // As somebody else may write it.
+        let mut list: Value = serde_json::from_str(FLANNEL).unwrap();
+        let mut entry = keys.clone();
+        entry["type"] = json!("podshaper");
+        list["plugins"].as_array_mut().unwrap().push(entry);
+        node.write("10-flannel.conflist", &list.to_string());
+        assert!(doctor(&node).contains(&remedy), "{}", doctor(&node));
+    }
 }
 
 #[test]

@@ -136,7 +136,7 @@ fn no_answer_is_an_error_that_says_why_unless_it_is_to_be_ignored() {
     let (again, none) = ("kubelet will give it up or try again", json!({}));
     for (reply, expected) in [
         (Reply::status("404 Not Found", "pods \"web-0\" not found"), "it answered 404 \"pods \\\"web-0\\\" not found\": there is no such pod (any more), or it is another cluster's API server".to_owned()),
-        (Reply::status("403 Forbidden", "no"), "it answered 403 \"no\": its user must be allowed to get pods and namespaces, and for sync to list them (install/labels-rbac.yaml)".to_owned()),
+        (Reply::status("403 Forbidden", "no"), "it answered 403 \"no\": its user may not; kubectl apply -f install/labels-rbac.yaml makes one who may get and list pods and namespaces, and install/kubeconfig writes its kubeconfig: put that in the place of this one (kubelet's own may get its node's pods alone)".to_owned()),
         (Reply::status("401 Unauthorized", "Unauthorized"), "it answered 401 \"Unauthorized\": the credentials in the kubeconfig are not (or no longer) valid".to_owned()),
         (Reply::Bytes(b"HTTP/1.1 503 x\r\n\r\n\x1b[2J".to_vec()), "it answered 503 \"\": is it an API server, and well?".to_owned()),
         (Reply::pod("other", &none, &none), format!("it has another pod of this name by now: UID \"other\", and the runtime makes {UID}; {again}")),

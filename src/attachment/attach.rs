@@ -1,6 +1,7 @@
 //! Makes an attachment, in the place of one that may be there, or leaves everything as it was.
 
 use std::{
+    collections::BTreeMap,
     fs,
     os::{
         fd::{AsFd, BorrowedFd},
@@ -13,7 +14,7 @@ use super::{
     Directory, Interfaces, Plan, Present, is_there,
     let_go::Connections,
     other_paths::{self, Held, Wanted},
-    others, remove_cgroup_if_made, scopes, sharing,
+    others, remove_cgroup_if_ours, scopes, sharing,
 };
 use crate::{
     direction::Direction,
@@ -243,13 +244,14 @@ impl<'a> Attaching<'a> {
         let (Directory::Pod(cgroup), Some(UnderLock { pins, .. })) = (self.plan.cgroup, &self.under_lock) else {
             return;
         };
-        let limited = cgroup.above().filter(|path| {
-            fs::metadata(path).is_ok_and(|directory| pins.has_pod(&pins::key_of_cgroup(directory.ino())))
-        });
-        for path in limited {
+        let keys: BTreeMap<String, &Path> = cgroup
+            .above()
+            .filter_map(|path| Some((pins::key_of_cgroup(fs::metadata(path).ok()?.ino()), path)))
+            .collect();
+        for limited in pins.with_any_of(keys.keys().cloned()) {
             log::warn!(
                 "{} has a limit, too (podshaper attach): what the pod sends and gets has to pass both",
-                path.display()
+                keys[&limited].display()
             );
         }
     }
@@ -369,7 +371,7 @@ impl<'a> Attaching<'a> {
         if let Directory::Pod(cgroup) = self.plan.cgroup
             && !pins.has_pod(&self.plan.place.pod)
         {
-            remove_cgroup_if_made(&cgroup.path);
+            remove_cgroup_if_ours(&cgroup.path);
         }
     }
 }

@@ -97,8 +97,9 @@ impl<'a> Held<'a> {
             list: wanted.list,
             is_shared: 0,
         }))?;
+        held.at.clsact |= host_end::put_clsact(ifindex)?;
         for (hook, name) in hooks {
-            held.at.clsact |= host_end::put_filter(ifindex, hook, filter, name, wanted.set.program(name)?.as_fd())?;
+            host_end::put_filter(ifindex, hook, filter, name, wanted.set.program(name)?.as_fd())?;
             held.put.push(hook);
         }
         Ok(Some(held))
@@ -184,9 +185,10 @@ pub fn renew(record: &Record, limits: &Limits, program: impl Fn(&str) -> Result<
         return Ok(());
     };
     WaitingRoom::open(&program)?.equip(&program)?;
-    hooks(limits, record.ingress_by).into_iter().try_for_each(|(hook, name)| {
-        host_end::put_filter(at.ifindex, hook, at.filter, name, program(name)?.as_fd()).map(drop)
-    })
+    host_end::put_clsact(at.ifindex)?;
+    hooks(limits, record.ingress_by)
+        .into_iter()
+        .try_for_each(|(hook, name)| host_end::put_filter(at.ifindex, hook, at.filter, name, program(name)?.as_fd()))
 }
 
 /// Clears what killed calls have left of the node's list of host's ends, and in the waiting room; `owners`: whose attachments are there.

@@ -2,6 +2,9 @@
 //!
 //! A *hybrid* host has v1 controllers and, beside them, a cgroup2 mount that carries no controllers; eBPF programs attach to
 //! cgroup2 alone, whoever owns the controllers. Which directory is a pod's is decided in ../cgroup.rs.
+//!
+//! Where cgroup2 itself is on /sys/fs/cgroup, nobody else is asked: kubelet and runc go by that alone (`IsCgroup2UnifiedMode`), and the
+//! mounts of a node with 500 pods take 3 ms to read.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -48,6 +51,10 @@ impl Hierarchies {
     /// # Errors
     /// [`Code::Cgroup`] if mountinfo cannot be read or no cgroup2 is mounted.
     pub fn of_this_host() -> Result<Self> {
+        const USUAL: &str = "/sys/fs/cgroup";
+        if is(Path::new(USUAL), Version::V2) {
+            return Ok(Self { unified: USUAL.into(), v1: Vec::new() });
+        }
         const MOUNTINFO: &str = "/proc/self/mountinfo";
         // Any mount of the host may have a name that is no UTF-8: only such a mount is garbled then, and it is not ours.
         let text = std::fs::read(MOUNTINFO).map_err(|cause| {
@@ -99,12 +106,17 @@ impl Mount {
     }
 
     fn is_visible(&self) -> bool {
-        let magic = match self.version {
-            Version::V1 => CGROUP_SUPER_MAGIC,
-            Version::V2 => CGROUP2_SUPER_MAGIC,
-        };
-        statfs(&self.point).is_ok_and(|found| found.filesystem_type() == magic)
+        is(&self.point, self.version)
     }
+}
+
+/// Whether cgroups of this version are mounted there.
+fn is(point: &Path, version: Version) -> bool {
+    let magic = match version {
+        Version::V1 => CGROUP_SUPER_MAGIC,
+        Version::V2 => CGROUP2_SUPER_MAGIC,
+    };
+    statfs(point).is_ok_and(|found| found.filesystem_type() == magic)
 }
 
 /// Undoes the kernel's escapes: space, tab, newline, backslash and '#' as a backslash and three octal digits (seq_path()).

@@ -12,6 +12,7 @@ mod files;
 mod multus;
 mod place;
 mod report;
+mod seen;
 #[cfg(test)]
 mod tests;
 mod uninstall;
@@ -22,20 +23,19 @@ use std::fs::File;
 use std::io::{Read, Seek};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::SystemTime;
 
 use clap::Args;
-use rscni_plugin::types::Cmd;
 use serde_json::{Map, Value};
 
 use super::{output, sync};
 use crate::error::{Code, Error, Result};
-use crate::request::{self, Env, Request};
+use crate::request::Request;
 use conflist::{BANDWIDTH, CAPABILITIES, Conflist, Entry, PODSHAPER};
 pub use files::networks;
 pub use multus::is as is_multus;
 use place::{Place, Target};
 use report::{Report, writer};
+use seen::Seen;
 pub use uninstall::Uninstall;
 pub use units::not_enabled;
 
@@ -70,6 +70,9 @@ pub struct Install {
     /// Then do what `podshaper sync` does, and say only what was changed. This is what the units call
     #[arg(long, conflicts_with = "dry_run")]
     and_sync: bool,
+    /// Do it only if something came, went or changed since the last --and-sync looked. This is what the units call after that one
+    #[arg(long, requires = "and_sync")]
+    if_changed: bool,
 }
 
 /// A file as it is to be.
@@ -97,22 +100,28 @@ impl Install {
         if !self.and_sync {
             return self.install(&own).and_then(|report| output::print(&report)).map(|()| ExitCode::SUCCESS);
         }
-        // A network that is not there yet, or is just being written, keeps no pod from what it asks for.
+        self.install_and_sync(&own)
+    }
+
+    /// Again and again, until nothing came or went meanwhile.
+    fn install_and_sync(&self, own: &File) -> Result<ExitCode> {
+        if self.if_changed && Seen::recall() == Some(self.seen()) {
+            return Ok(ExitCode::SUCCESS);
+        }
         let mut status = ExitCode::SUCCESS;
         for _ in 0..MAX_ROUNDS {
-            let before = self.changed_at();
-            match self.install(&own) {
-                Ok(report) => output::print(&report)?,
-                Err(error) => {
-                    output::complain(&error.to_string());
-                    status = ExitCode::FAILURE;
-                }
+            let before = self.seen();
+            // A network that is not there yet, or is just being written, keeps no pod from what it asks for.
+            let installed = self.install(own).and_then(|report| output::print(&report));
+            if let Err(error) = &installed {
+                output::complain(&error.to_string());
             }
             let synced = self.sync().run()?;
-            if self.changed_at() == before {
-                return Ok(if status == ExitCode::SUCCESS { synced } else { status });
+            status = if installed.is_ok() { synced } else { ExitCode::FAILURE };
+            if self.seen() == before {
+                before.keep();
+                break;
             }
-            status = ExitCode::SUCCESS;
         }
         Ok(status)
     }
@@ -126,10 +135,8 @@ impl Install {
         )
     }
 
-    /// When something last came or went where the units look.
-    fn changed_at(&self) -> Vec<Option<SystemTime>> {
-        let changed = |path: &PathBuf| std::fs::metadata(path).and_then(|found| found.modified()).ok();
-        self.watched().iter().map(changed).collect()
+    fn seen(&self) -> Seen {
+        Seen::now(&self.place.conf_dir(), &crate::sandboxes::directories(&self.cache_dir))
     }
 
     fn watched(&self) -> Vec<PathBuf> {
@@ -139,6 +146,10 @@ impl Install {
     /// Returns what was done, line by line.
     fn install(&self, own: &File) -> Result<String> {
         let keys = self.config.as_deref().map_or(Ok(Map::new()), keys)?;
+        // Once, and not every ten seconds.
+        if !self.and_sync {
+            request_of(&keys)?.check_namespaces().map_err(|error| Error::because(Code::Config, "--config", error))?;
+        }
         let entry = Entry::new(keys)?;
         let mut report = Report::new(self.place.is_dry_run(), self.and_sync);
         let targets = self.place.targets()?;
@@ -362,18 +373,14 @@ fn install_program(mut own: &File, place: &Place, report: &mut Report) -> Result
 fn keys(json: &str) -> Result<Map<String, Value>> {
     let wrong = |cause| Error::because(Code::Config, "--config is not a JSON object", cause);
     let keys: Map<String, Value> = serde_json::from_str(json).map_err(wrong)?;
-    if let Some(key) = request::unknown(keys.keys()).first() {
-        return Err(Error::new(Code::Config, format!("--config: {}", request::says_unknown(key))));
-    }
-    let mut stdin = keys.clone();
-    stdin.extend(
-        [("cniVersion", "1.1.0"), ("name", "install"), ("type", PODSHAPER)]
-            .map(|(key, value)| (key.to_owned(), value.into())),
-    );
-    let named = |name: &str| Some(name.into());
-    let env = Env { container_id: named("install"), netns: named("/"), ifname: named("eth0"), ..Env::default() };
-    let taken = Request::parse(Cmd::Add, &env, Value::Object(stdin).to_string().as_bytes())
-        .and_then(|request| request.limits());
-    taken.map_err(|error| Error::because(Code::Config, "--config", error))?;
+    request_of(&keys)?;
     Ok(keys)
+}
+
+fn request_of(keys: &Map<String, Value>) -> Result<Request> {
+    let request = Request::of_keys(keys).map_err(|error| Error::because(Code::Config, "--config", error))?;
+    match request.unknown_keys.first() {
+        Some(key) => Err(Error::new(Code::Config, format!("--config: {key}"))),
+        None => Ok(request),
+    }
 }

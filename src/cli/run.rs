@@ -18,7 +18,7 @@ use nix::{
     errno::Errno,
     sys::{
         signal::{SigSet, Signal, kill},
-        signalfd::SignalFd,
+        signalfd::{SfdFlags, SignalFd},
     },
     unistd::Pid,
 };
@@ -36,6 +36,8 @@ const PREFIX: &str = "podshaper-run-";
 const EXIT_SIGNALLED: i32 = 128;
 /// What a shell reports of a command it cannot find.
 const EXIT_NOT_FOUND: u8 = 127;
+/// What ends a command that does not say otherwise.
+const ENDING: [Signal; 4] = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGHUP];
 
 #[derive(Args)]
 pub struct Arguments {
@@ -55,6 +57,9 @@ impl Arguments {
         let target = Target::find(&cgroup.path, None, None)?;
         let limited = target.attach(&self.asked.limits()).map(|()| Limited { target: &target });
         let limited = limited?;
+        if let Some(signal) = Signals::early()? {
+            return Ok(exit_code(EXIT_SIGNALLED + signal));
+        }
         let child = cgroup.start(&self.command, &signals);
         let status = match child {
             Ok(child) => wait(child, &signals)?,
@@ -68,9 +73,12 @@ impl Arguments {
             Err(cause) => return Err(Error::because(Code::Io, "start the command in its cgroup", cause)),
         };
         drop(limited);
-        let code = status.code().unwrap_or_else(|| EXIT_SIGNALLED + status.signal().unwrap_or_default());
-        Ok(ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX)))
+        Ok(exit_code(status.code().unwrap_or_else(|| EXIT_SIGNALLED + status.signal().unwrap_or_default())))
     }
+}
+
+fn exit_code(code: i32) -> ExitCode {
+    ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX))
 }
 
 /// The attachment, removed when dropped.
@@ -186,10 +194,8 @@ pub fn remove_cgroup_of_the_dead(cgroup: &Path) {
     }
 }
 
-/// The signals that would end podshaper before it has cleaned up, and the one that says that the command has ended.
-///
-/// A command inherits what is blocked, so for the moment of its start nothing is; a handler then keeps podshaper alive, and is not
-/// inherited.
+/// The signals that would end podshaper before it has cleaned up, and the one that says that the command has ended. They are blocked, so
+/// that none is lost, and read from a file; the command has none blocked.
 struct Signals {
     set: SigSet,
     file: SignalFd,
@@ -197,20 +203,24 @@ struct Signals {
 
 impl Signals {
     fn block() -> Result<Self> {
-        let failed = |cause: io::Error| Error::because(Code::Io, "block signals", cause);
-        let ending = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGHUP];
-        ending.iter().try_for_each(|signal| sys::survive(*signal as libc::c_int)).map_err(failed)?;
-        let set: SigSet = ending.into_iter().chain([Signal::SIGCHLD]).collect();
-        set.thread_block().map_err(|errno| failed(errno.into()))?;
-        let file = SignalFd::new(&set).map_err(|errno| failed(errno.into()))?;
+        let failed = |errno: Errno| Error::because(Code::Io, "block signals", errno);
+        let set: SigSet = ENDING.into_iter().chain([Signal::SIGCHLD]).collect();
+        set.thread_block().map_err(failed)?;
+        let file = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC).map_err(failed)?;
         Ok(Self { set, file })
     }
 
+    /// The one that has come before there is a command to pass it on to.
+    fn early() -> Result<Option<i32>> {
+        let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+        let come = SignalFd::with_flags(&ENDING.into_iter().collect(), flags).and_then(|file| file.read_signal());
+        let come = come.map_err(|errno| Error::because(Code::Io, "look for signals", errno))?;
+        Ok(come.map(|signal| signal.ssi_signo as i32))
+    }
+
     fn spawn(&self, command: &mut Command) -> io::Result<Child> {
-        self.set.thread_unblock()?;
-        let child = command.spawn();
-        self.set.thread_block()?;
-        child
+        sys::unblock_before_exec(command, self.set);
+        command.spawn()
     }
 }
 

@@ -144,6 +144,7 @@ impl WaitingRoom {
         for (ifindex, hook, name) in
             [(self.ifindex, Hook::Egress, WAIT_HERE), (self.back_ifindex, Hook::Ingress, GO_BACK)]
         {
+            put_clsact(ifindex)?;
             put_filter(ifindex, hook, OF_ROOM, name, program(name)?.as_fd())?;
         }
         Ok(())
@@ -234,16 +235,14 @@ fn take_classes(ifindex: u32, class: u16) {
     }
 }
 
-/// Puts a program on an interface, before the filters of others and in the place of an earlier one of this number. Whether the place for
-/// filters had to be made for it.
+/// Puts a program on an interface that has a place for filters, before those of others and in the place of an earlier one of this number.
 ///
 /// # Errors
 /// [`Code::Kernel`] with what the kernel says.
-pub fn put_filter(ifindex: u32, hook: Hook, number: u16, name: &str, program: BorrowedFd<'_>) -> Result<bool> {
+pub fn put_filter(ifindex: u32, hook: Hook, number: u16, name: &str, program: BorrowedFd<'_>) -> Result<()> {
     let failed = |cause: io::Error| {
         Error::because(Code::Kernel, format!("put the eBPF program {name} on the interface {ifindex}"), cause)
     };
-    let is_made = put_clsact(ifindex).map_err(failed)?;
     let mut message = filter(ifindex, hook, number);
     let options = vec![
         option(TCA_BPF_FD, &program.as_raw_fd().to_ne_bytes()),
@@ -251,8 +250,7 @@ pub fn put_filter(ifindex: u32, hook: Hook, number: u16, name: &str, program: Bo
         option(TCA_BPF_FLAGS, &TCA_BPF_FLAG_ACT_DIRECT.to_ne_bytes()),
     ];
     message.attributes = vec![TcAttribute::Kind("bpf".to_owned()), TcAttribute::Options(options)];
-    netlink::change(RouteNetlinkMessage::NewTrafficFilter(message), NLM_F_CREATE | NLM_F_REPLACE).map_err(failed)?;
-    Ok(is_made)
+    netlink::change(RouteNetlinkMessage::NewTrafficFilter(message), NLM_F_CREATE | NLM_F_REPLACE).map_err(failed)
 }
 
 /// Takes the program of this number off an interface. What others have put there stays.
@@ -314,11 +312,15 @@ fn filter(ifindex: u32, hook: Hook, number: u16) -> TcMessage {
     message
 }
 
-/// `tc qdisc add dev IFINDEX clsact`, unless there is one, or `ingress`. It queues nothing. Whether there was none.
-fn put_clsact(ifindex: u32) -> io::Result<bool> {
+/// The place for filters: `tc qdisc add dev IFINDEX clsact`, unless there is one, or `ingress`. It queues nothing. Whether there was none.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn put_clsact(ifindex: u32) -> Result<bool> {
     match netlink::change(RouteNetlinkMessage::NewQueueDiscipline(clsact(ifindex)), NLM_F_CREATE | NLM_F_EXCL) {
+        Ok(()) => Ok(true),
         Err(cause) if cause.raw_os_error() == Some(libc::EEXIST) => Ok(false),
-        put => put.map(|()| true),
+        Err(cause) => Err(Error::because(Code::Kernel, format!("put clsact on the interface {ifindex}"), cause)),
     }
 }
 

@@ -9,7 +9,8 @@
 //!   can have, what is added is 16 KiB still.
 
 use std::fs::File;
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use netlink_packet_route::link::LinkAttribute;
@@ -53,12 +54,9 @@ fn bytes_in(ns: u64, limit: Rate) -> u64 {
     limit.as_bits_per_s() / 8 / (1_000_000_000 / ns)
 }
 
-/// The settings as they were before podshaper: what the attachments that are there already have found, or else what is there now. To
-/// be called in the namespace.
-///
-/// # Errors
-/// [`Code::Kernel`]: the interface cannot be read.
-pub fn find(index: u32, own: &Record, others: &[Need]) -> Result<Found> {
+/// The settings as they were before podshaper: what the attachments that are there already have found, or else what is there now, with these
+/// sizes. To be called in the namespace.
+pub fn find(own: &Record, others: &[Need], sizes: Option<&Sizes>) -> Found {
     let limited: Vec<&Record> =
         others.iter().filter(|other| other.limits_egress()).map(|other| &other.record).collect();
     // Of an attachment of an earlier version, which did not record it, it is not known.
@@ -73,10 +71,9 @@ pub fn find(index: u32, own: &Record, others: &[Need]) -> Result<Found> {
         Some(Record { found: Found { gso_max_size, gso_ipv4_max_size, .. }, .. }) => {
             (*gso_max_size, *gso_ipv4_max_size)
         }
-        None if builds_large() => Sizes::read(index)?.map_or((None, None), |now| (Some(now.gso_max), now.gso_ipv4_max)),
-        None => (None, None),
+        None => sizes.map_or((None, None), |now| (Some(now.gso_max), now.gso_ipv4_max)),
     };
-    Ok(Found { gso_max_size: sizes.0, gso_ipv4_max_size: sizes.1, tcp_tso_rtt_log, tcp_min_tso_segs })
+    Found { gso_max_size: sizes.0, gso_ipv4_max_size: sizes.1, tcp_tso_rtt_log, tcp_min_tso_segs }
 }
 
 /// Sets interface and namespace so that packets are as small as the attachments there need, or as they were `found` where none does.
@@ -84,7 +81,7 @@ pub fn find(index: u32, own: &Record, others: &[Need]) -> Result<Found> {
 ///
 /// # Errors
 /// [`Code::Netns`] or [`Code::Kernel`]: what the kernel refuses, all of it. Lacking a setting is no error.
-pub fn settle(index: u32, own: &Record, needs: &[Need]) -> Result<()> {
+pub fn settle(index: u32, own: &Record, needs: &[Need], now: Result<Option<Sizes>>) -> Result<()> {
     let limited = || needs.iter().filter(|need| need.limits_egress());
     let segments = |need: &Need| match need.limits.and_then(|limits| limits.egress) {
         Some(limit) => u32::try_from(min_tso_segs(limit.rate)).ok(),
@@ -96,14 +93,13 @@ pub fn settle(index: u32, own: &Record, needs: &[Need]) -> Result<()> {
     error::all([
         set_sysctl(TCP_MIN_TSO_SEGS, least_segments.or(own.found.tcp_min_tso_segs)),
         set_sysctl(RTT_LOG, rtt_log.or(own.found.tcp_tso_rtt_log)),
-        settle_sizes(index, own, needs),
+        now.and_then(|now| now.map_or(Ok(()), |now| settle_sizes(index, own, needs, now))),
     ])
 }
 
-fn settle_sizes(index: u32, own: &Record, needs: &[Need]) -> Result<()> {
+fn settle_sizes(index: u32, own: &Record, needs: &[Need], now: Sizes) -> Result<()> {
     // What nobody has recorded could not be put back.
-    let Some(found) = own.found.gso_max_size.filter(|_| builds_large()) else { return Ok(()) };
-    let Some(now) = Sizes::read(index)? else { return Ok(()) };
+    let Some(found) = own.found.gso_max_size else { return Ok(()) };
     let here = needs.iter().filter(|need| need.limits_egress() && need.record.shares_interface(own));
     let most = here.map(|need| match need.limits.and_then(|limits| limits.egress) {
         Some(limit) => largest(limit.rate, now.mtu),
@@ -131,14 +127,21 @@ fn largest(limit: Rate, mtu: u32) -> u32 {
 
 /// Sizes of an interface, in bytes.
 #[derive(PartialEq, Eq)]
-struct Sizes {
+pub struct Sizes {
     gso_max: u32,
     gso_ipv4_max: Option<u32>,
     mtu: u32,
 }
 
 impl Sizes {
-    fn read(index: u32) -> Result<Option<Self>> {
+    /// Those of an interface of the calling thread's namespace, where they matter.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`]: the interface cannot be read.
+    pub fn read(index: u32) -> Result<Option<Self>> {
+        if !builds_large() {
+            return Ok(None);
+        }
         let what = "read the gso_max_size of the pod's interface";
         let link = netlink::link(index).map_err(|cause| Error::because(Code::Kernel, what, cause))?;
         let Some(link) = link else { return Ok(None) };
@@ -168,23 +171,30 @@ impl Sizes {
 
 /// A file of procfs says what it has at the first reading.
 fn read_sysctl(file: &str) -> Option<u32> {
+    File::open(file).ok().and_then(|open| number_in(&open))
+}
+
+fn number_in(file: &File) -> Option<u32> {
     let mut text = [0; 16];
-    let length = File::open(file).and_then(|mut open| open.read(&mut text)).ok()?;
+    let length = file.read_at(&mut text, 0).ok()?;
     str::from_utf8(&text[..length]).ok()?.trim().parse().ok()
 }
 
 fn set_sysctl(file: &str, value: Option<u32>) -> Result<()> {
-    match value.filter(|value| read_sysctl(file) != Some(*value)) {
-        Some(value) => write_sysctl(Path::new(file), &value.to_string()),
-        None => Ok(()),
-    }
+    value.map_or(Ok(()), |value| write_sysctl(Path::new(file), value))
 }
 
 /// Files below /proc/sys/net are those of the namespace of the thread that opens them, wherever and whenever procfs was mounted
 /// (Linux net/sysctl_net.c, net_ctl_header_lookup()). Where there is no such file, none is made.
-fn write_sysctl(file: &Path, value: &str) -> Result<()> {
-    let written =
-        File::options().write(true).open(file).and_then(|mut open| io::Write::write_all(&mut open, value.as_bytes()));
+/// One that has the value already need not be writable.
+fn write_sysctl(file: &Path, value: u32) -> Result<()> {
+    let has_value = |open: &File| number_in(open) == Some(value);
+    let written = match File::options().read(true).write(true).open(file) {
+        Ok(open) if has_value(&open) => Ok(()),
+        Ok(open) => open.write_all_at(value.to_string().as_bytes(), 0),
+        Err(_) if File::open(file).is_ok_and(|open| has_value(&open)) => Ok(()),
+        Err(cause) => Err(cause),
+    };
     match written {
         Err(cause) if cause.kind() != ErrorKind::NotFound => {
             let text = format!("write {value} to {} (is /proc/sys mounted read-only?)", file.display());
@@ -229,12 +239,12 @@ mod tests {
         let [absent, directory, file] = ["absent", "directory", "file"].map(|name| dir.path().join(name));
         std::fs::create_dir(&directory).unwrap();
         std::fs::write(&file, "9").unwrap();
-        write_sysctl(&absent, "0").unwrap();
+        write_sysctl(&absent, 0).unwrap();
         assert!(!absent.exists());
-        write_sysctl(&file, "0").unwrap();
+        write_sysctl(&file, 0).unwrap();
         assert_eq!(std::fs::read_to_string(&file).unwrap(), "0");
         assert_eq!(
-            write_sysctl(&directory, "0").unwrap_err().to_string(),
+            write_sysctl(&directory, 0).unwrap_err().to_string(),
             format!(
                 "write 0 to {} (is /proc/sys mounted read-only?): Is a directory (os error 21)",
                 directory.display()

@@ -46,6 +46,21 @@ impl Request {
         File::open(path).map(drop).map_err(|cause| Error::because(Code::Unavailable, text(), cause))
     }
 
+    /// Whether the API server tells the labels of namespaces, where they count: not every user may get them, and kubelet's may not.
+    ///
+    /// # Errors
+    /// Those of every ADD, and of each sync.
+    pub fn check_namespaces(&self) -> Result<()> {
+        /// Every cluster has it.
+        const NAMESPACE: &str = "default";
+        let Config { kubeconfig: Some(kubeconfig), policy, .. } = &self.config else { return Ok(()) };
+        if !policy.asks_for_labels() {
+            return Ok(());
+        }
+        kube::labels_of_namespace(kubeconfig, NAMESPACE)?;
+        kube::labels_of_namespaces(kubeconfig).map(drop)
+    }
+
     fn pod_uid(&self) -> Result<&str> {
         let uid = match &self.subject {
             Subject::Endpoint(Endpoint { key, .. }) => key.uid(),

@@ -14,10 +14,11 @@
 //! | `onApiError` | what an ADD does that gets no answer: fail, ignore | fail |
 //! | `logFile`, `logLevel` | absolute path; off, error, warn, info, debug, trace | stderr, info |
 //!
-//! A key that nobody knows is an error to `install` and `doctor` and a warning of each ADD ([`unknown`]): most often it is one of these,
+//! A key that nobody knows is an error to `install` and `doctor` and a warning of each ADD ([`UnknownKey`]): most often it is one of these,
 //! misspelt. In `max` it is an error of each ADD.
 //! Rates are decoded when a limit is asked for, everything else at once.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use log::LevelFilter;
@@ -70,17 +71,29 @@ const OF_ANY_PLUGIN: [&str; 12] = [
     "disableCheck",
 ];
 
-/// Those of an object's keys that nobody knows. What a slash or an underscore marks as somebody else's, or as a comment, is known.
-pub fn unknown<'a>(keys: impl IntoIterator<Item = &'a String>) -> Vec<String> {
-    let is_known = |key: &str| {
-        OURS.contains(&key) || OF_ANY_PLUGIN.contains(&key) || key.contains('/') || key.starts_with(['_', '#'])
-    };
-    keys.into_iter().filter(|key| !is_known(key)).cloned().collect()
+/// A key that nobody knows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnknownKey {
+    pub(super) key: String,
+    pub(super) known: &'static [&'static str],
 }
 
-/// What is wrong with a key that nobody knows.
-pub fn says_unknown(key: &str) -> String {
-    format!("{} is no key of podshaper's (those are {})", quoted(key), OURS.join(", "))
+impl fmt::Display for UnknownKey {
+    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(to, "{} is no key of podshaper's (those are {})", quoted(&self.key), self.known.join(", "))
+    }
+}
+
+/// Those of a configuration's keys that nobody knows.
+pub(super) fn unknown<'a>(keys: impl IntoIterator<Item = &'a String>) -> Vec<UnknownKey> {
+    let is_known = |key: &str| OURS.contains(&key) || OF_ANY_PLUGIN.contains(&key) || is_foreign(key);
+    let unknown = keys.into_iter().filter(|key| !is_known(key)).cloned();
+    unknown.map(|key| UnknownKey { key, known: &OURS }).collect()
+}
+
+/// What a slash or an underscore marks as somebody else's, or as a comment.
+pub(super) fn is_foreign(key: &str) -> bool {
+    key.contains('/') || key.starts_with(['_', '#'])
 }
 
 /// The plugin's own configuration.
@@ -248,16 +261,17 @@ mod tests {
     #[test]
     fn every_key_is_known_and_a_misspelt_one_is_not() {
         let keys = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        let unknown = |names: &[&str]| unknown(&keys(names)).into_iter().map(|key| key.key).collect::<Vec<_>>();
         // Each is a field or an alias of one: with two values it is there twice.
         for key in OURS {
             let twice = format!(r#"{{"{key}": null, "{key}": null}}"#);
             assert!(serde_json::from_str::<Keys>(&twice).is_err(), "{key}");
         }
-        assert_eq!(unknown(&keys(&OURS)), keys(&[]));
-        assert_eq!(unknown(&keys(&["cniVersion", "type", "cni.dev/valid-attachments", "_comment"])), keys(&[]));
-        assert_eq!(unknown(&keys(&["egres", "max", "maxx", "Egress"])), keys(&["egres", "maxx", "Egress"]));
+        assert_eq!(unknown(&OURS), keys(&[]));
+        assert_eq!(unknown(&["cniVersion", "type", "cni.dev/valid-attachments", "_comment"]), keys(&[]));
+        assert_eq!(unknown(&["egres", "max", "maxx", "Egress"]), keys(&["egres", "maxx", "Egress"]));
         let request = add("", &config(r#""egres": "1M", "_why": 1"#)).unwrap();
-        assert_eq!(request.unknown_keys, keys(&["egres"]));
+        assert_eq!(request.unknown_keys, [UnknownKey { key: "egres".into(), known: &OURS }]);
     }
 
     #[test]

@@ -9,14 +9,15 @@
 //! ```
 //!
 //! Of these the first that is for the pod's namespace counts, and what it has takes the place of the same key of the configuration, in
-//! each direction by itself. Labels are the API server's to tell. Rates are decoded when a limit is asked for, all else at once.
+//! each direction by itself. Labels are the API server's to tell. Rates are decoded when a limit is asked for, all else at once. A key that
+//! nobody knows is one as it is outside ([`UnknownKey`]).
 
 use std::collections::BTreeMap;
 
-use serde::Deserialize;
+use serde::{Deserialize, de::IgnoredAny};
 use serde_json::value::RawValue;
 
-use super::config::number;
+use super::config::{UnknownKey, is_foreign, number};
 use super::json;
 use crate::direction::Direction;
 use crate::error::{Code, Error, Result, quoted};
@@ -62,7 +63,7 @@ pub(super) struct Most {
 
 /// An element of `namespaces`.
 #[derive(Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 struct RuleKeys {
     name: Option<String>,
     #[serde(default)]
@@ -76,12 +77,17 @@ struct RuleKeys {
     max: Option<Box<RawValue>>,
 }
 
+/// The keys of [`RuleKeys`], with their aliases.
+const OF_RULE: [&str; 9] =
+    ["name", "labels", "egress", "egressRate", "ingress", "ingressRate", "egressBurst", "ingressBurst", "max"];
+
 /// Rates for the pods of some namespaces.
 #[derive(Debug)]
 struct Rule {
     name: Option<String>,
     labels: Labels,
     rates: Rates,
+    unknown_keys: Vec<UnknownKey>,
 }
 
 /// Rates for all pods, and for those of some namespaces.
@@ -127,6 +133,11 @@ impl Policy {
         self.rules.iter().any(|rule| !rule.labels.is_empty())
     }
 
+    /// Keys that nobody knows.
+    pub(super) fn unknown_keys(&self) -> impl Iterator<Item = &UnknownKey> {
+        self.rules.iter().flat_map(|rule| &rule.unknown_keys)
+    }
+
     /// The rates that count for a pod of a namespace. `labels` is called for its labels if that depends on them; where it knows none, no
     /// namespace has them. Every `max` is checked, so that a mistake in one is not found by the pod it should have stopped.
     ///
@@ -159,7 +170,11 @@ impl Rule {
     fn read(index: usize, raw: &RawValue) -> Result<Self> {
         let prefix = format!("namespaces[{index}].");
         let key = || format!("configuration key \"namespaces[{index}]\"");
-        let keys: RuleKeys = json::object(raw.get()).map_err(|cause| Error::because(Code::Config, key(), cause))?;
+        let failed = |cause| Error::because(Code::Config, key(), cause);
+        let keys: RuleKeys = json::object(raw.get()).map_err(failed)?;
+        let all: BTreeMap<String, IgnoredAny> = json::object(raw.get()).map_err(failed)?;
+        let unknown = all.into_keys().filter(|key| !OF_RULE.contains(&key.as_str()) && !is_foreign(key));
+        let unknown_keys = unknown.map(|key| UnknownKey { key: format!("{prefix}{key}"), known: &OF_RULE }).collect();
         let RuleKeys { name, labels, egress, ingress, egress_burst, ingress_burst, max } = keys;
         let name = name.map(|name| object_name(&name)).transpose();
         let name = name.map_err(|cause| Error::because(Code::Config, key(), cause))?;
@@ -167,7 +182,8 @@ impl Rule {
             let text = format!("{}: it has neither the \"name\" of a namespace nor \"labels\"", key());
             return Err(Error::new(Code::Config, text));
         }
-        Ok(Self { name, labels, rates: Rates { egress, ingress, egress_burst, ingress_burst, max, prefix } })
+        let rates = Rates { egress, ingress, egress_burst, ingress_burst, max, prefix };
+        Ok(Self { name, labels, rates, unknown_keys })
     }
 
     /// Whether nothing but labels can speak against it. What is in no namespace is no pod.
@@ -281,6 +297,25 @@ mod tests {
     }
 
     #[test]
+    fn a_key_that_nobody_knows_is_told_with_its_place() {
+        // Each is a field or an alias of one: with two values it is there twice.
+        for key in OF_RULE {
+            let twice = format!(r#"{{"{key}": null, "{key}": null}}"#);
+            assert!(serde_json::from_str::<RuleKeys>(&twice).is_err(), "{key}");
+        }
+        let keys = r#""namespaces": [{"name": "a", "_why": 1}, {"name": "n", "egres": "1M", "egress": "2M"}]"#;
+        let request = add("K8S_POD_NAMESPACE=n", &config(keys)).unwrap();
+        let unknown: Vec<String> = request.unknown_keys.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            unknown,
+            [
+                r#""namespaces[1].egres" is no key of podshaper's (those are name, labels, egress, egressRate, ingress, ingressRate, egressBurst, ingressBurst, max)"#
+            ]
+        );
+        assert_eq!(limits("K8S_POD_NAMESPACE=n", keys, &[]).unwrap(), [2, 0]);
+    }
+
+    #[test]
     fn a_burst_that_is_asked_for_is_not_above_the_administrators() {
         let burst = |keys: &str, args: &str| {
             let limits = add(args, &config(keys)).unwrap().limits_of_call(&Namespaces::new()).unwrap();
@@ -305,10 +340,6 @@ mod tests {
             (
                 r#""namespaces": [{"name": "a"}, {"egress": "1M"}]"#,
                 r#"configuration key "namespaces[1]": it has neither the "name""#,
-            ),
-            (
-                r#""namespaces": [{"name": "a", "egres": "1M"}]"#,
-                r#"configuration key "namespaces[0]": unknown field `egres`"#,
             ),
             (
                 r#""namespaces": [{"name": "a/b"}]"#,

@@ -12,6 +12,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use nix::sys::stat::fstat;
 use podshaper_abi::{Counters, MAX_ATTACHMENTS, MAX_SCOPES, Meter, Meters, OtherPaths, Others, Scope};
 
 use super::{Hooked, Pinned, Set, Settings, refusal::refused};
@@ -225,10 +226,8 @@ fn going_on(set: &Set, before: Before, settings: &Settings) -> io::Result<(Meter
 }
 
 fn id(cgroup: BorrowedFd<'_>) -> Result<u64> {
-    let directory = cgroup.try_clone_to_owned().map(fs::File::from).and_then(|directory| directory.metadata());
-    directory
-        .map(|directory| directory.ino())
-        .map_err(|cause| Error::because(Code::Cgroup, "look at the pod's cgroup", cause))
+    let found = fstat(cgroup).map_err(|errno| Error::because(Code::Cgroup, "look at the pod's cgroup", errno))?;
+    Ok(found.st_ino)
 }
 
 /// Why a program does not fit beside those that are attached.

@@ -42,6 +42,37 @@ fn what_a_pod_sends_to_itself_is_neither_limited_nor_counted() {
     assert_eq!((counters.bytes, counters.packets, counters.drops), (0, 0, 0));
 }
 
+/// A NodePort, a hostPort, a service's address: kube-proxy and portmap translate them by such rules.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn what_comes_and_goes_by_a_translated_address_has_the_rate_and_is_answered_at_once() {
+    const LIMIT: u64 = 20 * MBIT;
+    const SERVICE: &str = "10.96.0.1";
+    let bed = Bed::new();
+    let pod = bed.limited(Limits { egress: Some(LIMIT), ingress: Some(LIMIT) });
+    let address = pod.addresses().into_iter().find(IpAddr::is_ipv4).unwrap().to_string();
+    let gateway = bed.host.gateway_v4().to_string();
+    for (chain, behind) in [("OUTPUT", &address), ("PREROUTING", &gateway)] {
+        let rule = ["--append", chain, "--destination", SERVICE, "--jump", "DNAT", "--to-destination", behind];
+        bed.host.netns.run("iptables", &[&["--wait", "--table", "nat"], &rule[..]].concat()).unwrap();
+    }
+    // A route is looked for before the address is translated.
+    for (netns, via) in [(&bed.host.netns, &address), (&pod.netns, &gateway)] {
+        netns.run("ip", &["route", "add", SERVICE, "via", via]).unwrap();
+    }
+    for way in [Way::In, Way::Out] {
+        let ask = Some(measure::ask_pause(LIMIT));
+        let by = Some(SERVICE.parse().unwrap());
+        let bulk = Bulk { way, flows: 4, seconds: 4.0, ask, by, ..Bulk::default() };
+        let result = measure::bulk(&pod, &bulk).unwrap();
+        assert_rate(&format!("{way:?} by {SERVICE}"), result.timeline.steady_rate(), LIMIT, 0.05);
+        let p50_us = result.latency.unwrap().p50_us;
+        eprintln!("{way:?} by {SERVICE}: replies in {p50_us} us");
+        // Without fq all that comes waits in tbf's queue.
+        assert!((way == Way::In && !has_fq(&pod)) || p50_us < 6_000.0, "{way:?}: replies in {p50_us} us");
+    }
+}
+
 /// Gives the pod an interface that podshaper has not heard of.
 fn link_second(pod: &Pod) {
     let node = &pod.host.netns;

@@ -39,13 +39,16 @@ impl Driver {
 
 /// Where cgroup2 is mounted: /sys/fs/cgroup, or .../unified on a hybrid host.
 pub fn mount() -> Result<PathBuf> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").context("read /proc/self/mountinfo")?;
+    // A test may have mounts of its own.
+    let mounts = fs::read_to_string("/proc/thread-self/mountinfo").context("read /proc/thread-self/mountinfo")?;
     let found = mounts.lines().find_map(|line| {
         let (mount, filesystem) = line.split_once(" - ")?;
         let is_cgroup2 = filesystem.split(' ').next() == Some("cgroup2");
         is_cgroup2.then(|| mount.split(' ').nth(4)).flatten()
     });
-    found.map(PathBuf::from).ok_or_else(|| Failure::new("find cgroup2 in /proc/self/mountinfo: it is not mounted"))
+    found
+        .map(PathBuf::from)
+        .ok_or_else(|| Failure::new("find cgroup2 in /proc/thread-self/mountinfo: it is not mounted"))
 }
 
 /// A pod's cgroup. Whatever runs in it is killed when it is dropped.

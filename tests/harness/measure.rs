@@ -69,6 +69,8 @@ pub struct Bulk {
     pub ipv6: bool,
     /// An address of the receiving end that is not the one on the pod's first interface.
     pub to: Option<IpAddr>,
+    /// The address by which the sending end reaches it, where that is translated.
+    pub by: Option<IpAddr>,
 }
 
 impl Default for Bulk {
@@ -90,6 +92,7 @@ impl Default for Bulk {
             ask: None,
             ipv6: false,
             to: None,
+            by: None,
         }
     }
 }
@@ -195,7 +198,7 @@ pub fn ask(pod: &Pod, way: Way, seconds: f64, pause: Duration) -> Result<Latency
 
 /// Bulk flows, and requests beside them if wanted.
 pub fn bulk(pod: &Pod, options: &Bulk) -> Result<BulkResult> {
-    let ends = Ends::new(pod, options.way, options.ipv6, options.to)?;
+    let ends = Ends { by: options.by, ..Ends::new(pod, options.way, options.ipv6, options.to)? };
     let mut sink = ends.receiver("sink")?;
     let mptcp = options.mptcp.then_some("--mptcp");
     sink.args(["--seconds", &options.seconds.to_string(), "--flows", &options.flows.to_string()]).args(mptcp);
@@ -212,7 +215,7 @@ pub fn bulk(pod: &Pod, options: &Bulk) -> Result<BulkResult> {
     let mut send = ends.sender("send")?;
     // The sink decides when it is over: its clock starts with the first byte.
     let sending = options.seconds + 5.0;
-    send.args(["--to", &address.to_string(), "--flows", &options.flows.to_string(), "--seconds", &sending.to_string()]);
+    send.args(["--to", &ends.reach(address), "--flows", &options.flows.to_string(), "--seconds", &sending.to_string()]);
     if let Some(name) = &options.congestion {
         send.args(["--cc", name]);
     }
@@ -446,6 +449,7 @@ pub(super) struct Ends<'a> {
     pod: &'a Pod<'a>,
     way: Way,
     to: IpAddr,
+    by: Option<IpAddr>,
     traffic: std::path::PathBuf,
 }
 
@@ -460,7 +464,12 @@ impl<'a> Ends<'a> {
             Way::In => pod.addresses().into_iter().find(|address| address.is_ipv6() == ipv6),
         };
         let to = to.ok_or_else(|| Failure::new("a pod without an address: add it to a network first"))?;
-        Ok(Self { pod, way, to, traffic: traffic_program()? })
+        Ok(Self { pod, way, to, by: None, traffic: traffic_program()? })
+    }
+
+    /// Where the sender finds a server of the receiving end.
+    fn reach(&self, server: SocketAddr) -> String {
+        SocketAddr::new(self.by.unwrap_or(server.ip()), server.port()).to_string()
     }
 
     pub(super) fn sender(&self, subcommand: &str) -> Result<Command> {
@@ -486,7 +495,7 @@ impl<'a> Ends<'a> {
         let mptcp = mptcp.then_some("--mptcp");
         let (echo, address) = Running::start_server(self.receiver("echo")?.args(mptcp))?;
         let mut ask = self.sender("ask")?;
-        ask.args(["--to", &address.to_string(), "--seconds", &(seconds + uncounted).to_string()]).args(mptcp);
+        ask.args(["--to", &self.reach(address), "--seconds", &(seconds + uncounted).to_string()]).args(mptcp);
         ask.args(["--interval-us", &pause.as_micros().to_string(), "--uncounted", &uncounted.to_string()]);
         Ok((echo, Running::start(&mut ask)?))
     }

@@ -73,6 +73,7 @@ struct V1 {
 
 impl V1 {
     fn new() -> Self {
+        move_cgroup2_beside();
         let own = Self { mount: tempfile::tempdir().unwrap() };
         let options = format!("none,name=podshaper-{}", std::process::id());
         mount(Some("none"), own.mount.path(), Some("cgroup"), MsFlags::empty(), Some(options.as_str())).unwrap();
@@ -83,6 +84,22 @@ impl V1 {
     fn pod(&self, path: &str) -> PodCgroup {
         PodCgroup::new(self.mount.path().join(&path[1..])).unwrap()
     }
+}
+
+/// Has cgroup2 where a hybrid host has it: on /sys/fs/cgroup it would be all that counts.
+fn move_cgroup2_beside() {
+    let usual = Path::new("/sys/fs/cgroup");
+    if cgroup::mount().unwrap() != usual {
+        return;
+    }
+    let aside = tempfile::tempdir().unwrap();
+    mounts::bind(usual, aside.path());
+    mounts::without(usual);
+    mount(Some("none"), usual, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+    let beside = usual.join("unified");
+    fs::create_dir(&beside).unwrap();
+    mounts::bind(aside.path(), &beside);
+    mounts::without(aside.path());
 }
 
 impl Drop for V1 {
@@ -133,6 +150,34 @@ fn on_a_hybrid_host_the_pods_directory_is_made_and_removed() {
             assert!(!unified.exists());
             drop(kubelets);
         }
+    });
+}
+
+/// The limit of a pod that was there before it, as sync attaches it and takes it off: runc has made its directory.
+#[test]
+#[ignore = "needs root, cgroup2, cgroup v1 and bpffs"]
+fn on_a_hybrid_host_the_directory_goes_with_a_pod_whose_limit_came_later_and_ended_before() {
+    let netns = Arc::new(netns_with(&["eth0"]));
+    mounts::with_own(|| {
+        let v1 = V1::new();
+        let uid = uuid().unwrap();
+        let path = Driver::Cgroupfs.path(&uid);
+        let kubelets = v1.pod(&path);
+        let unified = cgroup::mount().unwrap().join(&path[1..]);
+        let runcs = PodCgroup::new(unified.clone()).unwrap();
+        let container = runcs.container("c1").unwrap();
+        let pod = Sandbox::of(PodCgroup::absent(unified.clone()), uid, Arc::clone(&netns));
+        assert!(!is_marked(&unified));
+        pod.call("ADD");
+        pod.assert_limited(&pod.container_id, RATE);
+        // Without a limit, in the same sandbox.
+        ok(&pod.cni("ADD").stdin(&pod.stdin_with(json!({ "runtimeConfig": {} }))));
+        pod.assert_unlimited();
+        assert!(container.is_dir(), "the pod lives");
+        fs::remove_dir(container).unwrap();
+        pod.call("DEL");
+        assert!(!unified.exists());
+        drop(kubelets);
     });
 }
 

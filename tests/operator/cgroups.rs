@@ -1,3 +1,4 @@
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -267,6 +268,32 @@ fn run_passes_the_exit_status_and_signals_on() {
         assert_eq!(run.wait().unwrap().code(), Some(128 + signal as i32));
         assert_gone(run.id());
     }
+}
+
+/// Whenever it comes: in a long PATH the command is looked for in hundreds of places, while it is being started.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn no_signal_to_run_is_lost() {
+    let path = "/no:".repeat(30_000) + &std::env::var("PATH").unwrap();
+    let mut last = None;
+    for delay in (0..200).step_by(4).map(Duration::from_millis) {
+        let mut command = podshaper(&["run", "--egress", "10M", "--", "sleep", "1000"]);
+        let mut run = command.env("PATH", &path).spawn().unwrap();
+        std::thread::sleep(delay);
+        kill(Pid::from_raw(run.id() as i32), Signal::SIGTERM).unwrap();
+        let has_ended = || run.try_wait().unwrap().is_some();
+        if !within(Duration::from_secs(20), has_ended) {
+            kill(Pid::from_raw(run.id() as i32), Signal::SIGTERM).unwrap();
+            run.wait().unwrap();
+            panic!("a signal {delay:?} after the start is lost");
+        }
+        // At first podshaper has not begun, and ends of it.
+        let status = run.wait().unwrap();
+        assert!(status.code() == Some(143) || status.signal() == Some(15), "{delay:?}: {status}");
+        assert_gone(run.id());
+        last = status.code();
+    }
+    assert_eq!(last, Some(143));
 }
 
 fn own_cgroup_of(id: u32) -> std::path::PathBuf {

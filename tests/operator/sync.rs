@@ -1,4 +1,5 @@
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -458,24 +459,45 @@ fn a_node_of_250_pods_costs_little() {
     });
 }
 
-/// What systemd does with the path unit: it starts the service when something came or went in the directories, and does not see what does
-/// while the service runs.
+/// What systemd does with the units: it starts the service when something came, went or was written in the directories, does not see what
+/// does while the service runs, and starts the second one then.
 fn path_unit(node: &Node, until: &std::sync::atomic::AtomicBool) {
-    let watched = || ["net.d", "cni/results"].map(|name| fs::metadata(node.path(name)).unwrap().modified().ok());
-    let mut seen = [None, None];
+    let watched = || ["net.d", "cni/results"].map(|name| files(&node.path(name)));
+    let mut seen = watched();
     while !until.load(std::sync::atomic::Ordering::Relaxed) {
         if watched() == seen {
             std::thread::sleep(Duration::from_millis(2));
             continue;
         }
-        node.keep_installed();
+        node.keep_installed(&[]);
+        // As long as systemd may take to see that it has ended.
+        std::thread::sleep(Duration::from_millis(30));
         seen = watched();
+        node.keep_installed(&["--if-changed"]);
     }
+}
+
+/// Each with when it was written.
+fn files(directory: &std::path::Path) -> Vec<(PathBuf, (i64, i64))> {
+    let found = fs::read_dir(directory).unwrap().flatten();
+    let mut files: Vec<_> = found
+        .filter_map(|file| {
+            let found = fs::metadata(file.path()).ok()?;
+            Some((file.path(), (found.ctime(), found.ctime_nsec())))
+        })
+        .collect();
+    files.sort();
+    files
+}
+
+/// The conflist without podshaper.
+fn of_the_network() -> String {
+    json!({ "cniVersion": "1.0.0", "name": NETWORK, "plugins": [{ "type": "bridge" }] }).to_string()
 }
 
 impl Node {
     /// What the service calls, by the program that is installed once there is one.
-    fn keep_installed(&self) {
+    fn keep_installed(&self, options: &[&str]) {
         let [conf, bin, cache] = ["net.d", "bin", "cni"].map(|name| self.path(name).display().to_string());
         let installed = self.path("bin/podshaper");
         let mut command = std::process::Command::new(
@@ -492,15 +514,20 @@ impl Node {
             "--cache-dir",
             &cache,
         ]);
+        command.args(options);
         crate::harness::process::run(&mut command).unwrap();
     }
 
-    /// The conflist as its network writes it.
+    /// The conflist as its network writes it: beside, then renamed.
     fn rewrite(&self) {
-        let list = json!({ "cniVersion": "1.0.0", "name": NETWORK, "plugins": [{ "type": "bridge" }] });
         let beside = self.path("net.d/.10-cbr0.tmp");
-        fs::write(&beside, list.to_string()).unwrap();
+        fs::write(&beside, of_the_network()).unwrap();
         fs::rename(beside, self.path("net.d/10-cbr0.conflist")).unwrap();
+    }
+
+    /// As cp does it.
+    fn rewrite_in_place(&self) {
+        fs::write(self.path("net.d/10-cbr0.conflist"), of_the_network()).unwrap();
     }
 
     /// A pod's start, as the runtime goes about it: by the conflist as it is at that moment.
@@ -533,7 +560,7 @@ fn no_pod_stays_unlimited_while_its_network_writes_its_conflist_anew() {
         let node = Node::new(json!({}));
         fs::create_dir(node.path("bin")).unwrap();
         node.rewrite();
-        node.keep_installed();
+        node.keep_installed(&[]);
         let is_over = AtomicBool::new(false);
         let pods: Vec<Sandbox> = (0..PODS).map(|_| Sandbox::new()).collect();
         let mut late: Vec<Duration> = Vec::new();
@@ -543,6 +570,8 @@ fn no_pod_stays_unlimited_while_its_network_writes_its_conflist_anew() {
             scope.spawn(|| {
                 while !is_over.load(Ordering::Relaxed) {
                     node.rewrite();
+                    std::thread::sleep(Duration::from_millis(130));
+                    node.rewrite_in_place();
                     std::thread::sleep(Duration::from_millis(130));
                 }
             });
@@ -559,7 +588,7 @@ fn no_pod_stays_unlimited_while_its_network_writes_its_conflist_anew() {
             is_over.store(true, Ordering::Relaxed);
         });
         // The timer's.
-        node.keep_installed();
+        node.keep_installed(&[]);
         late.sort();
         eprintln!(
             "{PODS} pods: limited {:?} after their start at last, {:?} in the middle",
@@ -571,7 +600,7 @@ fn no_pod_stays_unlimited_while_its_network_writes_its_conflist_anew() {
             pod.assert_rates([RATE, 0]);
             node.stop(pod);
         }
-        node.keep_installed();
+        node.keep_installed(&[]);
         assert_eq!(says(&["list", "-o", "json", "--sample", "0"]).trim(), "[]");
         assert!(fs::read_to_string(node.path("net.d/10-cbr0.conflist")).unwrap().contains("podshaper"));
     });

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{super::install, Finding, State};
-use crate::request;
+use crate::request::Request;
 
 const CHECK: &str = "conflist";
 /// Capabilities by which limits reach podshaper: one of them at least.
@@ -137,8 +137,14 @@ fn problems(plugins: &[Plugin]) -> Option<Vec<(State, String)>> {
     let podshaper = plugins.get(place)?;
     let mut problems = Vec::new();
     let mut say = |state, text: &str| problems.push((state, text.to_owned()));
-    for key in request::unknown(podshaper.others.keys()) {
-        say(State::Missing, &request::says_unknown(&key));
+    match Request::of_keys(&podshaper.others) {
+        Ok(request) => {
+            request.unknown_keys.iter().for_each(|key| say(State::Missing, &key.to_string()));
+            if let Err(error) = request.check_namespaces() {
+                say(State::Missing, &error.to_string());
+            }
+        }
+        Err(error) => say(State::Missing, &format!("every ADD fails: {error}")),
     }
     if place == 0 {
         say(State::Missing, "podshaper is the first plugin, and there is no interface to limit yet: put it last");
@@ -240,6 +246,16 @@ mod tests {
                 format!(r#"{bridge}, {{"type": "podshaper", "egres": "1M", {ALL}}}"#),
                 State::Missing,
                 "\"egres\" is no key of podshaper's",
+            ),
+            (
+                format!(r#"{bridge}, {{"type": "podshaper", "namespaces": [{{"name": "a", "egres": "1M"}}], {ALL}}}"#),
+                State::Missing,
+                "\"namespaces[0].egres\" is no key of podshaper's (those are name, ",
+            ),
+            (
+                format!(r#"{bridge}, {{"type": "podshaper", "max": {{"egress": "1MB"}}, {ALL}}}"#),
+                State::Missing,
+                "every ADD fails: configuration key \"max.egress\": \"1MB\" is not a rate",
             ),
             (
                 format!(r#"{bridge}, {{"type": "podshaper"}}"#),

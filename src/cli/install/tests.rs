@@ -97,6 +97,10 @@ fn what_is_no_conflist_is_refused_with_the_reason() {
     for (config, reason) in [
         ("[]", "--config is not a JSON object: "),
         (r#"{"egres": "1G"}"#, "--config: \"egres\" is no key of podshaper's (those are "),
+        (
+            r#"{"namespaces": [{"name": "a", "egres": "1G"}]}"#,
+            "--config: \"namespaces[0].egres\" is no key of podshaper's (those are name, ",
+        ),
         (r#"{"max": {"egres": "1G"}}"#, "--config: configuration key \"max\" has no other keys than egress, ingress"),
         (r#"{"egress": "1MB"}"#, "--config: configuration key \"egress\": \"1MB\" is not a rate"),
         (r#"{"logLevel": 1}"#, "--config: configuration key \"logLevel\""),

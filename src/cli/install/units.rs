@@ -2,7 +2,9 @@
 //! them: a service that does both once, a path unit that starts it when a conflist or a pod's CNI result comes or goes, and a timer for
 //! what leaves no trace on the node, such as an annotation.
 //!
-//! A path unit does not see what happens while its service runs; the service looks again for that (`install --and-sync`).
+//! A path unit does not see what happens while its service runs. The service looks again before it ends (`install --and-sync`), and what
+//! comes after that, until systemd has seen the end and watches again, is for a second service. systemd starts that one when the first has
+//! ended, and most often it finds that nothing has changed since (`--if-changed`).
 
 use std::{
     fs, io,
@@ -20,6 +22,8 @@ const BOOTED: &str = "/run/systemd/system";
 /// Those that are enabled.
 const ENABLED: [&str; 2] = ["podshaper.path", "podshaper.timer"];
 const SERVICE: &str = "podshaper.service";
+/// The one that looks once more, after it.
+const AGAIN: &str = "podshaper-again.service";
 /// Seconds between two runs, and so what an annotation takes to be followed.
 const EVERY_S: u32 = 10;
 
@@ -34,14 +38,24 @@ pub(super) fn are_possible() -> bool {
 /// All of them. `command` is the service's, program first; what is watched are directories.
 pub(super) fn all(command: &[String], watched: &[PathBuf]) -> Vec<Unit> {
     let written_by = "# Written by `podshaper install`; `podshaper uninstall` removes it.\n";
-    let command: Vec<String> = command.iter().map(|word| quote(word)).collect();
-    let service = format!(
-        "[Unit]\nDescription=Keep podshaper in the conflist and pods at the limits they ask for\n{written_by}\
-         # Pods may start in any number at once.\nStartLimitIntervalSec=0\n\n\
-         [Service]\nType=oneshot\nTimeoutStartSec=60\nExecStart={}\n\
-         # What is done is logged, and not that there was nothing to do.\nSyslogLevel=notice\nLogLevelMax=notice\n",
-        command.join(" ")
+    let service = |description: &str, order: &str, option: &[&str]| {
+        let words = command.iter().map(String::as_str).chain(option.iter().copied());
+        let command: Vec<String> = words.map(quote).collect();
+        format!(
+            "[Unit]\nDescription={description}\n{written_by}{order}\n\
+             # Pods may start in any number at once.\nStartLimitIntervalSec=0\n\n\
+             [Service]\nType=oneshot\nTimeoutStartSec=60\nExecStart={}\n\
+             # What is done is logged, and not that there was nothing to do.\nSyslogLevel=notice\nLogLevelMax=notice\n",
+            command.join(" ")
+        )
+    };
+    let first = service(
+        "Keep podshaper in the conflist and pods at the limits they ask for",
+        &format!("# For what comes while this one ends, which podshaper.path does not see.\nWants={AGAIN}"),
+        &[],
     );
+    let again =
+        service("Look for what has come while podshaper.service ended", &format!("After={SERVICE}"), &["--if-changed"]);
     let watched: String =
         watched.iter().map(|path| format!("PathChanged={}\n", escape(&path.display().to_string()))).collect();
     let path = format!(
@@ -53,7 +67,7 @@ pub(super) fn all(command: &[String], watched: &[PathBuf]) -> Vec<Unit> {
          [Timer]\nOnBootSec={EVERY_S}\nOnUnitActiveSec={EVERY_S}\nAccuracySec=1\nUnit={SERVICE}\n\n\
          [Install]\nWantedBy=timers.target\n"
     );
-    vec![(SERVICE, service), ("podshaper.path", path), ("podshaper.timer", timer)]
+    vec![(SERVICE, first), (AGAIN, again), ("podshaper.path", path), ("podshaper.timer", timer)]
 }
 
 /// The value that an option had in the service that is there.
@@ -103,7 +117,7 @@ fn not_enabled_in(directory: &Path) -> Vec<&'static str> {
 
 /// Those of this directory that are podshaper's.
 pub(super) fn there(directory: &Path) -> Vec<PathBuf> {
-    let names = ENABLED.into_iter().chain([SERVICE]);
+    let names = ENABLED.into_iter().chain([SERVICE, AGAIN]);
     names.map(|name| directory.join(name)).filter(|path| path.exists()).collect()
 }
 
