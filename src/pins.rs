@@ -232,8 +232,11 @@ impl LockedPins {
     /// [`Code::Kernel`] with what the kernel says.
     pub fn settle(&self, place: &Place) -> Result<Option<PathBuf>> {
         let layouts = layouts(&self.root);
-        let pods = layouts.iter().map(|layout| layout.join(encode(&place.pod)));
-        error::all(pods.filter(|pod| pod.exists()).map(|pod| {
+        error::all(layouts.iter().map(|layout| {
+            let pod = layout.join(encode(&place.pod));
+            if !pod.exists() {
+                return remove_if_unused(layout);
+            }
             settle(&pod, &encode(&place.interface))?;
             remove_pod_if_unused(&pod)
         }))?;
