@@ -138,10 +138,15 @@ pub fn acknowledge(ctx: &SockOpsContext) {
     }
     let backlog_ns = link.backlog_ns(now_ns, 0, false);
     if is_held {
-        // What it acknowledges has waited.
+        // What it acknowledges has waited. The round trips that the pod sees may count that, too, but for the shortest.
         flow.window.held_ns = 0;
         flow.window.hold_until_ns = 0;
-        resize(ctx, link.limit(), &mut flow.window, now_ns, backlog_ns);
+        let rtt_ns = tcp::shortest_rtt_ns(ctx);
+        if backlog_ns > 2 * rtt_ns + WHOLE_SEGMENTS_NS {
+            collapse(ctx, &mut flow.window, now_ns, backlog_ns);
+        } else {
+            resize(ctx, link.limit(), &mut flow.window, now_ns, backlog_ns, rtt_ns);
+        }
         return advertise(ctx, flow);
     }
     // The remote's estimate counts what its acknowledgements were held. It waits for two of it, whatever else. What the pod itself sends may
@@ -156,7 +161,7 @@ pub fn acknowledge(ctx: &SockOpsContext) {
     if backlog_ns > two_rtt_ns + TOO_LONG_NS {
         collapse(ctx, &mut flow.window, now_ns, backlog_ns);
     } else {
-        resize(ctx, link.limit(), &mut flow.window, now_ns, backlog_ns);
+        resize(ctx, link.limit(), &mut flow.window, now_ns, backlog_ns, tcp::rtt_ns(ctx));
     }
     advertise(ctx, flow);
 }
@@ -222,8 +227,7 @@ fn least_bytes(ctx: &SockOpsContext, window: &Window) -> u64 {
 }
 
 #[inline(always)]
-fn resize(ctx: &SockOpsContext, limit: &Limit, window: &mut Window, now_ns: u64, backlog_ns: u64) {
-    let rtt_ns = tcp::rtt_ns(ctx);
+fn resize(ctx: &SockOpsContext, limit: &Limit, window: &mut Window, now_ns: u64, backlog_ns: u64, rtt_ns: u64) {
     let is_of_few = window.bytes < FEW_SEGMENTS * tcp::mss(ctx);
     let target_ns = target_ns(rtt_ns) + if is_of_few { FEW_MORE_NS } else { 0 };
     // What a change does is seen when all that is in flight has passed.
