@@ -378,7 +378,11 @@ fn coming<'a>(packet: &SkBuffContext, end: &HostEnd, bytes: u64) -> Coming<'a> {
                 Coming::ToBeHeld(flow)
             }
             Some(flow) => {
-                if flow.into_covered.passes(end, bytes, ON_THE_WAY_BYTES) { Coming::ToBeCharged } else { Coming::Other }
+                if flow.into_covered.passes(end, bytes, ON_THE_WAY_BYTES) {
+                    Coming::ToBeCharged
+                } else {
+                    Coming::Other
+                }
             }
             // The request for a connection: its listener's hook sees it.
             None if full.is_none() && is_request => Coming::ToBeCharged,

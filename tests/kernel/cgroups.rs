@@ -171,7 +171,7 @@ fn on_a_hybrid_host_the_directory_goes_with_a_pod_whose_limit_came_later_and_end
         pod.call("ADD");
         pod.assert_limited(&pod.container_id, RATE);
         // Without a limit, in the same sandbox.
-        ok(&pod.cni("ADD").stdin(&pod.stdin_with(json!({ "runtimeConfig": {} }))));
+        ok(&pod.cni("ADD").stdin(pod.stdin_with(json!({ "runtimeConfig": {} }))));
         pod.assert_unlimited();
         assert!(container.is_dir(), "the pod lives");
         fs::remove_dir(container).unwrap();
