@@ -187,8 +187,10 @@ fn a_new_add_moves_a_pod_to_the_new_layout_and_it_is_never_unlimited() {
             std::thread::scope(|scope| {
                 let adding = scope.spawn(|| ok(&pod.cni_of("ADD", &id).stdin(pod.stdin_at(2 * RATE))));
                 while !adding.is_finished() {
-                    let attached = pod.attached();
-                    assert!(attached.len() >= PROGRAMS.len(), "unlimited for a moment: {attached:?}");
+                    // bpftool does not see all links at one moment: one that goes while it looks hides one that has come.
+                    let mut looks = [pod.attached(), pod.attached()];
+                    looks.sort_by_key(Vec::len);
+                    assert!(looks[1].len() >= PROGRAMS.len(), "unlimited for a moment: {looks:?}");
                 }
             });
             pod.assert_limited(&id, 2 * RATE);
