@@ -58,11 +58,16 @@ pub fn take_off(found: &[Attachment]) -> (String, Result<()>) {
     let mut gone = String::new();
     let removed = found.iter().map(|attachment| {
         remove(attachment)?;
-        gone += &format!("{} {}: no limit any more\n", attachment.name(), attachment.place.interface);
+        gone += &line(attachment);
         Ok(())
     });
     let removed = error::all(removed);
     (gone, removed)
+}
+
+/// What is said of a limit that is taken off.
+pub fn line(attachment: &Attachment) -> String {
+    format!("{} {}: no limit any more\n", attachment.name(), attachment.place.interface)
 }
 
 /// Takes an attachment away with all that was made for it.

@@ -153,10 +153,9 @@ fn on_a_hybrid_host_the_pods_directory_is_made_and_removed() {
     });
 }
 
-/// The limit of a pod that was there before it, as sync attaches it and takes it off: runc has made its directory.
-#[test]
-#[ignore = "needs root, cgroup2, cgroup v1 and bpffs"]
-fn on_a_hybrid_host_the_directory_goes_with_a_pod_whose_limit_came_later_and_ended_before() {
+/// Runs `work` with a pod for which kubelet has made a directory on cgroup v1 and nobody on cgroup2, with the place of that one, and with
+/// kubelet's.
+fn with_a_pod_on_v1(work: impl FnOnce(&Sandbox, &PathBuf, &Path) + Send) {
     let netns = Arc::new(netns_with(&["eth0"]));
     mounts::with_own(|| {
         let v1 = V1::new();
@@ -164,10 +163,20 @@ fn on_a_hybrid_host_the_directory_goes_with_a_pod_whose_limit_came_later_and_end
         let path = Driver::Cgroupfs.path(&uid);
         let kubelets = v1.pod(&path);
         let unified = cgroup::mount().unwrap().join(&path[1..]);
+        let pod = Sandbox::of(PodCgroup::absent(unified.clone()), uid, netns);
+        work(&pod, &unified, kubelets.path());
+        drop(kubelets);
+    });
+}
+
+/// The limit of a pod that was there before it, as sync attaches it and takes it off: runc has made its directory.
+#[test]
+#[ignore = "needs root, cgroup2, cgroup v1 and bpffs"]
+fn on_a_hybrid_host_the_directory_goes_with_a_pod_whose_limit_came_later_and_ended_before() {
+    with_a_pod_on_v1(|pod, unified, _| {
         let runcs = PodCgroup::new(unified.clone()).unwrap();
         let container = runcs.container("c1").unwrap();
-        let pod = Sandbox::of(PodCgroup::absent(unified.clone()), uid, Arc::clone(&netns));
-        assert!(!is_marked(&unified));
+        assert!(!is_marked(unified));
         pod.call("ADD");
         pod.assert_limited(&pod.container_id, RATE);
         // Without a limit, in the same sandbox.
@@ -177,7 +186,6 @@ fn on_a_hybrid_host_the_directory_goes_with_a_pod_whose_limit_came_later_and_end
         fs::remove_dir(container).unwrap();
         pod.call("DEL");
         assert!(!unified.exists());
-        drop(kubelets);
     });
 }
 
@@ -185,14 +193,7 @@ fn on_a_hybrid_host_the_directory_goes_with_a_pod_whose_limit_came_later_and_end
 #[test]
 #[ignore = "needs root, cgroup2, cgroup v1 and bpffs"]
 fn a_directory_made_for_an_add_that_fails_is_removed() {
-    let netns = Arc::new(netns_with(&["eth0"]));
-    mounts::with_own(|| {
-        let v1 = V1::new();
-        let uid = uuid().unwrap();
-        let path = Driver::Cgroupfs.path(&uid);
-        let kubelets = v1.pod(&path);
-        let unified = cgroup::mount().unwrap().join(&path[1..]);
-        let pod = Sandbox::of(PodCgroup::absent(unified.clone()), uid, Arc::clone(&netns));
+    with_a_pod_on_v1(|pod, unified, kubelets| {
         // In mounts of its own: nobody else pins here.
         mounts::without(Path::new("/sys/fs/bpf"));
         pod.call("ADD");
@@ -204,7 +205,7 @@ fn a_directory_made_for_an_add_that_fails_is_removed() {
         mount(None::<&str>, "/sys/fs/bpf", None::<&str>, flags, None::<&str>).unwrap();
         let refusal = format!("make the directory {PINS}: Read-only file system (os error 30)");
         assert_eq!(refused(&pod.cni("ADD")), (101, refusal));
-        assert!(!unified.exists() && kubelets.path().exists());
+        assert!(!unified.exists() && kubelets.exists());
     });
 }
 

@@ -145,7 +145,7 @@ impl Uninstall {
             return done;
         }
         for attachment in &found {
-            report.say(format!("{} {}: no limit any more", attachment.name(), attachment.place.interface));
+            report.say(detach::line(attachment).trim_end());
         }
         Ok(())
     }
