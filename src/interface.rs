@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use crate::{
     error::{self, Code, Error, Result},
     netns::{self, Entered, Namespace},
-    qdisc::{self, Peer},
+    qdisc::{self, HostsEnd, Peer},
     request::{Limit, Limits},
 };
 
@@ -40,7 +40,7 @@ pub struct Interface {
     /// Its other end, if it is a veth's.
     peer: Option<Peer>,
     /// Its end on the host, once it was looked for.
-    host_end: Option<Option<u32>>,
+    host_end: Option<Option<HostsEnd>>,
 }
 
 /// What came of bringing an interface to what is needed. Each part is tried, whatever became of the others.
@@ -128,14 +128,14 @@ impl Interface {
     ///
     /// # Errors
     /// [`Code::Kernel`] with what the kernel says.
-    pub fn host_end(&mut self) -> Result<Option<u32>> {
+    pub fn host_end(&mut self) -> Result<Option<HostsEnd>> {
         if let Some(known) = self.host_end {
             return Ok(known);
         }
         let home = self.inside.home();
         let found = match self.peer {
-            Some(peer) => self.inside.run(|| peer.in_namespace(home))?,
-            None => None,
+            Some(peer) if self.inside.run(|| peer.is_in(home))? => peer.look(self.index)?,
+            _ => None,
         };
         self.host_end = Some(found);
         Ok(found)
@@ -211,7 +211,7 @@ impl Interface {
             _ if !all_traffic => no("exemptSubnets and shapedSubnets leave drops: tbf would limit what they exempt"),
             _ if is_taken => no("another limit of this interface has tbf, which leaves drops: there is room for one"),
             None => no("the pod's interface is no veth with an end on this host to put tbf on"),
-            Some(peer) => qdisc::put_tbf(peer, self.index, limit),
+            Some(end) => qdisc::put_tbf(end.ifindex, limit),
         }
     }
 
@@ -222,8 +222,8 @@ impl Interface {
         let tbf = match needs.iter().find(|need| need.record.has_tbf() && need.record.shares_interface(own)) {
             // Of another layout: it has what it needs.
             Some(Need { limits: None, .. }) => Ok(()),
-            Some(Need { limits: Some(limits), .. }) => self.host_end().and_then(|peer| match (peer, &limits.ingress) {
-                (Some(peer), Some(limit)) => qdisc::put_tbf(peer, index, limit),
+            Some(Need { limits: Some(limits), .. }) => self.host_end().and_then(|end| match (end, &limits.ingress) {
+                (Some(end), Some(limit)) => qdisc::put_tbf(end.ifindex, limit),
                 (None, Some(_)) => {
                     let text = "change tbf: the pod's interface has no end on this host any more";
                     Err(Error::new(Code::Kernel, text))
@@ -231,7 +231,7 @@ impl Interface {
                 (_, None) => Ok(()),
             }),
             None if own.has_tbf() => {
-                self.host_end().and_then(|peer| peer.map_or(Ok(()), |peer| qdisc::take_off_peer(peer, index)))
+                self.host_end().and_then(|end| end.map_or(Ok(()), |end| qdisc::take_off(end.ifindex)))
             }
             None => Ok(()),
         };
@@ -281,7 +281,7 @@ pub fn check(record: &Record) -> Result<()> {
     let mut interface = Interface::find(opened, netns, &record.ifname)??;
     let index = interface.index;
     let has_queue = interface.inside.run(|| queue.map_or(Ok(true), |kind| qdisc::has(index, kind)))?;
-    let peer = if wants_tbf { interface.host_end()? } else { None };
+    let host_end = if wants_tbf { interface.host_end()? } else { None };
     let gone = |what: &str| {
         let text =
             format!("{what} has been taken off {} of {}: podshaper put it there", record.ifname, netns.display());
@@ -290,7 +290,7 @@ pub fn check(record: &Record) -> Result<()> {
     if let Some(kind) = queue.filter(|_| !has_queue) {
         return gone(kind);
     }
-    if wants_tbf && !peer.map_or(Ok(false), |peer| qdisc::has(peer, "tbf"))? {
+    if wants_tbf && !host_end.map_or(Ok(false), |end| qdisc::has(end.ifindex, "tbf"))? {
         return gone("tbf, at the host's end,");
     }
     Ok(())

@@ -8,7 +8,7 @@ use netlink_packet_core::{
 };
 use netlink_packet_route::{
     RouteNetlinkMessage,
-    link::{LinkAttribute, LinkMessage},
+    link::{LinkAttribute, LinkExtentMask, LinkMessage},
 };
 use netlink_sys::{Socket, protocols::NETLINK_ROUTE};
 
@@ -58,14 +58,16 @@ pub fn link(ifindex: u32) -> io::Result<Option<LinkMessage>> {
 /// What the kernel says.
 pub fn link_by_name(name: &str) -> io::Result<Option<LinkMessage>> {
     let mut message = LinkMessage::default();
-    message.attributes = vec![LinkAttribute::IfName(name.to_owned())];
+    message.attributes.push(LinkAttribute::IfName(name.to_owned()));
     match get_link(message) {
         Err(cause) if cause.raw_os_error() == Some(libc::ENODEV) => Ok(None),
         found => found,
     }
 }
 
-fn get_link(message: LinkMessage) -> io::Result<Option<LinkMessage>> {
+/// Its counters, which are more than all the rest of the answer, are of no use here.
+fn get_link(mut message: LinkMessage) -> io::Result<Option<LinkMessage>> {
+    message.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
     Ok(get(RouteNetlinkMessage::GetLink(message))?.and_then(|answer| match answer {
         RouteNetlinkMessage::NewLink(link) => Some(link),
         _ => None,

@@ -78,30 +78,33 @@ const FULL_PACKET_BYTES: u64 = 1500;
 /// [`Code::Kernel`]: the kernel has no fq (its text says so), or there is a qdisc of somebody else's.
 pub fn put_fq(ifindex: u32) -> Result<()> {
     const WHAT: &str = "put fq on the pod's interface";
-    match root_qdisc(ifindex).map_err(|cause| Error::because(Code::Kernel, WHAT, cause))? {
+    let failed = |cause: io::Error| match cause.raw_os_error() {
+        Some(libc::ENOENT) => Error::new(Code::Kernel, format!("{WHAT}: this kernel has no fq (modprobe sch_fq)")),
+        _ => Error::because(Code::Kernel, WHAT, cause),
+    };
+    if add_root(ifindex, "fq", fq_options()).map_err(failed)? {
+        return Ok(());
+    }
+    match root_qdisc(ifindex).map_err(failed)? {
         // Somebody else's fq honours departure times as well.
-        Some((kind, handle)) if kind == "fq" && handle != OURS => return Ok(()),
+        Some((kind, handle)) if kind == "fq" && handle != OURS => Ok(()),
         // The kernel does not put another kind in the place of a qdisc with the same handle, and there are programs that count on this one.
         Some((kind, OURS)) if kind != "fq" => {
-            return Err(Error::new(Code::Kernel, format!("{WHAT}: it has podshaper's {kind} already")));
+            Err(Error::new(Code::Kernel, format!("{WHAT}: it has podshaper's {kind} already")))
         }
-        Some((kind, handle)) if !is_ours_or_default(handle) => {
-            let text = format!("{WHAT}: it has the qdisc {kind} already, which is left alone");
-            return Err(Error::new(Code::Kernel, text));
-        }
-        _ => {}
+        Some((kind, handle)) if !is_ours_or_default(handle) => Err(taken(WHAT, &kind)),
+        _ => replace_root(ifindex, "fq", fq_options()).map_err(failed),
     }
+}
+
+fn fq_options() -> Vec<TcOption> {
     let horizon_us = u32::try_from(MAX_HORIZON_NS / 1_000).unwrap_or(u32::MAX);
-    let options = vec![
+    vec![
         option(TCA_FQ_PLIMIT, &QUEUE_PACKETS.to_ne_bytes()),
         option(TCA_FQ_FLOW_PLIMIT, &FQ_FLOW_LIMIT.to_ne_bytes()),
         option(TCA_FQ_RATE_ENABLE, &[0; 4]),
         option(TCA_FQ_HORIZON, &horizon_us.to_ne_bytes()),
-    ];
-    replace_root(ifindex, "fq", options).map_err(|cause| match cause.raw_os_error() {
-        Some(libc::ENOENT) => Error::new(Code::Kernel, format!("{WHAT}: this kernel has no fq (modprobe sch_fq)")),
-        _ => Error::because(Code::Kernel, WHAT, cause),
-    })
+    ]
 }
 
 /// Puts htb on the pod's interface, in the calling thread's namespace, for a kernel without fq, or sets another limit in it:
@@ -124,14 +127,13 @@ pub fn put_htb(ifindex: u32, limit: &Limit) -> Result<()> {
         Some(libc::ENOENT) => Error::new(Code::Kernel, format!("{WHAT}: this kernel has no htb (modprobe sch_htb)")),
         _ => Error::because(Code::Kernel, WHAT, cause),
     };
-    match root_qdisc(ifindex).map_err(failed)? {
-        // It takes no other options once it is there.
-        Some((kind, OURS)) if kind == "htb" => {}
-        Some((kind, handle)) if !is_ours_or_default(handle) => {
-            let text = format!("{WHAT}: it has the qdisc {kind} already, which is left alone");
-            return Err(Error::new(Code::Kernel, text));
+    if !add_root(ifindex, "htb", htb_root()).map_err(failed)? {
+        match root_qdisc(ifindex).map_err(failed)? {
+            // It takes no other options once it is there.
+            Some((kind, OURS)) if kind == "htb" => {}
+            Some((kind, handle)) if !is_ours_or_default(handle) => return Err(taken(WHAT, &kind)),
+            _ => replace_root(ifindex, "htb", htb_root()).map_err(failed)?,
         }
-        _ => replace_root(ifindex, "htb", vec![option(TCA_HTB_INIT, &htb_init())]).map_err(failed)?,
     }
     let bytes_per_s = with_ethernet(limit.rate) / 8;
     let burst = limit.burst.as_ns_at(limit.rate);
@@ -155,7 +157,7 @@ pub fn put_room_htb(ifindex: u32) -> Result<()> {
     let failed = |cause: io::Error| Error::because(Code::Kernel, "put htb on the waiting room", cause);
     match root_qdisc(ifindex).map_err(failed)? {
         Some((kind, OURS)) if kind == "htb" => Ok(()),
-        _ => replace_root(ifindex, "htb", vec![option(TCA_HTB_INIT, &htb_init())]).map_err(failed),
+        _ => replace_root(ifindex, "htb", htb_root()).map_err(failed),
     }
 }
 
@@ -249,27 +251,37 @@ impl Peer {
         Some(Self { ifindex, namespace: peer_namespace_id(link)? })
     }
 
-    /// Its index, if it is in the namespace `home`, podshaper's own: elsewhere the index means another interface, perhaps another pod's. To
-    /// be called in the namespace of the first end.
+    /// Whether it is in the namespace `home`, podshaper's own: elsewhere its index means another interface, perhaps another pod's. To be
+    /// called in the namespace of the first end.
     ///
     /// # Errors
     /// [`Code::Kernel`] with what the kernel says.
-    pub fn in_namespace(self, home: RawFd) -> Result<Option<u32>> {
-        let failed =
-            |cause: io::Error| Error::because(Code::Kernel, "find the host's end of the pod's interface", cause);
-        let hosts = namespace_id(home).map_err(failed)?;
-        Ok((hosts == Some(self.namespace)).then_some(self.ifindex))
+    pub fn is_in(self, home: RawFd) -> Result<bool> {
+        Ok(namespace_id(home).map_err(not_found)? == Some(self.namespace))
+    }
+
+    /// It, as it is seen from its own namespace, which is the calling thread's; `None` if it is not the other end of `ifindex`.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] with what the kernel says.
+    pub fn look(self, ifindex: u32) -> Result<Option<HostsEnd>> {
+        let link = netlink::link(self.ifindex).map_err(not_found)?;
+        let link = link.filter(|link| is_veth(link) && linked_to(link) == Some(ifindex));
+        let namespace = |link: &LinkMessage| peer_namespace_id(link).and_then(|id| u32::try_from(id).ok());
+        Ok(link.map(|link| HostsEnd { ifindex: self.ifindex, pods_namespace: namespace(&link) }))
     }
 }
 
-/// The number that the calling thread's namespace has for that of the other end of a veth.
-///
-/// # Errors
-/// [`Code::Kernel`] with what the kernel says.
-pub fn peer_namespace(ifindex: u32) -> Result<Option<u32>> {
-    let failed = |cause: io::Error| Error::because(Code::Kernel, "find the pod's network namespace", cause);
-    let link = netlink::link(ifindex).map_err(failed)?;
-    Ok(link.as_ref().and_then(peer_namespace_id).and_then(|id| u32::try_from(id).ok()))
+/// The end of a pod's veth that is on the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostsEnd {
+    pub ifindex: u32,
+    /// The number that the host's namespace has for the pod's.
+    pub pods_namespace: Option<u32>,
+}
+
+fn not_found(cause: io::Error) -> Error {
+    Error::because(Code::Kernel, "find the host's end of the pod's interface", cause)
 }
 
 fn peer_namespace_id(link: &LinkMessage) -> Option<i32> {
@@ -312,22 +324,20 @@ fn namespace_id(namespace: RawFd) -> io::Result<Option<i32>> {
 }
 
 /// `tc qdisc replace dev IFINDEX root handle 7064: tbf rate .. burst .. limit ..`, in the calling thread's namespace, on the
-/// host's end of the veth whose other end is `pod_ifindex`.
+/// host's end of a pod's veth.
 ///
 /// # Errors
-/// [`Code::Kernel`]: it is not that interface, has a qdisc of somebody else's, or what the kernel says.
-pub fn put_tbf(ifindex: u32, pod_ifindex: u32, limit: &Limit) -> Result<()> {
+/// [`Code::Kernel`]: it has a qdisc of somebody else's, or what the kernel says.
+pub fn put_tbf(ifindex: u32, limit: &Limit) -> Result<()> {
     const WHAT: &str = "put tbf on the host's end of the pod's veth";
     let failed = |cause: io::Error| Error::because(Code::Kernel, WHAT, cause);
-    if !is_peer(ifindex, pod_ifindex).map_err(failed)? {
-        return Err(Error::new(Code::Kernel, format!("{WHAT}: it is in another namespace than podshaper")));
+    if add_root(ifindex, "tbf", tbf_options(limit)).map_err(failed)? {
+        return Ok(());
     }
-    if let Some((kind, handle)) = root_qdisc(ifindex).map_err(failed)?
-        && !is_ours_or_default(handle)
-    {
-        return Err(Error::new(Code::Kernel, format!("{WHAT}: it has the qdisc {kind} already, which is left alone")));
+    match root_qdisc(ifindex).map_err(failed)? {
+        Some((kind, handle)) if !is_ours_or_default(handle) => Err(taken(WHAT, &kind)),
+        _ => replace_root(ifindex, "tbf", tbf_options(limit)).map_err(failed),
     }
-    replace_root(ifindex, "tbf", tbf_options(limit)).map_err(failed)
 }
 
 /// Whether the root qdisc of an interface, in the calling thread's namespace, is of this kind.
@@ -354,19 +364,6 @@ pub fn take_off(ifindex: u32) -> Result<()> {
     netlink::change(RouteNetlinkMessage::DelQueueDiscipline(message), 0).map_err(failed)
 }
 
-/// The same for the host's end of the veth whose other end is `pod_ifindex`.
-///
-/// # Errors
-/// [`Code::Kernel`] with what the kernel says.
-pub fn take_off_peer(ifindex: u32, pod_ifindex: u32) -> Result<()> {
-    let failed = |cause: io::Error| Error::because(Code::Kernel, "find the host's end of the pod's interface", cause);
-    if is_peer(ifindex, pod_ifindex).map_err(failed)? { take_off(ifindex) } else { Ok(()) }
-}
-
-fn is_peer(ifindex: u32, pod_ifindex: u32) -> io::Result<bool> {
-    Ok(netlink::link(ifindex)?.is_some_and(|link| is_veth(&link) && linked_to(&link) == Some(pod_ifindex)))
-}
-
 /// Of this minor number.
 const fn class(minor: u16) -> TcHandle {
     TcHandle { major: QDISC_MAJOR, minor }
@@ -381,9 +378,10 @@ fn put_htb_class(ifindex: u32, parent: TcHandle, minor: u16, options: Vec<TcOpti
 }
 
 /// struct tc_htb_glob: version (3), rate2quantum, defcls, debug, direct_pkts.
-fn htb_init() -> Vec<u8> {
+fn htb_root() -> Vec<TcOption> {
     const RATE_TO_QUANTUM: u32 = 10;
-    [3, RATE_TO_QUANTUM, HTB_AT_ONCE.into(), 0, 0].iter().flat_map(|value: &u32| value.to_ne_bytes()).collect()
+    let init = [3, RATE_TO_QUANTUM, HTB_AT_ONCE.into(), 0, 0];
+    vec![option(TCA_HTB_INIT, &init.iter().flat_map(|value: &u32| value.to_ne_bytes()).collect::<Vec<_>>())]
 }
 
 fn htb_options(bytes_per_s: u64, ceil_bytes_per_s: u64, burst_ns: u64, priority: u32) -> Vec<TcOption> {
@@ -456,12 +454,29 @@ fn is_ours_or_default(handle: TcHandle) -> bool {
     handle == OURS || handle.major == 0
 }
 
+/// Puts a root qdisc on an interface that has only what the kernel gives it; `false`: it has one, which is left as it is.
+fn add_root(ifindex: u32, kind: &str, options: Vec<TcOption>) -> io::Result<bool> {
+    match set_root(ifindex, kind, options, NLM_F_CREATE | NLM_F_EXCL) {
+        Err(cause) if cause.raw_os_error() == Some(libc::EEXIST) => Ok(false),
+        done => done.map(|()| true),
+    }
+}
+
 fn replace_root(ifindex: u32, kind: &str, options: Vec<TcOption>) -> io::Result<()> {
+    set_root(ifindex, kind, options, NLM_F_CREATE | NLM_F_REPLACE)
+}
+
+fn set_root(ifindex: u32, kind: &str, options: Vec<TcOption>, flags: u16) -> io::Result<()> {
     let mut message = TcMessage::with_index(ifindex as i32);
     message.header.parent = TcHandle::ROOT;
     message.header.handle = OURS;
     message.attributes = vec![TcAttribute::Kind(kind.to_owned()), TcAttribute::Options(options)];
-    netlink::change(RouteNetlinkMessage::NewQueueDiscipline(message), NLM_F_CREATE | NLM_F_REPLACE)
+    netlink::change(RouteNetlinkMessage::NewQueueDiscipline(message), flags)
+}
+
+/// Somebody else's qdisc is where podshaper's would be.
+fn taken(what: &str, kind: &str) -> Error {
+    Error::new(Code::Kernel, format!("{what}: it has the qdisc {kind} already, which is left alone"))
 }
 
 fn option(kind: u16, value: &[u8]) -> TcOption {

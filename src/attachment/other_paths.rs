@@ -14,7 +14,6 @@ use crate::{
     },
     owner::Owner,
     pins::LockedPins,
-    qdisc,
     request::Limits,
     shaper::Set,
     sys::{Map, Read},
@@ -76,8 +75,9 @@ impl<'a> Held<'a> {
             return Err(Error::new(Code::Kernel, text));
         }
         let hooks = hooks(wanted.limits, wanted.ingress_by);
-        let Some(ifindex) = interface.host_end()?.filter(|_| !hooks.is_empty()) else { return Ok(None) };
-        let namespace = qdisc::peer_namespace(ifindex)?.ok_or_else(|| {
+        let Some(end) = interface.host_end()?.filter(|_| !hooks.is_empty()) else { return Ok(None) };
+        let ifindex = end.ifindex;
+        let namespace = end.pods_namespace.ok_or_else(|| {
             let text = "find the pod's network namespace from the host's end of its interface: it has no number";
             Error::new(Code::Kernel, text)
         })?;
@@ -247,7 +247,7 @@ fn remove_room_if_empty(ends: &Map<u32, HostEnd>) -> Result<()> {
 /// Whether the interface of a record still has this host's end: with the interface all of it is gone, and the number may be another's.
 fn is_there(record: &Record, ifindex: u32) -> bool {
     let found = Interface::of(record).and_then(|interface| interface.map_or(Ok(None), |mut found| found.host_end()));
-    matches!(found, Ok(Some(found)) if found == ifindex)
+    matches!(found, Ok(Some(end)) if end.ifindex == ifindex)
 }
 
 fn take_filters(at: HeldAt, hooks: &[Hook]) {
