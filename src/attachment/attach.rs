@@ -297,12 +297,17 @@ impl<'a> Attaching<'a> {
         let before = before.filter(|before| pins::shares(&before.directory)).map(|before| before.owner.slot);
         let sharing = Sharing { others: sharing(pins, place), before };
         let links = pins.links(&place.pod);
-        if shaper::can_share(&set, cgroup, self.index, &scopes(&sharing.others), before, &links)? {
-            Ok(Programs { set, sharing: Some(sharing) })
-        } else {
-            self.refuse_cgroup_of_another_pod(pins)?;
-            Ok(Programs { set: Set::own()?, sharing: None })
+        let can_share = || shaper::can_share(&set, cgroup, self.index, &scopes(&sharing.others), before, &links);
+        if can_share()? {
+            return Ok(Programs { set, sharing: Some(sharing) });
         }
+        self.refuse_cgroup_of_another_pod(pins)?;
+        // A call that was killed may have left limits that no attachment has.
+        shaper::forget_others(pins, pins.list().into_iter().map(|(_, directory)| directory))?;
+        if can_share()? {
+            return Ok(Programs { set, sharing: Some(sharing) });
+        }
+        Ok(Programs { set: Set::own()?, sharing: None })
     }
 
     /// Both pods' sockets would be held to both limits. One whose namespace is gone has ended, and its DEL is late.

@@ -90,6 +90,9 @@ fn a_del_removes_what_a_killed_call_left() {
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn every_unfinished_state_is_cleared_by_a_del_and_by_an_add() {
+    // The node's programs and what they know outlive each of the pod's attachments.
+    let beside = Sandbox::new();
+    beside.call("ADD");
     let pod = Sandbox::new();
     let directory = pod.pod_directory();
     let at = |name: &str| directory.join(name);
@@ -153,6 +156,8 @@ fn every_unfinished_state_is_cleared_by_a_del_and_by_an_add() {
     pod.call("CHECK");
     pod.call("DEL");
     pod.assert_unlimited();
+    beside.assert_limited(&beside.container_id, RATE);
+    beside.call("DEL");
     objects.assert_freed();
 }
 
