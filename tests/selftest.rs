@@ -8,9 +8,10 @@ use serde_json::{Map, Value, json};
 
 use super::harness::cgroup::{self, Driver};
 use super::harness::cni::{Chain, Cni};
-use super::harness::host::Host;
+use super::harness::host::{BRIDGE, Host};
 use super::harness::limiter::{Limiter, Limits, Programs};
 use super::harness::measure::{self, Bulk, Timeline, Udp, Way};
+use super::harness::paths::Path as OtherPath;
 use super::harness::pod::Pod;
 use super::harness::process::Running;
 use super::harness::table;
@@ -154,6 +155,33 @@ fn an_answer_of_failure_shows_the_whole_call() {
         assert!(failure.contains(part), "{part} in {failure}");
     }
     assert!(call.error_code().is_some() && call.peak_rss_bytes > 0 && call.elapsed > Duration::ZERO);
+}
+
+/// Of packets that the pod's kernel leaves to be cut, with a tunnel's headers and without, against what the payload says.
+#[test]
+#[ignore = "needs root"]
+fn a_watched_interface_counts_the_packets_within_a_gso_packet() {
+    const BYTES_PER_S: u64 = 12_500_000;
+    const SECONDS: f64 = 2.0;
+    /// In a packet of 1500 bytes.
+    const PAYLOAD: f64 = 1448.0;
+    for (path, headers) in [(OtherPath::AnotherCgroup, 0.0), (OtherPath::Vxlan, 50.0)] {
+        let host = Host::new().unwrap();
+        let mut pod = Pod::new(&host, "self").unwrap();
+        Limiter::Bare.add(&mut pod, Limits::default(), &Programs::default()).unwrap();
+        let mut payload = None;
+        let made = path.with(&mut pod, |pod, ends| {
+            let bulk =
+                Bulk { to: ends.node, max_pacing_rate: Some(BYTES_PER_S), seconds: SECONDS, ..Bulk::default() };
+            measure::watched(&host.netns, BRIDGE, SECONDS, || {
+                payload = Some(measure::bulk(pod, &bulk)?.timeline.payload_rate(0.5, SECONDS));
+                Ok(())
+            })
+        });
+        let wire = made.unwrap().wire_rate(0.5, SECONDS);
+        let ratio = wire / payload.unwrap() * (PAYLOAD - headers) / 1500.0;
+        assert!((0.99..1.01).contains(&ratio), "{}: {ratio} of {wire} bit/s", path.title());
+    }
 }
 
 /// The measurement is checked against a limiter that is known to hold.

@@ -27,10 +27,8 @@ pub fn paths(options: &Options, table: &mut Table) -> Result<Title> {
                                     return Ok(String::new());
                                 }
                                 let load = Load { way: *way, is_udp: *is_udp, limit, seconds: options.seconds };
-                                let wire_per_payload = path.wire_per_payload(*is_udp);
                                 let sent = path.send(pod, ends, &load);
-                                Ok(sent
-                                    .map_or_else(failed, |sent| parts(&sent, options.seconds, wire_per_payload, limit)))
+                                Ok(sent.map_or_else(failed, |sent| parts(&sent, options.seconds, limit)))
                             })
                             .collect()
                     });
@@ -43,7 +41,7 @@ pub fn paths(options: &Options, table: &mut Table) -> Result<Title> {
         }
     }
     Ok((
-        "By other paths, as parts of the limit at layer 3: after the first second (the largest second of those)"
+        "By other paths, on the wire behind the limiter at layer 3, as parts of the limit: after the first second (the largest second of those)"
             .to_owned(),
         &["path", "limit", "limiter", "out, TCP", "out, UDP", "in, TCP", "in, UDP"],
     ))
@@ -54,8 +52,8 @@ fn failed(error: super::Failure) -> String {
     "failed".to_owned()
 }
 
-fn parts(timeline: &Timeline, seconds: f64, wire_per_payload: f64, limit: u64) -> String {
-    let part = |from: f64, to: f64| timeline.payload_rate(from, to) * wire_per_payload / limit as f64;
+fn parts(timeline: &Timeline, seconds: f64, limit: u64) -> String {
+    let part = |from: f64, to: f64| timeline.wire_rate(from, to) / limit as f64;
     let largest = (1..seconds as u32).map(|second| part(second.into(), f64::from(second) + 1.0)).fold(0.0, f64::max);
     format!("{:.3} ({largest:.2})", part(1.0, seconds))
 }

@@ -17,6 +17,9 @@ const GATEWAY_V4: [u8; 4] = [10, 213, 0, 1];
 const SUBNET_V6: &str = "fd00:213::/64";
 const GATEWAY_V6: [u16; 8] = [0xfd00, 0x213, 0, 0, 0, 0, 0, 1];
 
+/// The node's end of its pods' network.
+pub const BRIDGE: &str = "cni0";
+
 /// A node. Its bridge and the pods' veths go with its namespace, the addresses given out with its directory.
 pub struct Host {
     pub netns: Netns,
@@ -50,7 +53,7 @@ impl Host {
             "name": "podshaper-test",
             "plugins": [{
                 "type": "bridge",
-                "bridge": "cni0",
+                "bridge": BRIDGE,
                 "isGateway": true,
                 "ipam": {
                     "type": "host-local",
@@ -64,9 +67,7 @@ impl Host {
 
     /// A command that runs on the node, outside of any pod.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
-        let mut command = Command::new("nsenter");
-        command.arg(format!("--net={}", self.netns.path().display())).arg("--").arg(program);
-        command
+        self.netns.command(program)
     }
 }
 

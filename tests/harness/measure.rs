@@ -1,6 +1,5 @@
 //! Sends traffic between a pod and its node and says what arrived, and how long small replies took meanwhile.
 
-use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -11,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::host::Host;
+use super::netns::Netns;
 use super::pod::Pod;
 use super::process::Running;
 pub use super::timeline::Timeline;
@@ -310,7 +310,7 @@ pub enum FramesBy {
 }
 
 /// UDP in frames that the pod makes itself, to the node's bridge, as fast as their socket takes them.
-pub fn frames(pod: &Pod, by: FramesBy, seconds: f64) -> Result<Timeline> {
+pub fn frames(pod: &Pod, by: FramesBy, seconds: f64) -> Result<()> {
     let ends = Ends::new(pod, Way::Out, false, None)?;
     let (sink, address) = Running::start_server(ends.receiver("udp-sink")?.args(["--seconds", &seconds.to_string()]))?;
     let from = pod.addresses().first().map(ToString::to_string).unwrap_or_default();
@@ -327,49 +327,32 @@ pub fn frames(pod: &Pod, by: FramesBy, seconds: f64) -> Result<Timeline> {
         FramesBy::Xdp => Some("--xdp"),
     });
     let send = Running::start(&mut send)?;
-    let timeline = parse(sink.json(limit(seconds))?)?;
-    send.json(limit(seconds))?;
-    Ok(timeline)
+    sink.json(limit(seconds))?;
+    send.json(limit(seconds)).map(drop)
 }
 
-/// Large pings from the node, as many at once as fit into a backlog; what came back. Their answers are the pod's kernel's own.
-pub fn answers(pod: &Pod, seconds: f64) -> Result<Timeline> {
+/// Large pings from the node, as many at once as fit into a backlog. Their answers are the pod's kernel's own.
+pub fn pings(pod: &Pod, seconds: f64) -> Result<()> {
     let to = pod.addresses().first().map(ToString::to_string).unwrap_or_default();
     let mut ping = pod.host.command("ping");
     ping.args(["-q", "-f", "-s", "1400", "-l", "60", "-w", &(seconds.ceil() as u64 + 1).to_string(), &to]);
+    // Its exit status says that some were lost.
     let pinging = Running::start(&mut ping)?;
-    let timeline = pod.host.netns.inside(|| sample_received(seconds))??;
+    thread::sleep(Duration::from_secs_f64(seconds));
     drop(pinging);
-    Ok(timeline)
+    Ok(())
 }
 
-/// What the calling thread's namespace receives, at layer 3.
-fn sample_received(seconds: f64) -> Result<Timeline> {
-    const PAUSE: Duration = Duration::from_millis(50);
-    const NETSTAT: &str = "/proc/thread-self/net/netstat";
-    let now = || -> Result<u64> {
-        let text = fs::read_to_string(NETSTAT).context(format_args!("read {NETSTAT}"))?;
-        let mut lines = text.lines().filter_map(|line| line.strip_prefix("IpExt: "));
-        let (names, values) = (lines.next().unwrap_or_default(), lines.next().unwrap_or_default());
-        let mut both = names.split(' ').zip(values.split(' '));
-        let octets = both.find(|(name, _)| *name == "InOctets").and_then(|(_, value)| value.parse().ok());
-        octets.ok_or_else(|| Failure::new(format_args!("no InOctets in {NETSTAT}")))
-    };
-    let (start, before) = (Instant::now(), now()?);
-    let (mut sample_us, mut bytes) = (vec![0], vec![0]);
-    while start.elapsed().as_secs_f64() < seconds {
-        thread::sleep(PAUSE);
-        sample_us.push(start.elapsed().as_micros() as u64);
-        bytes.push(now()? - before);
+/// What an interface receives at layer 3 while `send` sends.
+pub fn watched(netns: &Netns, interface: &str, seconds: f64, send: impl FnOnce() -> Result<()>) -> Result<Timeline> {
+    let mut watch = netns.command(traffic_program()?);
+    watch.args(["watch", "--interface", interface, "--seconds", &seconds.to_string()]);
+    let (watching, line) = Running::start_until_it_says(&mut watch)?;
+    if line != "watching" {
+        return Err(Failure::new(line));
     }
-    Ok(Timeline {
-        sample_us,
-        payload_bytes: bytes.clone(),
-        wire_bytes: bytes,
-        flows: vec![],
-        buffer_errors: 0,
-        marked: 0,
-    })
+    send()?;
+    parse(watching.json(limit(seconds))?)
 }
 
 /// One flow from the pod which the node opened; SO_MAX_PACING_RATE, in bytes per second, was set on the listening socket.

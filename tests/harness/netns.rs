@@ -1,5 +1,6 @@
 //! Named network namespaces, and threads inside them.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -42,6 +43,13 @@ impl Netns {
         let enter = || setns(&file, CloneFlags::CLONE_NEWNET).context(format_args!("enter {}", self.path.display()));
         let result = thread::scope(|scope| scope.spawn(|| enter().map(|()| work())).join());
         result.unwrap_or_else(|_| Err(Failure::new(format_args!("a thread in {} panicked", self.name))))
+    }
+
+    /// A command that runs in this namespace, and in no cgroup of a pod.
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net={}", self.path.display())).arg("--").arg(program);
+        command
     }
 
     /// Runs a program in this namespace and returns its stdout.

@@ -7,6 +7,7 @@ use std::process::Command;
 use clap::ValueEnum;
 
 use super::cgroup::{self, PodCgroup};
+use super::host::BRIDGE;
 use super::measure::{self, Bulk, FramesBy, Timeline, Udp, Way};
 use super::netns::Netns;
 use super::pod::{INTERFACE, Pod};
@@ -64,10 +65,18 @@ pub struct Load {
 }
 
 /// Where each end is reached; `None`: at the address that it has anyway.
-#[derive(Clone, Copy, Default)]
-pub struct Ends {
+#[derive(Clone, Copy)]
+pub struct Ends<'a> {
     pub node: Option<IpAddr>,
     pub pod: Option<IpAddr>,
+    /// The namespace of the interface that is limited.
+    limited: &'a Netns,
+}
+
+impl<'a> Ends<'a> {
+    pub fn of(pod: &'a Pod) -> Self {
+        Self { node: None, pod: None, limited: &pod.netns }
+    }
 }
 
 impl Path {
@@ -103,36 +112,13 @@ impl Path {
         }
     }
 
-    /// Bytes at layer 3 on the pod's interface for each byte of payload, in full packets.
-    pub fn wire_per_payload(self, is_udp: bool) -> f64 {
-        const UDP_PACKET: f64 = 1400.0;
-        if self == Self::Answers {
-            return 1.0;
-        }
-        if self == Self::Fragments {
-            return 4084.0 / 4000.0;
-        }
-        let tunnel = self.tunnel_header();
-        if is_udp { (UDP_PACKET + 28.0 + tunnel) / UDP_PACKET } else { 1500.0 / (1448.0 - tunnel) }
-    }
-
-    fn tunnel_header(self) -> f64 {
-        match self {
-            Self::Vxlan => 50.0,
-            Self::Wireguard => 60.0,
-            Self::Gre => 24.0,
-            Self::Ipip => 20.0,
-            _ => 0.0,
-        }
-    }
-
     /// Makes the way, and does `work` on it, with a pod whose processes use it.
     pub fn with<T>(self, pod: &mut Pod, work: impl FnOnce(&Pod, Ends) -> Result<T>) -> Result<T> {
         match self {
-            Self::AnotherCgroup => as_another_cgroup(pod, |pod| work(pod, Ends::default()))?,
+            Self::AnotherCgroup => as_another_cgroup(pod, |pod| work(pod, Ends::of(pod)))?,
             Self::Vxlan | Self::Wireguard | Self::Gre | Self::Ipip => {
                 self.tunnel(pod)?;
-                work(pod, Ends { node: Some(TUNNEL[0].into()), pod: Some(TUNNEL[1].into()) })
+                work(pod, Ends { node: Some(TUNNEL[0].into()), pod: Some(TUNNEL[1].into()), ..Ends::of(pod) })
             }
             Self::Forwarded => in_nested(pod, nest(pod, OTHER_NUMBER)?, NESTED, work),
             Self::SameNumber => in_nested(pod, nest(pod, number(pod)?)?, NESTED, work),
@@ -144,35 +130,43 @@ impl Path {
             Self::Ipvlan | Self::Macvlan => in_nested(pod, self.above(pod)?, FREE, work),
             Self::Bridge => {
                 bridge(pod)?;
-                work(pod, Ends::default())
+                work(pod, Ends::of(pod))
             }
             Self::Multicast => {
                 run(&pod.netns, "ip route add 239.0.0.0/8 dev eth0")?;
                 run(&pod.host.netns, "ip route replace 239.0.0.0/8 dev cni0")?;
-                work(pod, Ends { node: Some(GROUP.into()), pod: Some(GROUP.into()) })
+                work(pod, Ends { node: Some(GROUP.into()), pod: Some(GROUP.into()), ..Ends::of(pod) })
             }
             Self::AfPacket | Self::AfPacketPastTheQueue | Self::AfXdp | Self::Answers | Self::Fragments => {
-                work(pod, Ends::default())
+                work(pod, Ends::of(pod))
             }
         }
     }
 
-    /// Sends, and says what has arrived.
+    /// Sends, and says what has arrived on the wire behind the limiter: at the node's bridge, or at the pod's interface.
     pub fn send(self, pod: &Pod, ends: Ends, load: &Load) -> Result<Timeline> {
+        let (netns, interface) = match load.way {
+            Way::In => (ends.limited, INTERFACE),
+            Way::Out | Way::Within => (&pod.host.netns, BRIDGE),
+        };
+        measure::watched(netns, interface, load.seconds, || self.load(pod, ends, load))
+    }
+
+    fn load(self, pod: &Pod, ends: Ends, load: &Load) -> Result<()> {
         let Load { way, is_udp, limit, seconds } = *load;
         let to = if way == Way::Out { ends.node } else { ends.pod };
-        let size = if self == Self::Fragments { 4000 } else { 1400 };
         match self {
             Self::AfPacket => measure::frames(pod, FramesBy::Packet, seconds),
             Self::AfPacketPastTheQueue => measure::frames(pod, FramesBy::PacketPastTheQueue, seconds),
             Self::AfXdp => measure::frames(pod, FramesBy::Xdp, seconds),
-            Self::Answers => measure::answers(pod, seconds),
+            Self::Answers => measure::pings(pod, seconds),
             _ if is_udp => {
-                let rate = limit / 10 * if self == Self::Fragments { 9 } else { 13 };
-                let udp = Udp { way, to, rate, seconds, size, large_buffer: true, ..Udp::default() };
-                Ok(measure::udp(pod, &udp)?.timeline)
+                let size = if self == Self::Fragments { 4000 } else { 1400 };
+                let udp =
+                    Udp { way, to, rate: limit / 10 * 13, seconds, size, large_buffer: true, ..Udp::default() };
+                measure::udp(pod, &udp).map(drop)
             }
-            _ => Ok(measure::bulk(pod, &Bulk { way, to, flows: 2, seconds, ..Bulk::default() })?.timeline),
+            _ => measure::bulk(pod, &Bulk { way, to, flows: 2, seconds, ..Bulk::default() }).map(drop),
         }
     }
 
@@ -232,7 +226,7 @@ fn in_nested<T>(
     work: impl FnOnce(&Pod, Ends) -> Result<T>,
 ) -> Result<T> {
     let own = mem::replace(&mut pod.netns, nested);
-    let done = work(pod, Ends { node: None, pod: Some(address.into()) });
+    let done = work(pod, Ends { node: None, pod: Some(address.into()), limited: &own });
     pod.netns = own;
     done
 }

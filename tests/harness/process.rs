@@ -39,15 +39,21 @@ impl Running {
 
     /// Starts one of traffic's servers and waits until it listens.
     pub fn start_server(command: &mut Command) -> Result<(Self, SocketAddr)> {
+        let (running, line) = Self::start_until_it_says(command)?;
+        let address = line.strip_prefix("listening on ").and_then(|address| address.parse().ok());
+        let address = address.ok_or_else(|| Failure::new(format_args!("start {}: {line}", running.what)))?;
+        Ok((running, address))
+    }
+
+    /// Starts a program and waits for its first line on stderr.
+    pub fn start_until_it_says(command: &mut Command) -> Result<(Self, String)> {
         let mut running = Self::spawn(command)?;
         let stderr = running.child.stderr.take().ok_or_else(|| Failure::new("a child without stderr"))?;
         let mut stderr = BufReader::new(stderr);
         let mut line = String::new();
         stderr.read_line(&mut line).context(format_args!("read from {}", running.what))?;
-        let address = line.trim().strip_prefix("listening on ").and_then(|address| address.parse().ok());
-        let address = address.ok_or_else(|| Failure::new(format_args!("start {}: {}", running.what, line.trim())))?;
         running.stderr = Some(collect(stderr));
-        Ok((running, address))
+        Ok((running, line.trim().to_owned()))
     }
 
     fn spawn(command: &mut Command) -> Result<Self> {

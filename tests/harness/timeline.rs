@@ -6,6 +6,8 @@ use serde::Deserialize;
 #[derive(Clone, Debug, Deserialize)]
 pub struct Timeline {
     pub sample_us: Vec<u64>,
+    /// None where an interface was watched, whose packets are not looked into.
+    #[serde(default)]
     pub payload_bytes: Vec<u64>,
     /// Layer 3. For TCP everything the receiving namespace got: requests, replies and retransmits are in it.
     pub wire_bytes: Vec<u64>,

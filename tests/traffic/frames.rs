@@ -95,11 +95,15 @@ fn next_hop(options: &Frames) -> io::Result<[u8; 6]> {
 }
 
 fn address(options: &Frames) -> io::Result<LinkAddr> {
-    let mac = next_hop(options)?;
+    link_address(options.ifindex, ETH_P_IP, next_hop(options)?)
+}
+
+/// An address of AF_PACKET.
+pub fn link_address(ifindex: u32, protocol: u16, mac: [u8; 6]) -> io::Result<LinkAddr> {
     let raw = libc::sockaddr_ll {
         sll_family: libc::AF_PACKET as u16,
-        sll_protocol: ETH_P_IP.to_be(),
-        sll_ifindex: options.ifindex as i32,
+        sll_protocol: protocol.to_be(),
+        sll_ifindex: ifindex as i32,
         sll_hatype: 0,
         sll_pkttype: 0,
         sll_halen: 6,

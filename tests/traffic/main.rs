@@ -15,6 +15,7 @@ mod sockets;
 mod sources;
 mod times;
 mod udp;
+mod watch;
 mod web;
 mod wire;
 mod xdp;
@@ -55,6 +56,8 @@ enum Command {
     WebGet(web::WebGet),
     /// Say what this network namespace has received so far
     Received,
+    /// Count what an interface receives in every 100 ms from the first large packet on
+    Watch(watch::Watch),
     /// Set an option of 8 KiB on a socket and see what the kernel got
     Sources(sources::Sources),
 }
@@ -87,6 +90,7 @@ fn main() -> ExitCode {
         Command::WebServe(options) => web::serve(&options).and_then(print),
         Command::WebGet(options) => web::get(&options).and_then(print),
         Command::Received => wire::Received::now(sockets::Protocol::TCP).and_then(print),
+        Command::Watch(options) => watch::watch(&options).and_then(print),
         Command::Sources(options) => sources::sources(&options).and_then(print),
     };
     match result {
@@ -111,7 +115,12 @@ fn seconds(text: &str) -> Result<Duration, String> {
 }
 
 fn say_listening(address: SocketAddr) {
-    let _ = writeln!(io::stderr(), "listening on {address}");
+    say(format_args!("listening on {address}"));
+}
+
+/// Tells whoever waits for it, by a line on stderr.
+fn say(what: impl std::fmt::Display) {
+    let _ = writeln!(io::stderr(), "{what}");
 }
 
 /// Adds what was being done to an error of the system.
