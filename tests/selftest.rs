@@ -171,8 +171,7 @@ fn a_watched_interface_counts_the_packets_within_a_gso_packet() {
         Limiter::Bare.add(&mut pod, Limits::default(), &Programs::default()).unwrap();
         let mut payload = None;
         let made = path.with(&mut pod, |pod, ends| {
-            let bulk =
-                Bulk { to: ends.node, max_pacing_rate: Some(BYTES_PER_S), seconds: SECONDS, ..Bulk::default() };
+            let bulk = Bulk { to: ends.node, max_pacing_rate: Some(BYTES_PER_S), seconds: SECONDS, ..Bulk::default() };
             measure::watched(&host.netns, BRIDGE, SECONDS, || {
                 payload = Some(measure::bulk(pod, &bulk)?.timeline.payload_rate(0.5, SECONDS));
                 Ok(())

@@ -1,4 +1,3 @@
-use std::fs;
 use std::mem;
 use std::net::IpAddr;
 use std::process::Command;
@@ -114,9 +113,8 @@ fn a_socket_of_another_cgroup_is_held() {
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn frames_are_held() {
-    // A kernel without AF_XDP (User Mode Linux) has one path less.
-    let has_xdp = fs::read_to_string("/proc/net/protocols").unwrap().contains("XDP");
-    let paths = [Path::AfPacket, Path::AfPacketPastTheQueue].into_iter().chain(has_xdp.then_some(Path::AfXdp));
+    let xdp = paths::has_xdp().unwrap().then_some(Path::AfXdp);
+    let paths = [Path::AfPacket, Path::AfPacketPastTheQueue].into_iter().chain(xdp);
     for path in paths {
         let bed = Bed::new();
         let pod = bed.limited(both(10 * MBIT));

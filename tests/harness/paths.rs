@@ -1,5 +1,6 @@
 //! Ways on which traffic passes a pod's interface and no hook of its cgroup, or one that must not count it.
 
+use std::fs;
 use std::mem;
 use std::net::IpAddr;
 use std::process::Command;
@@ -12,7 +13,7 @@ use super::measure::{self, Bulk, FramesBy, Timeline, Udp, Way};
 use super::netns::Netns;
 use super::pod::{INTERFACE, Pod};
 use super::process;
-use super::{Failure, Result, unique};
+use super::{Context, Failure, Result, unique};
 
 /// Addresses of a tunnel's ends: the node's, the pod's.
 const TUNNEL: [[u8; 4]; 2] = [[10, 77, 0, 1], [10, 77, 0, 2]];
@@ -77,6 +78,11 @@ impl<'a> Ends<'a> {
     pub fn of(pod: &'a Pod) -> Self {
         Self { node: None, pod: None, limited: &pod.netns }
     }
+
+    /// That of the receiving one.
+    fn reached(self, way: Way) -> Option<IpAddr> {
+        if way == Way::Out { self.node } else { self.pod }
+    }
 }
 
 impl Path {
@@ -137,6 +143,7 @@ impl Path {
                 run(&pod.host.netns, "ip route replace 239.0.0.0/8 dev cni0")?;
                 work(pod, Ends { node: Some(GROUP.into()), pod: Some(GROUP.into()), ..Ends::of(pod) })
             }
+            Self::AfXdp if !has_xdp()? => Err(Failure::new("this kernel has no AF_XDP")),
             Self::AfPacket | Self::AfPacketPastTheQueue | Self::AfXdp | Self::Answers | Self::Fragments => {
                 work(pod, Ends::of(pod))
             }
@@ -146,27 +153,33 @@ impl Path {
     /// Sends, and says what has arrived on the wire behind the limiter: at the node's bridge, or at the pod's interface.
     pub fn send(self, pod: &Pod, ends: Ends, load: &Load) -> Result<Timeline> {
         let (netns, interface) = match load.way {
+            // The pod's own socket gets it, and with fq it is there that datagrams are dropped.
+            Way::In if self == Self::Multicast => return Ok(measure::udp(pod, &self.udp(ends, load))?.timeline),
             Way::In => (ends.limited, INTERFACE),
             Way::Out | Way::Within => (&pod.host.netns, BRIDGE),
         };
         measure::watched(netns, interface, load.seconds, || self.load(pod, ends, load))
     }
 
+    fn udp(self, ends: Ends, load: &Load) -> Udp {
+        let Load { way, limit, seconds, .. } = *load;
+        let size = if self == Self::Fragments { 4000 } else { 1400 };
+        let rate = limit / 10 * 13;
+        Udp { way, to: ends.reached(way), rate, seconds, size, large_buffer: true, ..Udp::default() }
+    }
+
     fn load(self, pod: &Pod, ends: Ends, load: &Load) -> Result<()> {
-        let Load { way, is_udp, limit, seconds } = *load;
-        let to = if way == Way::Out { ends.node } else { ends.pod };
+        let Load { way, is_udp, seconds, .. } = *load;
         match self {
             Self::AfPacket => measure::frames(pod, FramesBy::Packet, seconds),
             Self::AfPacketPastTheQueue => measure::frames(pod, FramesBy::PacketPastTheQueue, seconds),
             Self::AfXdp => measure::frames(pod, FramesBy::Xdp, seconds),
             Self::Answers => measure::pings(pod, seconds),
-            _ if is_udp => {
-                let size = if self == Self::Fragments { 4000 } else { 1400 };
-                let udp =
-                    Udp { way, to, rate: limit / 10 * 13, seconds, size, large_buffer: true, ..Udp::default() };
-                measure::udp(pod, &udp).map(drop)
+            _ if is_udp => measure::udp(pod, &self.udp(ends, load)).map(drop),
+            _ => {
+                let bulk = Bulk { way, to: ends.reached(way), flows: 2, seconds, ..Bulk::default() };
+                measure::bulk(pod, &bulk).map(drop)
             }
-            _ => measure::bulk(pod, &Bulk { way, to, flows: 2, seconds, ..Bulk::default() }).map(drop),
         }
     }
 
@@ -202,6 +215,13 @@ impl Path {
         run(&nested, "ip link set eth0 up")?;
         Ok(nested)
     }
+}
+
+/// User Mode Linux is a kernel without.
+pub fn has_xdp() -> Result<bool> {
+    const PROTOCOLS: &str = "/proc/net/protocols";
+    let text = fs::read_to_string(PROTOCOLS).context(format_args!("read {PROTOCOLS}"))?;
+    Ok(text.lines().any(|line| line.starts_with("XDP")))
 }
 
 pub fn run(netns: &Netns, command: &str) -> Result<String> {
