@@ -11,7 +11,7 @@ const NODES: &str = "nodes in User Mode Linux";
 const CLUSTER: &str = "a whole cluster on this machine's kernel";
 
 const OF_A_NODE: &[&str] = &["kubelet", "containerd-1.7", "runc", "cni", "cni-0.9", "image"];
-const OF_ALL_NODES: &[&str] = &["kubelet-cri-v1", "containerd-1.6", "containerd-2.1", "cni-1.9", "podman"];
+const OF_ALL_NODES: &[&str] = &["kubelet-cri-v1", "containerd-1.6", "containerd-2.1", "cni-1.9", "podman", "cri"];
 const OF_A_CLUSTER: &[&str] =
     &["kube-apiserver", "kube-scheduler", "kube-controller-manager", "kubectl", "etcd", "helm"];
 
@@ -26,6 +26,8 @@ const PROGRAMS: &[&str] = &[
     "busybox:busybox-static",
     "linux.uml:user-mode-linux",
     "modprobe:kmod",
+    "mkfs.ext4:e2fsprogs",
+    "lsns:util-linux",
     "/lib/systemd/systemd:systemd",
 ];
 
@@ -41,7 +43,7 @@ fn get(lane: &mut Lane, parts: &[&str]) -> Result<(), String> {
     }
 }
 
-/// Kubelets with each containerd, two nodes, the units below a systemd, podman.
+/// Kubelets with each containerd, sandboxes by version 1 of the CRI, two nodes, the units below a systemd, podman.
 pub fn nodes(session: &Session, lane: &mut Lane) {
     let Some(built) = session.built(lane, NODES) else { return };
     let start = Instant::now();
@@ -56,6 +58,12 @@ pub fn nodes(session: &Session, lane: &mut Lane) {
         let command = [&uml("900"), &["tests/node/standalone"][..], &programs, configuration].concat();
         lane.tests(&Tests { name, command: &command, arguments: vec![] });
     }
+    let sandboxes = [&uml("400"), &["tests/node/sandboxes"][..], &programs].concat();
+    lane.tests(&Tests {
+        name: "sandboxes by version 1 of the CRI in User Mode Linux".into(),
+        command: &sandboxes,
+        arguments: vec![],
+    });
     let two = [&["tests/node/vxlan"][..], &programs].concat();
     lane.tests(&Tests {
         name: "two nodes in User Mode Linux, flannel over VXLAN".into(),

@@ -147,7 +147,7 @@ pub fn steps(verb: Verb) -> Vec<Step> {
             one("User Mode Linux: all tests", 23.0, stages::all_in_uml),
             one("User Mode Linux: hundreds of pods", 5.0, stages::many_pods_in_uml),
         ],
-        Verb::Node => vec![build_optimised(), one("nodes in User Mode Linux", 22.0, nodes::nodes)],
+        Verb::Node => vec![build_optimised(), one("nodes in User Mode Linux", 25.5, nodes::nodes)],
         Verb::Cluster => vec![build_optimised(), one("a cluster of one node", 20.0, nodes::cluster)],
         Verb::All => vec![
             one("compilers for the eBPF object", 2.5, stages::install_bpf_compilers),
@@ -164,7 +164,7 @@ pub fn steps(verb: Verb) -> Vec<Step> {
                     stage("what a cluster is made of is built", 5.0, nodes::parts_of_a_cluster),
                 ],
                 vec![
-                    stage("nodes in User Mode Linux", 12.0, nodes::nodes),
+                    stage("nodes in User Mode Linux", 15.5, nodes::nodes),
                     stage("User Mode Linux: hundreds of pods", 5.0, stages::many_pods_in_uml),
                 ],
             ),
