@@ -479,6 +479,26 @@ fn nothing_is_changed_on_a_node_that_cannot_be_understood() {
     assert_eq!(node.read("20-b.conflist"), FLANNEL);
 }
 
+/// A mistake in the entry that is there is one of every ADD.
+#[test]
+fn keys_of_an_entry_that_is_there_are_looked_at() {
+    for (key, reason) in [("egres", "\"egres\" is no key of podshaper's"), ("egress", "\"1MB\" is not a rate")] {
+        let node = Node::new(&[("10-flannel.conflist", FLANNEL)]);
+        node.ok("install", &["--config", r#"{"rateKey": "1MB"}"#]);
+        let mistaken = node.read("10-flannel.conflist").replace("rateKey", key);
+        node.write("10-flannel.conflist", &mistaken);
+        let error = node.refused("install", &[]);
+        assert!(
+            error.contains("10-flannel.conflist: its entry of podshaper (--config writes it anew): ")
+                && error.contains(reason),
+            "{error}"
+        );
+        assert_eq!(node.read("10-flannel.conflist"), mistaken);
+        node.ok("install", &["--config", "{}"]);
+        node.ok("install", &[]);
+    }
+}
+
 /// Those of conflist-examples are what install makes of the networks' own.
 #[test]
 fn every_example_survives_uninstall_and_install() {

@@ -39,6 +39,8 @@ use seen::Seen;
 pub use uninstall::Uninstall;
 pub use units::not_enabled;
 
+const CONFIG: &str = "--config";
+
 /// How often `--and-sync` looks again whether something came or went meanwhile. What changes more often than that is found by the timer.
 const MAX_ROUNDS: usize = 20;
 
@@ -148,7 +150,9 @@ impl Install {
         let keys = self.config.as_deref().map_or(Ok(Map::new()), keys)?;
         // Once, and not every ten seconds.
         if !self.and_sync {
-            request_of(&keys)?.check_namespaces().map_err(|error| Error::because(Code::Config, "--config", error))?;
+            request_of(&keys, CONFIG)?
+                .check_namespaces()
+                .map_err(|error| Error::because(Code::Config, "--config", error))?;
         }
         let entry = Entry::new(keys)?;
         let mut report = Report::new(self.place.is_dry_run(), self.and_sync);
@@ -211,6 +215,10 @@ impl Install {
                 if let (Some(name), None) = (lacking, &self.config) {
                     report
                         .warn(format!("its entry is without the capability {name:?}; --config '{{}}' writes it anew"));
+                }
+                if self.config.is_none() && !self.and_sync {
+                    let keys = parsed.entry_keys().unwrap_or_default();
+                    request_of(&keys, "its entry of podshaper (--config writes it anew)")?;
                 }
                 self.config.is_none() || there == entry.value()
             }
@@ -373,14 +381,15 @@ fn install_program(mut own: &File, place: &Place, report: &mut Report) -> Result
 fn keys(json: &str) -> Result<Map<String, Value>> {
     let wrong = |cause| Error::because(Code::Config, "--config is not a JSON object", cause);
     let keys: Map<String, Value> = serde_json::from_str(json).map_err(wrong)?;
-    request_of(&keys)?;
+    request_of(&keys, CONFIG)?;
     Ok(keys)
 }
 
-fn request_of(keys: &Map<String, Value>) -> Result<Request> {
-    let request = Request::of_keys(keys).map_err(|error| Error::because(Code::Config, "--config", error))?;
+/// `of`: where they stand.
+fn request_of(keys: &Map<String, Value>, of: &str) -> Result<Request> {
+    let request = Request::of_keys(keys).map_err(|error| Error::because(Code::Config, of, error))?;
     match request.unknown_keys.first() {
-        Some(key) => Err(Error::new(Code::Config, format!("--config: {key}"))),
+        Some(key) => Err(Error::new(Code::Config, format!("{of}: {key}"))),
         None => Ok(request),
     }
 }
