@@ -241,7 +241,17 @@ fn take_classes(ifindex: u32, class: u16) {
 /// [`Code::Kernel`] with what the kernel says.
 pub fn put_filter(ifindex: u32, hook: Hook, number: u16, name: &str, program: BorrowedFd<'_>) -> Result<()> {
     let failed = |cause: io::Error| {
-        Error::because(Code::Kernel, format!("put the eBPF program {name} on the interface {ifindex}"), cause)
+        let what = format!("put the eBPF program {name} on the interface {ifindex}");
+        match cause.raw_os_error() {
+            // `tc_new_tfilter` (net/sched/cls_api.c): one preference has one kind of filter, of one protocol.
+            Some(libc::EINVAL) => {
+                let text = format!(
+                    "{what}: another filter has preference {PRIORITY} there, as the bandwidth plugin's has (tc filter show dev ..)"
+                );
+                Error::because(Code::Kernel, text, cause)
+            }
+            _ => Error::because(Code::Kernel, what, cause),
+        }
     };
     let mut message = filter(ifindex, hook, number);
     let options = vec![

@@ -1,3 +1,4 @@
+use std::fs;
 use std::mem;
 use std::net::IpAddr;
 use std::process::Command;
@@ -6,7 +7,7 @@ use std::thread;
 use serde_json::json;
 
 use super::{Bed, MBIT, assert_rate, has_fq};
-use crate::harness::host::{BRIDGE, podshaper_plugin};
+use crate::harness::host::{BRIDGE, bandwidth_plugin, podshaper_plugin};
 use crate::harness::limiter::Limits;
 use crate::harness::measure::{self, Bulk, Timeline, Udp, Way};
 use crate::harness::meter;
@@ -244,6 +245,34 @@ fn filters_of_others_see_what_has_waited() {
         assert!(arrives());
     });
     seen.unwrap();
+}
+
+/// A list may have both plugins. The other one redirects all that the pod sends to its `ifb`, at the place that podshaper's filter takes: what comes
+/// by other paths has that plugin's limit, and podshaper says that it holds the pod's own sockets alone.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn beside_the_bandwidth_plugin_each_path_is_held_by_one_of_them() {
+    let bed = Bed::new();
+    let mut pod = Pod::new(&bed.host, "chain").unwrap();
+    pod.offer_bandwidth(Some(20 * MBIT), None, Some(MBIT));
+    let mut podshaper = podshaper_plugin();
+    podshaper["max"] = json!({ "egress": "10M" });
+    let directory = tempfile::tempdir().unwrap();
+    let log = directory.path().join("log");
+    podshaper["logFile"] = json!(log);
+    let network = bed.host.bridge_chain().unwrap().then(bandwidth_plugin()).then(podshaper);
+    pod.add(&network.with_dir(podshaper_program().unwrap().parent().unwrap())).unwrap();
+    let log = fs::read_to_string(log).unwrap();
+    assert!(log.contains("is not held") && log.contains("as the bandwidth plugin's has"), "{log}");
+    let own = measure::bulk(&pod, &Bulk { seconds: SECONDS, ..Bulk::default() }).unwrap().timeline;
+    assert_held("its own sockets", &own, 10 * MBIT);
+    let held = Path::AnotherCgroup.with(&mut pod, |pod, ends| {
+        assert_all_held(Path::AnotherCgroup, pod, ends, &[Way::Out], 20 * MBIT);
+        Ok(())
+    });
+    held.unwrap();
+    pod.check().unwrap();
+    pod.del().unwrap();
 }
 
 #[test]
