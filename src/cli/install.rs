@@ -39,6 +39,7 @@ use seen::Seen;
 pub use uninstall::Uninstall;
 pub use units::not_enabled;
 
+/// Where the keys of an installation stand.
 const CONFIG: &str = "--config";
 
 /// How often `--and-sync` looks again whether something came or went meanwhile. What changes more often than that is found by the timer.
@@ -152,7 +153,7 @@ impl Install {
         if !self.and_sync {
             request_of(&keys, CONFIG)?
                 .check_namespaces()
-                .map_err(|error| Error::because(Code::Config, "--config", error))?;
+                .map_err(|error| Error::because(Code::Config, CONFIG, error))?;
         }
         let entry = Entry::new(keys)?;
         let mut report = Report::new(self.place.is_dry_run(), self.and_sync);
