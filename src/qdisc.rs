@@ -432,8 +432,16 @@ fn tbf_options(limit: &Limit) -> Vec<TcOption> {
 
 /// Kind and handle of an interface's root qdisc.
 fn root_qdisc(ifindex: u32) -> io::Result<Option<(String, TcHandle)>> {
+    qdisc_at(ifindex, TcHandle::ROOT)
+}
+
+/// Kind and handle of the qdisc at a place of an interface.
+///
+/// # Errors
+/// What the kernel says.
+pub fn qdisc_at(ifindex: u32, parent: TcHandle) -> io::Result<Option<(String, TcHandle)>> {
     let mut message = TcMessage::with_index(ifindex as i32);
-    message.header.parent = TcHandle::ROOT;
+    message.header.parent = parent;
     // Of a qdisc that does nothing it says nothing (`tc_qdisc_dump_ignore`). A node with many pods has too many to ask for all.
     let root = match netlink::get_notified(RouteNetlinkMessage::GetQueueDiscipline(message)) {
         Ok(Some(RouteNetlinkMessage::NewQueueDiscipline(qdisc))) => Some(qdisc),

@@ -97,7 +97,11 @@ impl<'a> Held<'a> {
             list: wanted.list,
             is_shared: 0,
         }))?;
-        held.at.clsact |= host_end::put_clsact(ifindex)?;
+        let is_new = host_end::put_clsact(ifindex)?;
+        held.at.clsact |= is_new;
+        if !is_new && hooks.iter().any(|(hook, _)| *hook == Hook::Egress) {
+            host_end::refuse_ingress(ifindex)?;
+        }
         for (hook, name) in hooks {
             host_end::put_filter(ifindex, hook, filter, name, wanted.set.program(name)?.as_fd())?;
             held.put.push(hook);

@@ -306,6 +306,25 @@ pub fn has_filter(ifindex: u32, hook: Hook, number: u16) -> Result<bool> {
     }))
 }
 
+/// Refuses the place of a filter for what goes out by an interface that has plain `ingress`, and not clsact: the kernel would put the filter among
+/// those for what comes in (`ingress_tcf_block`, net/sched/sch_ingress.c), in the place of ours.
+///
+/// # Errors
+/// [`Code::Kernel`]: it has none, or with what the kernel says.
+pub fn refuse_ingress(ifindex: u32) -> Result<()> {
+    let what = format!("put eBPF programs on both ways of the interface {ifindex}");
+    match qdisc::qdisc_at(ifindex, TcHandle::CLSACT) {
+        Ok(Some((kind, _))) if kind == "ingress" => {
+            let text = format!(
+                "{what}: it has the qdisc ingress, where clsact would have room for both (tc qdisc show dev ..)"
+            );
+            Err(Error::new(Code::Kernel, text))
+        }
+        Ok(_) => Ok(()),
+        Err(cause) => Err(Error::because(Code::Kernel, what, cause)),
+    }
+}
+
 fn filters(ifindex: u32, hook: Hook) -> Result<Vec<RouteNetlinkMessage>> {
     let mut message = TcMessage::with_index(ifindex as i32);
     message.header.parent = hook.parent();
