@@ -161,7 +161,7 @@ impl Interface {
 
     /// Makes the interface what an attachment with these limits needs of it, beside those that are `there`; `others` are those of
     /// them that it does not replace, and `fq` is what [`Interface::prepare`] answered. What is changed is in `record`, also after an
-    /// error. Says in the log why the ingress mechanism is not a better one.
+    /// error.
     ///
     /// # Errors
     /// [`Code::Kernel`]: fq is gone again, and another one cannot be put on.
@@ -172,7 +172,6 @@ impl Interface {
         fq: &Result<()>,
         there: &[Need],
         others: &[Need],
-        all_traffic: bool,
     ) -> Result<()> {
         let (index, has_fq) = (self.index, fq.is_ok());
         let mine = record.clone();
@@ -185,23 +184,22 @@ impl Interface {
         // Without it the rate holds and the latency does not: not worth a pod.
         warn("TCP may send large packets in bursts", inside.packets);
         inside.fq?;
-        let Some(limit) = limits.ingress else { return Ok(()) };
-        record.ingress_by = Some(match fq {
-            Ok(()) => IngressBy::HeldAcks,
-            Err(no_fq) => {
-                log::warn!("ingress is held by a queue or by drops, not by acknowledgements: {no_fq}");
-                let is_taken =
-                    others.iter().any(|other| other.record.has_tbf() && other.record.shares_interface(record));
-                match self.hold_by_tbf(&limit, is_taken, all_traffic) {
-                    Ok(()) => IngressBy::Tbf,
-                    Err(error) => {
-                        log::warn!("{error}");
-                        IngressBy::Drops
-                    }
-                }
-            }
-        });
+        record.ingress_by = limits.ingress.map(|_| if has_fq { IngressBy::HeldAcks } else { IngressBy::HeldData });
         Ok(())
+    }
+
+    /// Holds ingress where there is no fq, and nothing at the host's end in which what comes can wait its turn. Says in the log why it is not
+    /// tbf. `others`: those on the interface.
+    pub fn hold_ingress(&mut self, record: &Record, limit: &Limit, others: &[Need], all_traffic: bool) -> IngressBy {
+        let here = |other: &&Need| other.record.shares_interface(record);
+        let is_taken = others.iter().filter(here).any(|other| other.record.ingress_by.is_some());
+        match self.hold_by_tbf(limit, is_taken, all_traffic) {
+            Ok(()) => IngressBy::Tbf,
+            Err(error) => {
+                log::warn!("{error}");
+                IngressBy::Drops
+            }
+        }
     }
 
     /// A queue is for all that the interface receives: it is none if the limit is for a part.
@@ -209,7 +207,9 @@ impl Interface {
         let no = |why| Err(Error::new(Code::Kernel, why));
         match self.host_end()? {
             _ if !all_traffic => no("exemptSubnets and shapedSubnets leave drops: tbf would limit what they exempt"),
-            _ if is_taken => no("another limit of this interface has tbf, which leaves drops: there is room for one"),
+            _ if is_taken => {
+                no("another limit of this interface holds ingress, which leaves drops: there is room for one")
+            }
             None => no("the pod's interface is no veth with an end on this host to put tbf on"),
             Some(end) => qdisc::put_tbf(end.ifindex, limit),
         }

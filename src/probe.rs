@@ -154,7 +154,8 @@ fn fq(_: &Path) -> Result<String> {
         qdisc::put_fq(LOOPBACK)
     });
     let tried = tried.join().unwrap_or_else(|_| Err(Error::new(Code::Kernel, "try fq in a thread")));
-    let consequence = "UDP over the limit is dropped, and ingress is held by tbf or drops";
+    let consequence =
+        "what a pod sends without having waited waits in htb, and what it receives at the host's end of its interface";
     tried.map_err(|error| Error::new(Code::Kernel, format!("{error}: {consequence}")))?;
     Ok("in this kernel".to_owned())
 }

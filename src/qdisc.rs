@@ -11,7 +11,9 @@ use netlink_packet_route::{
     tc::{TcAttribute, TcHandle, TcMessage, TcOption},
 };
 
-use podshaper_abi::{HTB_QUEUE, MAX_HORIZON_NS, QDISC_MAJOR};
+use podshaper_abi::{
+    HTB_QUEUE, MAX_HORIZON_NS, QDISC_MAJOR, ROOM_CLASSES, ROOM_INTO, ROOM_INTO_AT_ONCE, ROOM_INTO_QUEUE, ROOM_OUT,
+};
 
 use crate::{
     error::{Code, Error, Result},
@@ -50,7 +52,7 @@ const HTB_AT_ONCE_TIMES: u64 = 100;
 /// What waits has this part of the limit in any case. What leaves at once has the limit too, and may be ahead of htb's tokens for long; the
 /// programs' clock makes those senders give way.
 const HTB_QUEUE_PART: u64 = 4;
-/// The first class of a pod in the waiting room. Each has two, by direction.
+/// The first class of a pod in the waiting room.
 const FIRST_ROOM_CLASS: u16 = 0x100;
 /// The scheduler's unit of time, in nanoseconds (include/net/pkt_sched.h, `PSCHED_SHIFT`).
 const TICK_NS: u64 = 64;
@@ -135,15 +137,11 @@ pub fn put_htb(ifindex: u32, limit: &Limit) -> Result<()> {
             _ => replace_root(ifindex, "htb", htb_root()).map_err(failed)?,
         }
     }
-    let bytes_per_s = with_ethernet(limit.rate) / 8;
-    let burst = limit.burst.as_ns_at(limit.rate);
-    let at_once = bytes_per_s.saturating_mul(HTB_AT_ONCE_TIMES);
-    for (parent, minor, priority, rate, ceil) in [
-        (OURS, HTB_LIMIT, 0, bytes_per_s, bytes_per_s),
-        (class(HTB_LIMIT), HTB_AT_ONCE, 0, at_once, at_once),
-        (class(HTB_LIMIT), HTB_QUEUE, 1, (bytes_per_s / HTB_QUEUE_PART).max(1), bytes_per_s),
+    for (parent, minor, options) in [
+        (OURS, HTB_LIMIT, of_limit(limit)),
+        (class(HTB_LIMIT), HTB_AT_ONCE, at_once(limit)),
+        (class(HTB_LIMIT), HTB_QUEUE, queue(limit)),
     ] {
-        let options = htb_options(rate, ceil, burst, priority);
         put_htb_class(ifindex, parent, minor, options, NLM_F_CREATE | NLM_F_REPLACE).map_err(failed)?;
     }
     put_pfifo(ifindex, class(HTB_QUEUE)).map_err(failed)
@@ -161,17 +159,18 @@ pub fn put_room_htb(ifindex: u32) -> Result<()> {
     }
 }
 
-/// Makes the first of a pod's two classes in it, of a pair that nobody has. It is looked for from one that the pod's slot gives: a list of
-/// all would be as long as the node has pods.
+/// Makes the first of a pod's classes in it, where nobody has any. They are looked for from a number that the pod's slot gives: a list of all
+/// would be as long as the node has pods.
 ///
 /// # Errors
 /// [`Code::Kernel`] with what the kernel says, or all are taken.
 pub fn add_room_class(ifindex: u32, slot: u32, limit: &Limit) -> Result<u16> {
-    const PAIRS: u32 = (u16::MAX - FIRST_ROOM_CLASS) as u32 / 2;
-    for pair in 0..PAIRS {
-        let minor = FIRST_ROOM_CLASS + 2 * (slot.wrapping_add(pair) % PAIRS) as u16;
-        match put_htb_class(ifindex, OURS, minor, room_options(limit), NLM_F_CREATE | NLM_F_EXCL) {
-            Ok(()) => return Ok(minor),
+    const PLACES: u32 = ((u16::MAX - FIRST_ROOM_CLASS) / ROOM_CLASSES) as u32;
+    for place in 0..PLACES {
+        let first = FIRST_ROOM_CLASS + ROOM_CLASSES * (slot.wrapping_add(place) % PLACES) as u16;
+        let options = RoomClass::Out.options(limit);
+        match put_htb_class(ifindex, OURS, first + ROOM_OUT, options, NLM_F_CREATE | NLM_F_EXCL) {
+            Ok(()) => return Ok(first),
             Err(cause) if cause.raw_os_error() == Some(libc::EEXIST) => {}
             Err(cause) => return Err(no_room(cause)),
         }
@@ -208,18 +207,72 @@ pub fn take_room_class(ifindex: u32, minor: u16) -> Result<()> {
     }
 }
 
-/// A pod's class in it: `tc class replace dev IFINDEX parent 7064: classid 7064:MINOR htb rate LIMIT`. Its queue is the
+/// A pod's class for what comes out of it: `tc class replace dev IFINDEX parent 7064: classid 7064:FIRST htb rate LIMIT`. Its queue is the
 /// pfifo that htb makes for a new class, as long as the room's `txqueuelen` (`htb_change_class`, `fifo_init`).
 ///
 /// # Errors
 /// [`Code::Kernel`] with what the kernel says.
-pub fn put_room_class(ifindex: u32, minor: u16, limit: &Limit) -> Result<()> {
-    put_htb_class(ifindex, OURS, minor, room_options(limit), NLM_F_CREATE | NLM_F_REPLACE).map_err(no_room)
+pub fn put_room_class_out(ifindex: u32, first: u16, limit: &Limit) -> Result<()> {
+    put_room_class(ifindex, first, RoomClass::Out, limit)
 }
 
-fn room_options(limit: &Limit) -> Vec<TcOption> {
+/// A pod's classes for what goes into it, as [`put_htb`] makes them for what it sends.
+///
+/// # Errors
+/// [`Code::Kernel`] with what the kernel says.
+pub fn put_room_classes_into(ifindex: u32, first: u16, limit: &Limit) -> Result<()> {
+    let classes = [RoomClass::Into, RoomClass::IntoAtOnce, RoomClass::IntoQueue];
+    classes.into_iter().try_for_each(|class| put_room_class(ifindex, first, class, limit))
+}
+
+fn put_room_class(ifindex: u32, first: u16, room_class: RoomClass, limit: &Limit) -> Result<()> {
+    let parent = room_class.parent().map_or(OURS, |parent| class(first + parent));
+    let options = room_class.options(limit);
+    put_htb_class(ifindex, parent, first + room_class as u16, options, NLM_F_CREATE | NLM_F_REPLACE).map_err(no_room)
+}
+
+/// One of a pod's classes in the waiting room.
+#[derive(Clone, Copy)]
+enum RoomClass {
+    Out = ROOM_OUT as isize,
+    Into = ROOM_INTO as isize,
+    IntoAtOnce = ROOM_INTO_AT_ONCE as isize,
+    IntoQueue = ROOM_INTO_QUEUE as isize,
+}
+
+impl RoomClass {
+    fn parent(self) -> Option<u16> {
+        match self {
+            Self::Out | Self::Into => None,
+            Self::IntoAtOnce | Self::IntoQueue => Some(ROOM_INTO),
+        }
+    }
+
+    fn options(self, limit: &Limit) -> Vec<TcOption> {
+        match self {
+            Self::Out | Self::Into => of_limit(limit),
+            Self::IntoAtOnce => at_once(limit),
+            Self::IntoQueue => queue(limit),
+        }
+    }
+}
+
+/// Options of the class that has the limit.
+fn of_limit(limit: &Limit) -> Vec<TcOption> {
     let bytes_per_s = with_ethernet(limit.rate) / 8;
     htb_options(bytes_per_s, bytes_per_s, limit.burst.as_ns_at(limit.rate), 0)
+}
+
+/// Options of that of what leaves at once.
+fn at_once(limit: &Limit) -> Vec<TcOption> {
+    let bytes_per_s = (with_ethernet(limit.rate) / 8).saturating_mul(HTB_AT_ONCE_TIMES);
+    htb_options(bytes_per_s, bytes_per_s, limit.burst.as_ns_at(limit.rate), 0)
+}
+
+/// Options of that of what waits.
+fn queue(limit: &Limit) -> Vec<TcOption> {
+    let bytes_per_s = with_ethernet(limit.rate) / 8;
+    htb_options((bytes_per_s / HTB_QUEUE_PART).max(1), bytes_per_s, limit.burst.as_ns_at(limit.rate), 1)
 }
 
 fn no_room(cause: io::Error) -> Error {

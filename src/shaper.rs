@@ -132,8 +132,8 @@ impl Settings {
         if self.ingress_by.is_some() {
             programs.push(COUNT_INGRESS);
         }
-        if self.ingress_by == Some(IngressBy::HeldAcks) {
-            // It is also what gives the acknowledgements their departure time.
+        if matches!(self.ingress_by, Some(IngressBy::HeldAcks | IngressBy::HeldData)) {
+            // It is also what gives the acknowledgements their departure time, and tells whose a connection is.
             if self.limits.egress.is_none() {
                 programs.extend([COUNT_EGRESS, NOTE_SETSOCKOPT]);
             }
@@ -162,6 +162,12 @@ impl Settings {
         });
         let ingress = self.limits.ingress.as_ref().zip(self.ingress_by).map(|(limit, by)| match by {
             IngressBy::HeldAcks => abi_limit(limit, HELD_MARK_NS, horizon_ns(limit.rate)),
+            IngressBy::HeldData => AbiLimit {
+                queue: QUEUE_HTB,
+                link_bits_per_s: qdisc::with_ethernet(limit.rate),
+                link_header_bytes: qdisc::ETHERNET_HEADER_BYTES,
+                ..abi_limit(limit, HELD_MARK_NS, horizon_ns(limit.rate))
+            },
             // tbf has held it already: this only counts.
             IngressBy::Tbf => AbiLimit {
                 datagram_bound_ns: u64::MAX,

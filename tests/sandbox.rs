@@ -238,7 +238,7 @@ impl Sandbox {
         // Which it is depends on the kernel and the interface.
         match self.owner("eth0").get("ingressBy").and_then(Value::as_str) {
             None => assert_eq!(rates[1], 0),
-            Some("held-acks") => {
+            Some("held-acks" | "held-data") => {
                 expected.extend([("cgroup_inet_ingress", "count_ingress"), ("cgroup_sock_ops", "hold_acks")]);
                 if rates[0] == 0 {
                     expected.extend(PROGRAMS.iter().filter(|(_, name)| *name != "pace_tcp"));

@@ -256,6 +256,7 @@ fn class_of(
             is_stream,
             is_bulk: false,
             has_arrived: is_stream && has_arrived(socket),
+            queue: link.limit().queue,
         }
     };
     if direction == INGRESS && is_stream {
@@ -315,7 +316,7 @@ fn answer_edt_ns(ctx: &SkBuffContext, flow: &mut Flow) -> u64 {
     if clock::now_ns() >= flow.answer_from_ns {
         flow.answer_from_ns = 0;
     }
-    if packet::is_acknowledgement(ctx, 0) { 0 } else { flow.answer_from_ns }
+    if packet::Segment::of(ctx, 0).is_acknowledgement() { 0 } else { flow.answer_from_ns }
 }
 
 /// Gives a packet a departure time, which fq honours. An application's own (SO_TXTIME), and TCP's, hold where they are later. 0: none.

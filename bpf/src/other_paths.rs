@@ -19,16 +19,19 @@ use core::{arch::asm, ptr::NonNull};
 
 use aya_ebpf::{
     bindings::{__sk_buff, BPF_F_INGRESS, bpf_sock},
-    helpers::{bpf_redirect, bpf_set_hash, bpf_sk_fullsock, bpf_skb_ecn_set_ce},
+    helpers::{bpf_redirect, bpf_set_hash, bpf_sk_fullsock, bpf_skb_ecn_set_ce, bpf_tcp_sock},
     programs::{SkBuffContext, TcContext},
 };
-use podshaper_abi::{EGRESS, FRESH, HostEnd, INGRESS, MAX_HORIZON_NS, OTHER, OTHER_FRESH, SPARSE, STREAM};
+use podshaper_abi::{
+    EGRESS, FRESH, HostEnd, INGRESS, MAX_HORIZON_NS, ORDERED, OTHER, OTHER_FRESH, Others, ROOM_INTO_AT_ONCE,
+    ROOM_INTO_QUEUE, ROOM_OUT, STREAM,
+};
 
 use crate::{
     clock::{self, Link},
     flow::Flow,
     maps,
-    packet::{self, Wire},
+    packet::{self, Segment, Wire},
     subnets,
     subnets::Remote,
     turn::Packet,
@@ -41,6 +44,8 @@ const ETHERNET_HEADER_BYTES: u64 = 14;
 /// Of a packet that comes back from the waiting room: `skb->mark` of one that comes out of the pod, which has none before, since marks do not
 /// pass from one namespace into another; `skb->cb[PLACE]` of one that goes into it, whose mark is the node's.
 const IS_BACK: u32 = 0x7064_6261;
+/// The same in `skb->cb[PLACE]`, of a packet that its socket's hook charges.
+const IS_BACK_TO_BE_CHARGED: u32 = 0x7064_6262;
 /// In `skb->mark` in the waiting room, beside the interface to go back to: it goes into the pod.
 const INTO_POD: u32 = 1 << 31;
 /// Words of `skb->cb`: the departure time, which fq then overwrites, and what it does not.
@@ -56,6 +61,8 @@ const HELD_FOR_NS: u64 = 1_000_000_000;
 /// What passes at once of a connection whose acknowledgements ride: as much as the windows aim for, so that a late timer does not leave the clock
 /// idle.
 const AHEAD_NS: u64 = 5_000_000;
+/// Up to this backlog the request for a connection waits: a remote repeats it after a second.
+const REQUEST_BOUND_NS: u64 = 500_000_000;
 /// What may be on the way from the host's end to a socket of the pod. No more passes for it until the hook has seen that.
 const ON_THE_WAY_BYTES: u64 = 1 << 20;
 
@@ -73,16 +80,18 @@ pub struct Covered {
     next_look_ns: u64,
 }
 
-/// What waits of a connection whose acknowledgements ride on data.
+/// What waits of a connection whose acknowledgements cannot be held.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Riding {
-    /// Until when what comes is held here, since acknowledgements ride. 0: none has.
+    /// Until when what comes is held here, since acknowledgements ride on data. 0: none has.
     pub until_ns: u64,
     /// Until when what came waits.
     waits_until_ns: u64,
     /// The time of the last packet that was held here.
     held_ns: u64,
+    /// The number of the byte behind what came last of what waits.
+    next_sequence: u64,
 }
 
 impl Riding {
@@ -90,6 +99,13 @@ impl Riding {
     #[inline(always)]
     pub fn is_on(&self, now_ns: u64) -> bool {
         now_ns < self.until_ns.max(self.waits_until_ns)
+    }
+
+    /// Whether a packet is a copy of what waits here, for which its sender did not wait long enough.
+    #[inline(always)]
+    fn has(&self, segment: Segment, now_ns: u64) -> bool {
+        let ahead = segment.sequence.wrapping_add(segment.payload).wrapping_sub(self.next_sequence as u32) as i32;
+        segment.payload != 0 && ahead <= 0 && now_ns + LATE_NS < self.waits_until_ns
     }
 
     /// Whether what comes is held at the host's end, so that the pod's acknowledgements need not be.
@@ -183,9 +199,10 @@ pub fn into_pod(ctx: &TcContext) -> i32 {
     let skb = ctx.skb.skb;
     // SAFETY: tc programs may read and write cb.
     unsafe {
-        if (*skb).cb[PLACE] == IS_BACK {
+        let place = (*skb).cb[PLACE];
+        if place == IS_BACK || place == IS_BACK_TO_BE_CHARGED {
             (*skb).cb[PLACE] = 0;
-            if let Some(end) = host_end(skb) {
+            if let Some(end) = host_end(skb).filter(|_| place == IS_BACK) {
                 mark_charged(skb, end);
             }
             return TC_ACT_UNSPEC;
@@ -196,9 +213,12 @@ pub fn into_pod(ctx: &TcContext) -> i32 {
     let wire = Wire::after(&packet, ETHERNET_HEADER_BYTES);
     let is_exempt = || subnets::are_exempt(&packet, end.list, Remote::SOURCE.after(ETHERNET_HEADER_BYTES));
     let verdict = match coming(&packet, end, wire.bytes) {
-        Coming::ToBeCharged => return TC_ACT_UNSPEC,
-        Coming::ToBeHeld(flow) => hold(&packet, end, &wire, flow),
-        Coming::Other if is_exempt() => return TC_ACT_UNSPEC,
+        Coming::ToBeCharged if end.holds_streams == 0 => return TC_ACT_UNSPEC,
+        Coming::ToBeCharged if is_exempt() => return TC_ACT_UNSPEC,
+        Coming::ToBeCharged => return pass_on(skb, end),
+        _ if is_exempt() => return TC_ACT_UNSPEC,
+        Coming::ToBeHeld(flow, segment, has_arrived) => hold(&packet, end, &wire, flow, segment, has_arrived),
+        Coming::ToListener => queue_request(skb, end, &wire),
         Coming::Other => charge(skb, end, INGRESS, &wire),
     };
     if verdict == TC_ACT_UNSPEC {
@@ -247,55 +267,122 @@ fn charge(skb: *mut __sk_buff, end: &HostEnd, direction: u32, wire: &Wire) -> i3
     add(&mut others.bytes, wire.bytes);
     add(&mut others.packets, wire.segments);
     if is_fresh || is_alone && before_ns == 0 || end.waiting_ifindex == 0 {
-        return TC_ACT_UNSPEC;
+        return at_once(skb, end, direction, others, now_ns);
     }
     let own_ns = link.transmit_ns(wire.bytes, wire.segments);
     link.fair_wait_ns(wire.bytes, OTHERS_BURST_BYTES, own_ns, before_ns + own_ns);
     let edt_ns = now_ns + before_ns;
     // SAFETY: as above. What two CPUs lose is that a packet overtakes one of the other.
     unsafe { (&raw mut others.waits_until_ns).write_volatile(edt_ns + LATE_NS) };
-    wait(skb, end, direction, edt_ns)
+    wait(skb, end, direction, if direction == INGRESS { ROOM_INTO_QUEUE } else { ROOM_OUT }, edt_ns)
 }
 
-/// Charges a packet of a connection whose acknowledgements ride on the pod's own data. Held, they would make that data late, or not be held at
-/// all: fq lets data pass a held acknowledgement since Linux 6.7. So the packets wait here, until the backlog is as long as windows aim for.
+/// Charges a packet of a connection whose acknowledgements cannot be held: they ride on the pod's own data, which would be late with them, or
+/// pass them (fq lets data do that since Linux 6.7), or there is no fq. So the packets wait here, until the backlog is as long as windows aim
+/// for. `has_arrived`: the socket has all that came before.
 #[inline(always)]
-fn hold(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, flow: &mut Flow) -> i32 {
-    let Some(link) = Link::of(end.slot, INGRESS) else { return TC_ACT_UNSPEC };
+fn hold(
+    packet: &SkBuffContext,
+    end: &HostEnd,
+    wire: &Wire,
+    flow: &mut Flow,
+    segment: Segment,
+    has_arrived: bool,
+) -> i32 {
+    let (Some(link), Some(others)) = (Link::of(end.slot, INGRESS), maps::others(end.slot, INGRESS)) else {
+        return TC_ACT_UNSPEC;
+    };
     let now_ns = clock::now_ns();
     let before_ns = link.backlog_ns(now_ns, 0, false);
-    let is_sparse = flow.into.note(&link, &Packet::received(wire, true)) == 0 && link.has_room(SPARSE, now_ns);
     let riding = &mut flow.riding;
     riding.held_ns = now_ns;
+    if riding.has(segment, now_ns) {
+        return TC_ACT_SHOT;
+    }
+    let class = flow
+        .into
+        .decide(&link, &Packet { has_arrived, queue: end.queue(), ..Packet::received(wire, true) })
+        .class;
     let skb = packet.skb.skb;
     // SAFETY: tc programs may call it. It returns 1 where the packet is ECN-capable and now marked.
     let is_marked = link.is_marked(STREAM, before_ns) && unsafe { bpf_skb_ecn_set_ce(skb) } == 1;
-    if !link.admits(wire.bytes, wire.segments, if is_sparse { SPARSE } else { STREAM }, is_marked) {
+    if !link.admits(wire.bytes, wire.segments, class, is_marked) {
         return TC_ACT_SHOT;
     }
-    let follows = now_ns < riding.waits_until_ns;
-    if end.waiting_ifindex == 0 || !follows && (is_sparse || before_ns <= AHEAD_NS) {
-        return TC_ACT_UNSPEC;
+    let follows = !has_arrived && now_ns < riding.waits_until_ns;
+    let waits = matches!(class, STREAM | ORDERED) && before_ns > AHEAD_NS;
+    if end.waiting_ifindex == 0 || !follows && !waits {
+        return at_once(skb, end, INGRESS, others, now_ns);
     }
     // The clock never goes back, and so nor do these times: packets of a connection stay in their order.
     let edt_ns = now_ns + before_ns.max(AHEAD_NS) - AHEAD_NS;
     riding.waits_until_ns = edt_ns + LATE_NS;
-    wait(skb, end, INGRESS, edt_ns)
+    riding.next_sequence = segment.sequence.wrapping_add(segment.payload).into();
+    // SAFETY: as in `charge`.
+    unsafe { (&raw mut others.streams_wait_until_ns).write_volatile(edt_ns + LATE_NS) };
+    wait(skb, end, INGRESS, ROOM_INTO_QUEUE, edt_ns)
+}
+
+/// Charges the request for a connection. It is one of a new flow; if there is no room for more of those, it waits, and is dropped beyond
+/// [`REQUEST_BOUND_NS`]: what asks without end is a flood.
+#[inline(always)]
+fn queue_request(skb: *mut __sk_buff, end: &HostEnd, wire: &Wire) -> i32 {
+    let (Some(link), Some(others)) = (Link::of(end.slot, INGRESS), maps::others(end.slot, INGRESS)) else {
+        return TC_ACT_UNSPEC;
+    };
+    let now_ns = clock::now_ns();
+    let before_ns = link.backlog_ns(now_ns, 0, false);
+    let is_fresh = link.has_room(FRESH, now_ns);
+    if !is_fresh && before_ns > REQUEST_BOUND_NS {
+        return TC_ACT_SHOT;
+    }
+    link.admits(wire.bytes, wire.segments, if is_fresh { FRESH } else { STREAM }, false);
+    if is_fresh || end.waiting_ifindex == 0 || before_ns <= AHEAD_NS {
+        return at_once(skb, end, INGRESS, others, now_ns);
+    }
+    wait(skb, end, INGRESS, ROOM_INTO_QUEUE, now_ns + before_ns - AHEAD_NS)
+}
+
+/// A packet goes on. While others wait in htb it goes by there, so that htb takes its part of the limit from them. fq knows of the clock.
+#[inline(always)]
+fn at_once(skb: *mut __sk_buff, end: &HostEnd, direction: u32, others: &Others, now_ns: u64) -> i32 {
+    // SAFETY: as in `charge`.
+    let others_wait = now_ns < unsafe { (&raw const others.streams_wait_until_ns).read_volatile() };
+    if direction == INGRESS && end.waiting_class != 0 && others_wait {
+        wait(skb, end, INGRESS, ROOM_INTO_AT_ONCE, 0)
+    } else {
+        TC_ACT_UNSPEC
+    }
+}
+
+/// A packet that its socket's hook charges goes on, as one that has been charged does.
+#[inline(always)]
+fn pass_on(skb: *mut __sk_buff, end: &HostEnd) -> i32 {
+    let Some(others) = maps::others(end.slot, INGRESS) else { return TC_ACT_UNSPEC };
+    let verdict = at_once(skb, end, INGRESS, others, clock::now_ns());
+    if verdict != TC_ACT_UNSPEC {
+        // SAFETY: tc programs may write cb.
+        unsafe { (*skb).cb[PLACE] = IS_BACK_TO_BE_CHARGED };
+    }
+    verdict
 }
 
 /// Sends a packet into the waiting room, with its time and the place to come back to.
 #[inline(always)]
-fn wait(skb: *mut __sk_buff, end: &HostEnd, direction: u32, edt_ns: u64) -> i32 {
+fn wait(skb: *mut __sk_buff, end: &HostEnd, direction: u32, class: u16, edt_ns: u64) -> i32 {
     let into = if direction == INGRESS { INTO_POD } else { 0 };
     // SAFETY: tc programs may write cb, mark and priority, and read ifindex. bpf_redirect clears tstamp before Linux 5.18, and cb not.
     unsafe {
         (*skb).cb[EDT] = edt_ns as u32;
         (*skb).cb[EDT + 1] = (edt_ns >> 32) as u32;
         (*skb).cb[MARK] = (*skb).mark;
+        if direction == INGRESS {
+            (*skb).cb[PLACE] = IS_BACK;
+        }
         (*skb).mark = (*skb).ifindex | into;
         (*skb).priority = match end.waiting_class {
             0 => 0,
-            class => class + direction,
+            first => first + u32::from(class),
         };
         bpf_redirect(end.waiting_ifindex, 0) as i32
     }
@@ -330,7 +417,6 @@ pub fn go_back(ctx: &TcContext) -> i32 {
             return bpf_redirect(mark, BPF_F_INGRESS.into()) as i32;
         }
         (*skb).mark = (*skb).cb[MARK];
-        (*skb).cb[PLACE] = IS_BACK;
         bpf_redirect(mark & !INTO_POD, 0) as i32
     }
 }
@@ -357,8 +443,10 @@ fn is_charged(skb: *mut __sk_buff, end: &HostEnd, bytes: u64) -> bool {
 enum Coming<'a> {
     /// A socket of the pod gets it, whose hook charges its bytes.
     ToBeCharged,
-    /// It is of a connection whose acknowledgements cannot be held.
-    ToBeHeld(&'a mut Flow),
+    /// It is of a connection whose acknowledgements cannot be held. Whether the socket has all that came before.
+    ToBeHeld(&'a mut Flow, Segment, bool),
+    /// It asks for a connection, or is of one that is not open yet, and nothing comes into the pod but by its turn.
+    ToListener,
     /// No hook charges it.
     Other,
 }
@@ -372,11 +460,17 @@ fn coming<'a>(packet: &SkBuffContext, end: &HostEnd, bytes: u64) -> Coming<'a> {
         let Some((socket, is_request)) = peers.socket(packet, end.namespace.into()) else { return Coming::Other };
         let full = NonNull::new(bpf_sk_fullsock(socket.as_ptr()));
         let flow = full.and_then(|socket| maps::flow(socket));
+        let listens = full.is_some_and(crate::listens);
+        let is_connection = peers.are_of_tcp && full.is_some() && !listens;
+        let tcp = full.and_then(|socket| bpf_tcp_sock(socket.as_ptr()).as_ref());
+        let next_sequence = tcp.map_or(0, |tcp| tcp.rcv_nxt);
         packet::release(socket);
+        let segment = Segment::of(packet, ETHERNET_HEADER_BYTES);
         match flow {
-            Some(flow) if flow.rides(end) && !packet::is_acknowledgement(packet, ETHERNET_HEADER_BYTES) => {
-                Coming::ToBeHeld(flow)
+            Some(flow) if is_held(flow, end, is_connection) && !segment.is_acknowledgement() => {
+                Coming::ToBeHeld(flow, segment, segment.sequence == next_sequence)
             }
+            _ if peers.are_of_tcp && listens && end.holds_streams != 0 => Coming::ToListener,
             Some(flow) => {
                 if flow.into_covered.passes(end, bytes, ON_THE_WAY_BYTES) {
                     Coming::ToBeCharged
@@ -384,9 +478,16 @@ fn coming<'a>(packet: &SkBuffContext, end: &HostEnd, bytes: u64) -> Coming<'a> {
                     Coming::Other
                 }
             }
-            // The request for a connection: its listener's hook sees it.
+            // Of a connection that is being opened, or in the place of one in TIME-WAIT: its listener's hook sees it.
+            None if full.is_none() && end.holds_streams != 0 => Coming::ToListener,
             None if full.is_none() && is_request => Coming::ToBeCharged,
             None => Coming::Other,
         }
     }
+}
+
+/// Whether what comes to a flow waits here, and not at the remote for its acknowledgements.
+#[inline(always)]
+fn is_held(flow: &Flow, end: &HostEnd, is_connection: bool) -> bool {
+    is_connection && end.holds_streams != 0 && flow.into_covered.slot == end.slot.into() || flow.rides(end)
 }

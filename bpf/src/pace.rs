@@ -94,6 +94,7 @@ pub fn of_segment(ctx: &SockOpsContext, flow: &mut Flow, link: &Link) -> u64 {
             is_stream: true,
             is_bulk: true,
             has_arrived: tcp::has_arrived(ctx),
+            queue: link.limit().queue,
         },
     );
     // `count_egress`, which runs next, for this segment, is told.

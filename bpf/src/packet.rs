@@ -144,7 +144,7 @@ pub struct Peers {
     tuple: bpf_sock_tuple,
     is_ipv4: bool,
     /// And of UDP otherwise.
-    are_of_tcp: bool,
+    pub are_of_tcp: bool,
 }
 
 impl Peers {
@@ -227,15 +227,39 @@ pub fn peers(ctx: &SkBuffContext, link_bytes: u64) -> Option<Peers> {
     Some(Peers { tuple, is_ipv4, are_of_tcp })
 }
 
-/// Whether a TCP packet behind a link header of so many bytes is an acknowledgement and nothing else: no payload, and no SYN, FIN or RST.
-#[inline(always)]
-pub fn is_acknowledgement(ctx: &SkBuffContext, link_bytes: u64) -> bool {
-    let start: [u64; 2] = load(ctx, link_bytes);
-    let extension: u16 = load(ctx, link_bytes + IPV6_HEADER_BYTES);
-    let network_bytes = Headers(network_headers(start[0], start[1], extension.into())).network_bytes();
-    let [data_offset, flags]: [u8; 2] = load(ctx, link_bytes + network_bytes + TCP_DATA_OFFSET_OFFSET);
-    let headers_bytes = link_bytes + network_bytes + u64::from(data_offset >> 4) * 4;
-    u64::from(ctx.len()) <= headers_bytes && flags & OPENS_OR_CLOSES == 0
+/// What a TCP segment says of itself.
+#[derive(Clone, Copy)]
+pub struct Segment {
+    /// The number of its first byte.
+    pub sequence: u32,
+    /// Bytes of payload.
+    pub payload: u32,
+    /// Whether it opens, closes or resets the connection.
+    opens_or_closes: bool,
+}
+
+impl Segment {
+    /// That behind a link header of so many bytes, of a packet that is TCP.
+    #[inline(always)]
+    pub fn of(ctx: &SkBuffContext, link_bytes: u64) -> Self {
+        let start: [u64; 2] = load(ctx, link_bytes);
+        let extension: u16 = load(ctx, link_bytes + IPV6_HEADER_BYTES);
+        let network_bytes = Headers(network_headers(start[0], start[1], extension.into())).network_bytes();
+        let [_, sequence, _, offset_and_flags]: [u32; 4] = load(ctx, link_bytes + network_bytes);
+        let [data_offset, flags, ..] = offset_and_flags.to_ne_bytes();
+        let headers_bytes = link_bytes + network_bytes + u64::from(data_offset >> 4) * 4;
+        Self {
+            sequence: u32::from_be(sequence),
+            payload: (u64::from(ctx.len()).max(headers_bytes) - headers_bytes) as u32,
+            opens_or_closes: flags & OPENS_OR_CLOSES != 0,
+        }
+    }
+
+    /// Whether it is an acknowledgement and nothing else.
+    #[inline(always)]
+    pub fn is_acknowledgement(&self) -> bool {
+        self.payload == 0 && !self.opens_or_closes
+    }
 }
 
 /// The headers of a packet before its transport header, from its first 16 bytes and the two that follow an IPv6 header.

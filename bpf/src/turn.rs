@@ -83,6 +83,8 @@ pub struct Packet {
     pub is_bulk: bool,
     /// Whether all that the flow sent before is known to have arrived: nothing of it can wait in a queue.
     pub has_arrived: bool,
+    /// Where it waits, if it must: [`QUEUE_NONE`] and so on.
+    pub queue: u64,
 }
 
 impl Packet {
@@ -98,6 +100,7 @@ impl Packet {
             is_stream,
             is_bulk: false,
             has_arrived: false,
+            queue: QUEUE_NONE,
         }
     }
 }
@@ -163,7 +166,7 @@ impl Turn {
         let late_ns = if self.due_ns == 0 { 0 } else { now_ns.max(self.due_ns) - self.due_ns };
         let due_ns = now_ns + wait_ns;
         self.due_ns = due_ns - wait_slack_ns(wait_ns, late_ns).min(wait_ns);
-        if before_ns <= MAX_AHEAD_NS || link.limit().queue == QUEUE_NONE {
+        if before_ns <= MAX_AHEAD_NS || packet.queue == QUEUE_NONE {
             return Decision { class: WAITED, wait_ns };
         }
         self.queued_until_ns = now_ns + before_ns;
@@ -177,12 +180,11 @@ impl Turn {
         let class = if packet.is_stream { STREAM } else { DATAGRAM };
         self.burst_bytes = (self.burst_bytes + packet.bytes).min(MAX_BURST_BYTES);
         let leaves_ns = now_ns + before_ns;
-        let queue = link.limit().queue;
         // Datagrams may overtake each other.
-        let late_ns = if packet.is_stream && queue == QUEUE_HTB { HTB_LATE_NS } else { 0 };
+        let late_ns = if packet.is_stream && packet.queue == QUEUE_HTB { HTB_LATE_NS } else { 0 };
         // Counted for the others; what it says of this one's own wait is of no use, since that is the queue.
         link.fair_wait_ns(packet.bytes, self.burst_bytes, own_ns, backlog_ns);
-        if queue == QUEUE_NONE {
+        if packet.queue == QUEUE_NONE {
             // It passes or is dropped. What is dropped is no reason for the next one to wait longer.
             self.due_ns = if self.due_ns == 0 { leaves_ns } else { self.due_ns };
         } else if !packet.is_stream || packet.bytes > ACKNOWLEDGEMENT_BYTES {

@@ -18,7 +18,7 @@
 //! It is set as TCP_WINDOW_CLAMP before each ACK chooses its window, since the kernel's autotuning raises it in between.
 
 use aya_ebpf::{helpers::bpf_setsockopt, programs::SockOpsContext};
-use podshaper_abi::{INGRESS, Limit};
+use podshaper_abi::{INGRESS, Limit, QUEUE_NONE};
 
 use crate::{
     clock::{self, Link},
@@ -98,13 +98,19 @@ pub struct Window {
 pub fn announce(ctx: &SockOpsContext) {
     let Some(scope) = maps::only_scope().filter(|scope| tcp::may_be_ours(ctx, scope)) else { return };
     if let Some(link) = Link::of(scope.slot, INGRESS) {
-        ctx.set_reply(initial_rwnd(link.limit(), tcp::is_request(ctx)) as u32);
+        ctx.set_reply(initial_rwnd(&link, tcp::is_request(ctx)) as u32);
     }
 }
 
 /// The first window, in segments. `is_answered`: the remote has opened the connection.
 #[inline(always)]
-fn initial_rwnd(limit: &Limit, is_answered: bool) -> u64 {
+fn initial_rwnd(link: &Link, is_answered: bool) -> u64 {
+    let limit = link.limit();
+    // What the remote then sends waits at the host's end, and the remote for its acknowledgement: no longer than until it sends it again.
+    let backlog_ns = if limit.queue == QUEUE_NONE { 0 } else { link.backlog_ns(clock::now_ns(), 0, false) };
+    if backlog_ns > WHOLE_SEGMENTS_NS {
+        return if backlog_ns > LOSS_PROBE_OF_ONE_NS { 1 } else { 2 };
+    }
     let flight_ns = if is_answered { FIRST_REQUEST_NS } else { FIRST_FLIGHT_NS };
     (link_bytes(limit, flight_ns) / USUAL_MSS).clamp(1, MAX_INITIAL_RWND)
 }
@@ -113,7 +119,7 @@ fn initial_rwnd(limit: &Limit, is_answered: bool) -> u64 {
 #[inline(always)]
 pub fn open(ctx: &SockOpsContext, is_answered: bool) {
     let Some((flow, link)) = limited(ctx) else { return };
-    let first_bytes = initial_rwnd(link.limit(), is_answered) * tcp::mss(ctx);
+    let first_bytes = initial_rwnd(&link, is_answered) * tcp::mss(ctx);
     flow.window.bytes = first_bytes.min(link_bytes(link.limit(), MIN_ROUND_NS)).max(part_of_segment(ctx));
     flow.window.changed_ns = clock::now_ns();
     flow.window.right_edge = first_bytes;

@@ -100,13 +100,8 @@ impl<'a> Attaching<'a> {
         Ok(Self { plan, pins, interface, index, fq, record, under_lock: None, is_committed: false })
     }
 
-    /// What is known before [`Attaching::change`] decides which programs are loaded; tbf and drops take the same, and so do htb and no
-    /// queue.
     fn settings(&self) -> Settings {
-        let by_fq = if self.record.fq { IngressBy::HeldAcks } else { IngressBy::Drops };
-        let limits = self.plan.limits;
-        let ingress_by = self.record.ingress_by.or(limits.ingress.map(|_| by_fq));
-        Settings { limits, queue: Queue::of(&self.record), ingress_by }
+        Settings { limits: self.plan.limits, queue: Queue::of(&self.record), ingress_by: self.record.ingress_by }
     }
 
     fn lock(&mut self) -> Result<()> {
@@ -149,9 +144,8 @@ impl<'a> Attaching<'a> {
                 under_lock.pins.note(inode, &plan.place),
             );
         }
-        // The one that this one replaces has found what was there before podshaper, and its tbf is this one's.
-        let all_traffic = plan.subnets.is_empty();
-        interface.change(record, &plan.limits, fq, &staying, &under_lock.others, all_traffic)
+        // The one that this one replaces has found what was there before podshaper.
+        interface.change(record, &plan.limits, fq, &staying, &under_lock.others)
     }
 
     /// Programs of its own, for a cgroup that is not a pod's: another attachment may be above or below, and have the same sockets.
@@ -165,8 +159,9 @@ impl<'a> Attaching<'a> {
     /// Attaches and pins; from then on it is there.
     fn commit(mut self, own: Option<Set>) -> Result<Owner> {
         let mut interface = self.interface.take();
-        let owner = self.attach(own, interface.as_mut());
-        self.interface = interface;
+        let under_lock = self.under_lock.take().ok_or_else(not_locked)?;
+        let owner = self.attach(&under_lock, own, interface.as_mut());
+        (self.interface, self.under_lock) = (interface, Some(under_lock));
         let owner = owner?;
         self.is_committed = true;
         self.warn_of_limits_above();
@@ -177,9 +172,14 @@ impl<'a> Attaching<'a> {
         Ok(owner)
     }
 
-    fn attach(&self, own: Option<Set>, interface: Option<&mut Interface>) -> Result<Owner> {
-        let UnderLock { pins, found, before, .. } = self.under_lock.as_ref().ok_or_else(not_locked)?;
-        let (place, settings) = (&self.plan.place, self.settings());
+    fn attach(
+        &mut self,
+        under_lock: &UnderLock,
+        own: Option<Set>,
+        mut interface: Option<&mut Interface>,
+    ) -> Result<Owner> {
+        let UnderLock { pins, found, before, .. } = under_lock;
+        let (place, mut settings) = (&self.plan.place, self.settings());
         let cgroup = self.plan.cgroup.open()?;
         let staged = pins.stage(place)?;
         let Programs { set, sharing } = self.programs(own, pins, before.as_ref(), cgroup.as_fd())?;
@@ -194,27 +194,38 @@ impl<'a> Attaching<'a> {
         let goes_on =
             slot_before.map(|slot| Before { slot, is_of_same_sandbox: self.is_of_same_sandbox(before.as_ref()) });
         let mut attached = Attached::write(&set, &settings, goes_on)?;
-        let mut owner = Owner {
-            interface: self.record.clone(),
-            ifindex: self.index,
-            slot: attached.slot(),
-            list: set.list(self.plan.subnets)?,
-            namespace: interface.as_ref().map_or(0, |interface| interface.namespace),
-            ..self.plan.owner.clone()
-        };
+        let list = set.list(self.plan.subnets)?;
         let node = if is_shared { None } else { Set::pinned(&pins.node()).ok() };
         let wanted = Wanted {
             set: &set,
             node: node.as_ref(),
-            slot: owner.slot,
-            list: owner.list,
-            limits: &settings.limits,
-            ingress_by: settings.ingress_by,
-            taken: self.taken_host_end(),
+            slot: attached.slot(),
+            list,
+            limits: &self.plan.limits,
+            taken: self.taken_host_end(under_lock),
             before: before.as_ref().and_then(|before| before.owner.interface.held_at),
         };
-        let held = self.hold_other_paths(&wanted, interface);
-        owner.interface.held_at = held.as_ref().map(Held::at);
+        let mut held = self.hold_other_paths(&wanted, interface.as_deref_mut());
+        if held.is_none()
+            && let Some(interface) = &mut interface
+            && let Some(limit) =
+                self.plan.limits.ingress.filter(|_| self.record.ingress_by == Some(IngressBy::HeldData))
+        {
+            let all_traffic = self.plan.subnets.is_empty();
+            self.record.ingress_by =
+                Some(interface.hold_ingress(&self.record, &limit, &under_lock.others, all_traffic));
+            settings = self.settings();
+            attached.change(&settings)?;
+            held = self.hold_other_paths(&wanted, Some(interface));
+        }
+        let owner = Owner {
+            interface: Record { held_at: held.as_ref().map(Held::at), ..self.record.clone() },
+            ifindex: self.index,
+            slot: attached.slot(),
+            list,
+            namespace: interface.as_ref().map_or(0, |interface| interface.namespace),
+            ..self.plan.owner.clone()
+        };
         shaper::pin_owner(&owner, staged.directory())?;
         let mut scopes = scopes(&others);
         scopes.push(owner.scope());
@@ -260,9 +271,10 @@ impl<'a> Attaching<'a> {
     fn hold_other_paths<'w>(&self, wanted: &'w Wanted<'w>, interface: Option<&mut Interface>) -> Option<Held<'w>> {
         let interface = interface.filter(|_| self.plan.other_paths)?;
         const NOT_HELD: &str = "what passes by other paths than the pod's sockets is not held";
-        match Held::begin(wanted, interface) {
+        let ingress_by = self.record.ingress_by;
+        match Held::begin(wanted, ingress_by, interface) {
             Ok(held) => {
-                if held.is_none() && !wanted.is_held_by_tbf_alone() {
+                if held.is_none() && !wanted.is_held_by_tbf_alone(ingress_by) {
                     log::warn!("{NOT_HELD}: the pod's interface has no end on this host");
                 }
                 held
@@ -275,9 +287,8 @@ impl<'a> Attaching<'a> {
     }
 
     /// The host's end of the interface, where it holds the other paths of another attachment.
-    fn taken_host_end(&self) -> Option<u32> {
-        let others = self.under_lock.iter().flat_map(|under_lock| &under_lock.others);
-        let held = others.filter(|other| other.record.shares_interface(&self.record));
+    fn taken_host_end(&self, under_lock: &UnderLock) -> Option<u32> {
+        let held = under_lock.others.iter().filter(|other| other.record.shares_interface(&self.record));
         held.filter_map(|other| other.record.held_at).map(|at| at.ifindex).next()
     }
 

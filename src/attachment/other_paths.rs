@@ -37,8 +37,6 @@ pub struct Wanted<'a> {
     pub list: u64,
     /// The limits.
     pub limits: &'a Limits,
-    /// What holds the ingress limit.
-    pub ingress_by: Option<IngressBy>,
     /// The host's end, where it holds other paths of another attachment of the interface.
     pub taken: Option<u32>,
     /// Where those of the attachment were held in whose place this one comes.
@@ -47,8 +45,8 @@ pub struct Wanted<'a> {
 
 impl Wanted<'_> {
     /// Whether tbf holds all that is limited.
-    pub fn is_held_by_tbf_alone(&self) -> bool {
-        hooks(self.limits, self.ingress_by).is_empty()
+    pub fn is_held_by_tbf_alone(&self, ingress_by: Option<IngressBy>) -> bool {
+        hooks(self.limits, ingress_by).is_empty()
     }
 }
 
@@ -64,17 +62,22 @@ pub struct Held<'a> {
 }
 
 impl<'a> Held<'a> {
-    /// Holds what passes the host's end of an interface; `None` for an interface that has none here.
+    /// Holds what passes the host's end of an interface; `None` for an interface that has none here. `ingress_by`: what holds the ingress
+    /// limit.
     ///
     /// # Errors
     /// [`Code::Kernel`] with what the kernel says. Nothing is changed then.
-    pub fn begin(wanted: &'a Wanted<'a>, interface: &mut Interface) -> Result<Option<Self>> {
+    pub fn begin(
+        wanted: &'a Wanted<'a>,
+        ingress_by: Option<IngressBy>,
+        interface: &mut Interface,
+    ) -> Result<Option<Self>> {
         if let Some(ifindex) = wanted.taken {
             share(wanted.set, ifindex)?;
             let text = "hold them by two limits of one interface: there is room for one";
             return Err(Error::new(Code::Kernel, text));
         }
-        let hooks = hooks(wanted.limits, wanted.ingress_by);
+        let hooks = hooks(wanted.limits, ingress_by);
         let Some(end) = interface.host_end()?.filter(|_| !hooks.is_empty()) else { return Ok(None) };
         let ifindex = end.ifindex;
         let namespace = end.pods_namespace.ok_or_else(|| {
@@ -88,7 +91,7 @@ impl<'a> Held<'a> {
         let mut held = Self { wanted, at, before, put: Vec::new(), is_kept: false };
         // The room's programs need no maps: those of any set will do.
         let room = WaitingRoom::open(|name| wanted.set.program(name))?;
-        held.at.class = room.make_place(wanted.slot, wanted.limits, wanted.ingress_by)?;
+        held.at.class = room.make_place(wanted.slot, wanted.limits, ingress_by)?;
         held.write(Some(&HostEnd {
             slot: wanted.slot,
             namespace,
@@ -96,6 +99,7 @@ impl<'a> Held<'a> {
             waiting_class: host_end::class_id(held.at.class),
             list: wanted.list,
             is_shared: 0,
+            holds_streams: (ingress_by == Some(IngressBy::HeldData)).into(),
         }))?;
         let is_new = host_end::put_clsact(ifindex)?;
         held.at.clsact |= is_new;

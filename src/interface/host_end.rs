@@ -18,7 +18,7 @@ use netlink_packet_route::{
     tc::{TcAttribute, TcHandle, TcMessage, TcOption},
 };
 use nix::net::if_::if_nametoindex;
-use podshaper_abi::QDISC_MAJOR;
+use podshaper_abi::{QDISC_MAJOR, ROOM_CLASSES};
 
 use super::IngressBy;
 use crate::{
@@ -160,7 +160,8 @@ impl WaitingRoom {
         let Some(limit) = limits.egress.or(limits.ingress).filter(|_| !self.has_fq) else { return Ok(0) };
         let class = qdisc::add_room_class(self.ifindex, slot, &limit)?;
         if let Some(limit) = &limits.ingress {
-            qdisc::put_room_class(self.ifindex, class + 1, limit).inspect_err(|_| take_classes(self.ifindex, class))?;
+            qdisc::put_room_classes_into(self.ifindex, class, limit)
+                .inspect_err(|_| take_classes(self.ifindex, class))?;
         }
         Ok(class)
     }
@@ -190,7 +191,10 @@ pub fn leave_place(class: u16) {
 /// [`Code::Kernel`] with what the kernel says.
 pub fn keep_places(classes: &[u16]) -> Result<()> {
     let Some(ifindex) = index_of(WAITING) else { return Ok(()) };
-    let left = qdisc::room_classes(ifindex)?.into_iter().filter(|class| !classes.contains(&(class & !1)));
+    let is_left = |class: &u16| !classes.contains(&(class - class % ROOM_CLASSES));
+    let mut left: Vec<u16> = qdisc::room_classes(ifindex)?.into_iter().filter(is_left).collect();
+    // Those below others have higher numbers, and go first.
+    left.sort_unstable_by(|one, other| other.cmp(one));
     left.into_iter().try_for_each(|class| qdisc::take_room_class(ifindex, class))
 }
 
@@ -221,16 +225,15 @@ fn waiting(limits: &Limits, ingress_by: Option<IngressBy>) -> Limits {
 }
 
 fn put_classes(ifindex: u32, class: u16, limits: &Limits) -> Result<()> {
-    for (class, limit) in [(class, &limits.egress), (class + 1, &limits.ingress)] {
-        if let Some(limit) = limit {
-            qdisc::put_room_class(ifindex, class, limit)?;
-        }
+    if let Some(limit) = &limits.egress {
+        qdisc::put_room_class_out(ifindex, class, limit)?;
     }
-    Ok(())
+    limits.ingress.as_ref().map_or(Ok(()), |limit| qdisc::put_room_classes_into(ifindex, class, limit))
 }
 
-fn take_classes(ifindex: u32, class: u16) {
-    for class in [class, class + 1] {
+fn take_classes(ifindex: u32, first: u16) {
+    // Those below others go first.
+    for class in (first..first + ROOM_CLASSES).rev() {
         super::warn("a pod's place in the waiting room is left", qdisc::take_room_class(ifindex, class));
     }
 }

@@ -36,6 +36,8 @@ impl Queue {
 pub enum IngressBy {
     /// The pod's acknowledgements leave at the limit's pace, by fq on the pod's interface, and windows follow the backlog.
     HeldAcks,
+    /// What comes waits at the host's end of the veth, in the waiting room, small packets before large ones, and windows follow the backlog.
+    HeldData,
     /// tbf on the host's end of the veth: a queue, as the bandwidth plugin makes it, but a short one.
     Tbf,
     /// What is over the limit is dropped: TCP gets much less than the limit on a short path.
@@ -62,9 +64,12 @@ mod tests {
 
     #[test]
     fn names_are_those_of_the_record() {
-        for (mechanism, name) in
-            [(IngressBy::HeldAcks, "held-acks"), (IngressBy::Tbf, "tbf"), (IngressBy::Drops, "drops")]
-        {
+        for (mechanism, name) in [
+            (IngressBy::HeldAcks, "held-acks"),
+            (IngressBy::HeldData, "held-data"),
+            (IngressBy::Tbf, "tbf"),
+            (IngressBy::Drops, "drops"),
+        ] {
             assert_eq!(mechanism.to_string(), name);
             assert_eq!(known(&serde_json::json!(name)).unwrap(), Some(mechanism));
         }

@@ -69,6 +69,14 @@ impl<'a> Attached<'a> {
         written.map(|()| attached).map_err(failed)
     }
 
+    /// Writes other limits. Nothing is in force yet.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] with what the kernel says.
+    pub fn change(&self, settings: &Settings) -> Result<()> {
+        self.set.limits.set(&self.slot, &settings.abi_limits()).map_err(|cause| refused("write the limits", &cause))
+    }
+
     /// The key of its limits and meters.
     pub fn slot(&self) -> u32 {
         self.slot

@@ -35,8 +35,7 @@ fn an_applications_own_window_clamp_holds() {
     const OWN_BYTES: u32 = 8192;
     let bed = Bed::new();
     let pod = bed.limited(Limits { egress: None, ingress: Some(100 * MBIT) });
-    let window_clamp = has_fq(&pod).then_some(OWN_BYTES);
-    let bulk = Bulk { way: Way::In, window_clamp, seconds: 2.0, ..Bulk::default() };
+    let bulk = Bulk { way: Way::In, window_clamp: Some(OWN_BYTES), seconds: 2.0, ..Bulk::default() };
     // The receiving end fails where another one is in force.
     let rate = measure::bulk(&pod, &bulk).unwrap().timeline.steady_rate();
     assert!((1e6..105e6).contains(&rate), "{rate} bit/s");

@@ -3,7 +3,7 @@ use std::thread;
 
 use serde_json::json;
 
-use super::{Attachment, Bed, MBIT, assert_rate, has_fq};
+use super::{Attachment, Bed, MBIT, assert_rate};
 use crate::harness::cni::Cni;
 use crate::harness::limiter::{Limiter, Limits};
 use crate::harness::measure::{self, Bulk, Way};
@@ -68,8 +68,7 @@ fn what_comes_and_goes_by_a_translated_address_has_the_rate_and_is_answered_at_o
         assert_rate(&format!("{way:?} by {SERVICE}"), result.timeline.steady_rate(), LIMIT, 0.05);
         let p50_us = result.latency.unwrap().p50_us;
         eprintln!("{way:?} by {SERVICE}: replies in {p50_us} us");
-        // Without fq all that comes waits in tbf's queue.
-        assert!((way == Way::In && !has_fq(&pod)) || p50_us < 6_000.0, "{way:?}: replies in {p50_us} us");
+        assert!(p50_us < 6_000.0, "{way:?}: replies in {p50_us} us");
     }
 }
 
@@ -170,7 +169,7 @@ fn the_first_window_is_limited_where_the_limit_is() {
     let window = |keys, way| {
         let limits = Limits { egress: None, ingress: Some(MBIT) };
         let pod = bed.pod_of(bed.host.bridge_chain().unwrap(), keys, limits);
-        (has_fq(&pod), measure::first_window(&pod, way).unwrap())
+        measure::first_window(&pod, way).unwrap()
     };
     for (keys, way, is_limited) in [
         (json!({}), Way::In, true),
@@ -181,8 +180,8 @@ fn the_first_window_is_limited_where_the_limit_is() {
         (json!({ "exemptSubnets": ["10.0.0.0/16"] }), Way::In, true),
     ] {
         let what = format!("{way:?}, {keys}");
-        let (has_fq, bytes) = window(keys, way);
+        let bytes = window(keys, way);
         eprintln!("{what}: {bytes} bytes");
-        assert_eq!(bytes < FREE_BYTES, is_limited && has_fq, "{what}: {bytes} bytes");
+        assert_eq!(bytes < FREE_BYTES, is_limited, "{what}: {bytes} bytes");
     }
 }

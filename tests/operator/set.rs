@@ -80,19 +80,29 @@ fn a_direction_without_a_limit_gets_none_and_the_reason() {
 
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
-fn where_tbf_holds_ingress_it_is_changed_too() {
-    let (netns, host_end) = netns_with_host_end();
-    let mut pod = Sandbox::with_netns(std::sync::Arc::new(netns));
-    pod.stdin["runtimeConfig"]["bandwidth"] = json!({ "ingressRate": RATE });
-    pod.call("ADD");
-    let qdisc = || process::run(std::process::Command::new("tc").args(["qdisc", "show", "dev", &host_end])).unwrap();
-    let is_tbf = pod.owner("eth0")["ingressBy"] == "tbf";
-    assert_eq!(is_tbf, qdisc().contains("tbf 7064:"), "{}", qdisc());
-    says(&["set", &pod.uid, "--ingress", "30M"]);
-    pod.assert_rates([0, 30 * MBIT]);
+fn where_a_queue_of_the_nodes_holds_ingress_it_is_changed_too() {
     // Ethernet headers are on top of it.
-    assert_eq!(is_tbf, qdisc().contains("rate 30279") || qdisc().contains("rate 30280"), "{}", qdisc());
-    pod.call("DEL");
+    let has_rate = |text: &str| text.contains("rate 30279") || text.contains("rate 30280");
+    for (other_paths, without_fq) in [(true, "held-data"), (false, "tbf")] {
+        let (netns, host_end) = netns_with_host_end();
+        let mut pod = Sandbox::with_netns(std::sync::Arc::new(netns));
+        pod.stdin["runtimeConfig"]["bandwidth"] = json!({ "ingressRate": RATE });
+        pod.stdin["otherPaths"] = json!(other_paths);
+        pod.call("ADD");
+        let tc = |words: &[&str]| process::run(std::process::Command::new("tc").args(words)).unwrap();
+        let by = pod.owner("eth0")["ingressBy"].clone();
+        assert!(by == "held-acks" || by == without_fq, "{by}");
+        let tbf = || tc(&["qdisc", "show", "dev", &host_end]);
+        assert_eq!(by == "tbf", tbf().contains("tbf 7064:"), "{}", tbf());
+        says(&["set", &pod.uid, "--ingress", "30M"]);
+        pod.assert_rates([0, 30 * MBIT]);
+        assert_eq!(by == "tbf", has_rate(&tbf()), "{}", tbf());
+        if by == "held-data" {
+            let classes = tc(&["class", "show", "dev", "podshaper-wait"]);
+            assert!(has_rate(&classes), "{classes}");
+        }
+        pod.call("DEL");
+    }
 }
 
 #[test]

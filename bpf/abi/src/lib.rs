@@ -88,13 +88,22 @@ pub struct HostEnd {
     pub namespace: u32,
     /// The interface by which packets go to where they wait. 0: there is none, and what would wait passes or is dropped.
     pub waiting_ifindex: u32,
-    /// The class of htb there for what comes out of the pod, as `skb->priority` names it; that of what goes into the pod is the next one. 0: it
-    /// has fq.
+    /// The first of the pod's classes of htb there, as `skb->priority` names it: [`ROOM_OUT`] and the others are added to it. 0: it has fq.
     pub waiting_class: u32,
     /// As of [`Scope::list`].
     pub list: u64,
     /// Not 0: the interface has other attachments, too, and what was charged to any of them passes.
-    pub is_shared: u64,
+    pub is_shared: u32,
+    /// Not 0: all TCP that comes into the pod waits here, not what it acknowledges.
+    pub holds_streams: u32,
+}
+
+impl HostEnd {
+    /// What is in the waiting room: [`QUEUE_FQ`] or [`QUEUE_HTB`].
+    #[inline(always)]
+    pub fn queue(&self) -> u64 {
+        if self.waiting_class == 0 { QUEUE_FQ } else { QUEUE_HTB }
+    }
 }
 
 /// Nanoseconds a second has, times bits a byte has: what turns bytes and bits/s into nanoseconds.
@@ -142,6 +151,17 @@ pub const QDISC_MAJOR: u16 = 0x7064;
 /// The class of htb for packets whose sender has not waited: `skb->priority` names it. Its low bits are those of best effort, for queues
 /// that the packet meets later (include/uapi/linux/pkt_sched.h, `TC_PRIO_MAX`).
 pub const HTB_QUEUE: u16 = 0x10;
+
+/// In the waiting room, of a pod's classes of htb: that of what comes out of the pod.
+pub const ROOM_OUT: u16 = 0;
+/// That of what goes into the pod: the limit, around the other two.
+pub const ROOM_INTO: u16 = 1;
+/// That of what goes into the pod at once, while others wait: it takes its part of the limit from them.
+pub const ROOM_INTO_AT_ONCE: u16 = 2;
+/// That of what goes into the pod and waits.
+pub const ROOM_INTO_QUEUE: u16 = 3;
+/// How many a pod has. The first one's number is a multiple of it.
+pub const ROOM_CLASSES: u16 = 4;
 
 /// Largest packet the arithmetic is exact for. A GSO packet is at most 512 KiB (`GSO_MAX_SIZE`, 8 * 65535 with BIG TCP), and
 /// the headers of its segments do not double it.
@@ -250,6 +270,8 @@ pub struct Counters {
 pub struct Others {
     /// Until when some of it waits, in nanoseconds of `CLOCK_MONOTONIC`.
     pub waits_until_ns: u64,
+    /// Until when some of what comes to the cgroup's sockets waits in the waiting room.
+    pub streams_wait_until_ns: u64,
     /// Bytes at layer 3 that passed.
     pub bytes: u64,
     /// Packets that passed.
@@ -281,7 +303,7 @@ pub struct SocketState {
     paced_bytes_per_s: u64,
     /// The attachment by whose interface the socket sends, as of [`Scope::slot`]. 0: none.
     pub slot: u64,
-    others: [u64; 16],
+    others: [u64; 17],
     /// TCP_WINDOW_CLAMP as the programs set it last, in bytes. 0: they have not.
     pub window_bytes: u64,
     window: [u64; 9],
@@ -295,8 +317,8 @@ const _: () = assert!(size_of::<Meter>() == 8 + size_of::<Clock>() + 16 + size_o
 const _: () = assert!(size_of::<Meters>() == 8 + 2 * size_of::<Meter>());
 const _: () = assert!(size_of::<Scope>() == 24);
 const _: () = assert!(size_of::<HostEnd>() == 32);
-const _: () = assert!(size_of::<OtherPaths>() == 64);
-const _: () = assert!(size_of::<SocketState>() == 368);
+const _: () = assert!(size_of::<OtherPaths>() == 80);
+const _: () = assert!(size_of::<SocketState>() == 376);
 
 impl Meters {
     /// Meters whose lock is free.
