@@ -108,8 +108,8 @@ fn initial_rwnd(link: &Link, is_answered: bool) -> u64 {
     let limit = link.limit();
     // What the remote then sends waits at the host's end, and the remote for its acknowledgement: no longer than until it sends it again.
     let backlog_ns = if limit.queue == QUEUE_NONE { 0 } else { link.backlog_ns(clock::now_ns(), 0, false) };
-    if backlog_ns > WHOLE_SEGMENTS_NS {
-        return if backlog_ns > LOSS_PROBE_OF_ONE_NS { 1 } else { 2 };
+    if backlog_ns > LOSS_PROBE_OF_ONE_NS {
+        return 2;
     }
     let flight_ns = if is_answered { FIRST_REQUEST_NS } else { FIRST_FLIGHT_NS };
     (link_bytes(limit, flight_ns) / USUAL_MSS).clamp(1, MAX_INITIAL_RWND)

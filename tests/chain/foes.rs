@@ -27,8 +27,7 @@ fn an_applications_own_lower_rate_holds() {
     }
 }
 
-/// Applications bound what they are sent, and the smaller of two windows is the one that holds. Where acknowledgements are not held (no fq),
-/// nothing but the kernel sets windows, and newer kernels raise an application's clamp themselves: there the rate is asserted alone.
+/// Applications bound what they are sent, and the smaller of two windows is the one that holds.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn an_applications_own_window_clamp_holds() {

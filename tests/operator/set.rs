@@ -87,7 +87,7 @@ fn where_a_queue_of_the_nodes_holds_ingress_it_is_changed_too() {
         let (netns, host_end) = netns_with_host_end();
         let mut pod = Sandbox::with_netns(std::sync::Arc::new(netns));
         pod.stdin["runtimeConfig"]["bandwidth"] = json!({ "ingressRate": RATE });
-        pod.stdin["otherPaths"] = json!(other_paths);
+        pod.stdin.insert("otherPaths".into(), json!(other_paths));
         pod.call("ADD");
         let tc = |words: &[&str]| process::run(std::process::Command::new("tc").args(words)).unwrap();
         let by = pod.owner("eth0")["ingressBy"].clone();
