@@ -28,6 +28,7 @@ use podshaper_abi::{
 };
 
 use crate::{
+    FIRST_FLIGHT_BYTES,
     clock::{self, Link},
     flow::Flow,
     maps,
@@ -92,6 +93,8 @@ pub struct Riding {
     held_ns: u64,
     /// The number of the byte behind what came last of what waits.
     next_sequence: u64,
+    /// Not 0: it is of MPTCP, whose senders stall where a window is small: they have another one for all their connections.
+    pub is_multipath: u64,
 }
 
 impl Riding {
@@ -217,7 +220,7 @@ pub fn into_pod(ctx: &TcContext) -> i32 {
         Coming::ToBeCharged if is_exempt() => return TC_ACT_UNSPEC,
         Coming::ToBeCharged => return pass_on(skb, end),
         _ if is_exempt() => return TC_ACT_UNSPEC,
-        Coming::ToBeHeld(flow, segment, has_arrived) => hold(&packet, end, &wire, flow, segment, has_arrived),
+        Coming::ToBeHeld(flow, stretch) => hold(&packet, end, &wire, flow, stretch),
         Coming::ToListener => queue_request(skb, end, &wire),
         Coming::Other => charge(skb, end, INGRESS, &wire),
     };
@@ -279,16 +282,10 @@ fn charge(skb: *mut __sk_buff, end: &HostEnd, direction: u32, wire: &Wire) -> i3
 
 /// Charges a packet of a connection whose acknowledgements cannot be held: they ride on the pod's own data, which would be late with them, or
 /// pass them (fq lets data do that since Linux 6.7), or there is no fq. So the packets wait here, until the backlog is as long as windows aim
-/// for. `has_arrived`: the socket has all that came before.
+/// for.
 #[inline(always)]
-fn hold(
-    packet: &SkBuffContext,
-    end: &HostEnd,
-    wire: &Wire,
-    flow: &mut Flow,
-    segment: Segment,
-    has_arrived: bool,
-) -> i32 {
+fn hold(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, flow: &mut Flow, stretch: Stretch) -> i32 {
+    let Stretch { segment, has_arrived, has_windows } = stretch;
     let (Some(link), Some(others)) = (Link::of(end.slot, INGRESS), maps::others(end.slot, INGRESS)) else {
         return TC_ACT_UNSPEC;
     };
@@ -297,6 +294,10 @@ fn hold(
     let riding = &mut flow.riding;
     riding.held_ns = now_ns;
     if riding.has(segment, now_ns) {
+        return TC_ACT_SHOT;
+    }
+    if !has_windows && before_ns > link.limit().others_bound_ns {
+        add(&mut others.drops, wire.segments);
         return TC_ACT_SHOT;
     }
     let class = flow
@@ -439,12 +440,21 @@ fn is_charged(skb: *mut __sk_buff, end: &HostEnd, bytes: u64) -> bool {
     }
 }
 
+/// A segment of a connection, and what its socket knows.
+struct Stretch {
+    segment: Segment,
+    /// The socket has all that came before.
+    has_arrived: bool,
+    /// Windows slow its sender down. Else nothing but drops does.
+    has_windows: bool,
+}
+
 /// What a packet is that goes into the pod.
 enum Coming<'a> {
     /// A socket of the pod gets it, whose hook charges its bytes.
     ToBeCharged,
-    /// It is of a connection whose acknowledgements cannot be held. Whether the socket has all that came before.
-    ToBeHeld(&'a mut Flow, Segment, bool),
+    /// It is of a connection whose acknowledgements cannot be held.
+    ToBeHeld(&'a mut Flow, Stretch),
     /// It asks for a connection, or is of one that is not open yet, and nothing comes into the pod but by its turn.
     ToListener,
     /// No hook charges it.
@@ -463,12 +473,17 @@ fn coming<'a>(packet: &SkBuffContext, end: &HostEnd, bytes: u64) -> Coming<'a> {
         let listens = full.is_some_and(crate::listens);
         let is_connection = peers.are_of_tcp && full.is_some() && !listens;
         let tcp = full.and_then(|socket| bpf_tcp_sock(socket.as_ptr()).as_ref());
-        let next_sequence = tcp.map_or(0, |tcp| tcp.rcv_nxt);
+        let (next_sequence, received_bytes) = tcp.map_or((0, 0), |tcp| (tcp.rcv_nxt, tcp.bytes_received));
         packet::release(socket);
         let segment = Segment::of(packet, ETHERNET_HEADER_BYTES);
         match flow {
             Some(flow) if is_held(flow, end, is_connection) && !segment.is_acknowledgement() => {
-                Coming::ToBeHeld(flow, segment, segment.sequence == next_sequence)
+                if end.holds_streams != 0 && segment.is_multipath {
+                    flow.riding.is_multipath = 1;
+                }
+                // A connection that was there before the limit has no callback, and so no window.
+                let has_windows = flow.window.acknowledged_bytes != 0 || received_bytes < FIRST_FLIGHT_BYTES;
+                Coming::ToBeHeld(flow, Stretch { segment, has_arrived: segment.sequence == next_sequence, has_windows })
             }
             _ if peers.are_of_tcp && listens && end.holds_streams != 0 => Coming::ToListener,
             Some(flow) => {

@@ -19,6 +19,11 @@ const IPV6_HEADER_BYTES: u64 = 40;
 const UDP_HEADER_BYTES: u64 = 8;
 const TCP_HEADER_WITH_TIMESTAMPS_BYTES: u64 = 32;
 const TCP_DATA_OFFSET_OFFSET: u64 = 12;
+const TCP_HEADER_BYTES: u64 = 20;
+/// include/net/tcp.h.
+const TCPOPT_MPTCP: u8 = 30;
+/// With what aligns them.
+const TIMESTAMPS_BYTES: usize = 12;
 /// FIN, SYN and RST of TCP's flags byte.
 pub const OPENS_OR_CLOSES: u8 = 0b111;
 /// IANA protocol numbers.
@@ -234,6 +239,8 @@ pub struct Segment {
     pub sequence: u32,
     /// Bytes of payload.
     pub payload: u32,
+    /// Whether it is of MPTCP.
+    pub is_multipath: bool,
     /// Whether it opens, closes or resets the connection.
     opens_or_closes: bool,
 }
@@ -247,10 +254,13 @@ impl Segment {
         let network_bytes = Headers(network_headers(start[0], start[1], extension.into())).network_bytes();
         let [_, sequence, _, offset_and_flags]: [u32; 4] = load(ctx, link_bytes + network_bytes);
         let [data_offset, flags, ..] = offset_and_flags.to_ne_bytes();
+        // Linux puts its option first, or behind the timestamps (`tcp_options_write`).
+        let options: [u8; 16] = load(ctx, link_bytes + network_bytes + TCP_HEADER_BYTES);
         let headers_bytes = link_bytes + network_bytes + u64::from(data_offset >> 4) * 4;
         Self {
             sequence: u32::from_be(sequence),
             payload: (u64::from(ctx.len()).max(headers_bytes) - headers_bytes) as u32,
+            is_multipath: options[0] == TCPOPT_MPTCP || options[TIMESTAMPS_BYTES] == TCPOPT_MPTCP,
             opens_or_closes: flags & OPENS_OR_CLOSES != 0,
         }
     }

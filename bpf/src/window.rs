@@ -59,6 +59,9 @@ const FIRST_FLIGHT_NS: u64 = 4_000_000;
 const FIRST_REQUEST_NS: u64 = 20_000_000;
 /// The first flight of a sender that nobody limits (RFC 6928).
 const MAX_INITIAL_RWND: u64 = 10;
+/// The least window of a connection of MPTCP that waits at the host's end: what the limit carries in this time, and no more bytes than these.
+const MULTIPATH_NS: u64 = 10_000_000;
+const MULTIPATH_BYTES: u64 = 1 << 16;
 /// Payload of a full packet, where the connection's own is not known yet.
 const USUAL_MSS: u64 = 1448;
 /// How long after an acknowledgement that rode on data the next ones are expected to.
@@ -123,7 +126,10 @@ pub fn open(ctx: &SockOpsContext, is_answered: bool) {
     flow.window.bytes = first_bytes.min(link_bytes(link.limit(), MIN_ROUND_NS)).max(part_of_segment(ctx));
     flow.window.changed_ns = clock::now_ns();
     flow.window.right_edge = first_bytes;
-    clamp(ctx, flow.window.bytes, flow.application_window_bytes);
+    // What waits at the host's end is known by the first acknowledgement, and whether it is of MPTCP.
+    if link.limit().queue == QUEUE_NONE {
+        clamp(ctx, flow.window.bytes, flow.application_window_bytes);
+    }
 }
 
 /// A segment is about to leave. If it is a pure ACK: when it may, and with which window.
@@ -152,6 +158,9 @@ pub fn acknowledge(ctx: &SockOpsContext) {
             collapse(ctx, &mut flow.window, now_ns, backlog_ns);
         } else {
             resize(ctx, link.limit(), &mut flow.window, now_ns, backlog_ns, rtt_ns);
+        }
+        if flow.riding.is_multipath != 0 {
+            flow.window.bytes = flow.window.bytes.max(link_bytes(link.limit(), MULTIPATH_NS).min(MULTIPATH_BYTES));
         }
         return advertise(ctx, flow);
     }
