@@ -8,7 +8,7 @@ use podshaper_abi::{HostEnd, SocketState};
 
 use crate::{
     clock,
-    other_paths::{Covered, Riding},
+    other_paths::{Covered, Waiting},
     turn::Turn,
     window::Window,
 };
@@ -45,7 +45,7 @@ pub struct Flow {
     /// The same of what it receives.
     pub into_covered: Covered,
     /// What it receives while its acknowledgements ride on data.
-    pub riding: Riding,
+    pub waiting: Waiting,
     /// The receive window.
     pub window: Window,
 }
@@ -54,7 +54,7 @@ impl Flow {
     /// Whether its acknowledgements ride on data, so that what comes to it is to be held at this host's end, or some of that waits there still.
     #[inline(always)]
     pub fn rides(&self, end: &HostEnd) -> bool {
-        self.slot == end.slot.into() && self.riding.is_on(clock::now_ns())
+        self.slot == end.slot.into() && self.waiting.is_on(clock::now_ns())
     }
 }
 

@@ -84,7 +84,7 @@ pub struct Covered {
 /// What waits of a connection whose acknowledgements cannot be held.
 #[repr(C)]
 #[derive(Clone, Copy)]
-pub struct Riding {
+pub struct Waiting {
     /// Until when what comes is held here, since acknowledgements ride on data. 0: none has.
     pub until_ns: u64,
     /// Until when what came waits.
@@ -95,9 +95,11 @@ pub struct Riding {
     next_sequence: u64,
     /// Not 0: it is of MPTCP, whose senders stall where a window is small: they have another one for all their connections.
     pub is_multipath: u64,
+    /// Not 0: its window is set with each acknowledgement. That of a connection which was there before the limit is not, and none is on Linux 5.10.
+    pub has_windows: u64,
 }
 
-impl Riding {
+impl Waiting {
     /// Whether what comes now is to be held here.
     #[inline(always)]
     pub fn is_on(&self, now_ns: u64) -> bool {
@@ -291,34 +293,32 @@ fn hold(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, flow: &mut Flow, str
     };
     let now_ns = clock::now_ns();
     let before_ns = link.backlog_ns(now_ns, 0, false);
-    let riding = &mut flow.riding;
-    riding.held_ns = now_ns;
-    if riding.has(segment, now_ns) {
+    let waiting = &mut flow.waiting;
+    waiting.held_ns = now_ns;
+    if waiting.has(segment, now_ns) {
         return TC_ACT_SHOT;
     }
     if !has_windows && before_ns > link.limit().others_bound_ns {
         add(&mut others.drops, wire.segments);
         return TC_ACT_SHOT;
     }
-    let class = flow
-        .into
-        .decide(&link, &Packet { has_arrived, queue: end.queue(), ..Packet::received(wire, true) })
-        .class;
+    let class =
+        flow.into.decide(&link, &Packet { has_arrived, queue: end.queue(), ..Packet::received(wire, true) }).class;
     let skb = packet.skb.skb;
     // SAFETY: tc programs may call it. It returns 1 where the packet is ECN-capable and now marked.
     let is_marked = link.is_marked(STREAM, before_ns) && unsafe { bpf_skb_ecn_set_ce(skb) } == 1;
     if !link.admits(wire.bytes, wire.segments, class, is_marked) {
         return TC_ACT_SHOT;
     }
-    let follows = !has_arrived && now_ns < riding.waits_until_ns;
+    let follows = !has_arrived && now_ns < waiting.waits_until_ns;
     let waits = matches!(class, STREAM | ORDERED) && before_ns > AHEAD_NS;
     if end.waiting_ifindex == 0 || !follows && !waits {
         return at_once(skb, end, INGRESS, others, now_ns);
     }
     // The clock never goes back, and so nor do these times: packets of a connection stay in their order.
     let edt_ns = now_ns + before_ns.max(AHEAD_NS) - AHEAD_NS;
-    riding.waits_until_ns = edt_ns + LATE_NS;
-    riding.next_sequence = segment.sequence.wrapping_add(segment.payload).into();
+    waiting.waits_until_ns = edt_ns + LATE_NS;
+    waiting.next_sequence = segment.sequence.wrapping_add(segment.payload).into();
     // SAFETY: as in `charge`.
     unsafe { (&raw mut others.streams_wait_until_ns).write_volatile(edt_ns + LATE_NS) };
     wait(skb, end, INGRESS, ROOM_INTO_QUEUE, edt_ns)
@@ -479,10 +479,9 @@ fn coming<'a>(packet: &SkBuffContext, end: &HostEnd, bytes: u64) -> Coming<'a> {
         match flow {
             Some(flow) if is_held(flow, end, is_connection) && !segment.is_acknowledgement() => {
                 if end.holds_streams != 0 && segment.is_multipath {
-                    flow.riding.is_multipath = 1;
+                    flow.waiting.is_multipath = 1;
                 }
-                // A connection that was there before the limit has no callback, and so no window.
-                let has_windows = flow.window.acknowledged_bytes != 0 || received_bytes < FIRST_FLIGHT_BYTES;
+                let has_windows = flow.waiting.has_windows != 0 || received_bytes < FIRST_FLIGHT_BYTES;
                 Coming::ToBeHeld(flow, Stretch { segment, has_arrived: segment.sequence == next_sequence, has_windows })
             }
             _ if peers.are_of_tcp && listens && end.holds_streams != 0 => Coming::ToListener,

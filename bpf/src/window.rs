@@ -140,7 +140,7 @@ pub fn acknowledge(ctx: &SockOpsContext) {
     }
     let Some((flow, link)) = limited(ctx) else { return };
     let now_ns = clock::now_ns();
-    let is_held = flow.riding.is_held(now_ns);
+    let is_held = flow.waiting.is_held(now_ns);
     if tcp::payload_bytes(ctx) != 0 {
         // Data carries the newest acknowledgement. It is not held, since its latency is the application's.
         note_ride(ctx, flow, now_ns);
@@ -159,10 +159,11 @@ pub fn acknowledge(ctx: &SockOpsContext) {
         } else {
             resize(ctx, link.limit(), &mut flow.window, now_ns, backlog_ns, rtt_ns);
         }
-        if flow.riding.is_multipath != 0 {
+        if flow.waiting.is_multipath != 0 {
             flow.window.bytes = flow.window.bytes.max(link_bytes(link.limit(), MULTIPATH_NS).min(MULTIPATH_BYTES));
         }
-        return advertise(ctx, flow);
+        flow.waiting.has_windows = advertise(ctx, flow).into();
+        return;
     }
     // The remote's estimate counts what its acknowledgements were held. It waits for two of it, whatever else. What the pod itself sends may
     // wait for long, in either direction's name, and the remote's estimate does not count that.
@@ -189,7 +190,7 @@ fn note_ride(ctx: &SockOpsContext, flow: &mut Flow, now_ns: u64) {
     let before_bytes = flow.window.acknowledged_bytes.max(flow.window.ridden_bytes);
     flow.window.ridden_bytes = received_bytes;
     if received_bytes >= before_bytes + part_of_segment(ctx) {
-        flow.riding.until_ns = now_ns + RIDES_FOR_NS;
+        flow.waiting.until_ns = now_ns + RIDES_FOR_NS;
     }
 }
 
@@ -289,24 +290,25 @@ fn link_bytes(limit: &Limit, time_ns: u64) -> u64 {
     limit.rate_bits_per_s / 8_000 * (time_ns / 1_000) / 1_000
 }
 
-/// Sets the window of the acknowledgement that is about to leave.
+/// Sets the window of the acknowledgement that is about to leave; whether it can be.
 #[inline(always)]
-fn advertise(ctx: &SockOpsContext, flow: &mut Flow) {
+fn advertise(ctx: &SockOpsContext, flow: &mut Flow) -> bool {
     let window = &mut flow.window;
     window.acknowledged_bytes = tcp::received_bytes(ctx);
     // A window never takes back what it has given.
     window.right_edge = window.right_edge.max(window.acknowledged_bytes + window.bytes);
     window.largest_bytes = window.largest_bytes.max(window.right_edge - window.acknowledged_bytes);
-    clamp(ctx, window.bytes, flow.application_window_bytes);
+    clamp(ctx, window.bytes, flow.application_window_bytes)
 }
 
 /// `own_bytes`: the application's own clamp, which holds where it is the smaller one. 0: there is none.
 #[inline(always)]
-fn clamp(ctx: &SockOpsContext, bytes: u64, own_bytes: u64) {
+fn clamp(ctx: &SockOpsContext, bytes: u64, own_bytes: u64) -> bool {
     let mut value = if own_bytes == 0 { bytes } else { bytes.min(own_bytes) } as u32;
     // SAFETY: sock_ops programs may set this option on the locked socket of their context; the value is on the stack. Linux 5.10
     // does not know it here: windows then grow until the bound drops.
     unsafe {
-        bpf_setsockopt(ctx.ops.cast(), IPPROTO_TCP, TCP_WINDOW_CLAMP, (&raw mut value).cast(), size_of::<u32>() as i32);
+        let (value, bytes) = ((&raw mut value).cast(), size_of::<u32>() as i32);
+        bpf_setsockopt(ctx.ops.cast(), IPPROTO_TCP, TCP_WINDOW_CLAMP, value, bytes) == 0
     }
 }

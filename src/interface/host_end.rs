@@ -245,16 +245,14 @@ fn take_classes(ifindex: u32, first: u16) {
 pub fn put_filter(ifindex: u32, hook: Hook, number: u16, name: &str, program: BorrowedFd<'_>) -> Result<()> {
     let failed = |cause: io::Error| {
         let what = format!("put the eBPF program {name} on the interface {ifindex}");
-        match cause.raw_os_error() {
-            // `tc_new_tfilter` (net/sched/cls_api.c): one preference has one kind of filter, of one protocol.
-            Some(libc::EINVAL) => {
-                let text = format!(
-                    "{what}: another filter has preference {PRIORITY} there, as the bandwidth plugin's has (tc filter show dev ..)"
-                );
-                Error::because(Code::Kernel, text, cause)
-            }
-            _ => Error::because(Code::Kernel, what, cause),
-        }
+        let text = if cause.raw_os_error() == Some(libc::EINVAL) && is_taken(ifindex, hook) {
+            format!(
+                "{what}: another filter has preference {PRIORITY} there, as the bandwidth plugin's has (tc filter show dev ..)"
+            )
+        } else {
+            what
+        };
+        Error::because(Code::Kernel, text, cause)
     };
     let mut message = filter(ifindex, hook, number);
     let options = vec![
@@ -264,6 +262,19 @@ pub fn put_filter(ifindex: u32, hook: Hook, number: u16, name: &str, program: Bo
     ];
     message.attributes = vec![TcAttribute::Kind("bpf".to_owned()), TcAttribute::Options(options)];
     netlink::change(RouteNetlinkMessage::NewTrafficFilter(message), NLM_F_CREATE | NLM_F_REPLACE).map_err(failed)
+}
+
+/// Whether our preference is taken. One preference has one kind of filter, of one protocol (`tc_new_tfilter`, net/sched/cls_api.c).
+fn is_taken(ifindex: u32, hook: Hook) -> bool {
+    let ours = filter(ifindex, hook, 0).header.info;
+    let is_other = |answer: &RouteNetlinkMessage| match answer {
+        RouteNetlinkMessage::NewTrafficFilter(filter) => {
+            let is_bpf = filter.attributes.contains(&TcAttribute::Kind("bpf".to_owned()));
+            filter.header.info >> 16 == u32::from(PRIORITY) && (!is_bpf || filter.header.info != ours)
+        }
+        _ => false,
+    };
+    filters(ifindex, hook).is_ok_and(|found| found.iter().any(is_other))
 }
 
 /// Takes the program of this number off an interface. What others have put there stays.

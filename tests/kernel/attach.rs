@@ -1,5 +1,6 @@
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -9,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::harness::cgroup::{self, Driver, PodCgroup};
 use crate::harness::pod::{container_id, uuid};
-use crate::harness::process::Running;
+use crate::harness::process::{self, Running};
 use crate::harness::traffic_program;
 use crate::sandbox::{
     ATTACHMENT, LINKS, PROGRAMS, RATE, Sandbox, builds_large_packets, links_on, netns_with, netns_with_host_end, ok,
@@ -236,6 +237,30 @@ fn no_qdisc_outlives_the_limit_it_was_put_there_for() {
         assert_eq!(qdiscs(), usize::from(sends && serves()), "after {what}: {by}");
     }
     pod.call("DEL");
+}
+
+/// Somebody's `ingress` at the host's end, where clsact would have room for filters of both ways. It stays, and the log says what is not held.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn plain_ingress_at_the_hosts_end_has_no_room_for_what_goes_into_the_pod() {
+    let (netns, host_end) = netns_with_host_end();
+    let mut pod = Sandbox::with_netns(Arc::new(netns));
+    let tc = |words: &[&str]| process::run(Command::new("tc").args(words).arg("dev").arg(&host_end)).unwrap();
+    tc(&["qdisc", "add", "ingress"]);
+    pod.stdin["runtimeConfig"]["bandwidth"] = json!({ "egressRate": RATE, "ingressRate": RATE });
+    let add = pod.call("ADD");
+    assert!(add.stderr.contains("is not held") && add.stderr.contains("it has the qdisc ingress"), "{add}");
+    // With tbf, all that goes in is held, and there is room for the filter of the other way.
+    let owner = pod.owner("eth0");
+    let by_tbf = owner["ingressBy"] == "tbf";
+    assert!(by_tbf || owner["ingressBy"] == "held-acks", "{owner}");
+    assert_eq!(owner.get("heldAt").is_some(), by_tbf, "{owner}");
+    assert_eq!(tc(&["filter", "show", "ingress"]).contains("podshaper"), by_tbf);
+    pod.assert_rates([RATE, RATE]);
+    pod.call("CHECK");
+    pod.call("DEL");
+    assert!(tc(&["qdisc", "show"]).contains("qdisc ingress"));
+    assert_eq!((tc(&["filter", "show", "ingress"]).as_str(), own_qdiscs(&pod.netns, &host_end)), ("", 0));
 }
 
 /// The qdiscs are put on before the programs are loaded, since they decide which; the refusal here comes in between.

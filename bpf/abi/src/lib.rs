@@ -303,7 +303,7 @@ pub struct SocketState {
     paced_bytes_per_s: u64,
     /// The attachment by whose interface the socket sends, as of [`Scope::slot`]. 0: none.
     pub slot: u64,
-    others: [u64; 18],
+    others: [u64; 19],
     /// TCP_WINDOW_CLAMP as the programs set it last, in bytes. 0: they have not.
     pub window_bytes: u64,
     window: [u64; 9],
@@ -318,7 +318,7 @@ const _: () = assert!(size_of::<Meters>() == 8 + 2 * size_of::<Meter>());
 const _: () = assert!(size_of::<Scope>() == 24);
 const _: () = assert!(size_of::<HostEnd>() == 32);
 const _: () = assert!(size_of::<OtherPaths>() == 80);
-const _: () = assert!(size_of::<SocketState>() == 384);
+const _: () = assert!(size_of::<SocketState>() == 392);
 
 impl Meters {
     /// Meters whose lock is free.
