@@ -245,8 +245,11 @@ fn no_qdisc_outlives_the_limit_it_was_put_there_for() {
 fn plain_ingress_at_the_hosts_end_has_no_room_for_what_goes_into_the_pod() {
     let (netns, host_end) = netns_with_host_end();
     let mut pod = Sandbox::with_netns(Arc::new(netns));
-    let tc = |words: &[&str]| process::run(Command::new("tc").args(words).arg("dev").arg(&host_end)).unwrap();
-    tc(&["qdisc", "add", "ingress"]);
+    let tc = |words: [&str; 2], last: &[&str]| {
+        process::run(Command::new("tc").args(words).args(["dev", &host_end]).args(last)).unwrap()
+    };
+    tc(["qdisc", "add"], &["ingress"]);
+    let filters = || tc(["filter", "show"], &["ingress"]);
     pod.stdin["runtimeConfig"]["bandwidth"] = json!({ "egressRate": RATE, "ingressRate": RATE });
     let add = pod.call("ADD");
     assert!(add.stderr.contains("is not held") && add.stderr.contains("it has the qdisc ingress"), "{add}");
@@ -255,12 +258,12 @@ fn plain_ingress_at_the_hosts_end_has_no_room_for_what_goes_into_the_pod() {
     let by_tbf = owner["ingressBy"] == "tbf";
     assert!(by_tbf || owner["ingressBy"] == "held-acks", "{owner}");
     assert_eq!(owner.get("heldAt").is_some(), by_tbf, "{owner}");
-    assert_eq!(tc(&["filter", "show", "ingress"]).contains("podshaper"), by_tbf);
+    assert_eq!(filters().contains("podshaper"), by_tbf);
     pod.assert_rates([RATE, RATE]);
     pod.call("CHECK");
     pod.call("DEL");
-    assert!(tc(&["qdisc", "show"]).contains("qdisc ingress"));
-    assert_eq!((tc(&["filter", "show", "ingress"]).as_str(), own_qdiscs(&pod.netns, &host_end)), ("", 0));
+    assert!(tc(["qdisc", "show"], &[]).contains("qdisc ingress"));
+    assert_eq!((filters().as_str(), own_qdiscs(&pod.netns, &host_end)), ("", 0));
 }
 
 /// The qdiscs are put on before the programs are loaded, since they decide which; the refusal here comes in between.
