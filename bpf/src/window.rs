@@ -62,6 +62,8 @@ const MAX_INITIAL_RWND: u64 = 10;
 /// The least window of a connection of MPTCP that waits at the host's end: what the limit carries in this time, and no more bytes than these.
 const MULTIPATH_NS: u64 = 10_000_000;
 const MULTIPATH_BYTES: u64 = 1 << 16;
+/// How long a first flight may wait at the host's end: its sender sends it again after so long (`TCP_RTO_MIN`).
+const FIRST_WAIT_NS: u64 = 200_000_000;
 /// Payload of a full packet, where the connection's own is not known yet.
 const USUAL_MSS: u64 = 1448;
 /// How long after an acknowledgement that rode on data the next ones are expected to.
@@ -111,7 +113,7 @@ fn initial_rwnd(link: &Link, is_answered: bool) -> u64 {
     let limit = link.limit();
     // What the remote then sends waits at the host's end, and the remote for its acknowledgement: no longer than until it sends it again.
     let backlog_ns = if limit.queue == QUEUE_NONE { 0 } else { link.backlog_ns(clock::now_ns(), 0, false) };
-    if backlog_ns > LOSS_PROBE_OF_ONE_NS {
+    if backlog_ns > FIRST_WAIT_NS {
         return 2;
     }
     let flight_ns = if is_answered { FIRST_REQUEST_NS } else { FIRST_FLIGHT_NS };
