@@ -47,8 +47,17 @@ pub const MANY_PODS: &[&str] = &["operator::scale::", "two_hundred_pods", "a_nod
 /// Those of them that are run there: what the commands take beside hundreds is measured on this machine's kernel.
 pub const MANY_PODS_IN_UML: &[&str] = &["two_hundred_pods", "a_node_of_250"];
 
-/// What needs no kernel is not run a second time.
-pub const NO_KERNEL: &str = "plain::";
+/// What asks nothing of the kernel that this machine's does not answer as well is not run a second time, in User Mode Linux.
+pub const SAME_EVERYWHERE: &[&str] = &[
+    "plain::",
+    "install::",
+    "labels::",
+    "kernel::cgroups::",
+    "operator::follow::",
+    "conflist_examples::the_examples_of_other",
+    "an_add_that_does_not_get_the_lock",
+    "pods_that_find_no_bpffs",
+];
 
 /// Of the traffic tests, those that show podshaper on this machine's kernel, whatever it has: the rate both ways, replies beside bulk
 /// flows, UDP, short connections, what no socket of the pod sends, and a network's conflist.
@@ -147,7 +156,7 @@ pub fn steps(verb: Verb) -> Vec<Step> {
         ],
         Verb::Uml => vec![
             build_optimised(),
-            one("User Mode Linux: all tests", 23.0, stages::all_in_uml),
+            one("User Mode Linux: all tests", 21.0, stages::all_in_uml),
             one("User Mode Linux: hundreds of pods", 5.0, stages::many_pods_in_uml),
         ],
         Verb::Node => vec![build_optimised(), one("nodes in User Mode Linux", 25.5, nodes::nodes)],
@@ -159,17 +168,14 @@ pub fn steps(verb: Verb) -> Vec<Step> {
             one("this kernel: unit tests, ADD to GC, the commands", 3.0, stages::functional_here),
             one("this kernel: the tests of traffic", 12.0, stages::all_traffic_here),
             build_optimised(),
-            one("User Mode Linux: all tests", 23.0, stages::all_in_uml),
+            one("User Mode Linux: all tests", 21.0, stages::all_in_uml),
             // Each virtual machine is one thread of this one, and so is User Mode Linux.
             Step::Beside(
                 vec![
                     stage("Debian's kernels, 5.10 to the newest, in QEMU", 14.0, stages::on_debians_kernels),
                     stage("what a cluster is made of is built", 5.0, nodes::parts_of_a_cluster),
                 ],
-                vec![
-                    stage("nodes in User Mode Linux", 15.5, nodes::nodes),
-                    stage("User Mode Linux: hundreds of pods", 5.0, stages::many_pods_in_uml),
-                ],
+                vec![stage("nodes in User Mode Linux", 17.5, nodes::nodes)],
             ),
             one("a cluster of one node", 8.0, nodes::cluster),
         ],
@@ -229,7 +235,7 @@ mod tests {
             NOT_MEASURING,
             MANY_PODS,
             MANY_PODS_IN_UML,
-            &[NO_KERNEL],
+            SAME_EVERYWHERE,
             TRAFFIC_HERE,
             TRAFFIC_IN_UML,
             ASKED_OF_KERNELS,

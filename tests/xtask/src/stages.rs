@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::lane::{Lane, Tests};
 use crate::output::last_line;
 use crate::plan::{
-    ALONE, ASKED_OF_KERNELS, KERNELS, MANY_PODS, MANY_PODS_IN_UML, NO_KERNEL, TOO_MUCH_FOR_UML, TRAFFIC_HERE,
+    ALONE, ASKED_OF_KERNELS, KERNELS, MANY_PODS, MANY_PODS_IN_UML, SAME_EVERYWHERE, TOO_MUCH_FOR_UML, TRAFFIC_HERE,
     TRAFFIC_IN_UML,
 };
 use crate::processes::{self, command};
@@ -206,7 +206,7 @@ pub fn some_traffic_in_uml(session: &Session, lane: &mut Lane) {
 
 pub fn all_in_uml(session: &Session, lane: &mut Lane) {
     const MPTCP: &str = "chain::mptcp::";
-    let mut skipped = [&[NO_KERNEL, TOO_MUCH_FOR_UML], MANY_PODS].concat();
+    let mut skipped = [SAME_EVERYWHERE, &[TOO_MUCH_FOR_UML], MANY_PODS].concat();
     let mut name = format!("User Mode Linux (without {TOO_MUCH_FOR_UML})");
     // This machine's kernel can make the connections of MPTCP.
     if lane.run(command("tests/lab/uml").args(["--", "test", "-e", "/proc/sys/net/mptcp/enabled"])).0 != 0 {
