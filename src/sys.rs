@@ -13,6 +13,8 @@ use std::{
     os::unix::process::CommandExt,
     path::Path,
     process::Command,
+    thread,
+    time::Duration,
 };
 
 use nix::sys::signal::SigSet;
@@ -334,7 +336,18 @@ impl<K: Copy + Default, V: aya::Pod + Default> Map<K, V> {
     /// # Errors
     /// What the kernel says; E2BIG where the map is full.
     pub fn set(&self, key: &K, value: &V) -> io::Result<()> {
-        self.element(BPF_MAP_UPDATE_ELEM, self.attr(key, (&raw const *value) as u64, 0))
+        /// Since Linux 6.1 each CPU has a few elements in stock, and fills the stock up in the background (kernel/bpf/memalloc.c): a call
+        /// that finds none is told ENOMEM, whatever memory there is.
+        const ATTEMPTS: u32 = 20;
+        const PAUSE: Duration = Duration::from_millis(2);
+        let write = || self.element(BPF_MAP_UPDATE_ELEM, self.attr(key, (&raw const *value) as u64, 0));
+        for _ in 1..ATTEMPTS {
+            match write() {
+                Err(cause) if cause.raw_os_error() == Some(libc::ENOMEM) => thread::sleep(PAUSE),
+                written => return written,
+            }
+        }
+        write()
     }
 
     /// Removes the element of a key, if there is one.
