@@ -14,6 +14,10 @@
 //!                           └────────────────────────────────────────────────────────────────────────────────────────────────┘
 //!   the same into the pod, from the egress of the host's end: into_pod
 //! ```
+//!
+//! What comes to the pod's own connections waits there, too, where their acknowledgements cannot be held ([`hold`]): those that ride on data, and all
+//! of a pod without fq. What waits in fq leaves when the clock says. htb knows nothing of the clock, so while some of it waits, whatever else goes
+//! into the pod passes another class of the same htb, which never waits and takes its part of the limit.
 
 use core::{arch::asm, ptr::NonNull};
 
@@ -324,8 +328,8 @@ fn hold(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, flow: &mut Flow, str
     wait(skb, end, INGRESS, ROOM_INTO_QUEUE, edt_ns)
 }
 
-/// Charges the request for a connection. It is one of a new flow; if there is no room for more of those, it waits, and is dropped beyond
-/// [`REQUEST_BOUND_NS`]: what asks without end is a flood.
+/// Charges the request for a connection. The request is of a new flow. If new flows have had their part of the rate, the request waits, and
+/// beyond [`REQUEST_BOUND_NS`] it is dropped: what asks without end is a flood.
 #[inline(always)]
 fn queue_request(skb: *mut __sk_buff, end: &HostEnd, wire: &Wire) -> i32 {
     let (Some(link), Some(others)) = (Link::of(end.slot, INGRESS), maps::others(end.slot, INGRESS)) else {
@@ -455,7 +459,7 @@ enum Coming<'a> {
     ToBeCharged,
     /// It is of a connection whose acknowledgements cannot be held.
     ToBeHeld(&'a mut Flow, Stretch),
-    /// It asks for a connection, or is of one that is not open yet, and nothing comes into the pod but by its turn.
+    /// It asks for a connection, or is of one that is not open yet, of a pod into which all TCP comes by its turn.
     ToListener,
     /// No hook charges it.
     Other,
