@@ -137,13 +137,7 @@ pub fn put_htb(ifindex: u32, limit: &Limit) -> Result<()> {
             _ => replace_root(ifindex, "htb", htb_root()).map_err(failed)?,
         }
     }
-    for (parent, minor, options) in [
-        (OURS, HTB_LIMIT, of_limit(limit)),
-        (class(HTB_LIMIT), HTB_AT_ONCE, at_once(limit)),
-        (class(HTB_LIMIT), HTB_QUEUE, queue(limit)),
-    ] {
-        put_htb_class(ifindex, parent, minor, options, NLM_F_CREATE | NLM_F_REPLACE).map_err(failed)?;
-    }
+    put_classes(ifindex, [HTB_LIMIT, HTB_AT_ONCE, HTB_QUEUE], limit).map_err(failed)?;
     put_pfifo(ifindex, class(HTB_QUEUE)).map_err(failed)
 }
 
@@ -168,8 +162,7 @@ pub fn add_room_class(ifindex: u32, slot: u32, limit: &Limit) -> Result<u16> {
     const PLACES: u32 = ((u16::MAX - FIRST_ROOM_CLASS) / ROOM_CLASSES) as u32;
     for place in 0..PLACES {
         let first = FIRST_ROOM_CLASS + ROOM_CLASSES * (slot.wrapping_add(place) % PLACES) as u16;
-        let options = RoomClass::Out.options(limit);
-        match put_htb_class(ifindex, OURS, first + ROOM_OUT, options, NLM_F_CREATE | NLM_F_EXCL) {
+        match put_htb_class(ifindex, OURS, first + ROOM_OUT, of_limit(limit), NLM_F_CREATE | NLM_F_EXCL) {
             Ok(()) => return Ok(first),
             Err(cause) if cause.raw_os_error() == Some(libc::EEXIST) => {}
             Err(cause) => return Err(no_room(cause)),
@@ -213,7 +206,8 @@ pub fn take_room_class(ifindex: u32, minor: u16) -> Result<()> {
 /// # Errors
 /// [`Code::Kernel`] with what the kernel says.
 pub fn put_room_class_out(ifindex: u32, first: u16, limit: &Limit) -> Result<()> {
-    put_room_class(ifindex, first, RoomClass::Out, limit)
+    let replaces = NLM_F_CREATE | NLM_F_REPLACE;
+    put_htb_class(ifindex, OURS, first + ROOM_OUT, of_limit(limit), replaces).map_err(no_room)
 }
 
 /// A pod's classes for what goes into it, as [`put_htb`] makes them for what it sends.
@@ -221,40 +215,20 @@ pub fn put_room_class_out(ifindex: u32, first: u16, limit: &Limit) -> Result<()>
 /// # Errors
 /// [`Code::Kernel`] with what the kernel says.
 pub fn put_room_classes_into(ifindex: u32, first: u16, limit: &Limit) -> Result<()> {
-    let classes = [RoomClass::Into, RoomClass::IntoAtOnce, RoomClass::IntoQueue];
-    classes.into_iter().try_for_each(|class| put_room_class(ifindex, first, class, limit))
+    put_classes(ifindex, [ROOM_INTO, ROOM_INTO_AT_ONCE, ROOM_INTO_QUEUE].map(|class| first + class), limit)
+        .map_err(no_room)
 }
 
-fn put_room_class(ifindex: u32, first: u16, room_class: RoomClass, limit: &Limit) -> Result<()> {
-    let parent = room_class.parent().map_or(OURS, |parent| class(first + parent));
-    let options = room_class.options(limit);
-    put_htb_class(ifindex, parent, first + room_class as u16, options, NLM_F_CREATE | NLM_F_REPLACE).map_err(no_room)
-}
-
-/// One of a pod's classes in the waiting room.
-#[derive(Clone, Copy)]
-enum RoomClass {
-    Out = ROOM_OUT as isize,
-    Into = ROOM_INTO as isize,
-    IntoAtOnce = ROOM_INTO_AT_ONCE as isize,
-    IntoQueue = ROOM_INTO_QUEUE as isize,
-}
-
-impl RoomClass {
-    fn parent(self) -> Option<u16> {
-        match self {
-            Self::Out | Self::Into => None,
-            Self::IntoAtOnce | Self::IntoQueue => Some(ROOM_INTO),
-        }
+/// The class that has a limit, and in it that of what leaves at once, and that of what waits.
+fn put_classes(ifindex: u32, [whole, at_once, queue]: [u16; 3], limit: &Limit) -> io::Result<()> {
+    for (parent, minor, options) in [
+        (OURS, whole, of_limit(limit)),
+        (class(whole), at_once, of_what_leaves_at_once(limit)),
+        (class(whole), queue, of_what_waits(limit)),
+    ] {
+        put_htb_class(ifindex, parent, minor, options, NLM_F_CREATE | NLM_F_REPLACE)?;
     }
-
-    fn options(self, limit: &Limit) -> Vec<TcOption> {
-        match self {
-            Self::Out | Self::Into => of_limit(limit),
-            Self::IntoAtOnce => at_once(limit),
-            Self::IntoQueue => queue(limit),
-        }
-    }
+    Ok(())
 }
 
 /// Options of the class that has the limit.
@@ -263,14 +237,12 @@ fn of_limit(limit: &Limit) -> Vec<TcOption> {
     htb_options(bytes_per_s, bytes_per_s, limit.burst.as_ns_at(limit.rate), 0)
 }
 
-/// Options of that of what leaves at once.
-fn at_once(limit: &Limit) -> Vec<TcOption> {
+fn of_what_leaves_at_once(limit: &Limit) -> Vec<TcOption> {
     let bytes_per_s = (with_ethernet(limit.rate) / 8).saturating_mul(HTB_AT_ONCE_TIMES);
     htb_options(bytes_per_s, bytes_per_s, limit.burst.as_ns_at(limit.rate), 0)
 }
 
-/// Options of that of what waits.
-fn queue(limit: &Limit) -> Vec<TcOption> {
+fn of_what_waits(limit: &Limit) -> Vec<TcOption> {
     let bytes_per_s = with_ethernet(limit.rate) / 8;
     htb_options((bytes_per_s / HTB_QUEUE_PART).max(1), bytes_per_s, limit.burst.as_ns_at(limit.rate), 1)
 }

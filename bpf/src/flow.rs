@@ -44,7 +44,7 @@ pub struct Flow {
     pub out_covered: Covered,
     /// The same of what it receives.
     pub into_covered: Covered,
-    /// What it receives while its acknowledgements ride on data.
+    /// What it receives and waits at the host's end.
     pub waiting: Waiting,
     /// The receive window.
     pub window: Window,

@@ -63,8 +63,8 @@ const LATE_NS: u64 = 50_000_000;
 const OTHERS_BURST_BYTES: u64 = 1 << 14;
 /// How long after a packet that was held here the next ones are taken to be as well.
 const HELD_FOR_NS: u64 = 1_000_000_000;
-/// What passes at once of a connection whose acknowledgements ride: as much as the windows aim for, so that a late timer does not leave the clock
-/// idle.
+/// What passes at once of a connection whose acknowledgements cannot be held: as much as the windows aim for, so that a late timer does not
+/// leave the clock idle.
 const AHEAD_NS: u64 = 5_000_000;
 /// Up to this backlog the request for a connection waits: a remote repeats it after a second.
 const REQUEST_BOUND_NS: u64 = 500_000_000;
@@ -476,26 +476,26 @@ fn coming<'a>(packet: &SkBuffContext, end: &HostEnd, bytes: u64) -> Coming<'a> {
         let flow = full.and_then(|socket| maps::flow(socket));
         let listens = full.is_some_and(crate::listens);
         let is_connection = peers.are_of_tcp && full.is_some() && !listens;
-        let tcp = full.and_then(|socket| bpf_tcp_sock(socket.as_ptr()).as_ref());
+        let is_held = is_connection && flow.as_deref().is_some_and(|flow| is_held(flow, end));
+        let tcp = full.filter(|_| is_held).and_then(|socket| bpf_tcp_sock(socket.as_ptr()).as_ref());
         let (next_sequence, received_bytes) = tcp.map_or((0, 0), |tcp| (tcp.rcv_nxt, tcp.bytes_received));
         packet::release(socket);
-        let segment = Segment::of(packet, ETHERNET_HEADER_BYTES);
         match flow {
-            Some(flow) if is_held(flow, end, is_connection) && !segment.is_acknowledgement() => {
-                if end.holds_streams != 0 && segment.is_multipath {
+            Some(flow) if is_held => {
+                let segment = Segment::of(packet, ETHERNET_HEADER_BYTES);
+                if segment.is_acknowledgement() {
+                    return covered(flow, end, bytes);
+                }
+                if end.holds_streams != 0 && segment.is_multipath(packet) {
                     flow.waiting.is_multipath = 1;
                 }
-                let has_windows = flow.waiting.has_windows != 0 || received_bytes < FIRST_FLIGHT_BYTES;
+                // Acknowledgements that ride on data are known by the callback that sets windows.
+                let has_windows =
+                    end.holds_streams == 0 || flow.waiting.has_windows != 0 || received_bytes < FIRST_FLIGHT_BYTES;
                 Coming::ToBeHeld(flow, Stretch { segment, has_arrived: segment.sequence == next_sequence, has_windows })
             }
             _ if peers.are_of_tcp && listens && end.holds_streams != 0 => Coming::ToListener,
-            Some(flow) => {
-                if flow.into_covered.passes(end, bytes, ON_THE_WAY_BYTES) {
-                    Coming::ToBeCharged
-                } else {
-                    Coming::Other
-                }
-            }
+            Some(flow) => covered(flow, end, bytes),
             // Of a connection that is being opened, or in the place of one in TIME-WAIT: its listener's hook sees it.
             None if full.is_none() && end.holds_streams != 0 => Coming::ToListener,
             None if full.is_none() && is_request => Coming::ToBeCharged,
@@ -504,8 +504,14 @@ fn coming<'a>(packet: &SkBuffContext, end: &HostEnd, bytes: u64) -> Coming<'a> {
     }
 }
 
-/// Whether what comes to a flow waits here, and not at the remote for its acknowledgements.
+/// Whether what comes to a connection waits here, and not at the remote for its acknowledgements.
 #[inline(always)]
-fn is_held(flow: &Flow, end: &HostEnd, is_connection: bool) -> bool {
-    is_connection && end.holds_streams != 0 && flow.into_covered.slot == end.slot.into() || flow.rides(end)
+fn is_held(flow: &Flow, end: &HostEnd) -> bool {
+    end.holds_streams != 0 && flow.into_covered.slot == end.slot.into() || flow.rides(end)
+}
+
+/// Whether the hook will charge a packet of a flow, as it has charged those before.
+#[inline(always)]
+fn covered<'a>(flow: &mut Flow, end: &HostEnd, bytes: u64) -> Coming<'a> {
+    if flow.into_covered.passes(end, bytes, ON_THE_WAY_BYTES) { Coming::ToBeCharged } else { Coming::Other }
 }

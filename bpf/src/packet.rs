@@ -239,10 +239,10 @@ pub struct Segment {
     pub sequence: u32,
     /// Bytes of payload.
     pub payload: u32,
-    /// Whether it is of MPTCP.
-    pub is_multipath: bool,
     /// Whether it opens, closes or resets the connection.
     opens_or_closes: bool,
+    /// Where its options begin.
+    options_offset: u64,
 }
 
 impl Segment {
@@ -252,17 +252,23 @@ impl Segment {
         let start: [u64; 2] = load(ctx, link_bytes);
         let extension: u16 = load(ctx, link_bytes + IPV6_HEADER_BYTES);
         let network_bytes = Headers(network_headers(start[0], start[1], extension.into())).network_bytes();
-        let [_, sequence, _, offset_and_flags]: [u32; 4] = load(ctx, link_bytes + network_bytes);
+        let start = link_bytes + network_bytes;
+        let [_, sequence, _, offset_and_flags]: [u32; 4] = load(ctx, start);
         let [data_offset, flags, ..] = offset_and_flags.to_ne_bytes();
-        // Linux puts its option first, or behind the timestamps (`tcp_options_write`).
-        let options: [u8; 16] = load(ctx, link_bytes + network_bytes + TCP_HEADER_BYTES);
-        let headers_bytes = link_bytes + network_bytes + u64::from(data_offset >> 4) * 4;
+        let headers_bytes = start + u64::from(data_offset >> 4) * 4;
         Self {
             sequence: u32::from_be(sequence),
             payload: (u64::from(ctx.len()).max(headers_bytes) - headers_bytes) as u32,
-            is_multipath: options[0] == TCPOPT_MPTCP || options[TIMESTAMPS_BYTES] == TCPOPT_MPTCP,
             opens_or_closes: flags & OPENS_OR_CLOSES != 0,
+            options_offset: start + TCP_HEADER_BYTES,
         }
+    }
+
+    /// Whether it is of MPTCP, whose option Linux puts first, or behind the timestamps (`tcp_options_write`).
+    #[inline(always)]
+    pub fn is_multipath(&self, ctx: &SkBuffContext) -> bool {
+        let options: [u8; 16] = load(ctx, self.options_offset);
+        options[0] == TCPOPT_MPTCP || options[TIMESTAMPS_BYTES] == TCPOPT_MPTCP
     }
 
     /// Whether it is an acknowledgement and nothing else.

@@ -179,7 +179,7 @@ impl<'a> Attaching<'a> {
         mut interface: Option<&mut Interface>,
     ) -> Result<Owner> {
         let UnderLock { pins, found, before, .. } = under_lock;
-        let (place, mut settings) = (&self.plan.place, self.settings());
+        let place = &self.plan.place;
         let cgroup = self.plan.cgroup.open()?;
         let staged = pins.stage(place)?;
         let Programs { set, sharing } = self.programs(own, pins, before.as_ref(), cgroup.as_fd())?;
@@ -193,7 +193,7 @@ impl<'a> Attaching<'a> {
         let Sharing { others, before: slot_before } = sharing.unwrap_or_default();
         let goes_on =
             slot_before.map(|slot| Before { slot, is_of_same_sandbox: self.is_of_same_sandbox(before.as_ref()) });
-        let mut attached = Attached::write(&set, &settings, goes_on)?;
+        let mut attached = Attached::write(&set, &self.settings(), goes_on)?;
         let list = set.list(self.plan.subnets)?;
         let node = if is_shared { None } else { Set::pinned(&pins.node()).ok() };
         let wanted = Wanted {
@@ -205,18 +205,11 @@ impl<'a> Attaching<'a> {
             taken: self.taken_host_end(under_lock),
             before: before.as_ref().and_then(|before| before.owner.interface.held_at),
         };
-        let mut held = self.hold_other_paths(&wanted, interface.as_deref_mut());
-        if held.is_none()
-            && let Some(interface) = &mut interface
-            && let Some(limit) =
-                self.plan.limits.ingress.filter(|_| self.record.ingress_by == Some(IngressBy::HeldData))
-        {
-            let all_traffic = self.plan.subnets.is_empty();
-            self.record.ingress_by =
-                Some(interface.hold_ingress(&self.record, &limit, &under_lock.others, all_traffic));
-            settings = self.settings();
+        let by_now = self.record.ingress_by;
+        let held = self.hold(&wanted, interface.as_deref_mut(), &under_lock.others);
+        let settings = self.settings();
+        if settings.ingress_by != by_now {
             attached.change(&settings)?;
-            held = self.hold_other_paths(&wanted, Some(interface));
         }
         let owner = Owner {
             interface: Record { held_at: held.as_ref().map(Held::at), ..self.record.clone() },
@@ -267,9 +260,37 @@ impl<'a> Attaching<'a> {
         }
     }
 
+    /// Holds what passes the host's end of the interface, and by that what comes to the pod's own sockets where it is to wait there. Where it
+    /// cannot, ingress is held by something else.
+    fn hold<'w>(
+        &mut self,
+        wanted: &'w Wanted<'w>,
+        interface: Option<&mut Interface>,
+        others: &[Need],
+    ) -> Option<Held<'w>> {
+        let interface = interface?;
+        if let (Some(limit), Some(IngressBy::HeldData)) = (self.plan.limits.ingress, self.record.ingress_by) {
+            let why = if self.plan.other_paths {
+                match Held::begin(wanted, self.record.ingress_by, interface) {
+                    Ok(Some(held)) => return Some(held),
+                    Ok(None) => "the pod's interface has no end on this host".to_owned(),
+                    Err(error) => error.to_string(),
+                }
+            } else {
+                "otherPaths is false".to_owned()
+            };
+            log::warn!("what comes to the pod cannot wait its turn at the host's end, and tbf or drops hold it: {why}");
+            let all_traffic = self.plan.subnets.is_empty();
+            self.record.ingress_by = Some(interface.hold_ingress(&self.record, &limit, others, all_traffic));
+        }
+        self.hold_other_paths(wanted, interface)
+    }
+
     /// Where that cannot be done, the limit holds for the pod's own sockets: not worth a pod. The record says so.
-    fn hold_other_paths<'w>(&self, wanted: &'w Wanted<'w>, interface: Option<&mut Interface>) -> Option<Held<'w>> {
-        let interface = interface.filter(|_| self.plan.other_paths)?;
+    fn hold_other_paths<'w>(&self, wanted: &'w Wanted<'w>, interface: &mut Interface) -> Option<Held<'w>> {
+        if !self.plan.other_paths {
+            return None;
+        }
         const NOT_HELD: &str = "what passes by other paths than the pod's sockets is not held";
         let ingress_by = self.record.ingress_by;
         match Held::begin(wanted, ingress_by, interface) {

@@ -36,7 +36,7 @@ impl Queue {
 pub enum IngressBy {
     /// The pod's acknowledgements leave at the limit's pace, by fq on the pod's interface, and windows follow the backlog.
     HeldAcks,
-    /// What comes waits at the host's end of the veth, in the waiting room, small packets before large ones, and windows follow the backlog.
+    /// What comes waits at the host's end of the veth, in the waiting room, sparse flows ahead of bulk ones, and windows follow the backlog.
     HeldData,
     /// tbf on the host's end of the veth: a queue, as the bandwidth plugin makes it, but a short one.
     Tbf,

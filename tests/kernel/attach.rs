@@ -252,10 +252,12 @@ fn plain_ingress_at_the_hosts_end_has_no_room_for_what_goes_into_the_pod() {
     let filters = || tc(["filter", "show"], &["ingress"]);
     pod.stdin["runtimeConfig"]["bandwidth"] = json!({ "egressRate": RATE, "ingressRate": RATE });
     let add = pod.call("ADD");
-    assert!(add.stderr.contains("is not held") && add.stderr.contains("it has the qdisc ingress"), "{add}");
     // With tbf, all that goes in is held, and there is room for the filter of the other way.
     let owner = pod.owner("eth0");
     let by_tbf = owner["ingressBy"] == "tbf";
+    let what = if by_tbf { "cannot wait its turn at the host's end" } else { "is not held" };
+    assert!(add.stderr.contains(what) && add.stderr.contains("it has the qdisc ingress"), "{add}");
+    assert_eq!(add.stderr.contains("is not held"), !by_tbf, "{add}");
     assert!(by_tbf || owner["ingressBy"] == "held-acks", "{owner}");
     assert_eq!(owner.get("heldAt").is_some(), by_tbf, "{owner}");
     assert_eq!(filters().contains("podshaper"), by_tbf);

@@ -94,7 +94,7 @@ pub struct HostEnd {
     pub list: u64,
     /// Not 0: the interface has other attachments, too, and what was charged to any of them passes.
     pub is_shared: u32,
-    /// Not 0: all TCP that comes into the pod waits here, not what it acknowledges.
+    /// Not 0: all TCP that comes into the pod waits its turn here, since the pod's acknowledgements cannot be held.
     pub holds_streams: u32,
 }
 
@@ -189,7 +189,7 @@ pub struct Limit {
     pub others_bound_ns: u64,
     /// Segments of a packet that a bulk flow builds at its slowest.
     pub min_tso_segs: u64,
-    /// Where packets wait whose sender has not: [`QUEUE_FQ`] and so on.
+    /// Where packets wait whose sender has not: [`QUEUE_FQ`] and so on. Of what is received: at the host's end, if it waits.
     pub queue: u64,
     /// Rate of the virtual link in bits per second: the limit, but for htb, where it is the limit as htb counts it.
     pub link_bits_per_s: u64,
