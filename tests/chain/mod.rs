@@ -154,16 +154,10 @@ const SECOND_TOLERANCE: f64 = 0.08;
 /// The same for each second after the first: a mean hides that a pod stands still in one and makes good in the next.
 #[track_caller]
 pub fn assert_each_second(what: &str, timeline: &Timeline, seconds: f64, wanted: u64) {
-    assert_each_second_from(1, what, timeline, seconds, wanted);
-}
-
-/// The same from the second of this number on.
-#[track_caller]
-pub fn assert_each_second_from(first: usize, what: &str, timeline: &Timeline, seconds: f64, wanted: u64) {
     let shares: Vec<f64> = timeline.each_second(seconds).iter().map(|rate| rate / wanted as f64).collect();
     eprintln!("{what}: {shares:.3?} of {:.3} Mbit/s, second by second", wanted as f64 / 1e6);
     let allowed = 1.0 - SECOND_TOLERANCE - BUSY..=1.0 + SECOND_TOLERANCE;
-    let after_the_first = shares.get(first..).unwrap_or_default();
+    let after_the_first = shares.get(1..).unwrap_or_default();
     assert!(after_the_first.len() >= 2, "{what}: {shares:?} are too few seconds");
     assert!(
         after_the_first.iter().all(|share| allowed.contains(share)),

@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use super::{Bed, MBIT, assert_each_second, assert_each_second_from};
+use super::{Bed, MBIT, assert_each_second};
 use crate::harness::limiter::{Limiter, Limits};
 use crate::harness::measure::Way;
 use crate::harness::web::{self, Web, WebResult};
@@ -31,9 +31,7 @@ fn assert_served(way: Way, rate: u64, clients: usize) {
         );
         result
     });
-    // With fq, what many clients bring in their first second is held in the one after it only (README, "Where it is not the best").
-    let first = if way == Way::In && clients > 8 { 2 } else { 1 };
-    assert_each_second_from(first, &what, &ours.timeline, options.seconds, rate);
+    assert_each_second(&what, &ours.timeline, options.seconds, rate);
     assert!(ours.clients.failures.is_empty(), "{what}: {:?}", ours.clients.failures);
     for (which, ours, queue, most) in [
         ("p99 of a response", ours.clients.from_connect.p99_us, queue.clients.from_connect.p99_us, MAX_OF_PLUGIN),
