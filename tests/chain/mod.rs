@@ -148,8 +148,11 @@ pub fn assert_rate(what: &str, measured: f64, wanted: u64, tolerance: f64) {
     );
 }
 
-/// What a second may have above the limit: packets that were sent a little before it, or that come a little after.
-const SECOND_TOLERANCE: f64 = 0.08;
+/// What a second may have above the limit: packets that were sent a little before it, or that come a little after. A busy machine stops for
+/// a tenth of a second at times, and what it has not taken in one second it takes in the next.
+const SECOND_TOLERANCE: f64 = 0.15;
+/// What all seconds after the first may have above the limit.
+const ALL_TOLERANCE: f64 = 0.05;
 
 /// The same for each second after the first: a mean hides that a pod stands still in one and makes good in the next.
 #[track_caller]
@@ -159,6 +162,8 @@ pub fn assert_each_second(what: &str, timeline: &Timeline, seconds: f64, wanted:
     let allowed = 1.0 - SECOND_TOLERANCE - BUSY..=1.0 + SECOND_TOLERANCE;
     let after_the_first = shares.get(1..).unwrap_or_default();
     assert!(after_the_first.len() >= 2, "{what}: {shares:?} are too few seconds");
+    let all = after_the_first.iter().sum::<f64>() / after_the_first.len() as f64;
+    assert!(all <= 1.0 + ALL_TOLERANCE, "{what}: {shares:.3?}, {all:.3} of the limit after the first second");
     assert!(
         after_the_first.iter().all(|share| allowed.contains(share)),
         "{what}: {shares:.3?} of {:.3} Mbit/s, second by second; after the first not within {allowed:.2?}",

@@ -16,8 +16,10 @@ use crate::harness::pod::{INTERFACE, Pod};
 use crate::harness::{podshaper_program, process};
 
 const SECONDS: f64 = 3.0;
-/// What a second may have, as a part of the limit at layer 3.
+/// What all seconds after the first may have, as a part of the limit at layer 3.
 const MOST: f64 = 1.03;
+/// What one of them may: a packet of 64 KiB is a twentieth of a second at 10 Mbit/s, and a busy machine stops for as long.
+const MOST_OF_A_SECOND: f64 = 1.1;
 /// TCP has to find its rate.
 const LEAST: f64 = 0.92;
 
@@ -34,7 +36,8 @@ fn assert_held(what: &str, timeline: &Timeline, rate: u64) {
     let text = format!("{what}: {mean:.3} of {} Mbit/s after the first second, {seconds:.3?}", rate / MBIT);
     eprintln!("{text}");
     // A machine that is busy takes from a rate.
-    assert!(seconds.iter().all(|part| *part <= MOST) && mean >= LEAST - super::BUSY, "{text}");
+    let is_held = mean <= MOST && seconds.iter().all(|part| *part <= MOST_OF_A_SECOND);
+    assert!(is_held && mean >= LEAST - super::BUSY, "{text}");
 }
 
 /// TCP and UDP, the latter at more than the limit, as far as the path carries them.

@@ -425,6 +425,8 @@ pub(super) struct Asking {
     pub uncounted: f64,
     pub pause: Duration,
     pub mptcp: bool,
+    /// Each request on a connection of its own.
+    pub anew: bool,
 }
 
 /// The two ends of a measurement and the receiving one's address.
@@ -474,11 +476,12 @@ impl<'a> Ends<'a> {
 
     /// The one that answers has to be kept until the one that asks has ended.
     pub(super) fn start_asking(&self, asking: &Asking) -> Result<(Running, Running)> {
-        let Asking { seconds, uncounted, pause, mptcp } = asking;
+        let Asking { seconds, uncounted, pause, mptcp, anew } = asking;
         let mptcp = mptcp.then_some("--mptcp");
         let (echo, address) = Running::start_server(self.receiver("echo")?.args(mptcp))?;
         let mut ask = self.sender("ask")?;
         ask.args(["--to", &self.reach(address), "--seconds", &(seconds + uncounted).to_string()]).args(mptcp);
+        ask.args(anew.then_some("--anew"));
         ask.args(["--interval-us", &pause.as_micros().to_string(), "--uncounted", &uncounted.to_string()]);
         Ok((echo, Running::start(&mut ask)?))
     }

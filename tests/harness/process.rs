@@ -32,7 +32,7 @@ pub struct Running {
 
 impl Running {
     pub fn start(command: &mut Command) -> Result<Self> {
-        let mut running = Self::spawn(command)?;
+        let mut running = Self::spawn(command, Stdio::null())?;
         running.stderr = running.child.stderr.take().map(collect);
         Ok(running)
     }
@@ -47,7 +47,22 @@ impl Running {
 
     /// Starts a program and waits for its first line on stderr.
     pub fn start_until_it_says(command: &mut Command) -> Result<(Self, String)> {
-        let mut running = Self::spawn(command)?;
+        Self::spawn(command, Stdio::null())?.until_it_says()
+    }
+
+    /// Starts one of traffic's clients and waits until it is ready. It waits for [`Running::go_on`].
+    pub fn start_ready(command: &mut Command) -> Result<Self> {
+        let (running, line) = Self::spawn(command, Stdio::piped())?.until_it_says()?;
+        if line == "ready" { Ok(running) } else { Err(Failure::new(format_args!("start {}: {line}", running.what))) }
+    }
+
+    /// The end of the child's stdin, for which it waits.
+    pub fn go_on(&mut self) {
+        self.child.stdin = None;
+    }
+
+    fn until_it_says(self) -> Result<(Self, String)> {
+        let mut running = self;
         let stderr = running.child.stderr.take().ok_or_else(|| Failure::new("a child without stderr"))?;
         let mut stderr = BufReader::new(stderr);
         let mut line = String::new();
@@ -56,9 +71,9 @@ impl Running {
         Ok((running, line.trim().to_owned()))
     }
 
-    fn spawn(command: &mut Command) -> Result<Self> {
+    fn spawn(command: &mut Command, stdin: Stdio) -> Result<Self> {
         let what = format!("{command:?}");
-        let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        let child = command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
         let mut child = child.context(format_args!("start {what}"))?;
         let stdout = child.stdout.take().map(collect);
         Ok(Self { what, child, stdout, stderr: None })

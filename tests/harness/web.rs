@@ -7,9 +7,10 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::measure::{self, Asking, Bulk, BulkResult, Ends, Latency, Timeline, Times, Way, limit, number, parse};
+use super::netns::Netns;
 use super::pod::Pod;
 use super::process::Running;
-use super::{Context, Failure, Result};
+use super::{Context, Failure, Result, traffic_program, unique};
 
 /// How long the connection that asks beside them has been in use when the others begin.
 const ASKED_BEFORE: Duration = Duration::from_millis(300);
@@ -27,13 +28,27 @@ pub struct Web {
     pub seconds: f64,
     /// Ask for small replies meanwhile, on one connection, with this pause between reply and request.
     pub ask: Option<Duration>,
+    /// The same with a connection for each request, as a probe of kubelet's has.
+    pub probe: Option<Duration>,
     /// So many bulk flows beside them, the same way.
     pub bulk_flows: usize,
+    /// The clients are behind a router, and not on the node.
+    pub away: bool,
 }
 
 impl Default for Web {
     fn default() -> Self {
-        Self { way: Way::Out, clients: 8, bytes: 10_000, keep: false, seconds: 5.0, ask: None, bulk_flows: 0 }
+        Self {
+            way: Way::Out,
+            clients: 8,
+            bytes: 10_000,
+            keep: false,
+            seconds: 5.0,
+            ask: None,
+            probe: None,
+            bulk_flows: 0,
+            away: false,
+        }
     }
 }
 
@@ -61,6 +76,8 @@ pub struct WebResult {
     /// Of the end that sends the data: answers to SYNs are in it.
     pub retransmits: u64,
     pub latency: Option<Latency>,
+    /// Of the probes, with their connections.
+    pub probes: Option<Latency>,
     /// What the bulk flows had meanwhile.
     pub bulk: Option<BulkResult>,
 }
@@ -74,36 +91,65 @@ impl WebResult {
 
 /// Clients of a web server in the pod.
 pub fn web(pod: &Pod, options: &Web) -> Result<WebResult> {
-    let Web { way, clients, bytes, keep, seconds, ask, bulk_flows } = *options;
+    let Web { way, clients, bytes, keep, seconds, ask, probe, bulk_flows, away } = *options;
     // The server is in the pod, whichever way the data go.
     let ends = Ends::new(pod, Way::In, false, None)?;
     prepare(pod)?;
-    let asking = |pause| Asking { seconds: seconds - 0.2, uncounted: ASKED_BEFORE.as_secs_f64(), pause, mptcp: false };
-    let asking = ask.map(|pause| ends.start_asking(&asking(pause))).transpose()?;
     let (server, address) =
         Running::start_server(ends.receiver("web-serve")?.args(["--seconds", &seconds.to_string()]))?;
-    if asking.is_some() {
-        thread::sleep(ASKED_BEFORE);
-    }
-    let mut get = ends.sender("web-get")?;
+    let away = away.then(|| behind_a_router(pod)).transpose()?;
+    let mut get = match &away {
+        Some(netns) => {
+            let mut get = netns.command(traffic_program()?);
+            get.arg("web-get");
+            get
+        }
+        None => ends.sender("web-get")?,
+    };
     get.args(["--to", &address.to_string(), "--clients", &clients.to_string(), "--bytes", &bytes.to_string()]);
     get.args(["--seconds", &seconds.to_string()]);
     get.args(keep.then_some("--keep")).args((way == Way::In).then_some("--post"));
+    let mut get = Running::start_ready(&mut get)?;
+    let asking = Asking { seconds: seconds - 0.2, uncounted: ASKED_BEFORE.as_secs_f64(), ..Asking::default() };
+    let probing = probe.map(|pause| ends.start_asking(&Asking { pause, anew: true, ..asking })).transpose()?;
+    let asking = ask.map(|pause| ends.start_asking(&Asking { pause, ..asking })).transpose()?;
+    if asking.is_some() {
+        thread::sleep(ASKED_BEFORE);
+    }
     let (bulk, got) = thread::scope(|scope| {
         let bulk = (bulk_flows > 0).then(|| {
             let bulk = Bulk { way, flows: bulk_flows, seconds, ..Bulk::default() };
             scope.spawn(move || measure::bulk(pod, &bulk))
         });
-        let got = Running::start(&mut get).and_then(|get| get.json(limit(seconds)));
+        get.go_on();
+        let got = get.json(limit(seconds));
         let bulk =
             bulk.map(|bulk| bulk.join().map_err(|_| Failure::new("the bulk flows' thread panicked"))?).transpose();
         Ok::<_, Failure>((bulk?, got?))
     })?;
     let served = server.json(limit(seconds))?;
-    let latency = asking.map(|(_echo, asking)| parse(asking.json(limit(seconds))?)).transpose()?;
+    let answers = |(_echo, asking): (Running, Running)| parse(asking.json(limit(seconds))?);
+    let (latency, probes) = (asking.map(answers).transpose()?, probing.map(answers).transpose()?);
     let (receiver, sender) = if way == Way::In { (&served, &got) } else { (&got, &served) };
     let (timeline, retransmits) = (parse(receiver.clone())?, number(sender, "retransmits")?);
-    Ok(WebResult { timeline, retransmits, clients: parse(got)?, latency, bulk })
+    Ok(WebResult { timeline, retransmits, clients: parse(got)?, latency, probes, bulk })
+}
+
+/// A namespace from which the pod is reached through its node, which forwards.
+fn behind_a_router(pod: &Pod) -> Result<Netns> {
+    let netns = Netns::new(&unique("away"))?;
+    let node = &pod.host.netns;
+    node.run("ip", &["link", "add", "podshaper-away", "type", "veth", "peer", "name", "eth0", "netns", netns.name()])?;
+    node.run("ip", &["addr", "add", "192.168.77.1/24", "dev", "podshaper-away"])?;
+    node.run("ip", &["link", "set", "podshaper-away", "up"])?;
+    node.run("sysctl", &["-q", "net.ipv4.ip_forward=1"])?;
+    netns.run("ip", &["addr", "add", "192.168.77.2/24", "dev", "eth0"])?;
+    netns.run("ip", &["link", "set", "eth0", "up"])?;
+    netns.run("ip", &["route", "add", "default", "via", "192.168.77.1"])?;
+    // The bridge plugin gives a pod the route to its own subnet.
+    let gateway = pod.host.gateway_v4().to_string();
+    pod.netns.run("ip", &["route", "add", "192.168.77.0/24", "via", &gateway])?;
+    Ok(netns)
 }
 
 /// Ports for some hundred thousand connections: those of the last minute are taken again.

@@ -46,6 +46,9 @@ pub struct Ask {
     /// Each request a datagram, of a socket of its own, as a name is looked up
     #[arg(long)]
     datagrams: bool,
+    /// Each request on a connection of its own, which is counted with it
+    #[arg(long, conflicts_with = "datagrams")]
+    anew: bool,
     #[command(flatten)]
     protocol: Protocol,
 }
@@ -96,6 +99,11 @@ fn answer_datagrams(socket: &UdpSocket) -> io::Result<()> {
     }
 }
 
+fn ask_by(stream: &mut TcpStream, message: &mut [u8]) -> io::Result<()> {
+    stream.write_all(message).map_err(context("send a request"))?;
+    stream.read_exact(message).map_err(context("wait for a reply"))
+}
+
 /// A resolver's: it waits five seconds.
 fn ask_by_datagram(to: SocketAddr, message: &mut [u8]) -> io::Result<()> {
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
@@ -106,10 +114,12 @@ fn ask_by_datagram(to: SocketAddr, message: &mut [u8]) -> io::Result<()> {
 }
 
 pub fn ask(options: &Ask) -> io::Result<AskReport> {
-    let mut stream = if options.datagrams { None } else { Some(options.protocol.connect(options.to)?) };
-    if let Some(stream) = &stream {
+    let connect = || {
+        let stream = options.protocol.connect(options.to)?;
         stream.set_nodelay(true)?;
-    }
+        io::Result::Ok(stream)
+    };
+    let mut stream = if options.datagrams || options.anew { None } else { Some(connect()?) };
     let pause = Duration::from_micros(options.interval_us);
     let mut message = [0; MESSAGE_BYTES];
     let mut times = Vec::new();
@@ -117,10 +127,8 @@ pub fn ask(options: &Ask) -> io::Result<AskReport> {
     while start.elapsed() < options.seconds {
         let sent = Instant::now();
         match &mut stream {
-            Some(stream) => {
-                stream.write_all(&message).map_err(context("send a request"))?;
-                stream.read_exact(&mut message).map_err(context("wait for a reply"))?;
-            }
+            Some(stream) => ask_by(stream, &mut message)?,
+            None if options.anew => ask_by(&mut connect()?, &mut message)?,
             None => ask_by_datagram(options.to, &mut message)?,
         }
         if sent - start >= options.uncounted {

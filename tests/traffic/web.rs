@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Barrier, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ use super::sampler::{BUCKET, Sampler, Timeline};
 use super::sockets::Protocol;
 use super::times::{Times, micros};
 use super::wire::Segments;
-use super::{Receive, say_listening, seconds};
+use super::{Receive, say, say_listening, seconds};
 
 /// Of a request, and of the answer to what was posted.
 const REQUEST_BYTES: usize = 100;
@@ -188,14 +188,23 @@ pub fn get(options: &WebGet) -> io::Result<WebGetReport> {
     let before = Segments::now()?;
     let sampler = Sampler::new(Protocol::TCP)?;
     let seen: Vec<Arc<Mutex<Seen>>> = (0..clients).map(|_| Arc::default()).collect();
-    // Before the first connection, which may be what waits.
-    sampler.begin();
+    // A slow machine takes seconds to make them, and nothing beside them is to be measured meanwhile.
+    let made = Arc::new(Barrier::new(clients + 1));
     for seen in &seen {
         let client =
             Client { to, request, seen: Arc::clone(seen), sampler: Arc::clone(&sampler), counter: sampler.flow() };
+        let made = Arc::clone(&made);
         // Never joined: a request may wait for long, and the process ends when the time is over.
-        thread::spawn(move || client.run());
+        thread::spawn(move || {
+            made.wait();
+            client.run();
+        });
     }
+    say("ready");
+    io::copy(&mut io::stdin(), &mut io::sink())?;
+    // Before the first connection, which may be what waits.
+    sampler.begin();
+    made.wait();
     let received = sampler.sample(seconds, Duration::ZERO)?;
     let mut all = Seen::default();
     let mut waited = vec![];
