@@ -59,6 +59,8 @@ pub const SCOPES: &str = "SCOPES";
 pub const OTHERS: &str = "OTHERS";
 /// The map of the host's ends of the pods' interfaces.
 pub const HOST_ENDS: &str = "HOST_ENDS";
+/// The map of how long requests for connections have waited.
+pub const REQUESTS: &str = "REQUESTS";
 /// The map of subnets.
 pub const SUBNETS: &str = "SUBNETS";
 /// The map of what the programs know of each socket.

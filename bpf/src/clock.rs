@@ -45,6 +45,12 @@ impl Link {
         Some(Self { key: u64::from(slot) << 1 | direction as u64, limit, meters, direction })
     }
 
+    /// The attachment.
+    #[inline(always)]
+    pub fn slot(&self) -> u32 {
+        (self.key >> 1) as u32
+    }
+
     /// Its limit.
     #[inline(always)]
     pub fn limit(&self) -> &Limit {

@@ -40,6 +40,8 @@ pub struct Flow {
     pub asked_namespace: u64,
     /// Not 0: it is not.
     pub is_foreign: u64,
+    /// Not 0: a listener's, or of a connection that a remote has opened, which inherits it.
+    pub is_answering: u64,
     /// What it has sent: charged, and passed the host's end.
     pub out_covered: Covered,
     /// The same of what it receives.

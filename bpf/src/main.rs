@@ -18,6 +18,7 @@ mod namespace;
 mod other_paths;
 mod pace;
 mod packet;
+mod requests;
 mod subnets;
 mod tcp;
 mod turn;
@@ -35,7 +36,7 @@ use aya_ebpf::{
     programs::{SkBuffContext, SockOpsContext, SockoptContext, TcContext},
 };
 use podshaper_abi::{
-    DATAGRAM, EGRESS, FRESH, HTB_QUEUE, INGRESS, ORDERED, QDISC_MAJOR, QUEUE_FQ, QUEUE_HTB, STREAM, Scope,
+    DATAGRAM, EGRESS, FRESH, HTB_QUEUE, INGRESS, ORDERED, QDISC_MAJOR, QUEUE_FQ, QUEUE_HTB, STREAM, Scope, WAITED,
 };
 
 use crate::{
@@ -87,7 +88,11 @@ pub fn count_egress(ctx: SkBuffContext) -> i32 {
     let wire = Wire::of(&ctx);
     let now_ns = clock::now_ns();
     let before_ns = link.backlog_ns(now_ns, 0, false);
-    let class = class_of(EGRESS, &link, &wire, socket, flow.as_deref_mut());
+    let class = match answer_of(&ctx, &link, &wire, socket, now_ns) {
+        Answer::ChargedLater => return PASS,
+        Answer::InTime => WAITED,
+        Answer::Not => class_of(EGRESS, &link, &wire, socket, flow.as_deref_mut()),
+    };
     if matches!(class, STREAM | DATAGRAM | ORDERED) {
         match link.limit().queue {
             QUEUE_FQ => edt_ns = edt_ns.max(now_ns + before_ns),
@@ -116,6 +121,12 @@ pub fn count_ingress(ctx: SkBuffContext) -> i32 {
     if flow.as_deref_mut().is_some_and(|flow| namespace::is_foreign(&ctx, flow, &scope, false)) {
         return PASS;
     }
+    let is_for_listener = socket.is_some_and(listens);
+    if let Some(flow) = flow.as_deref_mut().filter(|_| is_for_listener) {
+        // What it accepts inherits that, and has sent nothing yet when its first window is set.
+        flow.slot = scope.slot.into();
+        flow.is_answering = 1;
+    }
     if other_paths::has_been_charged(&ctx, scope.slot) {
         if let Some(flow) = flow {
             flow.into_covered.open(scope.slot);
@@ -128,7 +139,7 @@ pub fn count_ingress(ctx: SkBuffContext) -> i32 {
         flow.into_covered.charge(&wire, scope.slot, &link, now_ns);
     }
     // A listening socket is no flow: each packet to it is of a new one.
-    let flow = if socket.is_some_and(listens) { None } else { flow };
+    let flow = if is_for_listener { None } else { flow };
     let before_ns = link.backlog_ns(now_ns, 0, false);
     let class = class_of(INGRESS, &link, &wire, socket, flow);
     if admit(&ctx, &link, &wire, class, before_ns) { PASS } else { DROP_INGRESS }
@@ -202,6 +213,33 @@ pub fn go_back(ctx: TcContext) -> i32 {
     other_paths::go_back(&ctx)
 }
 
+/// What a packet is to the hook.
+enum Answer {
+    /// The answer to a request for a connection, which is charged at the host's end.
+    ChargedLater,
+    /// Such an answer, which leaves at once.
+    InTime,
+    /// Another packet, or one answer too many.
+    Not,
+}
+
+/// Whether a packet answers a request for a connection. It has the listener's socket, or no full one. fq takes that off it (`fq_classify`), so
+/// that the host's end does not know it and charges it, if there is a host's end.
+#[inline(always)]
+fn answer_of(ctx: &SkBuffContext, link: &Link, wire: &Wire, socket: Option<NonNull<bpf_sock>>, now_ns: u64) -> Answer {
+    if !socket.is_none_or(listens) || !packet::Segment::of(ctx, 0).is_answer() {
+        return Answer::Not;
+    }
+    let Some(others) = maps::others(link.slot(), EGRESS) else { return Answer::Not };
+    if link.limit().queue == QUEUE_FQ && others.has_answers != 0 {
+        Answer::ChargedLater
+    } else if requests::answer_passes(link, others, wire, now_ns) {
+        Answer::InTime
+    } else {
+        Answer::Not
+    }
+}
+
 /// The attachment that the packet is for: the packet goes by its interface, and the remote address is not exempt.
 #[inline(always)]
 fn scope_of(ctx: &SkBuffContext, remote: Remote) -> Option<Scope> {
@@ -262,8 +300,15 @@ fn class_of(
     if direction == INGRESS && is_stream {
         // Its acknowledgements hold its sender, but for the first flight, which has left before there is one.
         let delivered_ns = turn.note(link, &packet);
-        if received_bytes(socket) < FIRST_FLIGHT_BYTES {
+        let before_bytes = received_bytes(socket);
+        if before_bytes < FIRST_FLIGHT_BYTES {
             flow.answer_from_ns = flow.answer_from_ns.max(delivered_ns);
+        }
+        if flow.is_answering != 0
+            && before_bytes < requests::MOST_BYTES
+            && let Some(others) = maps::others(link.slot(), INGRESS)
+        {
+            requests::note_first(link, others, wire.bytes, before_bytes);
         }
         return STREAM;
     }

@@ -11,13 +11,13 @@ use aya_ebpf::{
         bpf_map_type::{BPF_MAP_TYPE_CGROUP_STORAGE, BPF_MAP_TYPE_SK_STORAGE},
         bpf_sock,
     },
-    btf_maps::{HashMap, LpmTrie, lpm_trie::Key},
+    btf_maps::{Array, HashMap, LpmTrie, lpm_trie::Key},
     helpers::{bpf_get_local_storage, bpf_sk_storage_get},
     macros::btf_map,
 };
 use podshaper_abi::{
     HostEnd, LOOPBACK_IFINDEX, Limits, ListedAddress, MAX_ATTACHMENTS, MAX_LISTED_SUBNETS, Meters, OtherPaths, Others,
-    SUBNET_EXEMPT, Scope, Scopes,
+    REQUESTS_WAITED, SUBNET_EXEMPT, Scope, Scopes, Waited,
 };
 
 use crate::flow::Flow;
@@ -42,6 +42,9 @@ static SCOPES: CgroupStorage = CgroupStorage::new();
 /// The subnets of all configurations, each list below a number of its own.
 #[btf_map]
 static SUBNETS: LpmTrie<ListedAddress, u32, MAX_LISTED_SUBNETS> = LpmTrie::new();
+/// How long requests for connections have waited, by who asked. Of two in one place the later one is left.
+#[btf_map]
+static REQUESTS: Array<Waited, { REQUESTS_WAITED as usize }> = Array::new();
 #[btf_map]
 static FLOWS: FlowStorage = FlowStorage::new();
 
@@ -134,6 +137,13 @@ pub fn others<'a>(slot: u32, direction: u32) -> Option<&'a mut Others> {
     // SAFETY: the verifier checked the pointer to the map's value, and the direction is one of two. What is not added at once (see
     // `other_paths::add`) is stored whole.
     unsafe { (&raw mut (*paths).of).cast::<Others>().add(direction as usize).as_mut() }
+}
+
+/// How long a request for a connection has waited, by its place.
+#[inline(always)]
+pub fn waited<'a>(place: u32) -> Option<&'a mut Waited> {
+    // SAFETY: the verifier checked the pointer. Two integers, which two CPUs may mix: a wait of another request, which is as long.
+    REQUESTS.get_ptr_mut(place).and_then(|waited| unsafe { waited.as_mut() })
 }
 
 /// Whether the longest subnet around an address, of its list, is exempt.

@@ -28,7 +28,7 @@ use aya_ebpf::{
 };
 use podshaper_abi::{
     EGRESS, FRESH, HostEnd, INGRESS, MAX_HORIZON_NS, ORDERED, OTHER, OTHER_FRESH, Others, ROOM_INTO_AT_ONCE,
-    ROOM_INTO_QUEUE, ROOM_OUT, STREAM,
+    ROOM_INTO_QUEUE, ROOM_OUT, STREAM, WAITED,
 };
 
 use crate::{
@@ -36,7 +36,8 @@ use crate::{
     clock::{self, Link},
     flow::Flow,
     maps,
-    packet::{self, Segment, Wire},
+    packet::{self, IPPROTO_TCP, Segment, Wire},
+    requests::{self, Client},
     subnets,
     subnets::Remote,
     turn::Packet,
@@ -66,8 +67,6 @@ const HELD_FOR_NS: u64 = 1_000_000_000;
 /// What passes at once of a connection whose acknowledgements cannot be held: as much as the windows aim for, so that a late timer does not
 /// leave the clock idle.
 const AHEAD_NS: u64 = 5_000_000;
-/// Up to this backlog the request for a connection waits: a remote repeats it after a second.
-const REQUEST_BOUND_NS: u64 = 500_000_000;
 /// What may be on the way from the host's end to a socket of the pod. No more passes for it until the hook has seen that.
 const ON_THE_WAY_BYTES: u64 = 1 << 20;
 
@@ -199,7 +198,30 @@ pub fn out_of_pod(ctx: &TcContext) -> i32 {
     let packet = SkBuffContext::new(skb);
     let wire = Wire::after(&packet, ETHERNET_HEADER_BYTES);
     let is_exempt = || subnets::are_exempt(&packet, end.list, Remote::DESTINATION.after(ETHERNET_HEADER_BYTES));
-    if is_charged(skb, end, wire.bytes) || is_exempt() { TC_ACT_UNSPEC } else { charge(skb, end, EGRESS, &wire) }
+    if is_charged(skb, end, wire.bytes) || is_exempt() || is_answer_in_time(&packet, end, &wire) {
+        TC_ACT_UNSPEC
+    } else {
+        charge(skb, end, EGRESS, &wire)
+    }
+}
+
+/// Whether a packet is the answer to a request for a connection, and has its part of the limit. fq takes its socket off it (`fq_classify`), so
+/// that it is charged here and not in the hook, which sees it on some kernels only. Whoever forges one has no more than that part.
+#[inline(always)]
+fn is_answer_in_time(packet: &SkBuffContext, end: &HostEnd, wire: &Wire) -> bool {
+    let (Some(link), Some(others)) = (Link::of(end.slot, EGRESS), maps::others(end.slot, EGRESS)) else {
+        return false;
+    };
+    let is_tcp = packet::transport(packet, ETHERNET_HEADER_BYTES).is_some_and(|(protocol, ..)| protocol == IPPROTO_TCP);
+    if !is_tcp || !Segment::of(packet, ETHERNET_HEADER_BYTES).is_answer() {
+        return false;
+    }
+    others.has_answers = 1;
+    let passes = requests::answer_passes(&link, others, wire, clock::now_ns());
+    if passes {
+        link.admits(wire.bytes, wire.segments, WAITED, false);
+    }
+    passes
 }
 
 /// See [`crate::into_pod`].
@@ -227,7 +249,7 @@ pub fn into_pod(ctx: &TcContext) -> i32 {
         Coming::ToBeCharged => return pass_on(skb, end),
         _ if is_exempt() => return TC_ACT_UNSPEC,
         Coming::ToBeHeld(flow, stretch) => hold(&packet, end, &wire, flow, stretch),
-        Coming::ToListener => queue_request(skb, end, &wire),
+        Coming::ToListener(client) => queue_request(&packet, end, &wire, client),
         Coming::Other => charge(skb, end, INGRESS, &wire),
     };
     if verdict == TC_ACT_UNSPEC {
@@ -328,20 +350,29 @@ fn hold(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, flow: &mut Flow, str
     wait(skb, end, INGRESS, ROOM_INTO_QUEUE, edt_ns)
 }
 
-/// Charges the request for a connection. The request is of a new flow. If new flows have had their part of the rate, the request waits, and
-/// beyond [`REQUEST_BOUND_NS`] it is dropped: what asks without end is a flood.
+/// Charges the request for a connection, or what else comes before a connection is open. It is of a new flow. If new flows have had their part
+/// of the rate, the request waits, and beyond [`requests::BOUND_NS`] it is dropped: what asks without end is a flood.
 #[inline(always)]
-fn queue_request(skb: *mut __sk_buff, end: &HostEnd, wire: &Wire) -> i32 {
+fn queue_request(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, client: Client) -> i32 {
     let (Some(link), Some(others)) = (Link::of(end.slot, INGRESS), maps::others(end.slot, INGRESS)) else {
         return TC_ACT_UNSPEC;
     };
+    let skb = packet.skb.skb;
     let now_ns = clock::now_ns();
     let before_ns = link.backlog_ns(now_ns, 0, false);
     let is_fresh = link.has_room(FRESH, now_ns);
-    if !is_fresh && before_ns > REQUEST_BOUND_NS {
+    if !is_fresh && before_ns > requests::BOUND_NS {
         return TC_ACT_SHOT;
     }
     link.admits(wire.bytes, wire.segments, if is_fresh { FRESH } else { STREAM }, false);
+    if end.holds_streams == 0 {
+        if !Segment::of(packet, ETHERNET_HEADER_BYTES).is_request {
+            return TC_ACT_UNSPEC;
+        }
+        let edt_ns = requests::edt_ns(&link, others, now_ns, before_ns, has_socket(skb));
+        client.note(edt_ns - now_ns);
+        return if edt_ns == now_ns { TC_ACT_UNSPEC } else { wait(skb, end, INGRESS, ROOM_INTO_QUEUE, edt_ns) };
+    }
     if is_fresh || end.waiting_ifindex == 0 || before_ns <= AHEAD_NS {
         return at_once(skb, end, INGRESS, others, now_ns);
     }
@@ -426,6 +457,13 @@ pub fn go_back(ctx: &TcContext) -> i32 {
     }
 }
 
+/// Whether a packet on its way into the pod still has its sender's socket: it has come from no other machine, and by no route.
+#[inline(always)]
+fn has_socket(skb: *mut __sk_buff) -> bool {
+    // SAFETY: tc programs may read sk.
+    unsafe { !(*skb).__bindgen_anon_2.sk.is_null() }
+}
+
 /// Whether the cgroup's hook has charged as many bytes of the packet's socket. That answers to opened connections (SYN-ACK), and what closed
 /// ones say last, have no full socket: they pass, since whether a hook has seen them depends on the kernel.
 #[inline(always)]
@@ -459,8 +497,8 @@ enum Coming<'a> {
     ToBeCharged,
     /// It is of a connection whose acknowledgements cannot be held.
     ToBeHeld(&'a mut Flow, Stretch),
-    /// It asks for a connection, or is of one that is not open yet, of a pod into which all TCP comes by its turn.
-    ToListener,
+    /// It asks for a connection, or is of one that is not open yet.
+    ToListener(Client),
     /// No hook charges it.
     Other,
 }
@@ -494,10 +532,10 @@ fn coming<'a>(packet: &SkBuffContext, end: &HostEnd, bytes: u64) -> Coming<'a> {
                     end.holds_streams == 0 || flow.waiting.has_windows != 0 || received_bytes < FIRST_FLIGHT_BYTES;
                 Coming::ToBeHeld(flow, Stretch { segment, has_arrived: segment.sequence == next_sequence, has_windows })
             }
-            _ if peers.are_of_tcp && listens && end.holds_streams != 0 => Coming::ToListener,
+            _ if peers.are_of_tcp && listens && end.queues_requests() => Coming::ToListener(peers.sender()),
             Some(flow) => covered(flow, end, bytes),
             // Of a connection that is being opened, or in the place of one in TIME-WAIT: its listener's hook sees it.
-            None if full.is_none() && end.holds_streams != 0 => Coming::ToListener,
+            None if full.is_none() && end.queues_requests() => Coming::ToListener(peers.sender()),
             None if full.is_none() && is_request => Coming::ToBeCharged,
             None => Coming::Other,
         }

@@ -14,6 +14,8 @@ use aya_ebpf::{
     programs::SkBuffContext,
 };
 
+use crate::requests::Client;
+
 const IPV4_HEADER_BYTES: u64 = 20;
 const IPV6_HEADER_BYTES: u64 = 40;
 const UDP_HEADER_BYTES: u64 = 8;
@@ -26,6 +28,9 @@ const TCPOPT_MPTCP: u8 = 30;
 const TIMESTAMPS_BYTES: usize = 12;
 /// FIN, SYN and RST of TCP's flags byte.
 pub const OPENS_OR_CLOSES: u8 = 0b111;
+/// SYN and ACK of the same, and the first of them.
+const SYN_AND_ACK: u8 = 0b1_0010;
+const SYN: u8 = 0b10;
 /// IANA protocol numbers.
 pub const IPPROTO_TCP: u8 = 6;
 pub const IPPROTO_UDP: u8 = 17;
@@ -153,6 +158,21 @@ pub struct Peers {
 }
 
 impl Peers {
+    /// Who has sent the packet.
+    #[inline(always)]
+    pub fn sender(&self) -> Client {
+        // SAFETY: integers, all of which were written.
+        unsafe {
+            if self.is_ipv4 {
+                let tuple = self.tuple.__bindgen_anon_1.ipv4;
+                Client::new(u32::from_be(tuple.saddr), u16::from_be(tuple.sport))
+            } else {
+                let tuple = self.tuple.__bindgen_anon_1.ipv6;
+                Client::new(u32::from_be(tuple.saddr[3]), u16::from_be(tuple.sport))
+            }
+        }
+    }
+
     /// Has them be those of the sender.
     #[inline(always)]
     pub fn turn(&mut self) {
@@ -241,6 +261,10 @@ pub struct Segment {
     pub payload: u32,
     /// Whether it opens, closes or resets the connection.
     opens_or_closes: bool,
+    /// Whether it asks for a connection.
+    pub is_request: bool,
+    /// Whether it answers such a one.
+    answers: bool,
     /// Where its options begin.
     options_offset: u64,
 }
@@ -260,6 +284,8 @@ impl Segment {
             sequence: u32::from_be(sequence),
             payload: (u64::from(ctx.len()).max(headers_bytes) - headers_bytes) as u32,
             opens_or_closes: flags & OPENS_OR_CLOSES != 0,
+            is_request: flags & SYN_AND_ACK == SYN,
+            answers: flags & SYN_AND_ACK == SYN_AND_ACK,
             options_offset: start + TCP_HEADER_BYTES,
         }
     }
@@ -269,6 +295,12 @@ impl Segment {
     pub fn is_multipath(&self, ctx: &SkBuffContext) -> bool {
         let options: [u8; 16] = load(ctx, self.options_offset);
         options[0] == TCPOPT_MPTCP || options[TIMESTAMPS_BYTES] == TCPOPT_MPTCP
+    }
+
+    /// Whether it is the answer to a request for a connection and nothing else.
+    #[inline(always)]
+    pub fn is_answer(&self) -> bool {
+        self.payload == 0 && self.answers
     }
 
     /// Whether it is an acknowledgement and nothing else.

@@ -65,6 +65,22 @@ pub fn may_be_ours(ctx: &SockOpsContext, scope: &Scope) -> bool {
     local != remote && !subnets::is_exempt(scope.list, remote)
 }
 
+/// The last word of the remote's address, and its port, in the order of the machine.
+#[inline(always)]
+pub fn remote(ctx: &SockOpsContext) -> (u32, u16) {
+    // SAFETY: as in `may_be_ours`.
+    let (address4, address6, port) = unsafe {
+        let socket = ctx.ops;
+        (
+            (&raw const (*socket).remote_ip4).read_volatile(),
+            (&raw const (*socket).remote_ip6[3]).read_volatile(),
+            (&raw const (*socket).remote_port).read_volatile(),
+        )
+    };
+    let address = if ctx.family() == AF_INET6 { address6 } else { address4 };
+    (u32::from_be(address), u32::from_be(port) as u16)
+}
+
 /// An address of the context.
 #[inline(always)]
 unsafe fn words(address: *const [u32; 4]) -> SubnetAddress {

@@ -23,7 +23,7 @@ use podshaper_abi::{INGRESS, Limit, QUEUE_NONE};
 use crate::{
     clock::{self, Link},
     flow::Flow,
-    maps, tcp,
+    maps, requests, tcp,
 };
 
 pub const IPPROTO_TCP: i32 = 6;
@@ -116,18 +116,39 @@ fn initial_rwnd(link: &Link, is_answered: bool) -> u64 {
     if backlog_ns > FIRST_WAIT_NS {
         return 2;
     }
+    usual_rwnd(limit, is_answered)
+}
+
+/// The same where nothing waits.
+#[inline(always)]
+fn usual_rwnd(limit: &Limit, is_answered: bool) -> u64 {
     let flight_ns = if is_answered { FIRST_REQUEST_NS } else { FIRST_FLIGHT_NS };
     (link_bytes(limit, flight_ns) / USUAL_MSS).clamp(1, MAX_INITIAL_RWND)
+}
+
+/// What the first window of a connection that a remote opens has room for, in bytes.
+#[inline(always)]
+pub fn first_bytes(limit: &Limit) -> u64 {
+    usual_rwnd(limit, true) * USUAL_MSS
 }
 
 /// A connection is established: its window starts small. From the first acknowledgement on it may be smaller than the first flight.
 #[inline(always)]
 pub fn open(ctx: &SockOpsContext, is_answered: bool) {
     let Some((flow, link)) = limited(ctx) else { return };
-    let first_bytes = initial_rwnd(&link, is_answered) * tcp::mss(ctx);
-    flow.window.bytes = first_bytes.min(link_bytes(link.limit(), MIN_ROUND_NS)).max(part_of_segment(ctx));
+    if maps::only_scope().is_some_and(|scope| !tcp::may_be_ours(ctx, &scope)) {
+        // It has inherited the slot of a listener that others ask as well: the pod itself, and who is exempt.
+        flow.slot = 0;
+        return;
+    }
+    let mss = tcp::mss(ctx);
+    let first_bytes = initial_rwnd(&link, is_answered) * mss;
+    // A remote that has seen a larger window sends nothing into one that is shorter than a segment, but by its persist timer.
+    let least_bytes = if first_bytes < 2 * mss { part_of_segment(ctx) } else { 2 * mss };
+    flow.window.bytes = first_bytes.min(link_bytes(link.limit(), MIN_ROUND_NS)).max(least_bytes);
     flow.window.changed_ns = clock::now_ns();
     flow.window.right_edge = first_bytes;
+    flow.window.held_ns = if is_answered { requests::waited_ns(ctx) } else { 0 };
     // What waits at the host's end is known by the first acknowledgement, and whether it is of MPTCP.
     if link.limit().queue == QUEUE_NONE {
         clamp(ctx, flow.window.bytes, flow.application_window_bytes);

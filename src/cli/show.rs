@@ -79,7 +79,7 @@ fn direction_text(direction: Direction, measured: &Measured, max: Option<Rate>) 
     }
     text += &format!("  passed    {bytes} bytes in {packets} packets, {marks} of them marked; {drops} dropped\n");
     text += &match others {
-        OtherPaths::Held(Others { bytes, packets, drops, waits_until_ns: _, streams_wait_until_ns: _ }) => format!(
+        OtherPaths::Held(Others { bytes, packets, drops, .. }) => format!(
             "  others    {bytes} bytes in {packets} packets by other paths than the pod's sockets; {drops} dropped\n"
         ),
         OtherPaths::ByTbf => {

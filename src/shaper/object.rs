@@ -20,7 +20,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use super::{program_names, refusal::refused};
 use crate::{
     error::{Code, Error, Result},
-    pins::{FLOWS, HOST_ENDS, LIMITS, METERS, OTHERS, SCOPES, SUBNETS},
+    pins::{FLOWS, HOST_ENDS, LIMITS, METERS, OTHERS, REQUESTS, SCOPES, SUBNETS},
     sys,
 };
 
@@ -30,7 +30,7 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/po
 pub const IDENTITY: &str = env!("PODSHAPER_BPF_IDENTITY");
 
 /// The object's maps.
-pub const MAPS: [&str; 7] = [LIMITS, METERS, SCOPES, SUBNETS, FLOWS, OTHERS, HOST_ENDS];
+pub const MAPS: [&str; 8] = [LIMITS, METERS, SCOPES, SUBNETS, FLOWS, OTHERS, HOST_ENDS, REQUESTS];
 
 /// Maps and programs that are in the kernel, as long as this lives or they are pinned.
 pub struct Object(Ebpf);
@@ -151,7 +151,13 @@ fn try_flows(object: &Ebpf) -> Result<()> {
 
 fn map_data<'a>(object: &'a Ebpf, name: &str) -> Result<&'a MapData> {
     match object.map(name) {
-        Some(Map::HashMap(data) | Map::LpmTrie(data) | Map::SkStorage(data) | Map::CgroupStorage(data)) => Ok(data),
+        Some(
+            Map::Array(data)
+            | Map::HashMap(data)
+            | Map::LpmTrie(data)
+            | Map::SkStorage(data)
+            | Map::CgroupStorage(data),
+        ) => Ok(data),
         _ => Err(not_in_object(name)),
     }
 }

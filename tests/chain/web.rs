@@ -78,6 +78,25 @@ fn what_many_short_connections_bring_is_held_in_every_second() {
     assert_served(Way::In, 10 * MBIT, 64);
 }
 
+/// A node's probe opens a connection each time, and kubelet waits a second for it. Those that post from elsewhere are many, and their
+/// connections wait for their turn.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn probes_of_the_node_do_not_wait_behind_those_that_post() {
+    const PROBED_EACH: Duration = Duration::from_millis(400);
+    const MOST_P50_US: f64 = 100_000.0;
+    let bed = Bed::new();
+    let pod = bed.pod_by(Limiter::Podshaper, Limits { egress: None, ingress: Some(10 * MBIT) });
+    let probe = Some(PROBED_EACH);
+    let options = Web { way: Way::In, clients: 64, bytes: 30_000, probe, away: true, ..Web::default() };
+    let WebResult { probes, clients, .. } = web::web(&pod, &options).unwrap();
+    let probes = probes.unwrap();
+    let text = format!("{probes:?} beside {clients:?}");
+    eprintln!("{text}");
+    assert!(clients.from_connect.p50_us > 4.0 * MOST_P50_US, "too few to wait: {text}");
+    assert!(probes.count >= 5 && probes.p50_us <= MOST_P50_US, "{text}");
+}
+
 /// Half of the link is not much to ask for flows that stay, beside as many that come and go; nor for those.
 #[test]
 #[ignore = "needs root and the CNI plugins"]

@@ -104,6 +104,12 @@ impl HostEnd {
     pub fn queue(&self) -> u64 {
         if self.waiting_class == 0 { QUEUE_FQ } else { QUEUE_HTB }
     }
+
+    /// Whether requests for connections wait for their turn.
+    #[inline(always)]
+    pub fn queues_requests(&self) -> bool {
+        self.holds_streams != 0 || self.waiting_ifindex != 0 && self.queue() == QUEUE_FQ
+    }
 }
 
 /// Nanoseconds a second has, times bits a byte has: what turns bytes and bits/s into nanoseconds.
@@ -272,6 +278,16 @@ pub struct Others {
     pub waits_until_ns: u64,
     /// Until when some of what comes to the cgroup's sockets waits in the waiting room.
     pub streams_wait_until_ns: u64,
+    /// When the next request for a connection may enter.
+    pub next_request_ns: u64,
+    /// When the next one from near may pass the others.
+    pub next_near_request_ns: u64,
+    /// When the next answer to such a request has its part of the rate.
+    pub next_answer_ns: u64,
+    /// Not 0: such answers are charged at the host's end.
+    pub has_answers: u64,
+    /// What a remote sends at first on a connection that it has opened, on the mean, in bytes on the wire. 0: none is known yet.
+    pub first_bytes: u64,
     /// Bytes at layer 3 that passed.
     pub bytes: u64,
     /// Packets that passed.
@@ -286,6 +302,19 @@ pub struct Others {
 pub struct OtherPaths {
     /// By direction.
     pub of: [Others; DIRECTIONS],
+}
+
+/// Of how many requests for connections it is noted how long they have waited. A power of two.
+pub const REQUESTS_WAITED: u32 = 1 << 11;
+
+/// How long a request for a connection has waited.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Waited {
+    /// Whose it was.
+    pub client: u32,
+    /// In microseconds.
+    pub us: u32,
 }
 
 /// What the programs keep with each socket, as far as user space reads it: what they have set on the socket, and what the application had set
@@ -303,7 +332,7 @@ pub struct SocketState {
     paced_bytes_per_s: u64,
     /// The attachment by whose interface the socket sends, as of [`Scope::slot`]. 0: none.
     pub slot: u64,
-    others: [u64; 19],
+    others: [u64; 20],
     /// TCP_WINDOW_CLAMP as the programs set it last, in bytes. 0: they have not.
     pub window_bytes: u64,
     window: [u64; 9],
@@ -317,8 +346,8 @@ const _: () = assert!(size_of::<Meter>() == 8 + size_of::<Clock>() + 16 + size_o
 const _: () = assert!(size_of::<Meters>() == 8 + 2 * size_of::<Meter>());
 const _: () = assert!(size_of::<Scope>() == 24);
 const _: () = assert!(size_of::<HostEnd>() == 32);
-const _: () = assert!(size_of::<OtherPaths>() == 80);
-const _: () = assert!(size_of::<SocketState>() == 392);
+const _: () = assert!(size_of::<OtherPaths>() == 160);
+const _: () = assert!(size_of::<SocketState>() == 400);
 
 impl Meters {
     /// Meters whose lock is free.

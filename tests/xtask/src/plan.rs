@@ -103,6 +103,8 @@ pub const ASKED_OF_KERNELS: &[&str] = &[
     "chain::rate::ten_mbit",
     "chain::ingress::ten_mbit",
     "chain::paths::frames_are_held",
+    "chain::web::many_short_connections_at_ten",
+    "chain::web::probes",
     "operator::set::limits_change",
     "operator::set::packets_are",
 ];
