@@ -40,7 +40,8 @@ pub struct Flow {
     pub asked_namespace: u64,
     /// Not 0: it is not.
     pub is_foreign: u64,
-    /// Not 0: a listener's, or of a connection that a remote has opened, which inherits it.
+    /// 1: a listener's, which a connection that a remote has opened inherits. What comes on that is added, in bytes on the wire, as far as it counts in
+    /// the mean of what connections bring. 0: of another socket.
     pub is_answering: u64,
     /// What it has sent: charged, and passed the host's end.
     pub out_covered: Covered,

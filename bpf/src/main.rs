@@ -113,9 +113,13 @@ pub fn count_egress(ctx: SkBuffContext) -> i32 {
 /// Called for every packet that reaches a socket of the pod, as a whole (GRO). Counts it on the clock.
 #[cgroup_skb(ingress)]
 pub fn count_ingress(ctx: SkBuffContext) -> i32 {
-    let Some(scope) = scope_of(&ctx, Remote::SOURCE) else { return PASS };
-    let Some(link) = Link::of(scope.slot, INGRESS) else { return PASS };
     let socket = packet::full_socket(&ctx);
+    let Some(scope) = scope_of(&ctx, Remote::SOURCE) else {
+        // What a listener accepts inherits what is known of the listener.
+        leave(socket.filter(|socket| listens(*socket)));
+        return PASS;
+    };
+    let Some(link) = Link::of(scope.slot, INGRESS) else { return PASS };
     // SAFETY: as in `count_egress`.
     let mut flow = socket.and_then(|socket| unsafe { maps::flow_or_new(socket) });
     if flow.as_deref_mut().is_some_and(|flow| namespace::is_foreign(&ctx, flow, &scope, false)) {
@@ -231,7 +235,7 @@ fn answer_of(ctx: &SkBuffContext, link: &Link, wire: &Wire, socket: Option<NonNu
         return Answer::Not;
     }
     let Some(others) = maps::others(link.slot(), EGRESS) else { return Answer::Not };
-    if link.limit().queue == QUEUE_FQ && others.has_answers != 0 {
+    if link.limit().queue == QUEUE_FQ && now_ns < others.answers_here_until_ns {
         Answer::ChargedLater
     } else if requests::answer_passes(link, others, wire, now_ns) {
         Answer::InTime
@@ -254,6 +258,7 @@ fn leave(socket: Option<NonNull<bpf_sock>>) {
     // SAFETY: as in `count_egress`.
     if let Some(flow) = socket.and_then(|socket| unsafe { maps::flow(socket) }) {
         flow.slot = 0;
+        flow.is_answering = 0;
     }
 }
 
@@ -304,12 +309,7 @@ fn class_of(
         if before_bytes < FIRST_FLIGHT_BYTES {
             flow.answer_from_ns = flow.answer_from_ns.max(delivered_ns);
         }
-        if flow.is_answering != 0
-            && before_bytes < requests::MOST_BYTES
-            && let Some(others) = maps::others(link.slot(), INGRESS)
-        {
-            requests::note_first(link, others, wire.bytes, before_bytes);
-        }
+        requests::note_bytes(flow, link.slot(), wire.bytes);
         return STREAM;
     }
     turn.decide(link, &packet).class

@@ -17,7 +17,7 @@ use aya_ebpf::{
 };
 use podshaper_abi::{
     HostEnd, LOOPBACK_IFINDEX, Limits, ListedAddress, MAX_ATTACHMENTS, MAX_LISTED_SUBNETS, Meters, OtherPaths, Others,
-    REQUESTS_WAITED, SUBNET_EXEMPT, Scope, Scopes, Waited,
+    REQUEST_PLACES, SUBNET_EXEMPT, Scope, Scopes, Waited,
 };
 
 use crate::flow::Flow;
@@ -44,7 +44,7 @@ static SCOPES: CgroupStorage = CgroupStorage::new();
 static SUBNETS: LpmTrie<ListedAddress, u32, MAX_LISTED_SUBNETS> = LpmTrie::new();
 /// How long requests for connections have waited, by who asked. Of two in one place the later one is left.
 #[btf_map]
-static REQUESTS: Array<Waited, { REQUESTS_WAITED as usize }> = Array::new();
+static REQUESTS: Array<Waited, { REQUEST_PLACES as usize }> = Array::new();
 #[btf_map]
 static FLOWS: FlowStorage = FlowStorage::new();
 

@@ -67,6 +67,10 @@ const HELD_FOR_NS: u64 = 1_000_000_000;
 /// What passes at once of a connection whose acknowledgements cannot be held: as much as the windows aim for, so that a late timer does not
 /// leave the clock idle.
 const AHEAD_NS: u64 = 5_000_000;
+/// Up to this backlog a request for a connection, or what else comes before a connection is open, is not dropped.
+const REQUEST_BOUND_NS: u64 = 500_000_000;
+/// How long after the answer to such a request the hook leaves the next one to be charged here.
+const ANSWERS_HERE_NS: u64 = 1_000_000_000;
 /// What may be on the way from the host's end to a socket of the pod. No more passes for it until the hook has seen that.
 const ON_THE_WAY_BYTES: u64 = 1 << 20;
 
@@ -205,8 +209,9 @@ pub fn out_of_pod(ctx: &TcContext) -> i32 {
     }
 }
 
-/// Whether a packet is the answer to a request for a connection, and has its part of the limit. fq takes its socket off it (`fq_classify`), so
-/// that it is charged here and not in the hook, which sees it on some kernels only. Whoever forges one has no more than that part.
+/// Whether a packet is the answer to a request for a connection, and has its part of the limit. fq takes the socket off such an answer
+/// (`fq_classify`). So it is charged here. The hook would charge it as well, on the kernels on which the hook sees it, and leaves it
+/// alone while answers come here. Whoever forges one has no more than that part.
 #[inline(always)]
 fn is_answer_in_time(packet: &SkBuffContext, end: &HostEnd, wire: &Wire) -> bool {
     let (Some(link), Some(others)) = (Link::of(end.slot, EGRESS), maps::others(end.slot, EGRESS)) else {
@@ -216,8 +221,9 @@ fn is_answer_in_time(packet: &SkBuffContext, end: &HostEnd, wire: &Wire) -> bool
     if !is_tcp || !Segment::of(packet, ETHERNET_HEADER_BYTES).is_answer() {
         return false;
     }
-    others.has_answers = 1;
-    let passes = requests::answer_passes(&link, others, wire, clock::now_ns());
+    let now_ns = clock::now_ns();
+    others.answers_here_until_ns = now_ns + ANSWERS_HERE_NS;
+    let passes = requests::answer_passes(&link, others, wire, now_ns);
     if passes {
         link.admits(wire.bytes, wire.segments, WAITED, false);
     }
@@ -351,7 +357,7 @@ fn hold(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, flow: &mut Flow, str
 }
 
 /// Charges the request for a connection, or what else comes before a connection is open. It is of a new flow. If new flows have had their part
-/// of the rate, the request waits, and beyond [`requests::BOUND_NS`] it is dropped: what asks without end is a flood.
+/// of the rate, the request waits, and beyond [`REQUEST_BOUND_NS`] it is dropped: what asks without end is a flood.
 #[inline(always)]
 fn queue_request(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, client: Client) -> i32 {
     let (Some(link), Some(others)) = (Link::of(end.slot, INGRESS), maps::others(end.slot, INGRESS)) else {
@@ -361,16 +367,15 @@ fn queue_request(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, client: Cli
     let now_ns = clock::now_ns();
     let before_ns = link.backlog_ns(now_ns, 0, false);
     let is_fresh = link.has_room(FRESH, now_ns);
-    if !is_fresh && before_ns > requests::BOUND_NS {
+    if !is_fresh && before_ns > REQUEST_BOUND_NS {
         return TC_ACT_SHOT;
     }
     link.admits(wire.bytes, wire.segments, if is_fresh { FRESH } else { STREAM }, false);
     if end.holds_streams == 0 {
-        if !Segment::of(packet, ETHERNET_HEADER_BYTES).is_request {
-            return TC_ACT_UNSPEC;
-        }
-        let edt_ns = requests::edt_ns(&link, others, now_ns, before_ns, has_socket(skb));
-        client.note(edt_ns - now_ns);
+        let Some(edt_ns) = requests::edt_ns(&link, others, now_ns, before_ns, is_of_node(skb)) else {
+            return TC_ACT_SHOT;
+        };
+        client.note(end.slot, edt_ns - now_ns);
         return if edt_ns == now_ns { TC_ACT_UNSPEC } else { wait(skb, end, INGRESS, ROOM_INTO_QUEUE, edt_ns) };
     }
     if is_fresh || end.waiting_ifindex == 0 || before_ns <= AHEAD_NS {
@@ -457,11 +462,11 @@ pub fn go_back(ctx: &TcContext) -> i32 {
     }
 }
 
-/// Whether a packet on its way into the pod still has its sender's socket: it has come from no other machine, and by no route.
+/// Whether a process of the node has sent a packet on its way into the pod: it has come by no interface.
 #[inline(always)]
-fn has_socket(skb: *mut __sk_buff) -> bool {
-    // SAFETY: tc programs may read sk.
-    unsafe { !(*skb).__bindgen_anon_2.sk.is_null() }
+fn is_of_node(skb: *mut __sk_buff) -> bool {
+    // SAFETY: tc programs may read ingress_ifindex.
+    unsafe { (*skb).ingress_ifindex == 0 }
 }
 
 /// Whether the cgroup's hook has charged as many bytes of the packet's socket. That answers to opened connections (SYN-ACK), and what closed
@@ -532,14 +537,21 @@ fn coming<'a>(packet: &SkBuffContext, end: &HostEnd, bytes: u64) -> Coming<'a> {
                     end.holds_streams == 0 || flow.waiting.has_windows != 0 || received_bytes < FIRST_FLIGHT_BYTES;
                 Coming::ToBeHeld(flow, Stretch { segment, has_arrived: segment.sequence == next_sequence, has_windows })
             }
-            _ if peers.are_of_tcp && listens && end.queues_requests() => Coming::ToListener(peers.sender()),
+            _ if peers.are_of_tcp && listens && waits_for_listener(packet, end) => Coming::ToListener(peers.sender()),
             Some(flow) => covered(flow, end, bytes),
             // Of a connection that is being opened, or in the place of one in TIME-WAIT: its listener's hook sees it.
-            None if full.is_none() && end.queues_requests() => Coming::ToListener(peers.sender()),
+            None if full.is_none() && waits_for_listener(packet, end) => Coming::ToListener(peers.sender()),
             None if full.is_none() && is_request => Coming::ToBeCharged,
             None => Coming::Other,
         }
     }
+}
+
+/// Whether what comes to a listener, or before a connection is open, is charged here and waits. Where acknowledgements are held it is the request
+/// alone; the hook charges what follows.
+#[inline(always)]
+fn waits_for_listener(packet: &SkBuffContext, end: &HostEnd) -> bool {
+    end.holds_streams != 0 || end.paces_requests() && Segment::of(packet, ETHERNET_HEADER_BYTES).is_request
 }
 
 /// Whether what comes to a connection waits here, and not at the remote for its acknowledgements.

@@ -3,50 +3,57 @@
 //! What a remote sends before its first acknowledgement, nothing holds. With clients that open a connection for each of their requests that is
 //! most of what comes, and many of them would bring seconds of the limit at once. So it is the connections that are paced: each
 //! request (SYN) enters when the link could carry what those before it bring, which is taken to be as much as connections brought lately. The
-//! round trip that a client sees first is then as long as its request has waited, and the client as patient: it takes neither its first flight
-//! for lost nor, later, what waits for an acknowledgement that is held ([`crate::window`]).
+//! round trip that a client sees first is then as long as its request has waited. The client waits for longer than that before it repeats
+//! anything: its first flight, or what waits for an acknowledgement that is held ([`crate::window`]).
 //!
 //! A request waits at the host's end of the interface, in fq of the waiting room.
 
 use aya_ebpf::programs::SockOpsContext;
-use podshaper_abi::{Others, REQUESTS_WAITED, Waited};
+use podshaper_abi::{INGRESS, Others, REQUEST_PLACES, Waited};
 
-use crate::{clock::Link, maps, packet::Wire, tcp, window};
+use crate::{clock::Link, flow::Flow, maps, packet::Wire, tcp, window};
 
 /// The longest wait: a client asks again after a second (RFC 6298, 2.1).
-pub const BOUND_NS: u64 = 800_000_000;
+const BOUND_NS: u64 = 800_000_000;
 /// The backlog that requests aim for. While it is longer, fewer of them enter than the link could serve, else more.
 const TARGET_NS: u64 = 12_000_000;
 /// Up to this backlog a request enters that no other one is before: bulk flows at a low rate have as much.
 const AHEAD_NS: u64 = 100_000_000;
-/// Requests from near pass the others, up to one of so many: kubelet's probes are among them, which wait for a second, and a pod whose
-/// probes fail is killed.
-const NEAR_COST: u64 = 8;
+/// One request of the node itself passes the others in the time that the link needs for what so many connections bring. Kubelet's probes are among
+/// these: they wait for a second, and a pod whose probes fail is killed.
+const NODE_COST: u64 = 8;
+/// How many requests wait at most: the node's waiting room has no place for a flood of them.
+const MOST_WAITING: u64 = 1 << 12;
 /// What counts of a connection in the mean of what they bring. What comes later is held by acknowledgements.
-pub const MOST_BYTES: u64 = 64 << 10;
+const MOST_BYTES: u64 = 64 << 10;
+/// Of the packets of a connection, those up to this are acknowledgements, which bring nothing.
+const ACKNOWLEDGEMENT_BYTES: u64 = 120;
 /// Of how many connections that mean is.
 const CONNECTIONS: u64 = 32;
 
-/// When a request enters that comes now and finds this backlog. `is_near`: a process of the node has sent it, or a pod on the same bridge.
+/// When a request enters that comes now and finds this backlog; `None` if too many wait already. `is_of_node`: a process of the node has sent it.
 #[inline(always)]
-pub fn edt_ns(link: &Link, others: &mut Others, now_ns: u64, before_ns: u64, is_near: bool) -> u64 {
-    let (mean, next) = (&raw const others.first_bytes, &raw mut others.next_request_ns);
-    let next_near = &raw mut others.next_near_request_ns;
+pub fn edt_ns(link: &Link, others: &mut Others, now_ns: u64, before_ns: u64, is_of_node: bool) -> Option<u64> {
+    let (mean, next) = (&raw const others.mean_first_bytes, &raw mut others.next_request_ns);
+    let next_of_node = &raw mut others.next_node_request_ns;
     // SAFETY: aligned u64s of a map's value are loaded and stored whole. Volatile: other CPUs write them. What two CPUs lose is that two
     // requests enter at once.
     unsafe {
         let first_ns = link.transmit_ns(known(link, mean.read_volatile()), 1);
         let gap_ns = if before_ns > TARGET_NS { first_ns + first_ns / 4 } else { first_ns - first_ns / 8 };
         let from_ns = next.read_volatile().max(now_ns + before_ns.max(AHEAD_NS) - AHEAD_NS);
-        let is_first = is_near && next_near.read_volatile() <= now_ns;
-        if is_first {
-            next_near.write_volatile(now_ns + NEAR_COST * first_ns);
+        let passes = is_of_node && from_ns > now_ns && next_of_node.read_volatile() <= now_ns;
+        if passes {
+            next_of_node.write_volatile(now_ns + (NODE_COST * first_ns).min(BOUND_NS));
+        } else if next.read_volatile() > now_ns + BOUND_NS {
+            return None;
         }
         let wait_ns = (from_ns - now_ns).min(BOUND_NS);
         // Those that wait for long are closer and closer. At the bound all that came meanwhile would else enter at once.
         let closer_ns = (2 * (BOUND_NS - wait_ns)).min(BOUND_NS);
-        next.write_volatile(now_ns + wait_ns + gap_ns.min(BOUND_NS) * closer_ns / BOUND_NS);
-        if is_first { now_ns } else { now_ns + wait_ns }
+        let step_ns = (gap_ns.min(BOUND_NS) * closer_ns / BOUND_NS).max(BOUND_NS / MOST_WAITING);
+        next.write_volatile(now_ns + wait_ns + step_ns);
+        Some(if passes { now_ns } else { now_ns + wait_ns })
     }
 }
 
@@ -56,7 +63,10 @@ pub fn edt_ns(link: &Link, others: &mut Others, now_ns: u64, before_ns: u64, is_
 pub fn answer_passes(link: &Link, others: &mut Others, wire: &Wire, now_ns: u64) -> bool {
     const COST: u64 = 8;
     /// Dozens of clients ask at once.
+    const AT_ONCE: u64 = 64;
     const LAG_NS: u64 = 50_000_000;
+    let cost_ns = COST * link.transmit_ns(wire.bytes, 1);
+    let lag_ns = (AT_ONCE * cost_ns).max(LAG_NS);
     let next = &raw mut others.next_answer_ns;
     // SAFETY: as in `edt_ns`. What two CPUs lose is one answer.
     unsafe {
@@ -64,27 +74,41 @@ pub fn answer_passes(link: &Link, others: &mut Others, wire: &Wire, now_ns: u64)
         if next_ns > now_ns {
             return false;
         }
-        next.write_volatile(next_ns.max(now_ns - LAG_NS) + COST * link.transmit_ns(wire.bytes, 1));
+        next.write_volatile(next_ns.max(now_ns.max(lag_ns) - lag_ns) + cost_ns);
     }
     true
 }
 
-/// Notes bytes on the wire of what comes on a connection that a remote has opened, which has received so much payload before.
+/// A connection that a remote has opened is there: the mean is of one more.
 #[inline(always)]
-pub fn note_first(link: &Link, others: &mut Others, wire_bytes: u64, received_bytes: u64) {
-    let mean = &raw mut others.first_bytes;
-    // SAFETY: as in `edt_ns`. What two CPUs lose is a packet of a mean.
+pub fn note_connection(link: &Link, others: &mut Others) {
+    let mean = &raw mut others.mean_first_bytes;
+    // SAFETY: as in `edt_ns`. What two CPUs lose is a connection of a mean.
     unsafe {
         let before = known(link, mean.read_volatile());
-        let left = if received_bytes == 0 { before - before / CONNECTIONS } else { before };
-        mean.write_volatile(left + wire_bytes / CONNECTIONS);
+        mean.write_volatile(before - before / CONNECTIONS);
     }
+}
+
+/// Notes bytes on the wire of what comes on such a connection.
+#[inline(always)]
+pub fn note_bytes(flow: &mut Flow, slot: u32, wire_bytes: u64) {
+    // It is 1 where nothing has come yet, and 0 where the connection is not such a one.
+    let noted_bytes = flow.is_answering;
+    if noted_bytes == 0 || noted_bytes > MOST_BYTES || wire_bytes <= ACKNOWLEDGEMENT_BYTES {
+        return;
+    }
+    let Some(others) = maps::others(slot, INGRESS) else { return };
+    flow.is_answering += wire_bytes;
+    let mean = &raw mut others.mean_first_bytes;
+    // SAFETY: as in `edt_ns`. What two CPUs lose is a packet of a mean.
+    unsafe { mean.write_volatile(mean.read_volatile() + wire_bytes.min(MOST_BYTES) / CONNECTIONS) };
 }
 
 /// The mean, or before there is one what the first window has room for.
 #[inline(always)]
 fn known(link: &Link, mean_bytes: u64) -> u64 {
-    if mean_bytes == 0 { window::first_bytes(link.limit()) } else { mean_bytes }
+    if mean_bytes == 0 { window::usual_first_bytes(link.limit()) } else { mean_bytes }
 }
 
 /// Whoever asks for a connection: the last word of its address, and its port, in the order of the machine. Others may be the same.
@@ -97,11 +121,10 @@ impl Client {
         Self(address ^ u32::from(port) << 16 ^ u32::from(port))
     }
 
-    /// The remote of a connection.
+    /// The same as the client of one attachment: another pod's is another one.
     #[inline(always)]
-    fn of(ctx: &SockOpsContext) -> Self {
-        let (address, port) = tcp::remote(ctx);
-        Self::new(address, port)
+    fn of(self, slot: u32) -> Self {
+        Self(self.0 ^ slot)
     }
 
     /// Where it is noted how long its request has waited.
@@ -109,21 +132,23 @@ impl Client {
     fn waited<'a>(self) -> Option<&'a mut Waited> {
         /// 2^32 by the golden ratio: spreads what differs in few bits (Knuth).
         const SPREAD: u32 = 0x9e37_79b9;
-        maps::waited(self.0.wrapping_mul(SPREAD) >> (u32::BITS - REQUESTS_WAITED.ilog2()))
+        maps::waited(self.0.wrapping_mul(SPREAD) >> (u32::BITS - REQUEST_PLACES.ilog2()))
     }
 
-    /// Notes how long its request waits.
+    /// Notes how long its request to an attachment waits.
     #[inline(always)]
-    pub fn note(self, wait_ns: u64) {
-        if let Some(waited) = self.waited() {
-            *waited = Waited { client: self.0, us: (wait_ns / 1000) as u32 };
+    pub fn note(self, slot: u32, wait_ns: u64) {
+        let client = self.of(slot);
+        if let Some(waited) = client.waited() {
+            *waited = Waited { client: client.0, us: (wait_ns / 1000) as u32 };
         }
     }
 }
 
 /// How long the request has waited of a connection that a remote has opened. 0 where that is not known any more.
 #[inline(always)]
-pub fn waited_ns(ctx: &SockOpsContext) -> u64 {
-    let client = Client::of(ctx);
+pub fn waited_ns(ctx: &SockOpsContext, slot: u32) -> u64 {
+    let (address, port) = tcp::remote(ctx);
+    let client = Client::new(address, port).of(slot);
     client.waited().filter(|waited| waited.client == client.0).map_or(0, |waited| u64::from(waited.us) * 1000)
 }

@@ -128,7 +128,7 @@ fn usual_rwnd(limit: &Limit, is_answered: bool) -> u64 {
 
 /// What the first window of a connection that a remote opens has room for, in bytes.
 #[inline(always)]
-pub fn first_bytes(limit: &Limit) -> u64 {
+pub fn usual_first_bytes(limit: &Limit) -> u64 {
     usual_rwnd(limit, true) * USUAL_MSS
 }
 
@@ -148,7 +148,10 @@ pub fn open(ctx: &SockOpsContext, is_answered: bool) {
     flow.window.bytes = first_bytes.min(link_bytes(link.limit(), MIN_ROUND_NS)).max(least_bytes);
     flow.window.changed_ns = clock::now_ns();
     flow.window.right_edge = first_bytes;
-    flow.window.held_ns = if is_answered { requests::waited_ns(ctx) } else { 0 };
+    flow.window.held_ns = if is_answered { requests::waited_ns(ctx, link.slot()) } else { 0 };
+    if is_answered && let Some(others) = maps::others(link.slot(), INGRESS) {
+        requests::note_connection(&link, others);
+    }
     // What waits at the host's end is known by the first acknowledgement, and whether it is of MPTCP.
     if link.limit().queue == QUEUE_NONE {
         clamp(ctx, flow.window.bytes, flow.application_window_bytes);

@@ -85,6 +85,7 @@ fn what_many_short_connections_bring_is_held_in_every_second() {
 fn probes_of_the_node_do_not_wait_behind_those_that_post() {
     const PROBED_EACH: Duration = Duration::from_millis(400);
     const MOST_P50_US: f64 = 100_000.0;
+    const KUBELET_WAITS_US: f64 = 1_000_000.0;
     let bed = Bed::new();
     let pod = bed.pod_by(Limiter::Podshaper, Limits { egress: None, ingress: Some(10 * MBIT) });
     let probe = Some(PROBED_EACH);
@@ -94,7 +95,7 @@ fn probes_of_the_node_do_not_wait_behind_those_that_post() {
     let text = format!("{probes:?} beside {clients:?}");
     eprintln!("{text}");
     assert!(clients.from_connect.p50_us > 4.0 * MOST_P50_US, "too few to wait: {text}");
-    assert!(probes.count >= 5 && probes.p50_us <= MOST_P50_US, "{text}");
+    assert!(probes.count >= 5 && probes.p50_us <= MOST_P50_US && probes.max_us < KUBELET_WAITS_US, "{text}");
 }
 
 /// Half of the link is not much to ask for flows that stay, beside as many that come and go; nor for those.

@@ -105,10 +105,10 @@ impl HostEnd {
         if self.waiting_class == 0 { QUEUE_FQ } else { QUEUE_HTB }
     }
 
-    /// Whether requests for connections wait for their turn.
+    /// Whether requests for connections can wait for a time of their own.
     #[inline(always)]
-    pub fn queues_requests(&self) -> bool {
-        self.holds_streams != 0 || self.waiting_ifindex != 0 && self.queue() == QUEUE_FQ
+    pub fn paces_requests(&self) -> bool {
+        self.waiting_ifindex != 0 && self.queue() == QUEUE_FQ
     }
 }
 
@@ -270,7 +270,8 @@ pub struct Counters {
     pub backlog: [u64; BACKLOG_BUCKETS],
 }
 
-/// What has come in one direction by other paths than the cgroup's sockets since ADD. It is not in [`Counters`].
+/// What has come in one direction by other paths than the cgroup's sockets since ADD, which is not in [`Counters`], and what the programs at the host's
+/// end remember for the whole pod.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Others {
@@ -280,14 +281,14 @@ pub struct Others {
     pub streams_wait_until_ns: u64,
     /// When the next request for a connection may enter.
     pub next_request_ns: u64,
-    /// When the next one from near may pass the others.
-    pub next_near_request_ns: u64,
+    /// When the next one of the node itself may pass the others.
+    pub next_node_request_ns: u64,
     /// When the next answer to such a request has its part of the rate.
     pub next_answer_ns: u64,
-    /// Not 0: such answers are charged at the host's end.
-    pub has_answers: u64,
+    /// Until when such answers are taken to be charged at the host's end.
+    pub answers_here_until_ns: u64,
     /// What a remote sends at first on a connection that it has opened, on the mean, in bytes on the wire. 0: none is known yet.
-    pub first_bytes: u64,
+    pub mean_first_bytes: u64,
     /// Bytes at layer 3 that passed.
     pub bytes: u64,
     /// Packets that passed.
@@ -304,8 +305,8 @@ pub struct OtherPaths {
     pub of: [Others; DIRECTIONS],
 }
 
-/// Of how many requests for connections it is noted how long they have waited. A power of two.
-pub const REQUESTS_WAITED: u32 = 1 << 11;
+/// How many places there are to note how long requests for connections have waited. A power of two.
+pub const REQUEST_PLACES: u32 = 1 << 11;
 
 /// How long a request for a connection has waited.
 #[repr(C)]
