@@ -1,6 +1,6 @@
 //! podshaper's eBPF programs: hook, what each is called for, and what its return value means. How they work is in the modules:
 //! [`turn`] (which packet leaves at once and which waits), [`clock`] (the pod clock), [`pace`] (TCP out), [`window`] (TCP in), [`flow`] (what
-//! is remembered of a socket), [`other_paths`] (what no socket of the pod sends or gets),
+//! is remembered of a socket), [`other_paths`] (what no socket of the pod sends or gets), [`requests`] (when connections are opened),
 //! [`namespace`] (whether a socket is in the pod's), [`packet`] (bytes on the wire), [`subnets`] (what is exempt), [`maps`].
 //!
 //! A node has the programs and maps once. A program learns from the storage of the cgroup for which it runs which attachments are on that,
