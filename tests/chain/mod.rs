@@ -148,9 +148,8 @@ pub fn assert_rate(what: &str, measured: f64, wanted: u64, tolerance: f64) {
     );
 }
 
-/// What a second may have above the limit: packets that were sent a little before it, or that come a little after. A busy machine stops for
-/// a tenth of a second at times, and what it has not taken in one second it takes in the next.
-const SECOND_TOLERANCE: f64 = 0.15;
+/// What a second may have above the limit: packets that were sent a little before it, or that come a little after.
+const SECOND_TOLERANCE: f64 = 0.08;
 /// What all seconds after the first may have above the limit.
 const ALL_TOLERANCE: f64 = 0.05;
 
