@@ -105,6 +105,13 @@ impl Link {
         fair_wait(backlog_ns, own_ns, wire_bytes, before)
     }
 
+    /// What a flow sends between two waits, in bytes on the wire, on the mean.
+    #[inline(always)]
+    pub fn usual_bytes(&self) -> u64 {
+        // SAFETY: as in `backlog_ns`.
+        unsafe { (&raw const (*self.meter()).usual_bytes).read_volatile() }
+    }
+
     /// Whether a packet of this class that finds this backlog is to be marked, if it is ECN-capable.
     #[inline(always)]
     pub fn is_marked(&self, class: u64, backlog_ns: u64) -> bool {

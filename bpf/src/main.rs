@@ -113,13 +113,13 @@ pub fn count_egress(ctx: SkBuffContext) -> i32 {
 /// Called for every packet that reaches a socket of the pod, as a whole (GRO). Counts it on the clock.
 #[cgroup_skb(ingress)]
 pub fn count_ingress(ctx: SkBuffContext) -> i32 {
-    let socket = packet::full_socket(&ctx);
     let Some(scope) = scope_of(&ctx, Remote::SOURCE) else {
         // What a listener accepts inherits what is known of the listener.
-        leave(socket.filter(|socket| listens(*socket)));
+        leave(packet::full_socket(&ctx).filter(|socket| listens(*socket)));
         return PASS;
     };
     let Some(link) = Link::of(scope.slot, INGRESS) else { return PASS };
+    let socket = packet::full_socket(&ctx);
     // SAFETY: as in `count_egress`.
     let mut flow = socket.and_then(|socket| unsafe { maps::flow_or_new(socket) });
     if flow.as_deref_mut().is_some_and(|flow| namespace::is_foreign(&ctx, flow, &scope, false)) {
@@ -305,8 +305,7 @@ fn class_of(
     if direction == INGRESS && is_stream {
         // Its acknowledgements hold its sender, but for the first flight, which has left before there is one.
         let delivered_ns = turn.note(link, &packet);
-        let before_bytes = received_bytes(socket);
-        if before_bytes < FIRST_FLIGHT_BYTES {
+        if received_bytes(socket) < FIRST_FLIGHT_BYTES {
             flow.answer_from_ns = flow.answer_from_ns.max(delivered_ns);
         }
         requests::note_bytes(flow, link.slot(), wire.bytes);

@@ -52,6 +52,8 @@ const ETHERNET_HEADER_BYTES: u64 = 14;
 const IS_BACK: u32 = 0x7064_6261;
 /// The same in `skb->cb[PLACE]`, of a packet that its socket's hook charges.
 const IS_BACK_TO_BE_CHARGED: u32 = 0x7064_6262;
+/// The same, of a request for a connection.
+const IS_REQUEST_BACK: u32 = 0x7064_6263;
 /// In `skb->mark` in the waiting room, beside the interface to go back to: it goes into the pod.
 const INTO_POD: u32 = 1 << 31;
 /// Words of `skb->cb`: the departure time, which fq then overwrites, and what it does not.
@@ -214,13 +216,13 @@ pub fn out_of_pod(ctx: &TcContext) -> i32 {
 /// alone while answers come here. Whoever forges one has no more than that part.
 #[inline(always)]
 fn is_answer_in_time(packet: &SkBuffContext, end: &HostEnd, wire: &Wire) -> bool {
-    let (Some(link), Some(others)) = (Link::of(end.slot, EGRESS), maps::others(end.slot, EGRESS)) else {
-        return false;
-    };
     let is_tcp = packet::transport(packet, ETHERNET_HEADER_BYTES).is_some_and(|(protocol, ..)| protocol == IPPROTO_TCP);
     if !is_tcp || !Segment::of(packet, ETHERNET_HEADER_BYTES).is_answer() {
         return false;
     }
+    let (Some(link), Some(others)) = (Link::of(end.slot, EGRESS), maps::others(end.slot, EGRESS)) else {
+        return false;
+    };
     let now_ns = clock::now_ns();
     others.answers_here_until_ns = now_ns + ANSWERS_HERE_NS;
     let passes = requests::answer_passes(&link, others, wire, now_ns);
@@ -237,10 +239,13 @@ pub fn into_pod(ctx: &TcContext) -> i32 {
     // SAFETY: tc programs may read and write cb.
     unsafe {
         let place = (*skb).cb[PLACE];
-        if place == IS_BACK || place == IS_BACK_TO_BE_CHARGED {
+        if matches!(place, IS_BACK | IS_BACK_TO_BE_CHARGED | IS_REQUEST_BACK) {
             (*skb).cb[PLACE] = 0;
-            if let Some(end) = host_end(skb).filter(|_| place == IS_BACK) {
+            if let Some(end) = host_end(skb).filter(|_| place != IS_BACK_TO_BE_CHARGED) {
                 mark_charged(skb, end);
+                if place == IS_REQUEST_BACK {
+                    requests::note_entry(end.slot);
+                }
             }
             return TC_ACT_UNSPEC;
         }
@@ -376,7 +381,14 @@ fn queue_request(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, client: Cli
             return TC_ACT_SHOT;
         };
         client.note(end.slot, edt_ns - now_ns);
-        return if edt_ns == now_ns { TC_ACT_UNSPEC } else { wait(skb, end, INGRESS, ROOM_INTO_QUEUE, edt_ns) };
+        if edt_ns == now_ns {
+            requests::note_entry(end.slot);
+            return TC_ACT_UNSPEC;
+        }
+        let verdict = wait(skb, end, INGRESS, ROOM_INTO_QUEUE, edt_ns);
+        // SAFETY: tc programs may write cb.
+        unsafe { (*skb).cb[PLACE] = IS_REQUEST_BACK };
+        return verdict;
     }
     if is_fresh || end.waiting_ifindex == 0 || before_ns <= AHEAD_NS {
         return at_once(skb, end, INGRESS, others, now_ns);

@@ -18,7 +18,12 @@
 use aya_ebpf::{helpers::bpf_setsockopt, programs::SockOpsContext};
 use podshaper_abi::EGRESS;
 
-use crate::{clock::Link, flow::Flow, packet, tcp, turn::Packet};
+use crate::{
+    clock::{self, Link},
+    flow::Flow,
+    packet, tcp,
+    turn::Packet,
+};
 
 const NANOS_PER_SECOND: u64 = 1_000_000_000;
 const SOL_SOCKET: i32 = 1;
@@ -42,6 +47,15 @@ const SPARSE_SEGMENTS: u64 = 2;
 const RAISE: u64 = 2;
 /// .. or, if that is more, to this many packets of the least size a second: up to there the pace does not change how large TCP builds them.
 const MIN_RAISE_PACKETS_PER_S: u64 = 1_000;
+
+/// How long the packets of all bulk flows together may take at the limit, as far as packets of the least size allow it.
+const PACKETS_NS: u64 = 20_000_000;
+/// How long the packet of one flow may take.
+const MAX_PACKET_NS: u64 = 10_000_000;
+/// The kernel builds a packet of what a flow sends at its pace in 2^-10 s (`sk_pacing_shift`, `tcp_tso_autosize`).
+const PACKET_SHIFT: u64 = 10;
+/// Each time that a round trip is longer by 2^19 ns, packets are half as large (as by `tcp_tso_rtt_log`): on a long path are buffers for less.
+const RTT_SHIFT: u64 = 19;
 
 /// A flow whose segment leaves no backlog goes on at this many times the limit.
 const CATCH_UP: u64 = 2;
@@ -113,7 +127,23 @@ pub fn raised(ctx: &SockOpsContext, flow: &mut Flow, link: &Link) -> u64 {
     let paced_bytes_per_s = flow.paced_bytes_per_s;
     // Once for each segment, not for each acknowledgement.
     flow.paced_bytes_per_s = 0;
-    raise(link, paced_bytes_per_s, tcp::mss(ctx))
+    if paced_bytes_per_s == 0 {
+        return 0;
+    }
+    let as_large = packet_bytes(link, tcp::shortest_rtt_ns(ctx)) << PACKET_SHIFT;
+    raise(link, paced_bytes_per_s, tcp::mss(ctx)).max(as_large)
+}
+
+/// How large the flow's next packet may be: larger packets are fewer, and each is a timer and a way through the stack. The fewer flows there
+/// are, the larger are their packets, and what waits for the backlog of all of them waits no longer for that.
+#[inline(always)]
+fn packet_bytes(link: &Link, rtt_ns: u64) -> u64 {
+    let usual_bytes = link.usual_bytes();
+    let usual_ns = link.transmit_ns(usual_bytes, 1).max(1);
+    let backlog_ns = link.backlog_ns(clock::now_ns(), 0, false).max(usual_ns);
+    let all_bytes = (usual_bytes * PACKETS_NS).checked_div(backlog_ns).unwrap_or(0);
+    let most_bytes = (usual_bytes * MAX_PACKET_NS).checked_div(usual_ns).unwrap_or(0);
+    all_bytes.min(most_bytes) >> (rtt_ns >> RTT_SHIFT).min(16)
 }
 
 /// The pace, in bytes/s, at which a sender waits so long after so many bytes of payload.
@@ -143,9 +173,6 @@ fn is_waited_for(link: &Link, mss: u64) -> bool {
 /// The pace until the next segment, of a socket whose last one had the pace `paced_bytes_per_s`.
 #[inline(always)]
 fn raise(link: &Link, paced_bytes_per_s: u64, mss: u64) -> u64 {
-    if paced_bytes_per_s == 0 {
-        return 0;
-    }
     let at_least = link.limit().min_tso_segs * mss * MIN_RAISE_PACKETS_PER_S;
     // One that was not paced is from here on: else a flow that begins sends one more round before it is told. But faster than the limit,
     // which is how a pod that was stopped for a while, and has a lag, makes up for it.

@@ -2,58 +2,41 @@
 //!
 //! What a remote sends before its first acknowledgement, nothing holds. With clients that open a connection for each of their requests that is
 //! most of what comes, and many of them would bring seconds of the limit at once. So it is the connections that are paced: each
-//! request (SYN) enters when the link could carry what those before it bring, which is taken to be as much as connections brought lately. The
+//! request (SYN) enters when the link could carry what those before it bring, which is taken to be as much as requests brought lately. The
 //! round trip that a client sees first is then as long as its request has waited. The client waits for longer than that before it repeats
 //! anything: its first flight, or what waits for an acknowledgement that is held ([`crate::window`]).
 //!
 //! A request waits at the host's end of the interface, in fq of the waiting room.
 
 use aya_ebpf::programs::SockOpsContext;
-use podshaper_abi::{INGRESS, Others, REQUEST_PLACES, Waited};
+use podshaper_abi::{INGRESS, Others, REQUEST_PLACES, Waited, requests};
 
-use crate::{clock::Link, flow::Flow, maps, packet::Wire, tcp, window};
+use crate::{clock::Link, flow::Flow, maps, packet::Wire, tcp, turn::ACKNOWLEDGEMENT_BYTES, window};
 
-/// The longest wait: a client asks again after a second (RFC 6298, 2.1).
-const BOUND_NS: u64 = 800_000_000;
-/// The backlog that requests aim for. While it is longer, fewer of them enter than the link could serve, else more.
-const TARGET_NS: u64 = 12_000_000;
-/// Up to this backlog a request enters that no other one is before: bulk flows at a low rate have as much.
-const AHEAD_NS: u64 = 100_000_000;
-/// One request of the node itself passes the others in the time that the link needs for what so many connections bring. Kubelet's probes are among
+/// One request of the node itself passes the others in the time that the link needs for what so many requests bring. Kubelet's probes are among
 /// these: they wait for a second, and a pod whose probes fail is killed.
 const NODE_COST: u64 = 8;
-/// How many requests wait at most: the node's waiting room has no place for a flood of them.
-const MOST_WAITING: u64 = 1 << 12;
-/// What counts of a connection in the mean of what they bring. What comes later is held by acknowledgements.
-const MOST_BYTES: u64 = 64 << 10;
-/// Of the packets of a connection, those up to this are acknowledgements, which bring nothing.
-const ACKNOWLEDGEMENT_BYTES: u64 = 120;
-/// Of how many connections that mean is.
-const CONNECTIONS: u64 = 32;
 
 /// When a request enters that comes now and finds this backlog; `None` if too many wait already. `is_of_node`: a process of the node has sent it.
 #[inline(always)]
-pub fn edt_ns(link: &Link, others: &mut Others, now_ns: u64, before_ns: u64, is_of_node: bool) -> Option<u64> {
+pub fn edt_ns(link: &Link, others: &mut Others, now_ns: u64, backlog_ns: u64, is_of_node: bool) -> Option<u64> {
     let (mean, next) = (&raw const others.mean_first_bytes, &raw mut others.next_request_ns);
     let next_of_node = &raw mut others.next_node_request_ns;
     // SAFETY: aligned u64s of a map's value are loaded and stored whole. Volatile: other CPUs write them. What two CPUs lose is that two
     // requests enter at once.
     unsafe {
         let first_ns = link.transmit_ns(known(link, mean.read_volatile()), 1);
-        let gap_ns = if before_ns > TARGET_NS { first_ns + first_ns / 4 } else { first_ns - first_ns / 8 };
-        let from_ns = next.read_volatile().max(now_ns + before_ns.max(AHEAD_NS) - AHEAD_NS);
-        let passes = is_of_node && from_ns > now_ns && next_of_node.read_volatile() <= now_ns;
+        let next_ns = next.read_volatile();
+        let free_ns = requests::free_ns(next_ns, now_ns, backlog_ns);
+        let passes = is_of_node && free_ns > now_ns && next_of_node.read_volatile() <= now_ns;
         if passes {
-            next_of_node.write_volatile(now_ns + (NODE_COST * first_ns).min(BOUND_NS));
-        } else if next.read_volatile() > now_ns + BOUND_NS {
+            next_of_node.write_volatile(now_ns + (NODE_COST * first_ns).min(requests::BOUND_NS));
+        } else if next_ns > now_ns + requests::BOUND_NS {
             return None;
         }
-        let wait_ns = (from_ns - now_ns).min(BOUND_NS);
-        // Those that wait for long are closer and closer. At the bound all that came meanwhile would else enter at once.
-        let closer_ns = (2 * (BOUND_NS - wait_ns)).min(BOUND_NS);
-        let step_ns = (gap_ns.min(BOUND_NS) * closer_ns / BOUND_NS).max(BOUND_NS / MOST_WAITING);
-        next.write_volatile(now_ns + wait_ns + step_ns);
-        Some(if passes { now_ns } else { now_ns + wait_ns })
+        let entry = requests::entry(free_ns, now_ns, backlog_ns, first_ns);
+        next.write_volatile(entry.next_ns);
+        Some(if passes { now_ns } else { now_ns + entry.wait_ns })
     }
 }
 
@@ -79,30 +62,29 @@ pub fn answer_passes(link: &Link, others: &mut Others, wire: &Wire, now_ns: u64)
     true
 }
 
-/// A connection that a remote has opened is there: the mean is of one more.
+/// A request enters: the mean of what they bring is of one more. So it is when the request has waited and not when it comes: what those before it
+/// bring comes in between.
 #[inline(always)]
-pub fn note_connection(link: &Link, others: &mut Others) {
+pub fn note_entry(slot: u32) {
+    let (Some(link), Some(others)) = (Link::of(slot, INGRESS), maps::others(slot, INGRESS)) else { return };
     let mean = &raw mut others.mean_first_bytes;
-    // SAFETY: as in `edt_ns`. What two CPUs lose is a connection of a mean.
-    unsafe {
-        let before = known(link, mean.read_volatile());
-        mean.write_volatile(before - before / CONNECTIONS);
-    }
+    // SAFETY: as in `edt_ns`. What two CPUs lose is a request of a mean.
+    unsafe { mean.write_volatile(requests::mean_with_request(known(&link, mean.read_volatile()))) };
 }
 
 /// Notes bytes on the wire of what comes on such a connection.
 #[inline(always)]
 pub fn note_bytes(flow: &mut Flow, slot: u32, wire_bytes: u64) {
-    // It is 1 where nothing has come yet, and 0 where the connection is not such a one.
+    // It is 1 where nothing has come yet, and 0 where the connection is not such a one. Acknowledgements bring nothing.
     let noted_bytes = flow.is_answering;
-    if noted_bytes == 0 || noted_bytes > MOST_BYTES || wire_bytes <= ACKNOWLEDGEMENT_BYTES {
+    if noted_bytes == 0 || noted_bytes > requests::MOST_BYTES || wire_bytes <= ACKNOWLEDGEMENT_BYTES {
         return;
     }
     let Some(others) = maps::others(slot, INGRESS) else { return };
     flow.is_answering += wire_bytes;
     let mean = &raw mut others.mean_first_bytes;
     // SAFETY: as in `edt_ns`. What two CPUs lose is a packet of a mean.
-    unsafe { mean.write_volatile(mean.read_volatile() + wire_bytes.min(MOST_BYTES) / CONNECTIONS) };
+    unsafe { mean.write_volatile(mean.read_volatile() + requests::part_of_mean(wire_bytes)) };
 }
 
 /// The mean, or before there is one what the first window has room for.

@@ -41,8 +41,8 @@ const MAX_BURST_BYTES: u64 = 1 << 14;
 /// Flows whose senders have waited are ahead of the limit by a packet each. Hundreds at a low rate would be ahead by seconds: beyond this
 /// backlog their packets leave in order.
 const MAX_AHEAD_NS: u64 = 500_000_000;
-/// A packet up to this is taken for an acknowledgement where nothing else is known. Data that it overtakes is not in disorder for that.
-const ACKNOWLEDGEMENT_BYTES: u64 = 100;
+/// A packet up to this is taken for an acknowledgement where nothing else is known: 40 bytes of IPv6 and the longest header of TCP.
+pub const ACKNOWLEDGEMENT_BYTES: u64 = 100;
 /// What htb may be late by, whose timer is one of the kernel's. After so long a flow's packets have left it for sure, and the next one may go
 /// another way without overtaking them.
 const HTB_LATE_NS: u64 = 50_000_000;
@@ -188,6 +188,7 @@ impl Turn {
             // It passes or is dropped. What is dropped is no reason for the next one to wait longer.
             self.due_ns = if self.due_ns == 0 { leaves_ns } else { self.due_ns };
         } else if !packet.is_stream || packet.bytes > ACKNOWLEDGEMENT_BYTES {
+            // Data that an acknowledgement overtakes is not in disorder for that.
             self.queued_until_ns = leaves_ns + late_ns;
             self.due_ns = leaves_ns;
         }

@@ -149,9 +149,6 @@ pub fn open(ctx: &SockOpsContext, is_answered: bool) {
     flow.window.changed_ns = clock::now_ns();
     flow.window.right_edge = first_bytes;
     flow.window.held_ns = if is_answered { requests::waited_ns(ctx, link.slot()) } else { 0 };
-    if is_answered && let Some(others) = maps::others(link.slot(), INGRESS) {
-        requests::note_connection(&link, others);
-    }
     // What waits at the host's end is known by the first acknowledgement, and whether it is of MPTCP.
     if link.limit().queue == QUEUE_NONE {
         clamp(ctx, flow.window.bytes, flow.application_window_bytes);

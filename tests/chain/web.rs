@@ -98,6 +98,19 @@ fn probes_of_the_node_do_not_wait_behind_those_that_post() {
     assert!(probes.count >= 5 && probes.p50_us <= MOST_P50_US && probes.max_us < KUBELET_WAITS_US, "{text}");
 }
 
+/// A scan or a flood of requests for connections that bring nothing takes nothing of the link, so it takes no time of others.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn requests_that_bring_nothing_delay_nobody() {
+    const PAUSE: Duration = Duration::from_millis(100);
+    const MOST_P50_US: f64 = 100_000.0;
+    let bed = Bed::new();
+    let pod = bed.pod_by(Limiter::Podshaper, Limits { egress: None, ingress: Some(10 * MBIT) });
+    let latency = web::ask_beside_knocks(&pod, 200, 6.0, PAUSE).unwrap();
+    eprintln!("{latency:?}");
+    assert!(latency.count >= 15 && latency.p50_us <= MOST_P50_US, "{latency:?}");
+}
+
 /// Half of the link is not much to ask for flows that stay, beside as many that come and go; nor for those.
 #[test]
 #[ignore = "needs root and the CNI plugins"]

@@ -135,6 +135,24 @@ pub fn web(pod: &Pod, options: &Web) -> Result<WebResult> {
     Ok(WebResult { timeline, retransmits, clients: parse(got)?, latency, probes, bulk })
 }
 
+/// What clients behind a router wait for a small reply on a connection of its own, each so long after the one before, while others from there ask for
+/// so many connections a second and take none of them.
+pub fn ask_beside_knocks(pod: &Pod, per_second: u32, seconds: f64, pause: Duration) -> Result<Latency> {
+    let ends = Ends::new(pod, Way::In, false, None)?;
+    let (_echo, address) = Running::start_server(&mut ends.receiver("echo")?)?;
+    let away = behind_a_router(pod)?;
+    let start = |arguments: &[&str]| {
+        let mut command = away.command(traffic_program()?);
+        command.args(arguments).args(["--to", &address.to_string(), "--seconds", &seconds.to_string()]);
+        Running::start(&mut command)
+    };
+    let knocking = start(&["knock", "--per-second", &per_second.to_string()])?;
+    let asking = start(&["ask", "--anew", "--interval-us", &pause.as_micros().to_string()])?;
+    let latency = parse(asking.json(limit(seconds))?)?;
+    knocking.text(limit(seconds))?;
+    Ok(latency)
+}
+
 /// A namespace from which the pod is reached through its node, which forwards.
 fn behind_a_router(pod: &Pod) -> Result<Netns> {
     let netns = Netns::new(&unique("away"))?;

@@ -8,6 +8,7 @@
 mod ask;
 mod chatter;
 mod frames;
+mod knock;
 mod sampler;
 mod send;
 mod sink;
@@ -54,6 +55,8 @@ enum Command {
     WebServe(Receive),
     /// Ask in a closed loop, on connections that are short or kept, and time every response
     WebGet(web::WebGet),
+    /// Ask for connections and take none of them
+    Knock(knock::Knock),
     /// Say what this network namespace has received so far
     Received,
     /// Count what an interface receives in every 100 ms from the first large packet on
@@ -89,6 +92,7 @@ fn main() -> ExitCode {
         Command::Ask(options) => ask::ask(&options).and_then(print),
         Command::WebServe(options) => web::serve(&options).and_then(print),
         Command::WebGet(options) => web::get(&options).and_then(print),
+        Command::Knock(options) => knock::knock(&options),
         Command::Received => wire::Received::now(sockets::Protocol::TCP).and_then(print),
         Command::Watch(options) => watch::watch(&options).and_then(print),
         Command::Sources(options) => sources::sources(&options).and_then(print),

@@ -5,6 +5,8 @@
 //! structure's layout is a change of [`LAYOUT`], which is part of every pin's path.
 #![cfg_attr(not(test), no_std)]
 
+pub mod requests;
+
 /// Version of the structures below and of the set of maps and programs that are pinned.
 pub const LAYOUT: u32 = 6;
 
@@ -287,7 +289,7 @@ pub struct Others {
     pub next_answer_ns: u64,
     /// Until when such answers are taken to be charged at the host's end.
     pub answers_here_until_ns: u64,
-    /// What a remote sends at first on a connection that it has opened, on the mean, in bytes on the wire. 0: none is known yet.
+    /// What requests for connections bring, on the mean, in bytes on the wire. 0: there was none yet.
     pub mean_first_bytes: u64,
     /// Bytes at layer 3 that passed.
     pub bytes: u64,
