@@ -1,8 +1,11 @@
 use std::time::Duration;
 
+use serde_json::Value;
+
 use super::{BUSY, Bed, GBIT, MBIT, assert_rate};
 use crate::harness::limiter::Limiter;
 use crate::harness::measure::{self, Bulk, Latency};
+use crate::harness::pod::INTERFACE;
 
 const STEADY_TOLERANCE: f64 = 0.05;
 const FIRST_SECOND_TOLERANCE: f64 = 0.15;
@@ -94,6 +97,31 @@ fn flows_share_the_limit_evenly() {
             most <= least * 2.0,
             "payload of 8 flows in 4 s, half of them with segments of {small_segments:?}: {flows:?}"
         );
+    }
+}
+
+/// Each packet costs a timer and a way through the stack, whatever its size: a hundred pods with a flow each and packets of two segments cost four
+/// times the CPU time of large ones. Many flows have small ones, since all wait for one of each.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn few_flows_build_large_packets() {
+    const SEGMENT_BYTES: f64 = 1500.0;
+    let bed = Bed::new();
+    for congestion in ["cubic", "bbr"] {
+        for (flows, allowed) in [(1, 5.0..=9.0), (8, 1.5..=3.5)] {
+            let pod = bed.pod(Limiter::Podshaper, 10 * MBIT);
+            let bulk = Bulk { flows, seconds: 3.0, congestion: Some(congestion.into()), ..Bulk::default() };
+            measure::bulk(&pod, &bulk).unwrap();
+            let link = pod.netns.run("ip", &["-json", "-stats", "link", "show", "dev", INTERFACE]).unwrap();
+            let link: Value = serde_json::from_str(&link).unwrap();
+            let sent = |what: &str| link[0]["stats64"]["tx"][what].as_f64().unwrap();
+            let segments = sent("bytes") / sent("packets") / SEGMENT_BYTES;
+            eprintln!("{flows} flows of {congestion}: packets of {segments:.2} segments");
+            assert!(
+                allowed.contains(&segments),
+                "{flows} flows of {congestion} build packets of {segments:.2} segments"
+            );
+        }
     }
 }
 
