@@ -16,7 +16,7 @@
 //! once and raised with an ACK only (`tcp_update_pacing_rate`, bbr's `bbr_set_pacing_rate`): see [`raised`].
 
 use aya_ebpf::{helpers::bpf_setsockopt, programs::SockOpsContext};
-use podshaper_abi::EGRESS;
+use podshaper_abi::{EGRESS, LARGEST_PACKET_NS};
 
 use crate::{
     clock::{self, Link},
@@ -50,8 +50,6 @@ const MIN_RAISE_PACKETS_PER_S: u64 = 1_000;
 
 /// How long the packets of all bulk flows together may take at the limit, as far as packets of the least size allow it.
 const PACKETS_NS: u64 = 20_000_000;
-/// How long the packet of one flow may take.
-const MAX_PACKET_NS: u64 = 10_000_000;
 /// The kernel builds a packet of what a flow sends at its pace in 2^-10 s (`sk_pacing_shift`, `tcp_tso_autosize`).
 const PACKET_SHIFT: u64 = 10;
 /// Each time that a round trip is longer by 2^19 ns, packets are half as large (as by `tcp_tso_rtt_log`): on a long path are buffers for less.
@@ -142,7 +140,7 @@ fn packet_bytes(link: &Link, rtt_ns: u64) -> u64 {
     let usual_ns = link.transmit_ns(usual_bytes, 1).max(1);
     let backlog_ns = link.backlog_ns(clock::now_ns(), 0, false).max(usual_ns);
     let all_bytes = (usual_bytes * PACKETS_NS).checked_div(backlog_ns).unwrap_or(0);
-    let most_bytes = (usual_bytes * MAX_PACKET_NS).checked_div(usual_ns).unwrap_or(0);
+    let most_bytes = (usual_bytes * LARGEST_PACKET_NS).checked_div(usual_ns).unwrap_or(0);
     all_bytes.min(most_bytes) >> (rtt_ns >> RTT_SHIFT).min(16)
 }
 

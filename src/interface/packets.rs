@@ -1,7 +1,7 @@
-//! How large a packet TCP builds in the pod: as large as the limit lets it, whatever the flow's share of it, and no larger. Fewer and
-//! larger packets cost less CPU, and each is a timer less. Left alone, a flow with a short round trip builds up to 64 KiB at any pace,
-//! 52 ms of a 10 Mbit/s link in one packet (since Linux 5.18, `tcp_tso_autosize` in net/ipv4/tcp_output.c), and one of many flows two
-//! segments. It takes three settings of the pod's network namespace:
+//! How large a packet TCP builds in the pod: the least size and the largest one. Fewer and larger packets cost less CPU, and each is a timer less;
+//! between the two sizes the eBPF programs choose, by the number of flows (bpf/src/pace.rs). Left alone, a flow with a short round trip builds up to
+//! 64 KiB at any pace, 52 ms of a 10 Mbit/s link in one packet (since Linux 5.18, `tcp_tso_autosize` in net/ipv4/tcp_output.c), and one of many
+//! flows two segments. It takes three settings of the pod's network namespace:
 //!
 //! - `net.ipv4.tcp_min_tso_segs`: the segments that a flow builds however slow it is (bbr has a number of its own, 2);
 //! - `net.ipv4.tcp_tso_rtt_log` = 0: what is added to a packet is `gso_max_size >> round trip in us`, and not in units of 512 us;
@@ -14,6 +14,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use netlink_packet_route::link::LinkAttribute;
+use podshaper_abi::LARGEST_PACKET_NS;
 
 use super::record::{Found, Need, Record};
 use crate::{
@@ -22,10 +23,9 @@ use crate::{
     units::Rate,
 };
 
-/// How long a packet of a bulk flow takes at the limit, however many flows there are: together they are ahead of the limit by one of each.
+/// How long a packet of a bulk flow takes at the limit, however many flows there are: together they are ahead of the limit by one of each. This is
+/// the least size.
 const PACKET_NS: u64 = 2_000_000;
-/// How long the packet of a flow may take at the limit that is alone.
-const LARGEST_PACKET_NS: u64 = 10_000_000;
 /// Segments that it has at least, but where single ones are long (below).
 const MIN_TSO_SEGS: u64 = 2;
 /// Segments of the usual size in a packet of 64 KiB, which is the largest there is without BIG TCP.
