@@ -212,7 +212,11 @@ impl<'a> Attaching<'a> {
             attached.change(&settings)?;
         }
         let owner = Owner {
-            interface: Record { held_at: held.as_ref().map(Held::at), ..self.record.clone() },
+            interface: Record {
+                held_at: held.as_ref().map(Held::at),
+                takes_over: self.plan.other_paths && wanted.taken.is_some(),
+                ..self.record.clone()
+            },
             ifindex: self.index,
             slot: attached.slot(),
             list,

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{Present, let_go::connections, lock, other_paths, others, scopes, sharing, unlimited};
+use super::{Present, let_go::connections, lock, other_paths, others, scopes, sharing, there, unlimited};
 use crate::{
     direction::Direction,
     error::{self, Code, Error, Result},
@@ -58,6 +58,7 @@ pub fn remove_locked(
         Some(mut owner) => {
             owner.interface.complete();
             other_paths::leave(pins, &owner.interface, owner.slot, None);
+            other_paths::hand_over(&owner.interface, &there(pins, place, &owner.interface));
             leave(pins, place, &owner.interface);
         }
         None => log::warn!(
@@ -192,7 +193,7 @@ pub fn lift(place: &Place, directions: &[Direction], is_meant: impl FnOnce(&Path
 }
 
 impl Present {
-    fn write(&self, limits: &Limits, owner: &Owner) -> Result<()> {
+    pub(super) fn write(&self, limits: &Limits, owner: &Owner) -> Result<()> {
         Pinned::at(&self.directory).change(&Settings::of(owner, *limits), owner)
     }
 }

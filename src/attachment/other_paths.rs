@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use podshaper_abi::HostEnd;
 
+use super::Present;
 use crate::{
     error::{Code, Error, Result},
     interface::{
@@ -13,9 +14,9 @@ use crate::{
         host_end::{self, Hook, WaitingRoom},
     },
     owner::Owner,
-    pins::LockedPins,
+    pins::{self, LockedPins},
     request::Limits,
-    shaper::Set,
+    shaper::{Pinned, Set},
     sys::{Map, Read},
 };
 
@@ -98,7 +99,7 @@ impl<'a> Held<'a> {
             waiting_ifindex: room.ifindex,
             waiting_class: host_end::class_id(held.at.class),
             list: wanted.list,
-            is_shared: 0,
+            is_shared: before.map_or(0, |before| before.is_shared),
             holds_streams: (ingress_by == Some(IngressBy::HeldData)).into(),
         }))?;
         let is_new = host_end::put_clsact(ifindex)?;
@@ -231,6 +232,35 @@ pub fn leave(pins: &LockedPins, ended: &Record, slot: u32, now: Option<HeldAt>) 
         take_filters(at, &[Hook::Ingress, Hook::Egress]);
     }
     interface::warn(LEFT, forget(pins, at.ifindex, slot));
+}
+
+/// Has the next limit of an interface hold its other paths, where the one that ended did. `staying`: the attachments in its namespace.
+pub fn hand_over(ended: &Record, staying: &[Present]) {
+    let is_next = |present: &&Present| {
+        let record = &present.owner.interface;
+        record.takes_over && record.shares_interface(ended) && pins::shares(&present.directory)
+    };
+    let mut next = staying.iter().filter(is_next);
+    if let Some(heir) = next.next().filter(|_| ended.held_at.is_some()) {
+        interface::warn("what passes by other paths than pods' sockets is not held any more", heir.take_over(next.next()));
+    }
+}
+
+impl Present {
+    /// Holds what passes its interface by other paths. `another`: a limit that stays there beside it.
+    fn take_over(&self, another: Option<&Self>) -> Result<()> {
+        let Self { owner, limits: Some(limits), directory, .. } = self else { return Ok(()) };
+        let Some(mut interface) = Interface::of(&owner.interface)? else { return Ok(()) };
+        let set = Pinned::at(directory).set()?;
+        let (slot, list) = (owner.slot, owner.list);
+        let wanted = Wanted { set: &set, node: None, slot, list, limits, taken: None, before: None };
+        let Some(held) = Held::begin(&wanted, owner.interface.ingress_by, &mut interface)? else { return Ok(()) };
+        let record = Record { held_at: Some(held.at()), takes_over: false, ..owner.interface.clone() };
+        self.write(limits, &Owner { interface: record, ..owner.clone() })?;
+        let ifindex = held.at().ifindex;
+        held.keep();
+        another.map_or(Ok(()), |_| share(&set, ifindex))
+    }
 }
 
 /// Removes a host's end from the node's list, if it is still this attachment's, and with the last one the waiting room.

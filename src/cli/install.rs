@@ -373,7 +373,9 @@ fn install_program(mut own: &File, place: &Place, report: &mut Report) -> Result
         report.say(format!("{} would be this program ({} bytes)", target.display(), program.len()));
         return Ok(());
     }
-    files::replace_program(&target, &program)?;
+    files::replace_program(&target, &program).map_err(|error| {
+        Error::because(Code::Io, "put this program where the runtime looks (--bin-dir names another directory)", error)
+    })?;
     report.say(format!("{}: installed, {} bytes", target.display(), program.len()));
     Ok(())
 }

@@ -84,6 +84,20 @@ fn a_tunnel_made_in_the_pod_is_held() {
     }
 }
 
+/// What a VPN's program sends and gets is the pod's own: it waits at that program's socket, and is counted there.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn a_tunnel_of_a_program_in_the_pod_is_held() {
+    const RATE: u64 = 10 * MBIT;
+    let bed = Bed::new();
+    let mut pod = bed.limited(both(RATE));
+    let held = Path::Tun.with(&mut pod, |pod, ends| {
+        assert_all_held(Path::Tun, pod, ends, &BOTH_WAYS, RATE);
+        Ok(())
+    });
+    held.unwrap();
+}
+
 /// One clock for both: the sum is the limit, and neither starves.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
@@ -276,6 +290,42 @@ fn beside_the_bandwidth_plugin_each_path_is_held_by_one_of_them() {
     held.unwrap();
     pod.check().unwrap();
     pod.del().unwrap();
+}
+
+/// Pods in one network namespace: when the limit of the first one goes, that of another holds what passes by other paths.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn of_two_limits_of_an_interface_the_second_takes_over() {
+    let bed = Bed::new();
+    let mut pod = Pod::new(&bed.host, "chain").unwrap();
+    let bridge = bed.host.bridge_chain().unwrap();
+    let result = pod.add(&bridge).unwrap();
+    let podshaper = bridge.then(podshaper_plugin()).with_dir(podshaper_program().unwrap().parent().unwrap());
+    let plugin = podshaper.plugins.last().unwrap().clone();
+    let others = [0, 1].map(|_| Pod::new(&bed.host, "chain").unwrap());
+    let netns = pod.netns.path().display().to_string();
+    let call = |of: &Pod, verb: &str, rate: u64| {
+        let mut offers = of.offers.clone();
+        offers.insert("bandwidth".into(), json!({ "egressRate": rate, "ingressRate": rate }));
+        let call = of.environment(podshaper.call(&plugin, verb, &offers, Some(&result)).unwrap());
+        call.env("CNI_NETNS", &netns).call_in(&bed.host.netns).unwrap().success().unwrap();
+    };
+    let rates = [20 * MBIT, 10 * MBIT, 5 * MBIT];
+    call(&pod, "ADD", rates[0]);
+    others.iter().zip(&rates[1..]).for_each(|(other, rate)| call(other, "ADD", *rate));
+    for (index, rate) in rates.into_iter().enumerate() {
+        let held = Path::AnotherCgroup.with(&mut pod, |pod, ends| {
+            assert_all_held(Path::AnotherCgroup, pod, ends, &BOTH_WAYS, rate);
+            Ok(())
+        });
+        held.unwrap();
+        if let Some(other) = others.get(index) {
+            call(other, "CHECK", rates[index + 1]);
+        }
+        call(if index == 0 { &pod } else { &others[index - 1] }, "DEL", 0);
+    }
+    let left = bed.host.netns.run("ip", &["-o", "link"]).unwrap();
+    assert!(!left.contains("podshaper-wait"), "{left}");
 }
 
 #[test]
