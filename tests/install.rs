@@ -640,7 +640,10 @@ fn directories_and_files_of_another_owner_are_written_and_stay_that_owners() {
     });
     assert_eq!((ran.status, ran.stderr.as_str()), (0, ""), "{}", ran.stdout);
     assert!(is_theirs());
-    assert_eq!((node.read("10-flannel.conflist").as_str(), node.files()), (FLANNEL, vec!["10-flannel.conflist".into()]));
+    assert_eq!(
+        (node.read("10-flannel.conflist").as_str(), node.files()),
+        (FLANNEL, vec!["10-flannel.conflist".into()])
+    );
 }
 
 /// Nothing is changed before it is known that the program has a place; then by another directory all goes well.
@@ -695,6 +698,28 @@ fn the_manifests_may_do_what_the_work_takes_and_no_more() {
         assert_eq!(pod["tolerations"], json!([{ "operator": "Exists" }]), "{name}");
         assert_eq!(pod["containers"][0]["securityContext"]["capabilities"], json!({ "drop": ["ALL"] }), "{name}");
     }
+}
+
+/// What it calls is what the units call, on what the manifest has put there and mounted.
+#[test]
+fn kubelets_probe_calls_what_the_units_call() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("install");
+    let patch: Value = serde_norway::from_str(&fs::read_to_string(root.join("without-systemd.yaml")).unwrap()).unwrap();
+    let pod = &patch["spec"]["template"]["spec"];
+    let (container, whole) = (&pod["containers"][0], &manifest("podshaper.yaml").0["spec"]["template"]["spec"]);
+    assert_eq!(container["name"], whole["containers"][0]["name"], "or it would be another container");
+    assert_eq!(container["volumeMounts"][0]["name"], whole["volumes"][0]["name"]);
+    assert_eq!((&pod["hostPID"], &whole["hostNetwork"]), (&json!(true), &json!(true)));
+    // kubelet would not start both.
+    let security = &container["securityContext"];
+    assert_eq!((&security["privileged"], &security["allowPrivilegeEscalation"]), (&json!(true), &json!(true)));
+    let mount = &container["volumeMounts"][0];
+    assert_eq!((&mount["mountPath"], &mount["mountPropagation"]), (&json!("/host"), &json!("HostToContainer")));
+    let probe = &container["readinessProbe"];
+    let command: Vec<&str> =
+        probe["exec"]["command"].as_array().unwrap().iter().map(|word| word.as_str().unwrap()).collect();
+    assert_eq!(command, ["/host/opt/cni/bin/podshaper", "install", "--and-sync", "--host-root=/host"]);
+    assert_eq!((&probe["periodSeconds"], &probe["failureThreshold"]), (&json!(10), &json!(1)));
 }
 
 /// `tests/run cluster` renders the chart by helm and compares.

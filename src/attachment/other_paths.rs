@@ -234,21 +234,23 @@ pub fn leave(pins: &LockedPins, ended: &Record, slot: u32, now: Option<HeldAt>) 
     interface::warn(LEFT, forget(pins, at.ifindex, slot));
 }
 
-/// Has the next limit of an interface hold its other paths, where the one that ended did. `staying`: the attachments in its namespace.
+/// Has the next oldest limit of an interface hold its other paths, where the one that ended did. `staying`: the attachments in its namespace.
 pub fn hand_over(ended: &Record, staying: &[Present]) {
-    let is_next = |present: &&Present| {
+    let waits = |present: &&Present| {
         let record = &present.owner.interface;
         record.takes_over && record.shares_interface(ended) && pins::shares(&present.directory)
     };
-    let mut next = staying.iter().filter(is_next);
-    if let Some(heir) = next.next().filter(|_| ended.held_at.is_some()) {
-        interface::warn("what passes by other paths than pods' sockets is not held any more", heir.take_over(next.next()));
+    let mut waiting: Vec<&Present> = staying.iter().filter(waits).collect();
+    waiting.sort_by_key(|present| pins::made_at(&present.directory));
+    if let Some((next, others)) = waiting.split_first().filter(|_| ended.held_at.is_some()) {
+        let taken = next.take_over(!others.is_empty());
+        interface::warn("what passes by other paths than pods' sockets is not held any more", taken);
     }
 }
 
 impl Present {
-    /// Holds what passes its interface by other paths. `another`: a limit that stays there beside it.
-    fn take_over(&self, another: Option<&Self>) -> Result<()> {
+    /// Holds what passes its interface by other paths. `is_shared`: another limit stays there beside it.
+    fn take_over(&self, is_shared: bool) -> Result<()> {
         let Self { owner, limits: Some(limits), directory, .. } = self else { return Ok(()) };
         let Some(mut interface) = Interface::of(&owner.interface)? else { return Ok(()) };
         let set = Pinned::at(directory).set()?;
@@ -259,7 +261,7 @@ impl Present {
         self.write(limits, &Owner { interface: record, ..owner.clone() })?;
         let ifindex = held.at().ifindex;
         held.keep();
-        another.map_or(Ok(()), |_| share(&set, ifindex))
+        if is_shared { share(&set, ifindex) } else { Ok(()) }
     }
 }
 

@@ -92,7 +92,9 @@ fn a_tunnel_of_a_program_in_the_pod_is_held() {
     let bed = Bed::new();
     let mut pod = bed.limited(both(RATE));
     let held = Path::Tun.with(&mut pod, |pod, ends| {
-        assert_all_held(Path::Tun, pod, ends, &BOTH_WAYS, RATE);
+        assert_all_held(Path::Tun, pod, ends, &[Way::Out], RATE);
+        let load = Load { way: Way::In, is_udp: true, limit: RATE, seconds: SECONDS };
+        assert_held("in, UDP", &Path::Tun.send(pod, ends, &load)?, RATE);
         Ok(())
     });
     held.unwrap();
@@ -289,6 +291,50 @@ fn beside_the_bandwidth_plugin_each_path_is_held_by_one_of_them() {
     });
     held.unwrap();
     pod.check().unwrap();
+    pod.del().unwrap();
+}
+
+/// A pod with NET_ADMIN gives the name of its interface to another one. Whoever limits that one would let go of the first.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn a_pod_that_renames_its_interface_stays_limited() {
+    let bed = Bed::new();
+    let mut pod = bed.limited(Limits { egress: Some(10 * MBIT), ingress: None });
+    let address = pod.addresses()[0];
+    let config = |pod: &Pod, egress: u64| {
+        let (plugin, offers) = (podshaper_plugin(), json!({ "egressRate": egress, "ingressRate": egress }));
+        let mut all = pod.offers.clone();
+        all.insert("bandwidth".into(), offers);
+        let chain = bed.host.bridge_chain().unwrap().with_dir(podshaper_program().unwrap().parent().unwrap());
+        pod.environment(chain.call(plugin.as_object().unwrap(), "ADD", &all, Some(&json!({}))).unwrap())
+    };
+    for command in [
+        "ip link set eth0 down",
+        "ip link set eth0 name real",
+        "ip link set real up",
+        "ip link add eth0 type veth peer name peer0",
+        &format!("ip route replace {}/24 dev real src {address}", bed.host.gateway_v4()).replace(".1/24", ".0/24"),
+    ] {
+        paths::run(&pod.netns, command).unwrap();
+    }
+    // As sync does where the pod asks for another direction.
+    let answer = config(&pod, 20 * MBIT).call_in(&bed.host.netns).unwrap();
+    assert!(!answer.status.success() && answer.stdout.contains("whose name has been changed in the pod"), "{answer}");
+    let send = |pod: &Pod| {
+        let bulk = Bulk { seconds: SECONDS, flows: 2, ..Bulk::default() };
+        assert_held("after that", &measure::bulk(pod, &bulk).unwrap().timeline, 10 * MBIT);
+    };
+    send(&pod);
+    // Nor does it keep an administrator from another limit.
+    paths::run(&pod.netns, "ip link del eth0").unwrap();
+    let mut set = Command::new(podshaper_program().unwrap());
+    set.args(["set", &pod.uid, "--egress", "5M"]);
+    bed.host.netns.inside(|| process::run(&mut set)).unwrap().unwrap();
+    let bulk = Bulk { seconds: SECONDS, flows: 2, ..Bulk::default() };
+    let rate = measure::bulk(&pod, &bulk).unwrap().timeline.wire_rate(1.0, SECONDS);
+    assert_rate("the administrator's", rate, 5 * MBIT, 0.08);
+    paths::run(&pod.netns, "ip link set real down").unwrap();
+    paths::run(&pod.netns, "ip link set real name eth0").unwrap();
     pod.del().unwrap();
 }
 
