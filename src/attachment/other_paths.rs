@@ -81,6 +81,7 @@ impl<'a> Held<'a> {
         let hooks = hooks(wanted.limits, ingress_by);
         let Some(end) = interface.host_end()?.filter(|_| !hooks.is_empty()) else { return Ok(None) };
         let ifindex = end.ifindex;
+        hooks.iter().try_for_each(|(hook, _)| host_end::refuse_tcx(ifindex, *hook))?;
         let namespace = end.pods_namespace.ok_or_else(|| {
             let text = "find the pod's network namespace from the host's end of its interface: it has no number";
             Error::new(Code::Kernel, text)
