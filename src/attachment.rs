@@ -165,16 +165,20 @@ fn scopes(sharing: &[Present]) -> Vec<Scope> {
     sharing.iter().map(|present| present.owner.scope()).collect()
 }
 
-/// What the other attachments in the namespace of `own`, which is the record of `place`, need there.
-fn others(pins: &Pins, place: &Place, own: &Record) -> Vec<Need> {
+/// The other attachments in the namespace of `own`, which is the record of `place`.
+fn there(pins: &Pins, place: &Place, own: &Record) -> Vec<Present> {
     let Some(inode) = own.netns_inode else { return Vec::new() };
     let noted = pins.noted(inode).into_iter().filter(|other| other != place);
     let there = noted.filter_map(|other| {
         let directory = pins.find(&other)?;
         Present::read(other, directory).ok()
     });
-    let here = there.filter(|other| other.owner.interface.shares_namespace(own) && is_there(&other.owner, inode));
-    here.map(|other| other.need()).collect()
+    there.filter(|other| other.owner.interface.shares_namespace(own) && is_there(&other.owner, inode)).collect()
+}
+
+/// What they need there.
+fn others(pins: &Pins, place: &Place, own: &Record) -> Vec<Need> {
+    there(pins, place, own).iter().map(Present::need).collect()
 }
 
 /// Whether an attachment is still in the namespace of this number, which the kernel gives to another one when it is gone. A path in

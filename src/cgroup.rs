@@ -9,7 +9,7 @@ mod mounts;
 mod names;
 mod search;
 
-use std::fs::{DirBuilder, remove_dir};
+use std::fs::{self, DirBuilder, remove_dir};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
@@ -204,6 +204,18 @@ pub fn remove_if_ours(hierarchies: &Hierarchies, path: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Whether the pod of a directory has ended, where the directory itself would not tell: on a hybrid host, where it is left to podshaper, kubelet
+/// has removed its own on v1, and nothing runs in it.
+pub fn has_ended(hierarchies: &Hierarchies, path: &Path) -> bool {
+    let Ok(place) = path.strip_prefix(&hierarchies.unified) else { return false };
+    let is_ours = || path.symlink_metadata().is_ok_and(|found| found.is_dir() && found.mode() & STICKY != 0);
+    let is_empty = || fs::read_to_string(path.join("cgroup.events")).is_ok_and(|text| text.contains("populated 0"));
+    hierarchies.are_hybrid()
+        && is_ours()
+        && !hierarchies.v1.iter().any(|root| search::is_dir(root, place))
+        && is_empty()
+}
+
 fn errno(error: &io::Error) -> Errno {
     error.raw_os_error().map_or(Errno::UnknownErrno, Errno::from_raw)
 }
@@ -339,6 +351,29 @@ mod tests {
                 )
             );
         }
+    }
+
+    #[test]
+    fn a_pod_has_ended_when_kubelets_directory_is_gone_and_nothing_runs_in_ours() {
+        let (root, hierarchies) = hybrid(&[&format!("memory/{PLACE}"), &format!("pids/{PLACE}"), "unified/user.slice"]);
+        let pod = find(&hierarchies, Wanted::Uid("u-1")).unwrap();
+        pod.open().unwrap();
+        let events = pod.path.join("cgroup.events");
+        let populated = |count: u32| fs::write(&events, format!("populated {count}\nfrozen 0\n")).unwrap();
+        populated(0);
+        assert!(!has_ended(&hierarchies, &pod.path), "kubelet has it");
+        fs::remove_dir_all(root.path().join("memory/kubepods")).unwrap();
+        assert!(!has_ended(&hierarchies, &pod.path), "on one of them");
+        fs::remove_dir_all(root.path().join("pids/kubepods")).unwrap();
+        assert!(has_ended(&hierarchies, &pod.path));
+        populated(1);
+        assert!(!has_ended(&hierarchies, &pod.path), "a process is in it");
+        // Nobody's pod.
+        let other = hierarchies.unified.join("user.slice");
+        fs::write(other.join("cgroup.events"), "populated 0\n").unwrap();
+        assert!(!has_ended(&hierarchies, &other) && !has_ended(&hierarchies, Path::new("/elsewhere")));
+        populated(0);
+        assert!(!has_ended(&Hierarchies { v1: Vec::new(), ..hierarchies.clone() }, &pod.path));
     }
 
     #[test]

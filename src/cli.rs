@@ -29,7 +29,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::error::Result;
+use crate::error::{self, Result};
 
 /// Exit status of a command that was called wrongly.
 const EXIT_USAGE: u8 = 2;
@@ -161,7 +161,9 @@ fn help() -> Result<()> {
 fn answer(error: &clap::Error) -> Result<ExitCode> {
     let text = error.render().to_string();
     if error.use_stderr() {
-        output::complain(text.strip_prefix("error: ").unwrap_or(&text).trim_end());
+        let text = text.strip_prefix("error: ").unwrap_or(&text).trim_end();
+        let lines: Vec<String> = text.lines().map(error::printable).collect();
+        output::complain(&lines.join("\n"));
         return Ok(ExitCode::from(EXIT_USAGE));
     }
     output::print(&text).map(|()| ExitCode::SUCCESS)
@@ -176,7 +178,7 @@ fn log_to_stderr() {
         }
         fn log(&self, record: &log::Record<'_>) {
             if self.enabled(record.metadata()) {
-                output::complain(&record.args().to_string());
+                output::complain(&error::printable(&record.args().to_string()));
             }
         }
         fn flush(&self) {}

@@ -3,7 +3,7 @@
 //! Its text ends in `kubectl describe pod`: the runtime shows `msg; details` of the CNI error JSON. Each error carries the
 //! CNI code it is answered with; which codes exist is decided here and nowhere else.
 
-use std::fmt;
+use std::fmt::{self, Write};
 
 use rscni_plugin::error::Error as CniError;
 
@@ -85,15 +85,15 @@ impl Error {
 }
 
 impl fmt::Display for Error {
-    /// The whole chain on one line, outermost first.
+    /// The whole chain on one line, outermost first. Paths and what others say may hold anything.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text)?;
+        let mut text = self.text.clone();
         let mut cause = self.source.as_deref().map(|source| source as &dyn std::error::Error);
         while let Some(error) = cause {
-            write!(f, ": {error}")?;
+            write!(text, ": {error}")?;
             cause = error.source();
         }
-        Ok(())
+        f.write_str(&printable(&text))
     }
 }
 
@@ -123,6 +123,18 @@ pub fn all(results: impl IntoIterator<Item = Result<()>>) -> Result<()> {
     let Some(first) = errors.first() else { return Ok(()) };
     let texts: Vec<String> = errors.iter().map(Error::to_string).collect();
     Err(Error::new(first.code, texts.join("; ")))
+}
+
+/// A text that writes nothing to a terminal but itself: control characters, and those that turn the direction of what follows, are spelt out.
+pub fn printable(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            ' '..='~' => shown.push(c),
+            _ => shown.extend(c.escape_debug()),
+        }
+    }
+    shown
 }
 
 /// Foreign text (a tenant's annotation, a runtime's argument) as it may stand in an error and on a terminal: quoted, in
@@ -161,6 +173,14 @@ mod tests {
             error.to_string(),
             "attach to /sys/fs/cgroup/a (needs CAP_BPF): Operation not permitted (os error 1)"
         );
+    }
+
+    #[test]
+    fn an_error_is_one_line_and_writes_nothing_else_to_a_terminal() {
+        let cause = std::io::Error::other("said \u{1b}]0;x\u{7}\r\n\u{9b}31m\u{202e}");
+        let error = Error::because(Code::Io, "read \"/tmp/\u{e9}'\\\u{1b}[2J\"", cause);
+        let expected = r#"read "/tmp/é'\\u{1b}[2J": said \u{1b}]0;x\u{7}\r\n\u{9b}31m\u{202e}"#;
+        assert_eq!(error.to_string(), expected);
     }
 
     #[test]

@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 
 use crate::{
     error::{self, Code, Error, Result},
+    netlink,
     netns::{self, Entered, Namespace},
     qdisc::{self, HostsEnd, Peer},
     request::{Limit, Limits},
@@ -139,6 +140,23 @@ impl Interface {
         };
         self.host_end = Some(found);
         Ok(found)
+    }
+
+    /// Whether it is the one that the attachment of a record was made on, whose number in the namespace is `index`. A pod that may configure its
+    /// network can give that one's name to another interface. One that is gone keeps its name from nobody.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] with what the kernel says.
+    pub fn is_that_of(&mut self, record: &Record, index: u32) -> Result<bool> {
+        let is_there = |index: u32| {
+            let found = netlink::link(index).map(|link| link.is_some());
+            found.map_err(|cause| Error::because(Code::Kernel, format!("look for the interface {index}"), cause))
+        };
+        match record.held_at {
+            Some(at) if is_there(at.ifindex)? => Ok(self.host_end()?.is_some_and(|end| end.ifindex == at.ifindex)),
+            _ if index == 0 || index == self.index => Ok(true),
+            _ => Ok(!self.inside.run(|| is_there(index))?),
+        }
     }
 
     /// Gives the namespace its number, and puts fq on, which decides which programs are loaded. fq is of use to both directions: it lets

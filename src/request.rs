@@ -156,7 +156,8 @@ impl Request {
 
         let read = || format!("decode the network configuration on stdin ({} bytes)", stdin.len());
         let decoded: Stdin = json::object(stdin).map_err(|cause| Error::because(Code::Decode, read(), cause))?;
-        let keys = json::object(stdin).map_err(|cause| Error::because(Code::Decode, read(), cause))?;
+        let mut keys: config::Keys =
+            json::object(stdin).map_err(|cause| Error::because(Code::Decode, read(), cause))?;
         let all: BTreeMap<String, &RawValue> =
             json::object(stdin).map_err(|cause| Error::because(Code::Decode, read(), cause))?;
         let version = negotiate(cmd, decoded.cni_version.as_deref().unwrap_or_default())?;
@@ -166,11 +167,12 @@ impl Request {
             Subject::Endpoint(endpoint) => Some(&*endpoint.container_id),
             Subject::NeverAdded(_) | Subject::Node => None,
         };
+        let runtime = decoded.runtime_config.map(|raw| part("runtimeConfig", json::object(raw.get()))).transpose()?;
+        let RuntimeConfig { cgroup_path, bandwidth, annotations } = runtime.unwrap_or_default();
+        keys.complete(bandwidth.as_deref());
         let config = Config::read(keys, container_id, &mut tolerance)?;
         let mut unknown_keys = config::unknown(all.keys());
         unknown_keys.extend(config.policy.unknown_keys().cloned());
-        let runtime = decoded.runtime_config.map(|raw| part("runtimeConfig", json::object(raw.get()))).transpose()?;
-        let RuntimeConfig { cgroup_path, bandwidth, annotations } = runtime.unwrap_or_default();
         // A sandbox without a cgroup parent, as crictl makes it, has an empty path.
         let cgroup_path = cgroup_path.as_deref().filter(|raw| raw.get() != "\"\"").map(runtime_cgroup_path).transpose();
         let attachments = decoded.valid_attachments.filter(|_| cmd == Cmd::Gc);

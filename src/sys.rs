@@ -84,6 +84,10 @@ struct QueryAttr {
     prog_ids: u64,
     prog_cnt: u32,
     reserved: u32,
+    prog_attach_flags: u64,
+    link_ids: u64,
+    link_attach_flags: u64,
+    revision: u64,
 }
 
 /// `union bpf_attr`, the part for BPF_LINK_CREATE.
@@ -264,6 +268,23 @@ pub fn has_displaceable(cgroup: BorrowedFd<'_>, hook: CgroupHook) -> io::Result<
     let mut attr = QueryAttr { target_fd: cgroup.as_raw_fd() as u32, attach_type: hook as u32, ..QueryAttr::default() };
     bpf(BPF_PROG_QUERY, &mut attr)?;
     Ok(attr.prog_cnt > 0 && attr.attach_flags == BPF_F_ALLOW_OVERRIDE)
+}
+
+/// How many programs an interface of the calling thread's namespace has in front of its filters (tcx), on the way in or out. None before Linux 6.6.
+///
+/// # Errors
+/// What the kernel says.
+pub fn programs_before_filters(ifindex: u32, is_ingress: bool) -> io::Result<u32> {
+    const BPF_TCX_INGRESS: u32 = 46;
+    const BPF_TCX_EGRESS: u32 = 47;
+    let attach_type = if is_ingress { BPF_TCX_INGRESS } else { BPF_TCX_EGRESS };
+    let mut attr = QueryAttr { target_fd: ifindex, attach_type, ..QueryAttr::default() };
+    match bpf(BPF_PROG_QUERY, &mut attr) {
+        Ok(_) => Ok(attr.prog_cnt),
+        // It has none, or the kernel knows of none.
+        Err(cause) if matches!(cause.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)) => Ok(0),
+        Err(cause) => Err(cause),
+    }
 }
 
 /// Attaches a program to a cgroup, beside whatever is attached there (a link always is what is called "multi" otherwise). It is

@@ -1,15 +1,17 @@
 //! `podshaper install` and `uninstall` on directories like a node's.
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use nix::mount::{MsFlags, mount};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::harness::api::{ApiServer, Reply};
 use crate::harness::process;
+use crate::kernel::mounts;
 
 const PODSHAPER: &str = env!("CARGO_BIN_EXE_podshaper");
 const CAPABILITIES: [&str; 3] = ["bandwidth", "cgroupPath", "io.kubernetes.cri.pod-annotations"];
@@ -26,6 +28,14 @@ struct Ran {
     status: i32,
     stdout: String,
     stderr: String,
+}
+
+impl Ran {
+    fn of(mut command: Command) -> Self {
+        let output = command.env_remove("CNI_COMMAND").output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        Self { status: output.status.code().unwrap(), stdout: text(output.stdout), stderr: text(output.stderr) }
+    }
 }
 
 impl Node {
@@ -74,9 +84,7 @@ impl Node {
             .arg("--unit-dir")
             .arg(self.path("systemd"))
             .args(options);
-        let output = command.env_remove("CNI_COMMAND").output().unwrap();
-        let text = |bytes| String::from_utf8(bytes).unwrap();
-        Ran { status: output.status.code().unwrap(), stdout: text(output.stdout), stderr: text(output.stderr) }
+        Ran::of(command)
     }
 
     #[track_caller]
@@ -595,6 +603,73 @@ fn the_manifests_install_and_uninstall_on_the_nodes_root() {
     assert_eq!(fs::read_to_string(&list).unwrap(), FLANNEL);
 }
 
+/// podshaper with the capabilities of the DaemonSet's container and no other.
+fn as_the_daemonset(verb: &str, node: &Node, bin: &Path) -> Ran {
+    let container = &manifest("podshaper.yaml").0["spec"]["template"]["spec"]["initContainers"][0];
+    let added = container["securityContext"]["capabilities"]["add"].as_array().unwrap();
+    let added: Vec<String> = added.iter().map(|name| name.as_str().unwrap().to_lowercase()).collect();
+    let bounding = format!("--bounding-set=-all,+{}", added.join(",+"));
+    let mut command = Command::new("setpriv");
+    command.args([&bounding, "--inh-caps=-all", "--no-new-privs", PODSHAPER, verb, "--no-units"].map(str::to_owned));
+    command.arg("--conf-dir").arg(node.path("net.d")).arg("--bin-dir").arg(bin);
+    Ran::of(command)
+}
+
+#[test]
+#[ignore = "needs root"]
+fn directories_and_files_of_another_owner_are_written_and_stay_that_owners() {
+    let node = Node::new(&[("10-flannel.conflist", FLANNEL)]);
+    let list = node.path("net.d/10-flannel.conflist");
+    fs::set_permissions(&list, fs::Permissions::from_mode(0o640)).unwrap();
+    let theirs = [node.path("bin"), node.path("net.d"), list.clone()];
+    theirs.iter().for_each(|path| chown(path, Some(1234), Some(1235)).unwrap());
+    let is_theirs = || {
+        let found = fs::metadata(&list).unwrap();
+        (found.uid(), found.gid(), found.mode() & 0o7777) == (1234, 1235, 0o640)
+    };
+    for _ in 0..2 {
+        let ran = as_the_daemonset("install", &node, &node.path("bin"));
+        assert_eq!((ran.status, ran.stderr.as_str()), (0, ""), "{}", ran.stdout);
+        assert_eq!(types(&node.read("10-flannel.conflist")), ["flannel", "portmap", "podshaper"]);
+        assert!(is_theirs() && node.path("bin/podshaper").exists());
+    }
+    let ran = Ran::of({
+        let mut command = Command::new(PODSHAPER);
+        command.arg("uninstall").arg("--conf-dir").arg(node.path("net.d")).arg("--unit-dir").arg(node.path("systemd"));
+        command
+    });
+    assert_eq!((ran.status, ran.stderr.as_str()), (0, ""), "{}", ran.stdout);
+    assert!(is_theirs());
+    assert_eq!(
+        (node.read("10-flannel.conflist").as_str(), node.files()),
+        (FLANNEL, vec!["10-flannel.conflist".into()])
+    );
+}
+
+/// Nothing is changed before it is known that the program has a place; then by another directory all goes well.
+#[test]
+#[ignore = "needs root"]
+fn a_directory_of_plugins_that_is_read_only_is_told_of_and_another_one_does() {
+    let node = Node::new(&[("10-flannel.conflist", FLANNEL)]);
+    mounts::with_own(|| {
+        let bin = node.path("bin");
+        mounts::bind(&bin, &bin);
+        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
+        mount(None::<&str>, &bin, None::<&str>, flags, None::<&str>).unwrap();
+        let ran = as_the_daemonset("install", &node, &bin);
+        assert_eq!((ran.status, ran.stdout.as_str()), (1, ""));
+        assert!(ran.stderr.contains("Read-only file system") && ran.stderr.contains("--bin-dir"), "{}", ran.stderr);
+        assert_eq!(node.read("10-flannel.conflist"), FLANNEL);
+        let other = node.path("other/cni/bin");
+        fs::create_dir_all(&other).unwrap();
+        let ran = as_the_daemonset("install", &node, &other);
+        assert_eq!((ran.status, ran.stderr.as_str()), (0, ""), "{}", ran.stdout);
+        assert!(other.join("podshaper").exists());
+        assert_eq!(types(&node.read("10-flannel.conflist")), ["flannel", "portmap", "podshaper"]);
+        mounts::without(&bin);
+    });
+}
+
 /// What it takes on a node with SELinux, with directories of another owner, and without more than that.
 #[test]
 fn the_manifests_may_do_what_the_work_takes_and_no_more() {
@@ -623,6 +698,28 @@ fn the_manifests_may_do_what_the_work_takes_and_no_more() {
         assert_eq!(pod["tolerations"], json!([{ "operator": "Exists" }]), "{name}");
         assert_eq!(pod["containers"][0]["securityContext"]["capabilities"], json!({ "drop": ["ALL"] }), "{name}");
     }
+}
+
+/// What it calls is what the units call, on what the manifest has put there and mounted.
+#[test]
+fn kubelets_probe_calls_what_the_units_call() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("install");
+    let patch: Value = serde_norway::from_str(&fs::read_to_string(root.join("without-systemd.yaml")).unwrap()).unwrap();
+    let pod = &patch["spec"]["template"]["spec"];
+    let (container, whole) = (&pod["containers"][0], &manifest("podshaper.yaml").0["spec"]["template"]["spec"]);
+    assert_eq!(container["name"], whole["containers"][0]["name"], "or it would be another container");
+    assert_eq!(container["volumeMounts"][0]["name"], whole["volumes"][0]["name"]);
+    assert_eq!((&pod["hostPID"], &whole["hostNetwork"]), (&json!(true), &json!(true)));
+    // kubelet would not start both.
+    let security = &container["securityContext"];
+    assert_eq!((&security["privileged"], &security["allowPrivilegeEscalation"]), (&json!(true), &json!(true)));
+    let mount = &container["volumeMounts"][0];
+    assert_eq!((&mount["mountPath"], &mount["mountPropagation"]), (&json!("/host"), &json!("HostToContainer")));
+    let probe = &container["readinessProbe"];
+    let command: Vec<&str> =
+        probe["exec"]["command"].as_array().unwrap().iter().map(|word| word.as_str().unwrap()).collect();
+    assert_eq!(command, ["/host/opt/cni/bin/podshaper", "install", "--and-sync", "--host-root=/host"]);
+    assert_eq!((&probe["periodSeconds"], &probe["failureThreshold"]), (&json!(10), &json!(1)));
 }
 
 /// `tests/run cluster` renders the chart by helm and compares.

@@ -388,6 +388,64 @@ fn a_del_succeeds_whatever_the_pod_and_its_runtime_write() {
     }
 }
 
+/// What would change a terminal, or a line of a log, if it were written there.
+pub const HOSTILE: &str = "\u{1b}[2J\u{1b}]0;x\u{7}\r\n\u{8}\u{7f}\u{85}\u{9b}31m\u{202e}\u{2028}\"\\'";
+
+/// Panics if any of it is there.
+#[track_caller]
+pub fn assert_printable(what: &str, text: &str) {
+    let is_hostile = |c: char| c.is_control() && c != '\n' || matches!(c, '\u{202e}' | '\u{2028}');
+    assert!(!text.contains(is_hostile), "{what}: {text:?}");
+}
+
+/// Whoever wrote it: a pod, its runtime, an administrator.
+#[test]
+fn foreign_text_is_spelt_out_in_answers_and_logs() {
+    let directory = tempfile::tempdir().unwrap();
+    let log = directory.path().join("log");
+    let logged = json!({ "logFile": log, "logLevel": "trace", "prevResult": {} });
+    let annotations = |key: &str| json!({ "runtimeConfig": { "io.kubernetes.cri.pod-annotations": { key: HOSTILE } } });
+    let own = format!("podshaper.io/{HOSTILE}");
+    let mut calls: Vec<(Value, &str, &str)> =
+        ["kubernetes.io/egress-bandwidth", "rate", "podshaper.io/egress-burst", &own]
+            .map(|key| (annotations(key), "CNI_PATH", "/opt/cni/bin"))
+            .to_vec();
+    let limited =
+        json!({ "runtimeConfig": { "bandwidth": { "egressRate": 1_000_000 }, "cgroupPath": format!("/{HOSTILE}") } });
+    calls.push((limited.clone(), "CNI_PATH", ""));
+    calls.extend(
+        [HOSTILE, "egress", "max", "name", "kubeconfig", "cgroupPath", "exemptSubnets", "namespaces"]
+            .into_iter()
+            .flat_map(|key| {
+                [json!({ key: HOSTILE }), json!({ key: { HOSTILE: HOSTILE } }), json!({ key: [{ HOSTILE: HOSTILE }] })]
+                    .map(|keys| (keys, "CNI_PATH", ""))
+            }),
+    );
+    let arguments =
+        ["K8S_POD_NAME", "K8S_POD_UID", "rate", HOSTILE].map(|key| format!("K8S_POD_NAMESPACE=a;{key}={HOSTILE}"));
+    calls.extend(arguments.iter().map(|arguments| (json!({}), "CNI_ARGS", arguments.as_str())));
+    calls.extend(
+        ["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_COMMAND"]
+            .map(|name| (json!({ "egress": "1M" }), name, HOSTILE)),
+    );
+    for (keys, variable, value) in &calls {
+        for verb in ["ADD", "CHECK", "DEL", "STATUS", "GC"] {
+            let mut stdin: Value = serde_json::from_str(&config("")).unwrap();
+            for more in [&logged, keys] {
+                stdin.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            }
+            let _ = fs::remove_file(&log);
+            let call = cni(verb).env(variable, *value).stdin(stdin.to_string()).call().unwrap();
+            let what = format!("{verb} {keys} {variable}");
+            assert_printable(&what, &call.stdout.replace('\n', ""));
+            assert_printable(&what, &call.stderr);
+            let lines = fs::read_to_string(&log).unwrap_or_default();
+            assert_printable(&what, &lines);
+            assert!(lines.lines().all(|line| line.starts_with("20")), "{what}: a line of somebody else's: {lines}");
+        }
+    }
+}
+
 #[test]
 fn a_person_gets_help_and_a_wrong_argument_a_2() {
     let call = |arguments: &[&str]| {

@@ -35,6 +35,7 @@ pub fn attach(plan: &Plan<'_>) -> Result<Owner> {
     let own = attaching.own_set();
     attaching.lock()?;
     let own = own?;
+    attaching.refuse_another_interface()?;
     attaching.change()?;
     attaching.commit(own)
 }
@@ -129,6 +130,24 @@ impl<'a> Attaching<'a> {
         Direction::BOTH.into_iter().filter(ends).collect()
     }
 
+    /// In the place of a limit of the same sandbox it must be the same interface: of another one the pod could have only given the name, and go on
+    /// by the first, which nothing would hold any more.
+    fn refuse_another_interface(&mut self) -> Result<()> {
+        let Some(before) = self.under_lock.as_ref().and_then(|lock| lock.before.as_ref()) else { return Ok(()) };
+        let record = &before.owner.interface;
+        let is_same = self.is_of_same_sandbox(Some(before)) && record.shares_interface(&self.record);
+        let Some(interface) = self.interface.as_mut().filter(|_| is_same) else { return Ok(()) };
+        if interface.is_that_of(record, before.owner.ifindex)? {
+            return Ok(());
+        }
+        let text = format!(
+            "limit {} of pod {} anew: it is another interface than the one that has the limit, whose name has been changed in the pod; \
+             that limit stays as it is",
+            record.ifname, self.plan.place.pod
+        );
+        Err(Error::new(Code::Mismatch, text))
+    }
+
     /// Changes the interface. fq is there already, if there is any.
     fn change(&mut self) -> Result<()> {
         let staying = self.staying();
@@ -212,7 +231,11 @@ impl<'a> Attaching<'a> {
             attached.change(&settings)?;
         }
         let owner = Owner {
-            interface: Record { held_at: held.as_ref().map(Held::at), ..self.record.clone() },
+            interface: Record {
+                held_at: held.as_ref().map(Held::at),
+                takes_over: self.plan.other_paths && wanted.taken.is_some(),
+                ..self.record.clone()
+            },
             ifindex: self.index,
             slot: attached.slot(),
             list,

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{Present, let_go::connections, lock, other_paths, others, scopes, sharing, unlimited};
+use super::{Present, let_go::connections, lock, other_paths, others, scopes, sharing, there, unlimited};
 use crate::{
     direction::Direction,
     error::{self, Code, Error, Result},
@@ -58,6 +58,7 @@ pub fn remove_locked(
         Some(mut owner) => {
             owner.interface.complete();
             other_paths::leave(pins, &owner.interface, owner.slot, None);
+            other_paths::hand_over(&owner.interface, &there(pins, place, &owner.interface));
             leave(pins, place, &owner.interface);
         }
         None => log::warn!(
@@ -142,7 +143,12 @@ fn settle(pins: &Pins, present: &Present, interface: &mut Option<Interface>, to:
     let record = &present.owner.interface;
     let Some(interface) = interface else {
         let text = "change the queue that holds the limit: the pod's interface is not to be found any more";
-        return if is_held_by_qdisc(record, to) { Err(Error::new(Code::Netns, text)) } else { Ok(()) };
+        // A pod that has given it another name is held at its host's end.
+        let is_held_elsewhere = record.held_at.is_some() && !record.has_tbf();
+        if is_held_by_qdisc(record, to) && !is_held_elsewhere {
+            return Err(Error::new(Code::Netns, text));
+        }
+        return change_place(present, to);
     };
     let mut own = present.need();
     own.limits = Some(present.limits_with(to));
@@ -150,15 +156,20 @@ fn settle(pins: &Pins, present: &Present, interface: &mut Option<Interface>, to:
     // Of those that have a tbf or an htb, which earlier versions allowed, this one is changed.
     needs.insert(0, own);
     let settled = interface.settle(record, &needs);
-    if let Some(held_at) = record.held_at {
-        host_end::change_place(held_at.class, &present.limits_with(to), record.ingress_by)?;
-    }
+    change_place(present, to)?;
     interface::warn("TCP may send larger packets than this limit is good for", settled.packets);
     if is_held_by_qdisc(record, to) {
         return settled.qdiscs;
     }
     interface::warn(interface::LEFT, settled.qdiscs);
     Ok(())
+}
+
+/// Brings what waits of it in the waiting room to other limits.
+fn change_place(present: &Present, to: &Limits) -> Result<()> {
+    let Record { held_at, ingress_by, .. } = present.owner.interface;
+    let changed = held_at.map(|at| host_end::change_place(at.class, &present.limits_with(to), ingress_by));
+    changed.unwrap_or(Ok(()))
 }
 
 /// Whether a qdisc has one of these limits too.
@@ -192,7 +203,7 @@ pub fn lift(place: &Place, directions: &[Direction], is_meant: impl FnOnce(&Path
 }
 
 impl Present {
-    fn write(&self, limits: &Limits, owner: &Owner) -> Result<()> {
+    pub(super) fn write(&self, limits: &Limits, owner: &Owner) -> Result<()> {
         Pinned::at(&self.directory).change(&Settings::of(owner, *limits), owner)
     }
 }

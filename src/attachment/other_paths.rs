@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use podshaper_abi::HostEnd;
 
+use super::Present;
 use crate::{
     error::{Code, Error, Result},
     interface::{
@@ -13,9 +14,9 @@ use crate::{
         host_end::{self, Hook, WaitingRoom},
     },
     owner::Owner,
-    pins::LockedPins,
+    pins::{self, LockedPins},
     request::Limits,
-    shaper::Set,
+    shaper::{Pinned, Set},
     sys::{Map, Read},
 };
 
@@ -80,6 +81,7 @@ impl<'a> Held<'a> {
         let hooks = hooks(wanted.limits, ingress_by);
         let Some(end) = interface.host_end()?.filter(|_| !hooks.is_empty()) else { return Ok(None) };
         let ifindex = end.ifindex;
+        hooks.iter().try_for_each(|(hook, _)| host_end::refuse_tcx(ifindex, *hook))?;
         let namespace = end.pods_namespace.ok_or_else(|| {
             let text = "find the pod's network namespace from the host's end of its interface: it has no number";
             Error::new(Code::Kernel, text)
@@ -98,7 +100,7 @@ impl<'a> Held<'a> {
             waiting_ifindex: room.ifindex,
             waiting_class: host_end::class_id(held.at.class),
             list: wanted.list,
-            is_shared: 0,
+            is_shared: before.map_or(0, |before| before.is_shared),
             holds_streams: (ingress_by == Some(IngressBy::HeldData)).into(),
         }))?;
         let is_new = host_end::put_clsact(ifindex)?;
@@ -231,6 +233,37 @@ pub fn leave(pins: &LockedPins, ended: &Record, slot: u32, now: Option<HeldAt>) 
         take_filters(at, &[Hook::Ingress, Hook::Egress]);
     }
     interface::warn(LEFT, forget(pins, at.ifindex, slot));
+}
+
+/// Has the next oldest limit of an interface hold its other paths, where the one that ended did. `staying`: the attachments in its namespace.
+pub fn hand_over(ended: &Record, staying: &[Present]) {
+    let waits = |present: &&Present| {
+        let record = &present.owner.interface;
+        record.takes_over && record.shares_interface(ended) && pins::shares(&present.directory)
+    };
+    let mut waiting: Vec<&Present> = staying.iter().filter(waits).collect();
+    waiting.sort_by_key(|present| pins::made_at(&present.directory));
+    if let Some((next, others)) = waiting.split_first().filter(|_| ended.held_at.is_some()) {
+        let taken = next.take_over(!others.is_empty());
+        interface::warn("what passes by other paths than pods' sockets is not held any more", taken);
+    }
+}
+
+impl Present {
+    /// Holds what passes its interface by other paths. `is_shared`: another limit stays there beside it.
+    fn take_over(&self, is_shared: bool) -> Result<()> {
+        let Self { owner, limits: Some(limits), directory, .. } = self else { return Ok(()) };
+        let Some(mut interface) = Interface::of(&owner.interface)? else { return Ok(()) };
+        let set = Pinned::at(directory).set()?;
+        let (slot, list) = (owner.slot, owner.list);
+        let wanted = Wanted { set: &set, node: None, slot, list, limits, taken: None, before: None };
+        let Some(held) = Held::begin(&wanted, owner.interface.ingress_by, &mut interface)? else { return Ok(()) };
+        let record = Record { held_at: Some(held.at()), takes_over: false, ..owner.interface.clone() };
+        self.write(limits, &Owner { interface: record, ..owner.clone() })?;
+        let ifindex = held.at().ifindex;
+        held.keep();
+        if is_shared { share(&set, ifindex) } else { Ok(()) }
+    }
 }
 
 /// Removes a host's end from the node's list, if it is still this attachment's, and with the last one the waiting room.

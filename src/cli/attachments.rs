@@ -404,11 +404,15 @@ fn passing(before: &Measured, now: &Measured, elapsed: Duration) -> Option<Passi
     Some(Passing { bits_per_s: bytes as f64 * 8.0 / elapsed.as_secs_f64(), backlog })
 }
 
+/// Where cgroups are mounted, asked once for all attachments; `None` where that cannot be known.
+pub fn hierarchies() -> Option<&'static Hierarchies> {
+    static HIERARCHIES: OnceLock<Option<Hierarchies>> = OnceLock::new();
+    HIERARCHIES.get_or_init(|| Hierarchies::of_this_host().ok()).as_ref()
+}
+
 /// A cgroup's path as short as it is clear: below the mount.
 pub fn below_mount(cgroup: &str) -> String {
-    static MOUNT: OnceLock<Option<PathBuf>> = OnceLock::new();
-    let mount = MOUNT.get_or_init(|| Hierarchies::of_this_host().ok().map(|hierarchies| hierarchies.unified));
-    let below = mount.as_ref().and_then(|mount| Path::new(cgroup).strip_prefix(mount).ok());
+    let below = hierarchies().and_then(|found| Path::new(cgroup).strip_prefix(&found.unified).ok());
     below.map_or_else(|| cgroup.to_owned(), |below| format!("/{}", below.display()))
 }
 

@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     attachment::{self, End},
+    cgroup,
     error::{self, Result},
     owner::Owner,
 };
@@ -56,16 +57,24 @@ pub fn remove(found: &Attachment) -> Result<bool> {
         |directory: &Path, _: Option<&Owner>| is_stale(&Attachment::read(found.place.clone(), directory.to_path_buf()));
     let is_removed = matches!(attachment::remove(&found.place, is_stale)?, End::Removed);
     if is_removed {
-        run::remove_cgroup_of_the_dead(Path::new(&found.owner.cgroup));
+        let cgroup = Path::new(&found.owner.cgroup);
+        run::remove_cgroup_of_the_dead(cgroup);
+        if has_ended(cgroup) && attachment::lock()?.is_none_or(|pins| !pins.has_pod(&found.place.pod)) {
+            attachment::remove_cgroup_if_ours(cgroup);
+        }
     }
     Ok(is_removed)
 }
 
 /// Whether nothing can come back to life: the links are dead and the cgroup is gone, or it is that of a `podshaper run` that was
-/// killed.
+/// killed, or on a hybrid host that of a pod that has ended, which nobody else removes.
 pub fn is_stale(attachment: &Attachment) -> bool {
     let cgroup = Path::new(&attachment.owner.cgroup);
     let is_known = !attachment.owner.cgroup.is_empty();
     let is_gone = attachment.links.are_dead_for_good() || (attachment.links.are_dead() && !cgroup.exists());
-    is_known && (is_gone || run::is_of_the_dead(cgroup))
+    is_known && (is_gone || run::is_of_the_dead(cgroup) || has_ended(cgroup))
+}
+
+fn has_ended(cgroup: &Path) -> bool {
+    attachments::hierarchies().is_some_and(|hierarchies| cgroup::has_ended(hierarchies, cgroup))
 }

@@ -149,7 +149,7 @@ impl Install {
     /// Returns what was done, line by line.
     fn install(&self, own: &File) -> Result<String> {
         let keys = self.config.as_deref().map_or(Ok(Map::new()), keys)?;
-        // Once, and not every ten seconds.
+        // Once, and not every few seconds.
         if !self.and_sync {
             request_of(&keys, CONFIG)?
                 .check_namespaces()
@@ -262,7 +262,8 @@ impl Install {
         if !self.place.has_systemd() {
             report.say(
                 "no systemd runs on this host, so nothing was set up that installs again when a network writes its conflist anew and \
-                 follows annotations: have something call `podshaper install --and-sync` every few seconds",
+                 follows annotations: have kubelet call `podshaper install --and-sync` (install/without-systemd.yaml), or something else \
+                 every few seconds",
             );
             return Ok(());
         }
@@ -373,7 +374,9 @@ fn install_program(mut own: &File, place: &Place, report: &mut Report) -> Result
         report.say(format!("{} would be this program ({} bytes)", target.display(), program.len()));
         return Ok(());
     }
-    files::replace_program(&target, &program)?;
+    files::replace_program(&target, &program).map_err(|error| {
+        Error::because(Code::Io, "put this program where the runtime looks (--bin-dir names another directory)", error)
+    })?;
     report.say(format!("{}: installed, {} bytes", target.display(), program.len()));
     Ok(())
 }

@@ -80,7 +80,7 @@ One run, a line for each change. It
     podshaper sync --dry-run --kubeconfig /etc/kubernetes/kubelet.conf
 
 Connections that exist already when a pod gets its first limit in a direction are counted but not paced.
-`podshaper install` has systemd run it every 10 seconds and whenever a network writes its conflist.
+`podshaper install` has systemd run it every 8 seconds and whenever a network writes its conflist.
 Exit status: 0 if every pod has what it asks for, 1 if not; stderr, `podshaper doctor` and `podshaper metrics` say which.";
 
 /// An interface of a sandbox in a network of podshaper's, with what is in force on it.

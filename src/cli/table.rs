@@ -1,6 +1,7 @@
 //! The one printer of tables: aligned columns under a header, no colour, no lines.
 
 use super::output;
+use crate::error::printable;
 
 /// Which side of its column a cell is on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +34,7 @@ impl Table {
 
     /// Adds a row, with a cell for each column.
     pub fn row(&mut self, cells: Vec<String>) {
-        self.rows.push(cells);
+        self.rows.push(cells.iter().map(|cell| printable(cell)).collect());
     }
 
     /// The table as text for stdout. On a terminal that is too narrow the cells of the last column lose their middle.
@@ -99,5 +100,12 @@ mod tests {
         );
         assert_eq!(table.text_within(Some(40)).lines().nth(1), Some("default/web    10M  kubepo…table/pod1234"));
         assert_eq!(table.text_within(Some(10)).lines().nth(1), Some("default/web    10M  kubep…le/pod1234"));
+    }
+
+    #[test]
+    fn a_cell_writes_nothing_to_a_terminal_but_itself() {
+        let mut table = Table::new(&[("FOUND", Left)]);
+        table.row(vec!["a\u{1b}[2J\nb\u{202e}".into()]);
+        assert_eq!(table.whole_text(), "FOUND\na\\u{1b}[2J\\nb\\u{202e}\n");
     }
 }

@@ -25,6 +25,7 @@ use crate::{
     error::{Code, Error, Result},
     netlink, qdisc,
     request::Limits,
+    sys,
 };
 
 /// The program on what comes out of a pod.
@@ -335,6 +336,23 @@ pub fn refuse_ingress(ifindex: u32) -> Result<()> {
             Err(Error::new(Code::Kernel, text))
         }
         Ok(_) => Ok(()),
+        Err(cause) => Err(Error::because(Code::Kernel, what, cause)),
+    }
+}
+
+/// Refuses a place behind programs of tcx: they come before all filters, and the verdict of one may be the last (`sch_handle_ingress`,
+/// net/core/dev.c).
+///
+/// # Errors
+/// [`Code::Kernel`]: there are some, or with what the kernel says.
+pub fn refuse_tcx(ifindex: u32, hook: Hook) -> Result<()> {
+    let what = format!("put an eBPF program on the interface {ifindex}");
+    match sys::programs_before_filters(ifindex, hook == Hook::Ingress) {
+        Ok(0) => Ok(()),
+        Ok(_) => {
+            let text = format!("{what}: it has programs of tcx, as Cilium's are, which come first (bpftool net show)");
+            Err(Error::new(Code::Kernel, text))
+        }
         Err(cause) => Err(Error::because(Code::Kernel, what, cause)),
     }
 }

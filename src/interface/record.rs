@@ -35,6 +35,9 @@ pub struct Record {
     /// The host's end of the interface, where what comes by other paths than the cgroup's sockets is held; `None` where nothing holds it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub held_at: Option<HeldAt>,
+    /// Whether another limit of the interface held them when this one came: when that one goes, this one does.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub takes_over: bool,
     /// What was there before.
     #[serde(flatten)]
     pub found: Found,
@@ -163,6 +166,7 @@ mod tests {
             htb: false,
             ingress_by: Some(IngressBy::HeldAcks),
             held_at: None,
+            takes_over: false,
             found,
         };
         assert_eq!(serde_json::from_str::<Record>(earlier).unwrap(), expected);

@@ -108,4 +108,21 @@ mod tests {
             assert_eq!(outcome(&request), expected, "{bandwidth}");
         }
     }
+
+    #[test]
+    fn lists_of_subnets_beside_the_rates_count_where_the_configuration_has_none() {
+        let subnets = |keys: &str, bandwidth: &str| {
+            let keys = format!(r#"{keys}"runtimeConfig": {{"bandwidth": {bandwidth}}}"#);
+            add("", &config(&keys)).map(|request| request.config.subnets).map_err(|error| error.to_string())
+        };
+        let (ten, eleven) = (r#"["10.0.0.0/8"]"#, r#"["11.0.0.0/8"]"#);
+        for (kind, own) in [("unshapedSubnets", "exemptSubnets"), ("shapedSubnets", "shapedSubnets")] {
+            let configured = subnets(&format!(r#""{own}": {ten}, "#), "{}").unwrap();
+            assert!(!configured.is_empty());
+            assert_eq!(subnets("", &format!(r#"{{"{kind}": {ten}}}"#)).unwrap(), configured, "{kind}");
+            let both = subnets(&format!(r#""{own}": {ten}, "#), &format!(r#"{{"{kind}": {eleven}}}"#));
+            assert_eq!(both.unwrap(), configured, "the configuration's");
+            assert!(subnets("", &format!(r#"{{"{kind}": ["x"]}}"#)).unwrap_err().contains("is not a subnet"));
+        }
+    }
 }

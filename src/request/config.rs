@@ -154,6 +154,25 @@ pub(super) struct Keys {
     namespaces: Option<Box<RawValue>>,
 }
 
+/// The lists that the bandwidth plugin takes beside a pod's rates, too.
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Lists {
+    unshaped_subnets: Option<Box<RawValue>>,
+    shaped_subnets: Option<Box<RawValue>>,
+}
+
+impl Keys {
+    /// With the lists of `runtimeConfig.bandwidth`, if there are none of the configuration's: so the bandwidth plugin has it.
+    pub(super) fn complete(&mut self, bandwidth: Option<&RawValue>) {
+        if self.exempt_subnets.is_none() && self.shaped_subnets.is_none() {
+            // What is wrong with it is told where the rates are read.
+            let lists = bandwidth.and_then(|raw| serde_json::from_str::<Lists>(raw.get()).ok()).unwrap_or_default();
+            (self.exempt_subnets, self.shaped_subnets) = (lists.unshaped_subnets, lists.shaped_subnets);
+        }
+    }
+}
+
 impl Config {
     /// Decodes every key but the rates.
     pub(super) fn read(keys: Keys, container_id: Option<&str>, tolerance: &mut Tolerance) -> Result<Self> {

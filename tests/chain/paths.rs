@@ -3,6 +3,7 @@ use std::mem;
 use std::net::IpAddr;
 use std::process::Command;
 use std::thread;
+use std::time::Duration;
 
 use serde_json::json;
 
@@ -82,6 +83,20 @@ fn a_tunnel_made_in_the_pod_is_held() {
     for limit in [10 * MBIT, 100 * MBIT] {
         assert_path_is_held(Path::Vxlan, limit);
     }
+}
+
+/// What a VPN's program sends is the pod's own: it waits at that program's socket, and is counted there.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn a_tunnel_of_a_program_in_the_pod_is_held() {
+    const RATE: u64 = 10 * MBIT;
+    let bed = Bed::new();
+    let mut pod = bed.limited(both(RATE));
+    let held = Path::Tun.with(&mut pod, |pod, ends| {
+        assert_all_held(Path::Tun, pod, ends, &[Way::Out], RATE);
+        Ok(())
+    });
+    held.unwrap();
 }
 
 /// One clock for both: the sum is the limit, and neither starves.
@@ -276,6 +291,88 @@ fn beside_the_bandwidth_plugin_each_path_is_held_by_one_of_them() {
     held.unwrap();
     pod.check().unwrap();
     pod.del().unwrap();
+}
+
+/// A pod with NET_ADMIN gives the name of its interface to another one. Whoever limits that one would let go of the first.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn a_pod_that_renames_its_interface_stays_limited() {
+    let bed = Bed::new();
+    let mut pod = bed.limited(Limits { egress: Some(10 * MBIT), ingress: None });
+    let address = pod.addresses()[0];
+    let config = |pod: &Pod, egress: u64| {
+        let (plugin, offers) = (podshaper_plugin(), json!({ "egressRate": egress, "ingressRate": egress }));
+        let mut all = pod.offers.clone();
+        all.insert("bandwidth".into(), offers);
+        let chain = bed.host.bridge_chain().unwrap().with_dir(podshaper_program().unwrap().parent().unwrap());
+        pod.environment(chain.call(plugin.as_object().unwrap(), "ADD", &all, Some(&json!({}))).unwrap())
+    };
+    for command in [
+        "ip link set eth0 down",
+        "ip link set eth0 name real",
+        "ip link set real up",
+        "ip link add eth0 type veth peer name peer0",
+        &format!("ip route replace {}/24 dev real src {address}", bed.host.gateway_v4()).replace(".1/24", ".0/24"),
+    ] {
+        paths::run(&pod.netns, command).unwrap();
+    }
+    // As sync does where the pod asks for another direction.
+    let answer = config(&pod, 20 * MBIT).call_in(&bed.host.netns).unwrap();
+    assert!(!answer.status.success() && answer.stdout.contains("whose name has been changed in the pod"), "{answer}");
+    let send = |pod: &Pod| {
+        let bulk = Bulk { seconds: SECONDS, flows: 2, ..Bulk::default() };
+        assert_held("after that", &measure::bulk(pod, &bulk).unwrap().timeline, 10 * MBIT);
+    };
+    send(&pod);
+    // Nor does it keep an administrator from another limit.
+    paths::run(&pod.netns, "ip link del eth0").unwrap();
+    let mut set = Command::new(podshaper_program().unwrap());
+    set.args(["set", &pod.uid, "--egress", "5M"]);
+    bed.host.netns.inside(|| process::run(&mut set)).unwrap().unwrap();
+    let bulk = Bulk { seconds: SECONDS, flows: 2, ..Bulk::default() };
+    let rate = measure::bulk(&pod, &bulk).unwrap().timeline.wire_rate(1.0, SECONDS);
+    assert_rate("the administrator's", rate, 5 * MBIT, 0.08);
+    paths::run(&pod.netns, "ip link set real down").unwrap();
+    paths::run(&pod.netns, "ip link set real name eth0").unwrap();
+    pod.del().unwrap();
+}
+
+/// Pods in one network namespace: when the limit of the first one goes, that of another holds what passes by other paths.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn of_two_limits_of_an_interface_the_second_takes_over() {
+    let bed = Bed::new();
+    let mut pod = Pod::new(&bed.host, "chain").unwrap();
+    let bridge = bed.host.bridge_chain().unwrap();
+    let result = pod.add(&bridge).unwrap();
+    let podshaper = bridge.then(podshaper_plugin()).with_dir(podshaper_program().unwrap().parent().unwrap());
+    let plugin = podshaper.plugins.last().unwrap().clone();
+    let others = [0, 1].map(|_| Pod::new(&bed.host, "chain").unwrap());
+    let netns = pod.netns.path().display().to_string();
+    let call = |of: &Pod, verb: &str, rate: u64| {
+        let mut offers = of.offers.clone();
+        offers.insert("bandwidth".into(), json!({ "egressRate": rate, "ingressRate": rate }));
+        let call = of.environment(podshaper.call(&plugin, verb, &offers, Some(&result)).unwrap());
+        call.env("CNI_NETNS", &netns).call_in(&bed.host.netns).unwrap().success().unwrap();
+    };
+    let rates = [20 * MBIT, 10 * MBIT, 5 * MBIT];
+    call(&pod, "ADD", rates[0]);
+    for (other, rate) in others.iter().zip(&rates[1..]) {
+        // Which is the older one is told by a clock of four milliseconds.
+        thread::sleep(Duration::from_millis(20));
+        call(other, "ADD", *rate);
+    }
+    for (index, rate) in rates.into_iter().enumerate() {
+        let held = Path::AnotherCgroup.with(&mut pod, |pod, ends| {
+            assert_all_held(Path::AnotherCgroup, pod, ends, &BOTH_WAYS, rate);
+            Ok(())
+        });
+        held.unwrap();
+        if let Some(other) = others.get(index) {
+            call(other, "CHECK", rates[index + 1]);
+        }
+        call(if index == 0 { &pod } else { &others[index - 1] }, "DEL", 0);
+    }
 }
 
 #[test]

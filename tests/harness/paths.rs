@@ -4,6 +4,8 @@ use std::fs;
 use std::mem;
 use std::net::IpAddr;
 use std::process::Command;
+use std::thread;
+use std::time::Duration;
 
 use clap::ValueEnum;
 
@@ -12,7 +14,7 @@ use super::host::BRIDGE;
 use super::measure::{self, Bulk, FramesBy, Timeline, Udp, Way};
 use super::netns::Netns;
 use super::pod::{INTERFACE, Pod};
-use super::process;
+use super::process::{self, Running};
 use super::{Context, Failure, Result, unique};
 
 /// Addresses of a tunnel's ends: the node's, the pod's.
@@ -32,6 +34,8 @@ pub enum Path {
     AnotherCgroup,
     Vxlan,
     Wireguard,
+    /// A VPN whose program runs in the pod: the pod's own sockets send what the tunnel carries.
+    Tun,
     Gre,
     Ipip,
     AfPacket,
@@ -79,6 +83,10 @@ impl<'a> Ends<'a> {
         Self { node: None, pod: None, limited: &pod.netns }
     }
 
+    fn of_tunnel(pod: &'a Pod) -> Self {
+        Self { node: Some(TUNNEL[0].into()), pod: Some(TUNNEL[1].into()), ..Self::of(pod) }
+    }
+
     /// That of the receiving one.
     fn reached(self, way: Way) -> Option<IpAddr> {
         if way == Way::Out { self.node } else { self.pod }
@@ -91,6 +99,7 @@ impl Path {
             Self::AnotherCgroup => "a socket of another cgroup",
             Self::Vxlan => "VXLAN",
             Self::Wireguard => "WireGuard",
+            Self::Tun => "tun, a VPN's program",
             Self::Gre => "GRE",
             Self::Ipip => "ipip",
             Self::AfPacket => "AF_PACKET",
@@ -124,7 +133,11 @@ impl Path {
             Self::AnotherCgroup => as_another_cgroup(pod, |pod| work(pod, Ends::of(pod)))?,
             Self::Vxlan | Self::Wireguard | Self::Gre | Self::Ipip => {
                 self.tunnel(pod)?;
-                work(pod, Ends { node: Some(TUNNEL[0].into()), pod: Some(TUNNEL[1].into()), ..Ends::of(pod) })
+                work(pod, Ends::of_tunnel(pod))
+            }
+            Self::Tun => {
+                let _programs = vpn(pod)?;
+                work(pod, Ends::of_tunnel(pod))
             }
             Self::Forwarded => in_nested(pod, nest(pod, OTHER_NUMBER)?, NESTED, work),
             Self::SameNumber => in_nested(pod, nest(pod, number(pod)?)?, NESTED, work),
@@ -263,6 +276,31 @@ fn nest(pod: &Pod, number: u32) -> Result<Netns> {
     }
     run(&pod.host.netns, &format!("ip route add 10.78.0.0/24 via {}", address(pod)?))?;
     Ok(nested)
+}
+
+/// Both ends of a tunnel by programs: datagrams between the two, as long as they run.
+fn vpn(pod: &Pod) -> Result<[Running; 2]> {
+    let (node, own) = (pod.host.gateway_v4().to_string(), address(pod)?.to_string());
+    let socat = |mut command: Command, end: usize, local: &str, remote: &str| {
+        let device = format!("TUN:{}/24,tun-type=tun,tun-name=t0,iff-up", IpAddr::from(TUNNEL[end]));
+        let datagrams = format!("UDP4-DATAGRAM:{remote}:1194,bind={local}:1194");
+        Running::start(command.args([device, datagrams]))
+    };
+    let mut on_node = Command::new("nsenter");
+    on_node.arg(format!("--net={}", pod.host.netns.path().display())).arg("socat");
+    let programs = [socat(on_node, 0, &node, &own)?, socat(pod.command("socat")?, 1, &own, &node)?];
+    for netns in [&pod.host.netns, &pod.netns] {
+        // So that what is in it fits into 1500 bytes.
+        let mut tries = 100;
+        while let Err(error) = run(netns, "ip link set t0 mtu 1440") {
+            tries -= 1;
+            if tries == 0 {
+                return Err(error);
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+    Ok(programs)
 }
 
 fn bridge(pod: &Pod) -> Result<()> {

@@ -1,20 +1,26 @@
 use std::collections::BTreeMap;
+use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use aya::programs::links::LinkOrder;
+use aya::programs::tc::TcAttachOptions;
+use aya::programs::{SchedClassifier, TcAttachType};
 use serde_json::{Value, json};
 
 use crate::harness::cgroup::{self, Driver, PodCgroup};
 use crate::harness::pod::{container_id, uuid};
 use crate::harness::process::{self, Running};
 use crate::harness::traffic_program;
+use crate::operator::{limited_both_ways, listed};
 use crate::sandbox::{
-    ATTACHMENT, LINKS, PROGRAMS, RATE, Sandbox, builds_large_packets, links_on, netns_with, netns_with_host_end, ok,
-    own_qdiscs, sizes, sysctl, within,
+    ATTACHMENT, LINKS, PINS, PROGRAMS, RATE, Sandbox, builds_large_packets, links_on, netns_with, netns_with_host_end,
+    ok, own_qdiscs, sizes, sysctl, within,
 };
 
 #[test]
@@ -269,6 +275,32 @@ fn plain_ingress_at_the_hosts_end_has_no_room_for_what_goes_into_the_pod() {
 }
 
 /// The qdiscs are put on before the programs are loaded, since they decide which; the refusal here comes in between.
+/// They come before all filters, and what they decide is not shown to those.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn behind_programs_of_tcx_other_paths_are_not_said_to_be_held() {
+    if !fs::read_to_string("/proc/kallsyms").is_ok_and(|symbols| symbols.contains(" tcx_prog_attach\n")) {
+        return;
+    }
+    let (netns, host_end) = netns_with_host_end();
+    let (first, pod) = (limited_both_ways(None), Sandbox::with_netns(Arc::new(netns)));
+    first.call("ADD");
+    let program = Path::new(PINS).join("%node/wait_here");
+    let mut program = SchedClassifier::from_pin(program).unwrap();
+    let options = || TcAttachOptions::TcxOrder(LinkOrder::default());
+    let theirs = program.attach_with_options(&host_end, TcAttachType::Ingress, options()).unwrap();
+    let call = pod.call("ADD");
+    assert!(call.stderr.contains("is not held") && call.stderr.contains("it has programs of tcx"), "{call}");
+    assert_eq!(listed(&pod.uid).unwrap()["egress"]["otherPaths"]["held"], false);
+    let filters = || process::run(Command::new("tc").args(["filter", "show", "dev", &host_end, "ingress"])).unwrap();
+    assert!(!filters().contains("podshaper"), "{}", filters());
+    program.detach(theirs).unwrap();
+    pod.call("ADD");
+    assert_eq!(listed(&pod.uid).unwrap()["egress"]["otherPaths"]["held"], true);
+    pod.call("DEL");
+    first.call("DEL");
+}
+
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn an_add_that_fails_while_loading_leaves_no_qdisc() {

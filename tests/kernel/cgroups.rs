@@ -1,6 +1,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 
 use nix::mount::{MsFlags, mount};
@@ -9,6 +10,7 @@ use serde_json::json;
 use super::mounts;
 use crate::harness::cgroup::{self, Driver, PodCgroup};
 use crate::harness::pod::{container_id, uuid};
+use crate::operator::call;
 use crate::sandbox::{PINS, RATE, Sandbox, netns_with, ok, refused};
 
 #[test]
@@ -186,6 +188,34 @@ fn on_a_hybrid_host_the_directory_goes_with_a_pod_whose_limit_came_later_and_end
         fs::remove_dir(container).unwrap();
         pod.call("DEL");
         assert!(!unified.exists());
+    });
+}
+
+/// One whose DEL does not come: of a pod with hostNetwork none does.
+#[test]
+#[ignore = "needs root, cgroup2, cgroup v1 and bpffs"]
+fn on_a_hybrid_host_the_limit_of_a_pod_that_has_ended_is_cleared_with_its_directory() {
+    with_a_pod_on_v1(|pod, unified, kubelets| {
+        let cleared = || {
+            let (code, said, errors) = call(&["gc", "-o", "json"]);
+            assert_eq!(code, 0, "{errors}");
+            said.contains(&pod.uid)
+        };
+        pod.call("ADD");
+        let container = unified.join("c1");
+        fs::create_dir(&container).unwrap();
+        let mut running = Command::new("sleep").arg("60").spawn().unwrap();
+        fs::write(container.join("cgroup.procs"), running.id().to_string()).unwrap();
+        assert!(!cleared(), "kubelet has its directory");
+        fs::remove_dir(kubelets).unwrap();
+        assert!(!cleared(), "something runs in it");
+        running.kill().unwrap();
+        running.wait().unwrap();
+        fs::remove_dir(&container).unwrap();
+        assert!(cleared());
+        pod.assert_unlimited();
+        assert!(!unified.exists() && !pod.pod_directory().exists());
+        fs::create_dir(kubelets).unwrap();
     });
 }
 

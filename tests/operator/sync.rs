@@ -19,6 +19,7 @@ use crate::harness::measure::{self, Bulk};
 use crate::harness::meter;
 use crate::harness::pod::{INTERFACE, container_id};
 use crate::kernel::mounts;
+use crate::plain::{HOSTILE, assert_printable};
 use crate::sandbox::{RATE, Sandbox, netns_with, netns_with_host_end, ok};
 
 /// The network that podshaper is in, or is to be in.
@@ -313,6 +314,52 @@ fn one_bad_pod_does_not_stop_the_others_and_is_told_of_everywhere() {
     });
 }
 
+/// Nothing that a pod, its runtime or a file's name says does more to a terminal than to be read there.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn foreign_text_is_spelt_out_in_tables_metrics_and_lines() {
+    on_a_node(|| {
+        let (mut node, pod) = (Node::new(json!({})), Sandbox::new());
+        pod.call("ADD");
+        node.keep(&pod);
+        let offers = [
+            json!({ "io.kubernetes.cri.pod-annotations": { EGRESS: HOSTILE } }),
+            json!({ "io.kubernetes.cri.pod-annotations": { format!("podshaper.io/{HOSTILE}"): "1M" } }),
+            json!({ "bandwidth": HOSTILE }),
+            json!({ "bandwidth": { "EgressRate": 1_000_000 }, "cgroupPath": format!("/{HOSTILE}") }),
+        ];
+        for (number, offers) in offers.iter().enumerate() {
+            node.keep_as(&format!("u-{number}"), &format!("c{number}"), "/proc/self/ns/net", offers);
+        }
+        let file = node.keep_as("u-9", "c9", "/proc/self/ns/net", &offers[0]);
+        let named = fs::read_to_string(&file).unwrap().replace("\"web\"", &json!(HOSTILE).to_string());
+        fs::write(&file, named).unwrap();
+        node.keep_as(HOSTILE, "c10", "/proc/self/ns/net", &offers[0]);
+        fs::write(node.path("cni/results/\u{1b}[2J\n"), HOSTILE).unwrap();
+        fs::write(node.path("net.d/05-\u{1b}[2J\n.conflist"), HOSTILE).unwrap();
+        node.server = Some(ApiServer::start(Reply::status("503 Service Unavailable", HOSTILE)).unwrap());
+        let [conf, cache] = ["net.d", "cni"].map(|name| node.path(name).display().to_string());
+        let directories = ["--conf-dir", &conf, "--cache-dir", &cache];
+        for form in ["table", "json"] {
+            let (code, stdout, stderr) = node.sync(&["-o", form]);
+            assert!(code == 1 && stderr.contains("\\u{1b}[2J"), "{stdout}{stderr}");
+            for words in [&["list", "--sample", "0"][..], &["show", &pod.uid, "--sample", "0"], &["doctor"]] {
+                let more = if words[0] == "doctor" { &directories[..] } else { &[] };
+                let (_, stdout, stderr) = call(&[words, more, &["-o", form]].concat());
+                assert_printable(words[0], &stdout);
+                assert_printable(words[0], &stderr);
+            }
+            assert_printable("sync", &stdout);
+            assert_printable("sync", &stderr);
+        }
+        assert_printable("top", &says(&["top", "--count", "1"]));
+        let metrics = says(&[&["metrics"], &directories[..]].concat());
+        assert_printable("metrics", &metrics);
+        assert!(metrics.lines().all(|line| line.starts_with("podshaper_") || line.starts_with("# ")), "{metrics}");
+        pod.call("DEL");
+    });
+}
+
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn without_an_answer_what_is_in_force_stays_and_what_is_missing_is_attached() {
@@ -415,7 +462,7 @@ fn on_a_node_of(pod: &crate::harness::pod::Pod<'_>, work: impl FnOnce(&mut Node,
     work(&mut node, &pod.uid);
 }
 
-/// What a run costs every ten seconds when there is nothing to change.
+/// What a run costs every eight seconds when there is nothing to change.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn a_node_of_250_pods_costs_little() {

@@ -118,12 +118,13 @@ fn write(path: &Path, bytes: &[u8], mode: u32, owner: Option<&Metadata>) -> io::
     }
     // A conflist may hold a token: nobody reads it before it has its mode.
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    // The mode first: of a file of another owner only CAP_FOWNER changes it, which the DaemonSet's container has not.
+    file.set_permissions(fs::Permissions::from_mode(mode & 0o7777))?;
     let own = file.metadata()?;
     // Only if it has to be: in a container without capabilities it may not.
     if let Some(owner) = owner.filter(|owner| (owner.uid(), owner.gid()) != (own.uid(), own.gid())) {
         fchown(&file, Some(owner.uid()), Some(owner.gid()))?;
     }
-    file.set_permissions(fs::Permissions::from_mode(mode & 0o7777))?;
     file.write_all(bytes)?;
     file.sync_all()
 }

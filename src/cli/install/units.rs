@@ -24,8 +24,8 @@ const ENABLED: [&str; 2] = ["podshaper.path", "podshaper.timer"];
 const SERVICE: &str = "podshaper.service";
 /// The one that looks once more, after it.
 const AGAIN: &str = "podshaper-again.service";
-/// Seconds between two runs, and so what an annotation takes to be followed.
-const EVERY_S: u32 = 10;
+/// Seconds between two runs. With the second that systemd may be late by, and a run, an annotation is followed within ten.
+const EVERY_S: u32 = 8;
 
 /// A unit by its name.
 pub(super) type Unit = (&'static str, String);

@@ -59,7 +59,7 @@ impl LastRun {
         Self { ended_at_s, failures, error }
     }
 
-    /// Whether it was so lately that pods are now as it left them: the units have one every ten seconds.
+    /// Whether it was so lately that pods are now as it left them: the units have one every eight seconds.
     pub fn is_recent(&self) -> bool {
         let now_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         (self.ended_at_s..self.ended_at_s + 30).contains(&now_s)

@@ -52,6 +52,8 @@ const NEEDS: &[&str] = &[
     "bpftool:bpftool",
     "ping:iputils-ping",
     "iptables:iptables",
+    "socat:socat",
+    "wg:wireguard-tools",
     "script:bsdutils",
     "/usr/lib/cni/bridge:containernetworking-plugins",
 ];
