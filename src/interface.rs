@@ -24,6 +24,7 @@ use crate::{
 };
 
 pub use mechanism::{IngressBy, Queue};
+use packets::Sysctls;
 pub use packets::min_tso_segs;
 use record::Found;
 pub use record::{HeldAt, Need, Record, is_zero};
@@ -330,11 +331,12 @@ fn change_inside(
 ) -> (Found, Inside) {
     let mut packets = Ok(());
     if limits.egress.is_some() {
-        let sizes = packets::Sizes::read(index);
-        mine.found = packets::find(&mine, there, sizes.as_ref().ok().and_then(Option::as_ref));
+        let sysctls = Sysctls::here();
+        let sizes = packets::Sizes::read(index, &sysctls);
+        mine.found = packets::find(&mine, there, sizes.as_ref().ok().and_then(Option::as_ref), &sysctls);
         let mut needs = others.to_vec();
         needs.push(Need { record: mine.clone(), limits: Some(*limits) });
-        packets = packets::settle(index, &mine, &needs, sizes);
+        packets = packets::settle(index, &mine, &needs, sizes, sysctls);
     }
     let fq = if has_fq { keep_fq(index) } else { Ok(()) };
     let htb = limits.egress.filter(|_| !has_fq).map(|limit| put_htb(index, &mine, &limit, others));
@@ -345,8 +347,9 @@ fn change_inside(
 fn settle_inside(index: u32, own: &Record, needs: &[Need]) -> Inside {
     let here = || needs.iter().filter(|need| need.record.shares_interface(own));
     // What was not found is not put back, and need not be read.
-    let sizes = own.found.gso_max_size.map_or(Ok(None), |_| packets::Sizes::read(index));
-    let packets = packets::settle(index, own, needs, sizes);
+    let sysctls = Sysctls::here();
+    let sizes = own.found.gso_max_size.map_or(Ok(None), |_| packets::Sizes::read(index, &sysctls));
+    let packets = packets::settle(index, own, needs, sizes, sysctls);
     let (mut fq, mut htb) = (Ok(()), None);
     if here().any(|need| need.record.fq) {
         fq = keep_fq(index);

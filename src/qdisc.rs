@@ -29,12 +29,19 @@ const OURS: TcHandle = class(0);
 const TCA_FQ_PLIMIT: u16 = 1;
 const TCA_FQ_FLOW_PLIMIT: u16 = 2;
 const TCA_FQ_RATE_ENABLE: u16 = 5;
+const TCA_FQ_BUCKETS_LOG: u16 = 8;
 const TCA_FQ_HORIZON: u16 = 14;
 /// Packets one flow may have in fq. They are acknowledgements that are held: at 1 Gbit/s and without GRO, 40 in a millisecond.
 const FQ_FLOW_LIMIT: u32 = 10_000;
 /// Packets that may wait in all. The programs bound the time, and the senders' buffers the memory: this is for neither, and fq's own limit of
 /// 10000 would fill with small packets first and then drop everybody's.
 pub const QUEUE_PACKETS: u32 = 100_000;
+
+/// Trees of fq in which it looks for a packet's flow, as a power of two. The kernel's 1024 of them take 8 KiB of a pod that may have ten flows;
+/// of a thousand flows there are eight in each of 128.
+const FQ_BUCKETS_LOG: u32 = 7;
+/// Those of the waiting room, where packets of all pods are.
+const FQ_ROOM_BUCKETS_LOG: u32 = 10;
 
 /// uapi/linux/rtnetlink.h.
 const TCA_OPTIONS: u16 = 2;
@@ -72,19 +79,32 @@ pub const ETHERNET_HEADER_BYTES: u64 = 14;
 /// A full packet at layer 3.
 const FULL_PACKET_BYTES: u64 = 1500;
 
-/// `tc qdisc replace dev IFINDEX root handle 7064: fq nopacing limit 100000 flow_limit 10000 horizon 60s`, in the calling thread's namespace.
+/// `tc qdisc replace dev IFINDEX root handle 7064: fq nopacing limit 100000 flow_limit 10000 horizon 60s buckets 128`, in the calling thread's
+/// namespace.
 ///
 /// nopacing: TCP goes on pacing itself, which is finer than fq's; departure times are honoured all the same.
 ///
 /// # Errors
 /// [`Code::Kernel`]: the kernel has no fq (its text says so), or there is a qdisc of somebody else's.
 pub fn put_fq(ifindex: u32) -> Result<()> {
+    put_fq_with(ifindex, FQ_BUCKETS_LOG)
+}
+
+/// The same on the waiting room.
+///
+/// # Errors
+/// Those of [`put_fq`].
+pub fn put_room_fq(ifindex: u32) -> Result<()> {
+    put_fq_with(ifindex, FQ_ROOM_BUCKETS_LOG)
+}
+
+fn put_fq_with(ifindex: u32, buckets_log: u32) -> Result<()> {
     const WHAT: &str = "put fq on the pod's interface";
     let failed = |cause: io::Error| match cause.raw_os_error() {
         Some(libc::ENOENT) => Error::new(Code::Kernel, format!("{WHAT}: this kernel has no fq (modprobe sch_fq)")),
         _ => Error::because(Code::Kernel, WHAT, cause),
     };
-    if add_root(ifindex, "fq", fq_options()).map_err(failed)? {
+    if add_root(ifindex, "fq", fq_options(buckets_log)).map_err(failed)? {
         return Ok(());
     }
     match root_qdisc(ifindex).map_err(failed)? {
@@ -95,16 +115,17 @@ pub fn put_fq(ifindex: u32) -> Result<()> {
             Err(Error::new(Code::Kernel, format!("{WHAT}: it has podshaper's {kind} already")))
         }
         Some((kind, handle)) if !is_ours_or_default(handle) => Err(taken(WHAT, &kind)),
-        _ => replace_root(ifindex, "fq", fq_options()).map_err(failed),
+        _ => replace_root(ifindex, "fq", fq_options(buckets_log)).map_err(failed),
     }
 }
 
-fn fq_options() -> Vec<TcOption> {
+fn fq_options(buckets_log: u32) -> Vec<TcOption> {
     let horizon_us = u32::try_from(MAX_HORIZON_NS / 1_000).unwrap_or(u32::MAX);
     vec![
         option(TCA_FQ_PLIMIT, &QUEUE_PACKETS.to_ne_bytes()),
         option(TCA_FQ_FLOW_PLIMIT, &FQ_FLOW_LIMIT.to_ne_bytes()),
         option(TCA_FQ_RATE_ENABLE, &[0; 4]),
+        option(TCA_FQ_BUCKETS_LOG, &buckets_log.to_ne_bytes()),
         option(TCA_FQ_HORIZON, &horizon_us.to_ne_bytes()),
     ]
 }
@@ -316,19 +337,26 @@ fn peer_namespace_id(link: &LinkMessage) -> Option<i32> {
     })
 }
 
+/// The least number that a namespace gets for itself. The kernel numbers those that a namespace hears of from 0 on.
+const LEAST_OWN_NUMBER: i32 = 1 << 17;
+
 /// `ip netns set NAME NSID` in the namespace itself, so that the programs can tell it from others (`bpf/src/namespace.rs`): the number that it
-/// has for itself, which is made of its inode's, and so no other namespace's. It goes with the namespace. 0: it has another one already.
+/// has for itself. It goes with the namespace. 0: it has another one already.
+///
+/// The number is made of the inode's. No namespace has it for another one, and of two namespaces one in 131072 pairs have the same for themselves.
+/// A larger one would be rarer still, and take more of the kernel's memory: a tree has a node of 576 bytes for each six bits of it, and
+/// as many again, but one, for the number 0, which is the node's.
 ///
 /// # Errors
 /// What the kernel says.
 pub fn name_namespace(namespace: RawFd, inode: u64) -> io::Result<u64> {
-    let id = inode as i32 & i32::MAX;
+    let id = LEAST_OWN_NUMBER | (inode as i32 & (LEAST_OWN_NUMBER - 1));
     let mut message = NsidMessage::default();
     message.attributes = vec![NsidAttribute::Fd(namespace as u32), NsidAttribute::Id(id)];
     match netlink::change(RouteNetlinkMessage::NewNsId(message), 0) {
         Ok(()) => Ok(id as u64),
         Err(cause) if cause.raw_os_error() == Some(libc::EEXIST) => {
-            Ok(namespace_id(namespace)?.filter(|known| *known == id).map_or(0, |id| id as u64))
+            Ok(namespace_id(namespace)?.filter(|known| *known >= LEAST_OWN_NUMBER).map_or(0, |id| id as u64))
         }
         Err(cause) => Err(cause),
     }

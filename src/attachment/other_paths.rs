@@ -11,7 +11,7 @@ use crate::{
     error::{Code, Error, Result},
     interface::{
         self, HeldAt, IngressBy, Interface, Record,
-        host_end::{self, Hook, WaitingRoom},
+        host_end::{self, Hook, OF_NODE, WaitingRoom},
     },
     owner::Owner,
     pins::{self, LockedPins},
@@ -20,10 +20,8 @@ use crate::{
     sys::{Map, Read},
 };
 
-/// The number of the filters whose programs are the node's. Those of an attachment with programs of its own have another one, so that both
-/// can be there while one takes the other's place.
-const OF_NODE: u16 = 1;
-/// The bit that those others have.
+/// The bit that the numbers of filters have whose programs are an attachment's own. So those and the node's can be there while one takes the
+/// other's place.
 const OWN: u16 = 1 << 15;
 
 /// What is to be held.

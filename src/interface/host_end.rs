@@ -55,12 +55,14 @@ const TCA_BPF_FLAG_ACT_DIRECT: u32 = 1;
 const ETH_P_ALL: u16 = 3;
 /// Before the filters of others, whose verdict may be the last: what they see has been charged.
 const PRIORITY: u16 = 1;
-/// Of podshaper's filters: by it they are known again. Filters of others may stand beside them.
-const fn handle(minor: u16) -> TcHandle {
-    TcHandle { major: QDISC_MAJOR, minor }
+/// The number of filters whose programs are the node's. It is their handle, by which they are known again: filters of others may stand beside
+/// them. The kernel has a tree of handles for each pod and direction, with a node of 576 bytes for each six bits (`idr_alloc_u32`,
+/// include/linux/radix-tree.h), and what asks for no handle gets the lowest that is free, from 1 on.
+pub const OF_NODE: u16 = 60;
+
+const fn handle(number: u16) -> TcHandle {
+    TcHandle { major: 0, minor: number }
 }
-/// The minor number of the filters in the waiting room.
-const OF_ROOM: u16 = 1;
 
 /// Which packets of an interface a filter sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,7 +124,7 @@ impl WaitingRoom {
     }
 
     fn complete(ifindex: u32, back_ifindex: u32, program: impl Fn(&str) -> Result<OwnedFd>) -> Result<Self> {
-        let has_fq = match qdisc::put_fq(ifindex) {
+        let has_fq = match qdisc::put_room_fq(ifindex) {
             Ok(()) => true,
             Err(no_fq) => {
                 log::debug!("{no_fq}");
@@ -146,7 +148,7 @@ impl WaitingRoom {
             [(self.ifindex, Hook::Egress, WAIT_HERE), (self.back_ifindex, Hook::Ingress, GO_BACK)]
         {
             put_clsact(ifindex)?;
-            put_filter(ifindex, hook, OF_ROOM, name, program(name)?.as_fd())?;
+            put_filter(ifindex, hook, OF_NODE, name, program(name)?.as_fd())?;
         }
         Ok(())
     }

@@ -8,10 +8,11 @@
 //! - `gso_max_size` of the interface, and for IPv4, since Linux 6.3, `gso_ipv4_max_size`: at 2 us, which a connection within the node
 //!   can have, what is added is 16 KiB still.
 
+use std::cell::OnceCell;
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use netlink_packet_route::link::LinkAttribute;
 use podshaper_abi::LARGEST_PACKET_NS;
@@ -55,17 +56,17 @@ fn bytes_in(ns: u64, limit: Rate) -> u64 {
 }
 
 /// The settings as they were before podshaper: what the attachments that are there already have found, or else what is there now, with these
-/// sizes. To be called in the namespace.
-pub fn find(own: &Record, others: &[Need], sizes: Option<&Sizes>) -> Found {
+/// sizes.
+pub fn find(own: &Record, others: &[Need], sizes: Option<&Sizes>, sysctls: &Sysctls) -> Found {
     let limited: Vec<&Record> =
         others.iter().filter(|other| other.limits_egress()).map(|other| &other.record).collect();
     // Of an attachment of an earlier version, which did not record it, it is not known.
-    let sysctl = |recorded: fn(&Found) -> Option<u32>, file| match limited.as_slice() {
-        [] => read_sysctl(file),
+    let sysctl = |recorded: fn(&Found) -> Option<u32>, sysctl: &Sysctl| match limited.as_slice() {
+        [] => sysctl.read(),
         limited => limited.iter().find_map(|record| recorded(&record.found)),
     };
-    let tcp_tso_rtt_log = sysctl(|found| found.tcp_tso_rtt_log, RTT_LOG);
-    let tcp_min_tso_segs = sysctl(|found| found.tcp_min_tso_segs, TCP_MIN_TSO_SEGS);
+    let tcp_tso_rtt_log = sysctl(|found| found.tcp_tso_rtt_log, &sysctls.tso_rtt_log);
+    let tcp_min_tso_segs = sysctl(|found| found.tcp_min_tso_segs, &sysctls.min_tso_segs);
     let lowered = limited.iter().find(|record| record.shares_interface(own) && record.found.gso_max_size.is_some());
     let sizes = match lowered {
         Some(Record { found: Found { gso_max_size, gso_ipv4_max_size, .. }, .. }) => {
@@ -81,18 +82,18 @@ pub fn find(own: &Record, others: &[Need], sizes: Option<&Sizes>) -> Found {
 ///
 /// # Errors
 /// [`Code::Netns`] or [`Code::Kernel`]: what the kernel refuses, all of it. Lacking a setting is no error.
-pub fn settle(index: u32, own: &Record, needs: &[Need], now: Result<Option<Sizes>>) -> Result<()> {
+pub fn settle(index: u32, own: &Record, needs: &[Need], now: Result<Option<Sizes>>, sysctls: Sysctls) -> Result<()> {
     let limited = || needs.iter().filter(|need| need.limits_egress());
     let segments = |need: &Need| match need.limits.and_then(|limits| limits.egress) {
         Some(limit) => u32::try_from(min_tso_segs(limit.rate)).ok(),
         // Of another layout: it has what it needs.
-        None => read_sysctl(TCP_MIN_TSO_SEGS),
+        None => sysctls.min_tso_segs.read(),
     };
     let rtt_log = limited().next().map(|_| 0);
     let least_segments = limited().filter_map(segments).min();
     error::all([
-        set_sysctl(TCP_MIN_TSO_SEGS, least_segments.or(own.found.tcp_min_tso_segs)),
-        set_sysctl(RTT_LOG, rtt_log.or(own.found.tcp_tso_rtt_log)),
+        sysctls.min_tso_segs.set(least_segments.or(own.found.tcp_min_tso_segs)),
+        sysctls.tso_rtt_log.set(rtt_log.or(own.found.tcp_tso_rtt_log)),
         now.and_then(|now| now.map_or(Ok(()), |now| settle_sizes(index, own, needs, now))),
     ])
 }
@@ -114,11 +115,6 @@ fn settle_sizes(index: u32, own: &Record, needs: &[Need], now: Sizes) -> Result<
     if wanted == now { Ok(()) } else { wanted.set(index, own.found.gso_ipv4_max_size.is_some()) }
 }
 
-/// Whether this kernel's TCP builds large packets for short round trips, whatever their pace: since Linux 5.18.
-fn builds_large() -> bool {
-    Path::new(RTT_LOG).exists()
-}
-
 /// The largest packet a flow may build at a limit, in bytes with its headers.
 fn largest(limit: Rate, mtu: u32) -> u32 {
     let bytes = bytes_in(LARGEST_PACKET_NS, limit).max(2 * u64::from(mtu)).saturating_add(HEADERS_BYTES);
@@ -138,8 +134,8 @@ impl Sizes {
     ///
     /// # Errors
     /// [`Code::Kernel`]: the interface cannot be read.
-    pub fn read(index: u32) -> Result<Option<Self>> {
-        if !builds_large() {
+    pub fn read(index: u32, sysctls: &Sysctls) -> Result<Option<Self>> {
+        if !sysctls.tso_rtt_log.is_there() {
             return Ok(None);
         }
         let what = "read the gso_max_size of the pod's interface";
@@ -169,38 +165,88 @@ impl Sizes {
     }
 }
 
-/// A file of procfs says what it has at the first reading.
-fn read_sysctl(file: &str) -> Option<u32> {
-    File::open(file).ok().and_then(|open| number_in(&open))
+/// The settings of the namespace. Files below /proc/sys/net are those of the namespace of the thread that opens them, wherever and whenever
+/// procfs was mounted (`net_ctl_header_lookup`, net/sysctl_net.c).
+pub struct Sysctls {
+    min_tso_segs: Sysctl,
+    /// With it, since Linux 5.18, TCP builds large packets for short round trips, whatever their pace.
+    tso_rtt_log: Sysctl,
 }
 
-fn number_in(file: &File) -> Option<u32> {
-    let mut text = [0; 16];
-    let length = file.read_at(&mut text, 0).ok()?;
-    str::from_utf8(&text[..length]).ok()?.trim().parse().ok()
+impl Sysctls {
+    /// To be called, and used, in the namespace.
+    pub fn here() -> Self {
+        Self { min_tso_segs: Sysctl::at(TCP_MIN_TSO_SEGS), tso_rtt_log: Sysctl::at(RTT_LOG) }
+    }
 }
 
-fn set_sysctl(file: &str, value: Option<u32>) -> Result<()> {
-    value.map_or(Ok(()), |value| write_sysctl(Path::new(file), value))
+/// A file below /proc/sys. It is opened once: among the files of this name the kernel looks for the namespace's, and a node with thousands of pods
+/// has as many.
+struct Sysctl {
+    path: PathBuf,
+    opened: OnceCell<io::Result<Opened>>,
 }
 
-/// Files below /proc/sys/net are those of the namespace of the thread that opens them, wherever and whenever procfs was mounted
-/// (Linux net/sysctl_net.c, net_ctl_header_lookup()). Where there is no such file, none is made.
-/// One that has the value already need not be writable.
-fn write_sysctl(file: &Path, value: u32) -> Result<()> {
-    let has_value = |open: &File| number_in(open) == Some(value);
-    let written = match File::options().read(true).write(true).open(file) {
-        Ok(open) if has_value(&open) => Ok(()),
-        Ok(open) => open.write_all_at(value.to_string().as_bytes(), 0),
-        Err(_) if File::open(file).is_ok_and(|open| has_value(&open)) => Ok(()),
-        Err(cause) => Err(cause),
-    };
-    match written {
-        Err(cause) if cause.kind() != ErrorKind::NotFound => {
-            let text = format!("write {value} to {} (is /proc/sys mounted read-only?)", file.display());
-            Err(Error::because(Code::Netns, text, cause))
+/// Such a file, open.
+struct Opened {
+    file: File,
+    /// Why it cannot be written.
+    refusal: Option<io::Error>,
+}
+
+impl Sysctl {
+    fn at(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), opened: OnceCell::new() }
+    }
+
+    fn opened(&self) -> &io::Result<Opened> {
+        self.opened.get_or_init(|| Opened::open(&self.path))
+    }
+
+    fn is_there(&self) -> bool {
+        self.opened().is_ok()
+    }
+
+    fn read(&self) -> Option<u32> {
+        self.opened().as_ref().ok().and_then(Opened::number)
+    }
+
+    /// Where there is no such file, none is made.
+    fn set(self, value: Option<u32>) -> Result<()> {
+        let Some(value) = value else { return Ok(()) };
+        let opened = self.opened.into_inner().unwrap_or_else(|| Opened::open(&self.path));
+        match opened.and_then(|opened| opened.set(value)) {
+            Err(cause) if cause.kind() != ErrorKind::NotFound => {
+                let text = format!("write {value} to {} (is /proc/sys mounted read-only?)", self.path.display());
+                Err(Error::because(Code::Netns, text, cause))
+            }
+            _ => Ok(()),
         }
-        _ => Ok(()),
+    }
+}
+
+impl Opened {
+    fn open(path: &Path) -> io::Result<Self> {
+        match File::options().read(true).write(true).open(path) {
+            Ok(file) => Ok(Self { file, refusal: None }),
+            Err(cause) => File::open(path).map(|file| Self { file, refusal: Some(cause) }),
+        }
+    }
+
+    /// A file of procfs says what it has at the first reading.
+    fn number(&self) -> Option<u32> {
+        let mut text = [0; 16];
+        let length = self.file.read_at(&mut text, 0).ok()?;
+        str::from_utf8(&text[..length]).ok()?.trim().parse().ok()
+    }
+
+    /// One that has the value already need not be writable.
+    fn set(self, value: u32) -> io::Result<()> {
+        match (self.number() == Some(value), self.refusal) {
+            (true, _) => Ok(()),
+            (false, Some(cause)) => Err(cause),
+            (false, None) => self.file.write_all_at(value.to_string().as_bytes(), 0),
+        }
     }
 }
 
@@ -239,12 +285,13 @@ mod tests {
         let [absent, directory, file] = ["absent", "directory", "file"].map(|name| dir.path().join(name));
         std::fs::create_dir(&directory).unwrap();
         std::fs::write(&file, "9").unwrap();
-        write_sysctl(&absent, 0).unwrap();
+        let set = |path: &Path| Sysctl::at(path).set(Some(0));
+        set(&absent).unwrap();
         assert!(!absent.exists());
-        write_sysctl(&file, 0).unwrap();
+        set(&file).unwrap();
         assert_eq!(std::fs::read_to_string(&file).unwrap(), "0");
         assert_eq!(
-            write_sysctl(&directory, 0).unwrap_err().to_string(),
+            set(&directory).unwrap_err().to_string(),
             format!(
                 "write 0 to {} (is /proc/sys mounted read-only?): Is a directory (os error 21)",
                 directory.display()

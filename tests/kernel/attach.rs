@@ -249,29 +249,36 @@ fn no_qdisc_outlives_the_limit_it_was_put_there_for() {
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn plain_ingress_at_the_hosts_end_has_no_room_for_what_goes_into_the_pod() {
-    let (netns, host_end) = netns_with_host_end();
-    let mut pod = Sandbox::with_netns(Arc::new(netns));
-    let tc = |words: [&str; 2], last: &[&str]| {
-        process::run(Command::new("tc").args(words).args(["dev", &host_end]).args(last)).unwrap()
-    };
-    tc(["qdisc", "add"], &["ingress"]);
-    let filters = || tc(["filter", "show"], &["ingress"]);
-    pod.stdin["runtimeConfig"]["bandwidth"] = json!({ "egressRate": RATE, "ingressRate": RATE });
-    let add = pod.call("ADD");
-    // With tbf, all that goes in is held, and there is room for the filter of the other way.
-    let owner = pod.owner("eth0");
-    let by_tbf = owner["ingressBy"] == "tbf";
-    let what = if by_tbf { "cannot wait its turn at the host's end" } else { "is not held" };
-    assert!(add.stderr.contains(what) && add.stderr.contains("it has the qdisc ingress"), "{add}");
-    assert_eq!(add.stderr.contains("is not held"), !by_tbf, "{add}");
-    assert!(by_tbf || owner["ingressBy"] == "held-acks", "{owner}");
-    assert_eq!(owner.get("heldAt").is_some(), by_tbf, "{owner}");
-    assert_eq!(filters().contains("podshaper"), by_tbf);
-    pod.assert_rates([RATE, RATE]);
-    pod.call("CHECK");
-    pod.call("DEL");
-    assert!(tc(["qdisc", "show"], &[]).contains("qdisc ingress"));
-    assert_eq!((filters().as_str(), own_qdiscs(&pod.netns, &host_end)), ("", 0));
+    for exempt in [json!([]), json!(["10.99.0.0/16"])] {
+        let (netns, host_end) = netns_with_host_end();
+        let mut pod = Sandbox::with_netns(Arc::new(netns));
+        let tc = |words: [&str; 2], last: &[&str]| {
+            process::run(Command::new("tc").args(words).args(["dev", &host_end]).args(last)).unwrap()
+        };
+        tc(["qdisc", "add"], &["ingress"]);
+        let filters = || tc(["filter", "show"], &["ingress"]);
+        pod.stdin["runtimeConfig"]["bandwidth"] = json!({ "egressRate": RATE, "ingressRate": RATE });
+        pod.stdin.insert("exemptSubnets".to_owned(), exempt.clone());
+        let add = pod.call("ADD");
+        let by = pod.owner("eth0")["ingressBy"].clone();
+        // A tbf cannot tell what is exempt.
+        let without_fq = if exempt == json!([]) { "tbf" } else { "drops" };
+        assert!(by == "held-acks" || by == without_fq, "{exempt}: {by}");
+        // With tbf, all that goes in is held, and there is room for the filter of the other way.
+        let by_tbf = by == "tbf";
+        let held_data = "cannot wait its turn at the host's end";
+        assert_eq!(add.stderr.contains(held_data), by != "held-acks", "{exempt}: {add}");
+        assert_eq!(add.stderr.contains("is not held"), !by_tbf, "{exempt}: {add}");
+        assert!(add.stderr.contains("it has the qdisc ingress"), "{exempt}: {add}");
+        assert_eq!(pod.owner("eth0").get("heldAt").is_some(), by_tbf, "{exempt}");
+        let programs = ["out_of_pod", "into_pod"].map(|program| filters().contains(program));
+        assert_eq!(programs, [by_tbf, false], "{exempt}: {}", filters());
+        pod.assert_rates([RATE, RATE]);
+        pod.call("CHECK");
+        pod.call("DEL");
+        assert!(tc(["qdisc", "show"], &[]).contains("qdisc ingress"));
+        assert_eq!((filters().as_str(), own_qdiscs(&pod.netns, &host_end)), ("", 0), "{exempt}");
+    }
 }
 
 /// The qdiscs are put on before the programs are loaded, since they decide which; the refusal here comes in between.
