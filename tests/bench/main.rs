@@ -286,7 +286,7 @@ fn tcp(options: &Options, table: &mut Table) -> Result<Title> {
                 let labels = [table::limit(limit), flows.to_string(), congestion.clone()];
                 for limiter in options.limiters.iter().copied() {
                     let mut bulk = options.bulk(flows, Some(congestion.clone()), limit);
-                    bulk.max_pacing_rate = (limiter == Limiter::Senders).then(|| pacing_rate(limit, flows));
+                    bulk.max_pacing_rate = (limiter == Limiter::Senders).then(|| measure::pacing_rate(limit, flows));
                     let mut beside = None;
                     table.row(options, &labels, limiter, options.limits(limit), |pod| {
                         let measure = || measure::bulk(pod, &bulk);
@@ -321,12 +321,6 @@ fn tcp(options: &Options, table: &mut Table) -> Result<Title> {
             "p99",
         ],
     ))
-}
-
-/// Bytes per second that a flow may pace itself at for all of them to have the limit on the wire. What TCP paces is payload
-/// (`tcp_update_skb_after_send`): 1448 bytes in a packet of 1500.
-fn pacing_rate(limit: u64, flows: usize) -> u64 {
-    limit / 8 / flows as u64 * 1448 / 1500
 }
 
 fn nothing_on_the_wire() -> Vec<String> {

@@ -13,6 +13,7 @@ use super::host::Host;
 use super::netns::Netns;
 use super::pod::Pod;
 use super::process::Running;
+use super::remote::Remote;
 pub use super::timeline::Timeline;
 use super::{Context, Failure, Result, traffic_program};
 
@@ -145,13 +146,15 @@ impl Default for Udp {
 }
 
 /// What `traffic ask` reports.
-#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Latency {
     pub count: u64,
     pub p50_us: f64,
     pub p50_of_time_us: f64,
     pub p99_us: f64,
     pub max_us: f64,
+    /// The percentiles from 0 to 100.
+    pub percentiles_us: Vec<f64>,
 }
 
 /// Percentiles of times.
@@ -187,6 +190,12 @@ pub fn ask_pause(limit_bits_per_s: u64) -> Duration {
     const REQUEST_WIRE_BITS: u64 = (100 + 52) * 8;
     let twentieth = Duration::from_micros(REQUEST_WIRE_BITS * 1_000_000 / (limit_bits_per_s / 20).max(1));
     twentieth.max(Duration::from_millis(1))
+}
+
+/// Bytes per second that a flow may pace itself at for all of them to have the limit on the wire. What TCP paces is payload
+/// (`tcp_update_skb_after_send`): 1448 bytes in a packet of 1500.
+pub fn pacing_rate(limit: u64, flows: usize) -> u64 {
+    limit / 8 / flows as u64 * 1448 / 1500
 }
 
 /// Small requests, alone on the link.
@@ -445,7 +454,7 @@ impl<'a> Ends<'a> {
             Way::Within if ipv6 => Some(Ipv6Addr::LOCALHOST.into()),
             Way::Within => Some(Ipv4Addr::LOCALHOST.into()),
             Way::Out if ipv6 => Some(pod.host.gateway_v6()),
-            Way::Out => Some(pod.host.gateway_v4()),
+            Way::Out => Some(pod.remote.as_ref().map_or(pod.host.gateway_v4(), Remote::address)),
             Way::In => pod.addresses().into_iter().find(|address| address.is_ipv6() == ipv6),
         };
         let to = to.ok_or_else(|| Failure::new("a pod without an address: add it to a network first"))?;
@@ -469,7 +478,7 @@ impl<'a> Ends<'a> {
     }
 
     fn command(&self, in_pod: bool, subcommand: &str) -> Result<Command> {
-        let mut command = if in_pod { self.pod.command(&self.traffic)? } else { self.pod.host.command(&self.traffic) };
+        let mut command = if in_pod { self.pod.command(&self.traffic)? } else { self.pod.other_end(&self.traffic) };
         command.arg(subcommand);
         Ok(command)
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::sockets::Protocol;
-use super::times::{Times, median_of_time};
+use super::times::{Times, median_of_time, percentiles};
 use super::{context, say_listening, seconds};
 
 /// Bytes of a request and of a reply.
@@ -60,6 +60,7 @@ pub struct AskReport {
     p50_of_time_us: f64,
     #[serde(flatten)]
     times: Times,
+    percentiles_us: Vec<f64>,
 }
 
 pub fn echo(options: &Echo) -> io::Result<()> {
@@ -138,5 +139,10 @@ pub fn ask(options: &Ask) -> io::Result<AskReport> {
             thread::sleep(pause);
         }
     }
-    Ok(AskReport { count: times.len(), p50_of_time_us: median_of_time(&times), times: Times::of(times) })
+    Ok(AskReport {
+        count: times.len(),
+        p50_of_time_us: median_of_time(&times),
+        percentiles_us: percentiles(&times),
+        times: Times::of(times),
+    })
 }
