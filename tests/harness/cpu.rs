@@ -11,13 +11,16 @@ use super::{Context, Failure, Result};
 const LEFT_OUT: Duration = Duration::from_secs(1);
 
 /// Ticks since the machine started, of all CPUs.
-struct Ticks {
+#[derive(Clone, Copy)]
+pub struct Ticks {
     busy: u64,
+    /// What the host of a virtual machine has taken.
+    stolen: u64,
     all: u64,
 }
 
 impl Ticks {
-    fn now() -> Result<Self> {
+    pub fn now() -> Result<Self> {
         const STAT: &str = "/proc/stat";
         let text = fs::read_to_string(STAT).context(format_args!("read {STAT}"))?;
         let line = text.lines().next().and_then(|line| line.strip_prefix("cpu "));
@@ -27,7 +30,12 @@ impl Ticks {
         let idle: u64 = ticks.iter().skip(3).take(2).sum();
         let stolen = ticks.get(7).copied().unwrap_or(0);
         let all = ticks.iter().sum();
-        Ok(Self { busy: all - idle - stolen, all })
+        Ok(Self { busy: all - idle - stolen, stolen, all })
+    }
+
+    /// The part of the CPUs' time since then that the host of a virtual machine has taken.
+    pub fn stolen_since(self, before: Self) -> f64 {
+        (self.stolen - before.stolen) as f64 / (self.all - before.all).max(1) as f64
     }
 }
 

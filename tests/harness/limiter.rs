@@ -50,6 +50,20 @@ impl Limiter {
     /// Those that stand in a chain, and none.
     pub const ALL: [Self; 3] = [Self::Bare, Self::Podshaper, Self::Bandwidth];
 
+    /// All that are compared.
+    pub const PEERS: [Self; 10] = [
+        Self::Bare,
+        Self::Podshaper,
+        Self::Bandwidth,
+        Self::BandwidthAsKubelet,
+        Self::BandwidthNewer,
+        Self::Edt,
+        Self::FqCodel,
+        Self::Cake,
+        Self::Policer,
+        Self::Senders,
+    ];
+
     /// As a table calls it.
     pub fn title(self) -> &'static str {
         match self {
