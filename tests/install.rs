@@ -8,7 +8,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::harness::api::{ApiServer, Reply};
+use crate::api::{ApiServer, Reply};
 use crate::harness::process;
 
 const PODSHAPER: &str = env!("CARGO_BIN_EXE_podshaper");

@@ -8,8 +8,6 @@
 //! programs of iproute2 and util-linux.
 #![allow(dead_code, reason = "the tests, the demo, the benchmark and the report each use a part")]
 
-#[cfg(test)]
-pub mod api;
 pub mod cgroup;
 pub mod cni;
 pub mod cpu;

@@ -123,7 +123,7 @@ fn police(pod: &mut Pod, direction: Direction, rate: u64) -> Result<()> {
     let cgroup = File::open(pod.cgroup.path()).context(doing())?;
     let program: &mut CgroupSkb = program(&mut object, name)?;
     program.load().context(doing())?;
-    program.attach(cgroup, hook, CgroupAttachMode::AllowMultiple).context(doing())?;
+    program.attach(cgroup, hook, CgroupAttachMode::Single).context(doing())?;
     pod.keep(object);
     Ok(())
 }

@@ -52,7 +52,7 @@ impl Machine {
             podshaper: commit.to_owned(),
             bandwidth_plugin: printed_by("dpkg-query", &["-W", "-f", "${Version}", "containernetworking-plugins"]),
             newer_bandwidth_plugin: newer_bandwidth
-                .map(|directory| read(&directory.join("version")))
+                .map(|directory| read(directory.join("version")))
                 .unwrap_or_default(),
             iproute2: printed_by("tc", &["-V"]).trim_start_matches("tc utility, ").to_owned(),
             is_quick,

@@ -125,7 +125,7 @@ pub fn example(name: &str) -> Result<String, String> {
 }
 
 /// Where a program is, by cargo's messages.
-fn executable(messages: &str, kind: &str, name: &str) -> Result<String, String> {
+pub fn executable(messages: &str, kind: &str, name: &str) -> Result<String, String> {
     // The unit tests of a program have its name and kind.
     let is_it = |message: &Value| {
         let target = &message["target"];

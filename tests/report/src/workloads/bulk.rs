@@ -11,6 +11,8 @@ use crate::harness::pod::Pod;
 use crate::harness::remote::{Path, Remote};
 use crate::record::Found;
 
+/// Of shorter measurements nothing is left between the first second and the last.
+const LEAST_FOR_CPU: f64 = 3.0;
 /// Of the first seconds, for a line that shows how a limiter begins.
 const STEP: f64 = 0.2;
 
@@ -78,7 +80,9 @@ fn found(pod: &Pod, limiter: Limiter, limit: u64, bulk: &Bulk) -> Result<Found> 
     let mut found = Found::default();
     rates(&mut found, &result, limit, bulk.seconds);
     found.put("retransmits", result.retransmits as f64);
-    found.put("cpu_ms_per_gbit", cpus / (result.timeline.steady_rate() / 1e9) * 1e3);
+    if bulk.seconds >= LEAST_FOR_CPU {
+        found.put("cpu_ms_per_gbit", cpus / (result.timeline.steady_rate() / 1e9) * 1e3);
+    }
     if let Some(latency) = &result.latency {
         replies_of(&mut found, latency);
     }

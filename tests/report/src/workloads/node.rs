@@ -1,4 +1,4 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::json;
@@ -65,7 +65,7 @@ pub fn calls(there: usize) -> Workload {
     Workload::of_node("calls", json!({ "pods": there }), seconds, measure).peers(PLUGINS)
 }
 
-fn beside(host: &Host, pods: &[Idle], program: &PathBuf) -> Result<Found> {
+fn beside(host: &Host, pods: &[Idle], program: &Path) -> Result<Found> {
     for pod in pods {
         check_stop()?;
         pod.call(program, "ADD")?;
