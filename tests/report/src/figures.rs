@@ -72,8 +72,8 @@ pub const ALL: &[Figure] = &[
     Figure {
         workload: "replies",
         title: "Replies beside bulk TCP",
-        says: "Bulk TCP flows fill the limit. Meanwhile a request of 100 bytes is sent every millisecond on a connection of its own, the same \
-               way as they. The plot shows which part of the replies came within which time.",
+        says: "Bulk TCP flows fill the limit. Meanwhile a request of 100 bytes is sent every millisecond on a connection of its own, \
+               the same way as they. The plot shows which part of the replies came within which time.",
         plots: &[REPLIES, Plot::Steps { series: "percent_by_step", title: "How bulk TCP begins" }],
         columns: &[REPLY_P50, REPLY_P99, REPLY_LONGEST, PERCENT, FIRST_SECOND, LEAST, MOST, RETRANSMITS, JAIN, CPU],
     },
@@ -91,7 +91,8 @@ pub const ALL: &[Figure] = &[
     Figure {
         workload: "by-flows",
         title: "Bulk TCP, by the number of flows",
-        says: "Jain's index is 1 where all flows have had the same. The CPU time is that of the whole machine, senders and receivers included.",
+        says: "Jain's index is 1 where all flows have had the same. The CPU time is that of the whole machine, senders and receivers \
+        included.",
         plots: &[
             Plot::Over { parameter: "flows", metric: "percent", title: "After the first second" },
             Plot::Over { parameter: "flows", metric: "jain", title: "Jain's index of the flows" },
@@ -116,8 +117,8 @@ pub const ALL: &[Figure] = &[
     Figure {
         workload: "short-connections",
         title: "Short connections",
-        says: "Clients of a web server in the pod that all begin at once. Each request of 10 kB has a connection of its own (out: GET, in: POST). \
-               Beside them a small request every 2 ms on one connection.",
+        says: "Clients of a web server in the pod that all begin at once. Each request of 10 kB has a connection of its own (out: \
+               GET, in: POST). Beside them a small request every 2 ms on one connection.",
         plots: &[
             Plot::Bars {
                 parameter: "direction",
@@ -141,8 +142,8 @@ pub const ALL: &[Figure] = &[
     Figure {
         workload: "far",
         title: "Long paths",
-        says: "Four flows to a machine behind the pod's node, through netem. The loss is that of what the pod sends. A reply takes at least the \
-               round trip.",
+        says: "Four flows to a machine behind the pod's node, through netem. The loss is that of what the pod sends. A reply takes at \
+               least the round trip.",
         plots: &[
             Plot::Over { parameter: "rtt_ms", metric: "percent", title: "After the first second" },
             Plot::Over { parameter: "rtt_ms", metric: "reply_p99_ms", title: "Replies beside them, p99" },
@@ -152,8 +153,8 @@ pub const ALL: &[Figure] = &[
     Figure {
         workload: "other-paths",
         title: "Other paths",
-        says: "What passes the pod's interface and no socket of its cgroup: two TCP flows, or UDP at 1.3 times the limit (AF_PACKET: as fast as it \
-               goes). Counted on the wire behind the limiter, after the first second.",
+        says: "What passes the pod's interface and no socket of its cgroup: two TCP flows, or UDP at 1.3 times the limit (AF_PACKET: \
+               as fast as it goes). Counted on the wire behind the limiter, after the first second.",
         plots: &[Plot::Bars { parameter: "path", metric: "percent", title: "Other paths out of the pod" }],
         columns: &[PERCENT],
     },
@@ -167,7 +168,8 @@ pub const ALL: &[Figure] = &[
     Figure {
         workload: "calls",
         title: "ADD and DEL, beside so many limited pods",
-        says: "The whole process, as a runtime calls it, both directions limited. The memory is what the kernel's grew by (slab, per-CPU, vmalloc).",
+        says: "The whole process, as a runtime calls it, both directions limited. The memory is what the kernel's grew by (slab, \
+        per-CPU, vmalloc).",
         plots: &[
             Plot::Over { parameter: "pods", metric: "add_p50_ms", title: "ADD, p50" },
             Plot::Over { parameter: "pods", metric: "del_p50_ms", title: "DEL, p50" },

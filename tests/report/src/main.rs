@@ -1,7 +1,7 @@
 //! podshaper-report: podshaper beside what people would use instead, in one run, interleaved; tables and plots of what was measured.
 //!
-//! `measure` appends each single measurement to `raw.jsonl`; `draw` makes the report of that, without measuring. [`workloads`] is the list of
-//! what is measured, [`figures`] the list of what is drawn. `tests/run report` does all of it.
+//! `measure` appends each single measurement to `raw.jsonl`; `draw` makes the report of that, without measuring. [`workloads`] is the list
+//! of what is measured, [`figures`] the list of what is drawn. `tests/run report` does all of it.
 
 #[path = "../../harness/mod.rs"]
 mod harness;

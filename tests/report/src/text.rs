@@ -18,6 +18,9 @@ use crate::record::{self, Measurement, Outcome, Parameters};
 /// Of [`Plot::Steps`].
 const STEP_S: f64 = 0.2;
 const REPORT: &str = "README.md";
+const INTRODUCTION: &str = include_str!("introduction.md");
+/// What is behind the names.
+const PEERS: &str = include_str!("peers.md");
 
 /// What was measured on one machine.
 struct Data {
@@ -30,23 +33,27 @@ pub fn draw(directory: &Path) -> Result<bool> {
     let all = data(record::read(directory)?)?;
     remove_plots(directory)?;
     let failed = all.iter().flat_map(|data| &data.measurements).filter(|one| is_failure(one)).count();
-    let mut text = introduction(&all, failed);
+    let (mut sections, mut compared, mut not_first) = (String::new(), 0, 0);
     for figure in figures::ALL {
         let mut has_title = false;
         for data in &all {
-            let section = section(directory, figure, data)?;
-            if section.is_empty() {
-                continue;
-            }
+            let Some(section) = section(directory, figure, data)? else { continue };
             if !has_title {
-                let _ = write!(text, "\n## {}\n\n{}\n", figure.title, figure.says);
+                let _ = write!(sections, "\n## {}\n\n{}\n", figure.title, figure.says);
                 has_title = true;
             }
-            text += &section;
+            sections += &section.text;
+            compared += section.compared;
+            not_first += section.not_first;
         }
     }
+    let judged = format!(
+        "\nOf {compared} comparisons, podshaper is not the first in {not_first}. Below each table's plots they are named, with who is \
+         the first. Two that are written alike are both the first; where the rounds of the two overlap, chance may have decided.\n"
+    );
     let path = directory.join(REPORT);
-    fs::write(&path, text).context(format_args!("write {}", path.display()))?;
+    fs::write(&path, introduction(&all, failed) + &judged + PEERS + &sections)
+        .context(format_args!("write {}", path.display()))?;
     Ok(failed == 0)
 }
 
@@ -84,12 +91,7 @@ fn remove_plots(directory: &Path) -> Result<()> {
 }
 
 fn introduction(all: &[Data], failed: usize) -> String {
-    let mut text = "# podshaper beside what people would use instead\n\n\
-         Made by `tests/run report`, which measures all of it anew, and draws it. Each number is the median of the rounds of one run, in which the \
-         limiters took turns. The limit counts all bytes at layer 3. What limits nothing is there to compare with: a pod without a limit, and \
-         senders that pace themselves (SO_MAX_PACING_RATE, bulk TCP alone), which is what a limit costs at least. They have no rank. The raw data \
-         are in [raw.jsonl](raw.jsonl).\n"
-        .to_owned();
+    let mut text = INTRODUCTION.to_owned();
     if all.iter().any(|data| data.machine.is_quick) {
         text += "\n**This was a quick run** (`--quick`): few workloads, one round, short. Its numbers are not to be trusted.\n";
     }
@@ -117,19 +119,8 @@ fn introduction(all: &[Data], failed: usize) -> String {
         }
         text.push('\n');
     }
-    text + PEERS
+    text
 }
-
-/// What is behind the names.
-const PEERS: &str = "
-| name | what it is |
-| --- | --- |
-| podshaper | the plugin of this repository |
-| bandwidth plugin | of the containernetworking project: tbf at the host's end of the veth and on an ifb. \"1 Mbit\" is its burst; \"no burst\" is the one that kubelet's runtimes give where a pod asks for none, 2^31-1 bits |
-| Cilium's scheme | departure times by an eBPF program at the egress of the first device with fq, dropped beyond 2 s; what comes in is dropped beyond a bucket of one second of the limit ([bpf](../../report/bpf/src/main.rs)) |
-| htb + fq_codel, cake | with their defaults, on the pod's interface (out) and at the host's end (in) |
-| policer | a bucket of 100 ms of the limit at the hooks of the pod's cgroup; what is over it is dropped |
-";
 
 /// As plots and tables call it: with the version of what has several.
 fn label(limiter: Limiter, machine: &Machine) -> String {
@@ -147,12 +138,12 @@ fn label(limiter: Limiter, machine: &Machine) -> String {
     }
 }
 
-/// Of one kernel: its plots, what podshaper is not the first in, and the table. Empty if nothing was measured.
-fn section(directory: &Path, figure: &Figure, data: &Data) -> Result<String> {
+/// Of one kernel: its plots, what podshaper is not the first in, and the table. None if nothing was measured.
+fn section(directory: &Path, figure: &Figure, data: &Data) -> Result<Option<Verdicts>> {
     let of = |name: &str| judge::rows(data.measurements.iter().filter(|one| one.workload == name));
     let rows = of(figure.workload);
     if rows.is_empty() {
-        return Ok(String::new());
+        return Ok(None);
     }
     let mut text = format!("\n### {}\n\n", data.machine.title());
     let plotter =
@@ -162,8 +153,10 @@ fn section(directory: &Path, figure: &Figure, data: &Data) -> Result<String> {
             let _ = writeln!(text, "![{title}]({file})\n");
         }
     }
-    let _ = write!(text, "{}\n\n<details><summary>The numbers</summary>\n\n", verdicts(figure, &rows, &data.machine));
-    Ok(text + &numbers(figure, &rows, &data.machine) + "\n</details>\n")
+    let verdicts = verdicts(figure, &rows, &data.machine);
+    let _ = write!(text, "{}\n<details><summary>The numbers</summary>\n\n", verdicts.text);
+    text = text + &numbers(figure, &rows, &data.machine) + "\n</details>\n";
+    Ok(Some(Verdicts { text, ..verdicts }))
 }
 
 /// The combinations of parameters without one of them, in their order.
@@ -201,42 +194,71 @@ fn write_parameters(parameters: &Parameters) -> String {
     words.join(", ")
 }
 
-/// Where podshaper is not the first, in one sentence.
-fn verdicts(figure: &Figure, rows: &[Row], machine: &Machine) -> String {
-    let (mut compared, mut places) = (0, vec![]);
-    for parameters in combinations(rows, "") {
-        let rows: Vec<&Row> = rows.iter().filter(|row| row.parameters == parameters).collect();
-        for column in figure.columns {
-            let Some(better) = column.better.filter(|_| rows.iter().any(|row| row.values.contains_key(column.metric)))
-            else {
-                continue;
-            };
-            compared += 1;
-            if let Some(verdict) = judge(&rows, column.metric, better, column.unit.digits()) {
-                places.push(write_verdict(&parameters, column, &verdict, machine));
-            }
-        }
-    }
-    match places.len() {
-        0 => format!("podshaper is the first in all {compared} comparisons of this table."),
-        count => format!(
-            "podshaper is not the first in {count} of {compared} comparisons of this table: {}.",
-            places.join("; ")
-        ),
-    }
+/// Where podshaper is not the first.
+#[derive(Default)]
+struct Verdicts {
+    compared: usize,
+    not_first: usize,
+    text: String,
 }
 
-fn write_verdict(parameters: &Parameters, column: &Column, verdict: &judge::Verdict, machine: &Machine) -> String {
-    let chance = if verdict.may_be_chance { ", their rounds overlap" } else { "" };
+fn verdicts(figure: &Figure, rows: &[Row], machine: &Machine) -> Verdicts {
+    let mut verdicts = Verdicts::default();
+    let mut list = String::new();
+    for column in figure.columns {
+        let places = verdicts_of(column, rows, machine, &mut verdicts.compared);
+        verdicts.not_first += places.len();
+        if !places.is_empty() {
+            let _ = writeln!(list, "- {}: {}", column.title, places.join("; "));
+        }
+    }
+    let Verdicts { compared, not_first, .. } = verdicts;
+    verdicts.text = match not_first {
+        0 => format!("podshaper is the first in all {compared} comparisons of this table.\n"),
+        _ => {
+            format!("podshaper is not the first in {not_first} of the {compared} comparisons of this table:\n\n{list}")
+        }
+    };
+    verdicts
+}
+
+/// Of one column: a place for each combination of parameters.
+fn verdicts_of(column: &Column, rows: &[Row], machine: &Machine, compared: &mut usize) -> Vec<String> {
+    let mut places = vec![];
+    for parameters in combinations(rows, "") {
+        let rows: Vec<&Row> = rows.iter().filter(|row| row.parameters == parameters).collect();
+        let is_there = rows.iter().any(|row| row.values.contains_key(column.metric));
+        let Some(better) = column.better.filter(|_| is_there) else { continue };
+        *compared += 1;
+        if let Some(verdict) = judge(&rows, column.metric, better, column.unit.digits()) {
+            places.push(write_verdict(&parameters, column, &verdict, &rows, machine));
+        }
+    }
+    places
+}
+
+fn write_verdict(
+    parameters: &Parameters,
+    column: &Column,
+    verdict: &judge::Verdict,
+    rows: &[&Row],
+    machine: &Machine,
+) -> String {
+    /// Who lets less through has it easy elsewhere.
+    const HELD_BACK: f64 = 90.0;
+    let row = rows.iter().find(|row| row.limiter == verdict.best);
+    let percent = row.and_then(|row| row.values.get("percent")).filter(|percent| percent.median < HELD_BACK);
+    let at = percent.map(|percent| format!(" at {} of the limit", Unit::Percent.write(percent.median)));
+    let chance = if verdict.may_be_chance { ", rounds overlap" } else { "" };
     format!(
-        "{}: {} {} of {} ({}; {} {}{chance})",
+        "{} {} of {} ({}; {} {}{}{chance})",
         write_parameters(parameters),
-        column.title,
         ordinal(verdict.rank),
         verdict.of,
         column.unit.write(verdict.own),
         label(verdict.best, machine),
         column.unit.write(verdict.best_value),
+        at.unwrap_or_default(),
     )
 }
 
@@ -482,8 +504,8 @@ mod tests {
         let (passed, report, plot) =
             draw_all(vec![measurement(Limiter::Podshaper, 99.0), measurement(Limiter::Cake, 98.0)]);
         assert!(passed);
-        assert!(report.contains("not the first in 1 of 2 comparisons"), "{report}");
-        assert!(report.contains("reply p99 2nd of 2 (0.99 ms; cake 0.98 ms)"), "{report}");
+        assert!(report.contains("not the first in 1 of the 2 comparisons"), "{report}");
+        assert!(report.contains("- reply p99: out, 4 flows, 100 Mbit/s 2nd of 2 (0.99 ms; cake 0.98 ms)"), "{report}");
         assert!(plot.contains("cake") && plot.contains("part of the replies"), "{plot}");
     }
 

@@ -1,8 +1,8 @@
 //! What `tests/run` does: builds, runs the tests on this machine's kernel and on others, and sums up what came of each stage.
 //!
-//! [`plan`] says what is run, in which order, and what may be tried again. [`stages`], [`lints`], [`nodes`] and [`report`] are the stages; [`lane`] runs
-//! them, [`output`] reads what they print, [`summary`] judges it. [`processes`] ends all on Ctrl-C. The kernels and nodes themselves are
-//! shell: tests/lab, tests/node.
+//! [`plan`] says what is run, in which order, and what may be tried again. [`stages`], [`lints`], [`nodes`] and [`report`] are the stages;
+//! [`lane`] runs them, [`output`] reads what they print, [`summary`] judges it. [`processes`] ends all on Ctrl-C. The kernels and nodes
+//! themselves are shell: tests/lab, tests/node.
 #![allow(clippy::print_stdout, reason = "a command of a person")]
 
 mod lane;

@@ -77,23 +77,14 @@ fn remove_old(directory: &Path) -> Result<(), String> {
 
 /// Builds what is measured and what measures; where the latter is.
 fn build(lane: &mut Lane) -> Result<String, String> {
-    const PACKAGES: [&str; 9] = [
-        "--release",
-        "--locked",
-        "--package",
-        "podshaper",
-        "--package",
-        "podshaper-report",
-        "--bins",
-        "--example",
-        "traffic",
-    ];
+    // All packages, so that cargo builds what they share for this as for the tests.
+    const WHAT: [&str; 6] = ["--release", "--locked", "--workspace", "--bins", "--example", "traffic"];
     lane.say("building ..");
     let mut cargo = command("cargo");
-    if lane.run(cargo.arg("build").args(PACKAGES)).0 != 0 {
+    if lane.run(cargo.arg("build").args(WHAT)).0 != 0 {
         return Err("cargo could not build it; the messages are above".into());
     }
-    let messages = printed_by(command("cargo").args(["build", "--quiet", "--message-format=json"]).args(PACKAGES))?;
+    let messages = printed_by(command("cargo").args(["build", "--quiet", "--message-format=json"]).args(WHAT))?;
     stages::executable(&messages, "bin", "podshaper-report")
 }
 

@@ -1,7 +1,7 @@
 //! What podshaper is compared with, as far as that is eBPF: Cilium's bandwidth manager, and a policer of the pod's sockets.
 //!
-//! Cilium's scheme has two halves. What a pod sends gets a departure time at the first device that has fq, and is dropped where that is more
-//! than two seconds away (`depart`). What a pod is to receive is dropped where a bucket of one second of the limit is empty (`admit`).
+//! Cilium's scheme has two halves. What a pod sends gets a departure time at the first device that has fq, and is dropped where that is
+//! more than two seconds away (`depart`). What a pod is to receive is dropped where a bucket of one second of the limit is empty (`admit`).
 //! The policer drops at both hooks of the pod's cgroup, by a bucket of 100 ms (`police_out`, `police_in`).
 //!
 //! A pod's direction has a copy of its own of the program that holds it, and so of the static variables: the loader sets the rate.
