@@ -46,17 +46,29 @@ pub struct Axis {
 
 impl Axis {
     /// One for these values: logarithmic where they span decades, from zero where they do not, and close to them where they are all alike.
+    /// Zero is at the lower end of a logarithmic one.
     pub fn of(title: &str, values: impl Iterator<Item = f64>, unit: Unit) -> Self {
         const DECADES: f64 = 30.0;
         const ALIKE: f64 = 0.8;
         let values: Vec<f64> = values.filter(|value| value.is_finite()).collect();
         let most = values.iter().copied().fold(0.0, f64::max);
-        let least = values.iter().copied().fold(most, f64::min);
-        if most > least * DECADES && least > 0.0 {
-            return Self::logarithmic(title, least, most, unit);
+        let positive = values.iter().copied().filter(|value| *value > 0.0).fold(most, f64::min);
+        if most > positive * DECADES {
+            return Self::logarithmic(title, positive, most, unit);
         }
+        let least = values.iter().copied().fold(most, f64::min);
         let from = if least > most * ALIKE { least - (most - least).max(most * 0.02) * 0.3 } else { 0.0 };
         Self::linear(title, from, most + (most - from).max(1e-9) * 0.06, unit)
+    }
+
+    /// One with a tick at each of these values.
+    pub fn through(title: &str, values: &[f64], unit: Unit) -> Self {
+        let axis = if values.contains(&0.0) {
+            Self::linear(title, 0.0, values.iter().copied().fold(0.0, f64::max), unit)
+        } else {
+            Self::of(title, values.iter().copied(), unit)
+        };
+        axis.with_ticks(values.to_vec())
     }
 
     pub fn linear(title: &str, least: f64, most: f64, unit: Unit) -> Self {
@@ -77,8 +89,7 @@ impl Axis {
         Self { title: title.to_owned(), scale: Scale::Logarithmic, least, most, ticks, unit }
     }
 
-    /// The same with ticks at the values themselves.
-    pub fn with_ticks(self, ticks: Vec<f64>) -> Self {
+    fn with_ticks(self, ticks: Vec<f64>) -> Self {
         Self { ticks, ..self }
     }
 
@@ -355,6 +366,13 @@ mod tests {
         assert_eq!(axis(&[0.1, 100.0]).scale, Scale::Logarithmic);
         assert_eq!(axis(&[1.0, 3.0]).scale, Scale::Linear);
         assert_eq!(axis(&[1.0, 3.0]).least, 0.0);
+    }
+
+    #[test]
+    fn a_parameter_that_is_zero_has_its_place() {
+        let axis = Axis::through("", &[0.0, 10.0, 400.0], Unit::Count);
+        assert_eq!((axis.scale, axis.least, axis.most), (Scale::Linear, 0.0, 400.0));
+        assert_eq!(Axis::through("", &[1.0, 10.0, 400.0], Unit::Count).scale, Scale::Logarithmic);
     }
 
     #[test]

@@ -375,8 +375,7 @@ impl Plotter<'_> {
         if ticks.len() < 2 {
             return Ok(false);
         }
-        let x = Axis::of(parameter_title(parameter), ticks.iter().copied(), Unit::of_parameter(parameter))
-            .with_ticks(ticks);
+        let x = Axis::through(parameter_title(parameter), &ticks, Unit::of_parameter(parameter));
         let limit = (unit == Unit::Percent).then_some(100.0);
         let values = lines.iter().flat_map(ys).chain(limit);
         let y = Axis::of(&self.metric_title(metric), values, unit);
