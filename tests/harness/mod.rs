@@ -9,6 +9,8 @@
 #![allow(dead_code, reason = "the tests, the demo and the benchmark each use a part")]
 
 pub mod api;
+pub mod apps;
+pub mod beside;
 pub mod cgroup;
 pub mod cni;
 pub mod host;
@@ -19,6 +21,8 @@ pub mod netns;
 pub mod paths;
 pub mod pod;
 pub mod process;
+pub mod quic;
+pub mod seen;
 pub mod table;
 mod timeline;
 pub mod web;
@@ -111,6 +115,11 @@ pub fn note(line: impl fmt::Display) {
 /// The `traffic` example of this build: beside the demo, and above a test's directory.
 pub fn traffic_program() -> Result<PathBuf> {
     beside(&["traffic", "../examples/traffic"], "the traffic tool; build it with `cargo build --example traffic`")
+}
+
+/// The `quic` program of this build, which is a package of its own.
+pub fn quic_program() -> Result<PathBuf> {
+    beside(&["../quic"], "the quic tool; build it with `cargo build --package quic`")
 }
 
 /// The plugin of this build, where cargo puts it seen from an example or a test.

@@ -88,7 +88,7 @@ fn deny(session: &Session, lane: &mut Lane) {
     }
     for (name, manifest) in [("lint: cargo-deny", "Cargo.toml"), ("lint: cargo-deny of bpf/", "bpf/Cargo.toml")] {
         let mut check = command("cargo-deny");
-        check.args(["--manifest-path", manifest, "--locked", "--config", ".cargo/deny.toml"]);
+        check.args(["--manifest-path", manifest, "--workspace", "--locked", "--config", ".cargo/deny.toml"]);
         lane.check(name, check.args(["check", "bans", "licenses", "sources"]));
     }
 }
