@@ -7,6 +7,8 @@ mod harness;
 
 /// Real servers and their usual clients.
 mod apps;
+/// What is small beside bulk.
+mod beside;
 mod calls;
 /// What limiting costs the machine.
 mod cpu;
@@ -109,8 +111,16 @@ enum Part {
     Chatter,
     /// What the machine's CPUs have to do
     Cpu,
-    /// nginx, redis and their usual clients
+    /// nginx, nghttpd, redis and their usual clients
     Apps,
+    /// Calls by telephone beside bulk flows, both directions limited
+    Voice,
+    /// Look-ups of names beside bulk flows, both directions limited
+    Dns,
+    /// Bulk by QUIC
+    Quic,
+    /// Short connections beside a bulk flow: who gets what
+    Mixed,
     /// What passes a pod's interface by other paths than the sockets of its cgroup
     Paths,
     /// What those sockets notice of that being held
@@ -165,6 +175,10 @@ fn run(options: &Options) -> Result<bool> {
             Part::Chatter => short::chatter(options, &mut table)?,
             Part::Cpu => cpu::cpu(options, &mut table)?,
             Part::Apps => apps::apps(options, &mut table)?,
+            Part::Voice => beside::voice(options, &mut table)?,
+            Part::Dns => beside::dns(options, &mut table)?,
+            Part::Quic => beside::quic(options, &mut table)?,
+            Part::Mixed => beside::mixed(options, &mut table)?,
             Part::Paths => paths::paths(options, &mut table)?,
             Part::Own => paths::own(options, &mut table)?,
         };

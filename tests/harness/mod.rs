@@ -8,6 +8,8 @@
 //! programs of iproute2 and util-linux.
 #![allow(dead_code, reason = "the tests, the demo, the benchmark and the report each use a part")]
 
+pub mod apps;
+pub mod beside;
 pub mod cgroup;
 pub mod cni;
 pub mod cpu;
@@ -21,7 +23,9 @@ pub mod paths;
 pub mod peers;
 pub mod pod;
 pub mod process;
+pub mod quic;
 pub mod remote;
+pub mod seen;
 pub mod table;
 mod timeline;
 pub mod web;
@@ -117,6 +121,11 @@ pub fn traffic_program() -> Result<PathBuf> {
         &["traffic", "../examples/traffic", "examples/traffic"],
         "the traffic tool; build it with `cargo build --example traffic`",
     )
+}
+
+/// The `quic` program of this build, which is a package of its own.
+pub fn quic_program() -> Result<PathBuf> {
+    beside(&["../quic", "quic"], "the quic tool; build it with `cargo build --package quic`")
 }
 
 /// The plugin of this build, where cargo puts it seen from an example or a test.

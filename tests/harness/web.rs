@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::thread;
 use std::time::Duration;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::measure::{self, Asking, Bulk, BulkResult, Ends, Latency, Timeline, Times, Way, limit, number, parse};
 use super::pod::Pod;
@@ -53,7 +53,7 @@ impl Default for Web {
 }
 
 /// What `traffic web-get` reports.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Responses {
     pub responses: u64,
     /// Requests without a response, by the error's name.
@@ -68,7 +68,7 @@ pub struct Responses {
 }
 
 /// What [`web`] found.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 pub struct WebResult {
     /// What the namespace received that the data goes to. Its wire bytes are all traffic that way; its payload is the clients' alone.
     pub timeline: Timeline,

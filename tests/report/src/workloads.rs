@@ -1,5 +1,7 @@
 //! What is measured: one list, a value for each workload.
 
+/// Real servers, calls, look-ups, QUIC.
+mod apps;
 /// Bulk TCP, with replies beside it.
 mod bulk;
 /// What ADD, DEL and memory cost, and what many pods at once do.
@@ -76,7 +78,7 @@ impl Workload {
             limiter.add(&mut pod, limits, programs)?;
             measure(&mut pod, limiter)
         };
-        Self::of_node(name, parameters, seconds + 1.0, on_a_pod)
+        Self::of_node(name, parameters, seconds + 0.7, on_a_pod)
     }
 
     /// A workload that makes what it measures by itself.
@@ -146,9 +148,11 @@ fn of_a_machine(machine: &Machine) -> Vec<Workload> {
     list.extend(controls.map(|name| bulk::by_congestion_control(name, 3.0)));
     list.extend([Out, In].map(|way| short::connections(way, 10 * MBIT, 64, 5.0).rounds(2)));
     list.push(bulk::mptcp(100 * MBIT, 3.0));
+    list.extend([apps::voice(10 * MBIT, 4.0), apps::names(10 * MBIT, 4.0), apps::by_quic(100 * MBIT, 4.0)]);
+    list.extend(apps::servers(10 * MBIT, 4.0));
     list.extend(others::paths(10 * MBIT, 2.5));
-    list.extend([1, 10, 100].map(|pods| node::pods(pods, 10 * MBIT, 4.0)));
-    list.extend([0, 100, 400].map(node::calls));
+    list.extend([1, 10, 100].map(|pods| node::pods(pods, 10 * MBIT, 4.0).rounds(if pods > 10 { 1 } else { 3 })));
+    list.extend([0, 50, 200].map(node::calls));
     list
 }
 
@@ -165,7 +169,8 @@ fn of_user_mode_linux(machine: &Machine) -> Vec<Workload> {
         list.push(bulk::by_congestion_control("bbr", 4.0));
     }
     list.extend([Out, In].map(|way| short::connections(way, 10 * MBIT, 64, 4.0)));
-    let paths = [(10, 0.0), (40, 0.0), (100, 0.0), (10, 0.1), (40, 0.1), (100, 0.1)];
+    list.extend([apps::voice(10 * MBIT, 4.0), apps::names(10 * MBIT, 4.0)]);
+    let paths = [(10, 0.0), (40, 0.0), (100, 0.0), (40, 0.1), (100, 0.1)];
     list.extend(paths.map(|(rtt_ms, loss_percent)| bulk::far(50 * MBIT, rtt_ms, loss_percent, 5.0)));
     list
 }

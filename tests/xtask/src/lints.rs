@@ -98,7 +98,7 @@ fn deny(session: &Session, lane: &mut Lane) {
     for manifest in [&["Cargo.toml"], BPF_MANIFESTS].concat() {
         let name = &format!("lint: cargo-deny of {manifest}");
         let mut check = command("cargo-deny");
-        check.args(["--manifest-path", manifest, "--locked", "--config", ".cargo/deny.toml"]);
+        check.args(["--manifest-path", manifest, "--workspace", "--locked", "--config", ".cargo/deny.toml"]);
         lane.check(name, check.args(["check", "bans", "licenses", "sources"]));
     }
 }

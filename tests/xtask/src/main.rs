@@ -66,6 +66,7 @@ const NEEDS_OF_APPS: &[&str] = &[
     "redis-server:redis-server",
     "redis-benchmark:redis-tools",
     "h2load:nghttp2-client",
+    "nghttpd:nghttp2-server",
 ];
 
 fn main() -> ExitCode {
@@ -163,11 +164,14 @@ fn example(verb: &str, arguments: &[String]) -> Result<ExitCode, String> {
     if verb == "pictures" {
         stages::need(&mut lane, &["tmux:tmux"])?;
     }
-    if arguments.iter().any(|argument| argument.split([',', '=']).any(|part| part == "apps")) {
+    let asks_for = |part| arguments.iter().any(|argument| argument.split([',', '=']).any(|asked| asked == part));
+    if asks_for("apps") {
         stages::need(&mut lane, NEEDS_OF_APPS)?;
     }
     let name = if verb == "measurements" { "bench" } else { verb };
-    let program = stages::example(name)?;
+    // Most of what tests/quic takes is a runtime, which nobody waits for who sends nothing by QUIC.
+    let packages: &[&str] = if asks_for("quic") { &["quic"] } else { &[] };
+    let program = stages::example(name, packages)?;
     match verb {
         "measurements" => become_command(Command::new("tests/bench/measurements").arg(program).args(arguments)),
         // In a bpffs of its own: other pods of this machine are not for a picture.

@@ -10,7 +10,7 @@ use crate::output::last_line;
 use crate::processes::{self, command};
 use crate::stages::{self, printed_by};
 use crate::summary::Outcome;
-use crate::{prepare, sum_up};
+use crate::{NEEDS_OF_APPS, prepare, sum_up};
 
 /// Where the report goes if nobody says; the committed one is in tests/bench/report.
 const DIRECTORY: &str = "target/report";
@@ -52,6 +52,7 @@ pub fn report(arguments: &[String]) -> Result<ExitCode, String> {
     processes::stop_on_signals().map_err(|error| format!("wait for signals: {error}"))?;
     let mut lane = Lane::default();
     prepare(&mut lane)?;
+    stages::need(&mut lane, NEEDS_OF_APPS)?;
     let path = build(&mut lane)?;
     let peers = peers(&mut lane);
     remove_old(&options.out)?;
