@@ -65,7 +65,7 @@ const REPLY_P50: Column = column("reply_p50_ms", "reply p50", Unit::Millis, LESS
 const REPLY_P99: Column = column("reply_p99_ms", "reply p99", Unit::Millis, LESS);
 const REPLY_LONGEST: Column = column("reply_longest_ms", "longest reply", Unit::Millis, LESS);
 
-const REPLIES: Plot = Plot::Cdf { series: "reply_percentiles_ms", title: "Replies beside bulk TCP" };
+const PERCENTILES: &str = "reply_percentiles_ms";
 
 /// The first plot is the one that matters most.
 pub const ALL: &[Figure] = &[
@@ -74,7 +74,10 @@ pub const ALL: &[Figure] = &[
         title: "Replies beside bulk TCP",
         says: "Bulk TCP flows fill the limit. Meanwhile a request of 100 bytes is sent every millisecond on a connection of its own, \
                the same way as they. The plot shows which part of the replies came within which time.",
-        plots: &[REPLIES, Plot::Steps { series: "percent_by_step", title: "How bulk TCP begins" }],
+        plots: &[
+            Plot::Cdf { series: PERCENTILES, title: "Replies beside bulk TCP" },
+            Plot::Steps { series: "percent_by_step", title: "How bulk TCP begins" },
+        ],
         columns: &[REPLY_P50, REPLY_P99, REPLY_LONGEST, PERCENT, FIRST_SECOND, LEAST, MOST, RETRANSMITS, JAIN, CPU],
     },
     Figure {
@@ -86,7 +89,7 @@ pub const ALL: &[Figure] = &[
             Plot::Over { parameter: "limit", metric: "first_second_percent", title: "The first second" },
             Plot::Over { parameter: "limit", metric: "reply_p99_ms", title: "Replies beside them, p99" },
         ],
-        columns: &[PERCENT, FIRST_SECOND, LEAST, MOST, RETRANSMITS, JAIN, REPLY_P50, REPLY_P99, CPU],
+        columns: &[PERCENT, FIRST_SECOND, LEAST, MOST, RETRANSMITS, JAIN, REPLY_P50, REPLY_P99],
     },
     Figure {
         workload: "by-flows",
@@ -111,7 +114,7 @@ pub const ALL: &[Figure] = &[
         workload: "mptcp",
         title: "MPTCP",
         says: "Four flows of MPTCP from the pod, and replies by MPTCP beside them.",
-        plots: &[REPLIES],
+        plots: &[Plot::Cdf { series: PERCENTILES, title: "Replies beside bulk MPTCP" }],
         columns: &[PERCENT, FIRST_SECOND, MOST, RETRANSMITS, REPLY_P50, REPLY_P99],
     },
     Figure {
@@ -125,7 +128,7 @@ pub const ALL: &[Figure] = &[
                 metric: "from_connect_p99_ms",
                 title: "From connect() to the last byte, p99",
             },
-            Plot::Cdf { series: "reply_percentiles_ms", title: "Replies beside short connections" },
+            Plot::Cdf { series: PERCENTILES, title: "Replies beside short connections" },
         ],
         columns: &[
             column("responses_per_s", "responses a second", Unit::Count, MORE),
@@ -134,6 +137,7 @@ pub const ALL: &[Figure] = &[
             column("longest_ms", "longest", Unit::Millis, LESS),
             REPLY_P50,
             REPLY_P99,
+            PERCENT,
             MOST,
             RETRANSMITS,
             column("failed", "failed", Unit::Count, LESS),

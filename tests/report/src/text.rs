@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 
 use serde_json::Value;
@@ -181,6 +182,7 @@ fn write_parameter(name: &str, value: &Value) -> String {
             "limit" => Unit::Rate.write(number),
             "rtt_ms" => format!("{number} ms"),
             "loss_percent" => format!("{number} % lost"),
+            "pods" | "flows" | "clients" if number == 1.0 => format!("1 {}", name.trim_end_matches('s')),
             "pods" | "flows" | "clients" => format!("{number} {name}"),
             _ => number.to_string(),
         },
@@ -244,10 +246,10 @@ fn write_verdict(
     rows: &[&Row],
     machine: &Machine,
 ) -> String {
-    /// Who lets less through has it easy elsewhere.
-    const HELD_BACK: f64 = 90.0;
+    /// Who lets less through, or more, has it easy elsewhere.
+    const HELD: Range<f64> = 90.0..110.0;
     let row = rows.iter().find(|row| row.limiter == verdict.best);
-    let percent = row.and_then(|row| row.values.get("percent")).filter(|percent| percent.median < HELD_BACK);
+    let percent = row.and_then(|row| row.values.get("percent")).filter(|percent| !HELD.contains(&percent.median));
     let at = percent.map(|percent| format!(" at {} of the limit", Unit::Percent.write(percent.median)));
     let chance = if verdict.may_be_chance { ", rounds overlap" } else { "" };
     format!(
@@ -506,6 +508,8 @@ mod tests {
         assert!(report.contains("not the first in 1 of the 2 comparisons"), "{report}");
         assert!(report.contains("- reply p99: out, 4 flows, 100 Mbit/s 2nd of 2 (0.99 ms; cake 0.98 ms)"), "{report}");
         assert!(plot.contains("cake") && plot.contains("part of the replies"), "{plot}");
+        let (_, report, _) = draw_all(vec![measurement(Limiter::Podshaper, 99.0), measurement(Limiter::Cake, 50.0)]);
+        assert!(report.contains("cake 0.50 ms at 50.0 % of the limit"), "{report}");
     }
 
     #[test]

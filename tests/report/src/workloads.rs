@@ -76,7 +76,7 @@ impl Workload {
             limiter.add(&mut pod, limits, programs)?;
             measure(&mut pod, limiter)
         };
-        Self::of_node(name, parameters, seconds + 1.0, on_a_pod)
+        Self::of_node(name, parameters, seconds + 0.7, on_a_pod)
     }
 
     /// A workload that makes what it measures by itself.
@@ -147,8 +147,8 @@ fn of_a_machine(machine: &Machine) -> Vec<Workload> {
     list.extend([Out, In].map(|way| short::connections(way, 10 * MBIT, 64, 5.0).rounds(2)));
     list.push(bulk::mptcp(100 * MBIT, 3.0));
     list.extend(others::paths(10 * MBIT, 2.5));
-    list.extend([1, 10, 100].map(|pods| node::pods(pods, 10 * MBIT, 4.0)));
-    list.extend([0, 100, 400].map(node::calls));
+    list.extend([1, 10, 100].map(|pods| node::pods(pods, 10 * MBIT, 4.0).rounds(if pods > 10 { 1 } else { 3 })));
+    list.extend([0, 50, 200].map(node::calls));
     list
 }
 
@@ -165,7 +165,7 @@ fn of_user_mode_linux(machine: &Machine) -> Vec<Workload> {
         list.push(bulk::by_congestion_control("bbr", 4.0));
     }
     list.extend([Out, In].map(|way| short::connections(way, 10 * MBIT, 64, 4.0)));
-    let paths = [(10, 0.0), (40, 0.0), (100, 0.0), (10, 0.1), (40, 0.1), (100, 0.1)];
+    let paths = [(10, 0.0), (40, 0.0), (100, 0.0), (40, 0.1), (100, 0.1)];
     list.extend(paths.map(|(rtt_ms, loss_percent)| bulk::far(50 * MBIT, rtt_ms, loss_percent, 5.0)));
     list
 }

@@ -37,8 +37,7 @@ pub fn pods(count: usize, limit: u64, seconds: f64) -> Workload {
     };
     let seconds = seconds + 1.0 + SECONDS_TO_MAKE_ONE * count as f64;
     let parameters = json!({ "limit": limit, "pods": count });
-    let peers = [Limiter::Podshaper, Limiter::Bandwidth, Limiter::BandwidthNewer, Limiter::Policer];
-    Workload::of_node("pods-at-once", parameters, seconds, measure).peers(&peers)
+    Workload::of_node("pods-at-once", parameters, seconds, measure).peers(PLUGINS)
 }
 
 /// ADD and DEL beside so many limited pods, and what each of those takes of the kernel's memory.

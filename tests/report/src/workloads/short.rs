@@ -27,6 +27,7 @@ pub fn connections(way: Way, limit: u64, clients: usize, seconds: f64) -> Worklo
         found.put("retransmits", result.retransmits as f64);
         let later = result.timeline.each_second(seconds).into_iter().skip(1).map(|rate| rate / limit as f64 * 100.0);
         found.put("most_second_percent", later.fold(0.0, f64::max));
+        found.put("percent", result.timeline.steady_rate() / limit as f64 * 100.0);
         if let Some(latency) = &result.latency {
             replies_of(&mut found, latency);
         }
