@@ -9,7 +9,7 @@ use nix::mount::{MsFlags, mount};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::harness::api::{ApiServer, Reply};
+use crate::api::{ApiServer, Reply};
 use crate::harness::process;
 use crate::kernel::mounts;
 

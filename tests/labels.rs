@@ -13,7 +13,6 @@ use rcgen::KeyPair;
 use serde_json::{Value, json};
 
 use super::chain::{Attachment, Bed, MBIT};
-use super::harness::api::{ApiServer, Reply};
 use super::harness::cni::Cni;
 use super::harness::limiter::Limiter;
 use super::harness::meter;
@@ -21,6 +20,7 @@ use super::harness::pod::INTERFACE;
 use super::harness::process;
 use super::kernel::mounts;
 use super::sandbox::{ok, refused};
+use crate::api::{ApiServer, Reply};
 
 const PODSHAPER: &str = env!("CARGO_BIN_EXE_podshaper");
 const UID: &str = "b210522c-ecca-47e2-908a-76691272b43d";

@@ -1,6 +1,7 @@
 //! The tests, one binary. What needs root is `#[ignore]`d with its reason and run by `tests/run`: counted, never passed over.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
+mod api;
 /// Traffic of real pods.
 mod chain;
 /// The conflists in conflist-examples/.

@@ -7,6 +7,8 @@ mod harness;
 
 /// Real servers and their usual clients.
 mod apps;
+/// What is small beside bulk.
+mod beside;
 mod calls;
 /// What limiting costs the machine.
 mod cpu;
@@ -109,8 +111,16 @@ enum Part {
     Chatter,
     /// What the machine's CPUs have to do
     Cpu,
-    /// nginx, redis and their usual clients
+    /// nginx, nghttpd, redis and their usual clients
     Apps,
+    /// Calls by telephone beside bulk flows, both directions limited
+    Voice,
+    /// Look-ups of names beside bulk flows, both directions limited
+    Dns,
+    /// Bulk by QUIC
+    Quic,
+    /// Short connections beside a bulk flow: who gets what
+    Mixed,
     /// What passes a pod's interface by other paths than the sockets of its cgroup
     Paths,
     /// What those sockets notice of that being held
@@ -165,6 +175,10 @@ fn run(options: &Options) -> Result<bool> {
             Part::Chatter => short::chatter(options, &mut table)?,
             Part::Cpu => cpu::cpu(options, &mut table)?,
             Part::Apps => apps::apps(options, &mut table)?,
+            Part::Voice => beside::voice(options, &mut table)?,
+            Part::Dns => beside::dns(options, &mut table)?,
+            Part::Quic => beside::quic(options, &mut table)?,
+            Part::Mixed => beside::mixed(options, &mut table)?,
             Part::Paths => paths::paths(options, &mut table)?,
             Part::Own => paths::own(options, &mut table)?,
         };
@@ -286,7 +300,7 @@ fn tcp(options: &Options, table: &mut Table) -> Result<Title> {
                 let labels = [table::limit(limit), flows.to_string(), congestion.clone()];
                 for limiter in options.limiters.iter().copied() {
                     let mut bulk = options.bulk(flows, Some(congestion.clone()), limit);
-                    bulk.max_pacing_rate = (limiter == Limiter::Senders).then(|| pacing_rate(limit, flows));
+                    bulk.max_pacing_rate = (limiter == Limiter::Senders).then(|| measure::pacing_rate(limit, flows));
                     let mut beside = None;
                     table.row(options, &labels, limiter, options.limits(limit), |pod| {
                         let measure = || measure::bulk(pod, &bulk);
@@ -321,12 +335,6 @@ fn tcp(options: &Options, table: &mut Table) -> Result<Title> {
             "p99",
         ],
     ))
-}
-
-/// Bytes per second that a flow may pace itself at for all of them to have the limit on the wire. What TCP paces is payload
-/// (`tcp_update_skb_after_send`): 1448 bytes in a packet of 1500.
-fn pacing_rate(limit: u64, flows: usize) -> u64 {
-    limit / 8 / flows as u64 * 1448 / 1500
 }
 
 fn nothing_on_the_wire() -> Vec<String> {

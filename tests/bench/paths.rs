@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::cpu::while_measuring;
+use super::harness::cpu::while_measuring;
 use super::harness::limiter::{Limiter, Limits};
 use super::harness::measure::{self, Bulk, BulkResult, Timeline, Way};
 use super::harness::paths::Load;
@@ -113,7 +113,7 @@ fn cells(rounds: &[Round], limit: u64) -> Vec<String> {
     };
     let rate = |round: &Round| round.result.timeline.steady_rate();
     let latency =
-        |round: &Round| round.result.latency.map_or([f64::NAN; 2], |latency| [latency.p50_us, latency.p99_us]);
+        |round: &Round| round.result.latency.as_ref().map_or([f64::NAN; 2], |latency| [latency.p50_us, latency.p99_us]);
     vec![
         of(&|round| rate(round) / limit as f64, &|part| format!("{part:.3}")),
         of(&|round| round.result.retransmits as f64, &|count| count.to_string()),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::harness::Result;
 use super::harness::limiter::Limits;
-use super::harness::measure::{self, Bulk, Chatter, Timeline, Times};
+use super::harness::measure::{self, Bulk, Chatter, Times};
 use super::harness::table;
 use super::harness::web::{self, Web, WebResult};
 use super::{Options, Table, Title, bulk_cells, latency_cells};
@@ -60,7 +60,8 @@ fn every(limits: &[u64], sizes: &[usize], clients: &[usize]) -> Vec<(u64, usize,
 
 fn web_cells(result: &WebResult, seconds: f64) -> Vec<String> {
     let clients = &result.clients;
-    let mut cells = vec![format!("{:.0}", clients.responses as f64 / seconds), spread(&result.timeline, seconds)];
+    let mut cells =
+        vec![format!("{:.0}", clients.responses as f64 / seconds), spread(&result.timeline.each_second(seconds))];
     cells.extend([&clients.from_request, &clients.from_connect].into_iter().flat_map(times_cells));
     cells.push(table::millis(result.longest_us()));
     cells.extend(result.latency.iter().flat_map(latency_cells));
@@ -70,16 +71,19 @@ fn web_cells(result: &WebResult, seconds: f64) -> Vec<String> {
     cells
 }
 
-fn times_cells(times: &Times) -> Vec<String> {
+pub fn times_cells(times: &Times) -> Vec<String> {
     [times.p50_us, times.p99_us].map(table::millis).to_vec()
 }
 
 /// The least and the most of a second, after the first.
-fn spread(timeline: &Timeline, seconds: f64) -> String {
-    let rates = timeline.each_second(seconds);
-    let after_the_first = rates.get(1..).unwrap_or_default();
-    let least = after_the_first.iter().copied().fold(f64::INFINITY, f64::min);
-    let most = after_the_first.iter().copied().fold(0.0, f64::max);
+pub fn spread(seconds: &[f64]) -> String {
+    least_and_most(seconds.get(1..).unwrap_or_default())
+}
+
+/// The least and the most of some rates.
+pub fn least_and_most(rates: &[f64]) -> String {
+    let least = rates.iter().copied().fold(f64::INFINITY, f64::min);
+    let most = rates.iter().copied().fold(0.0, f64::max);
     format!("{:.2} .. {}", least / 1e6, table::rate(most))
 }
 
@@ -92,7 +96,8 @@ pub fn mptcp(options: &Options, table: &mut Table) -> Result<Title> {
                 let bulk = Bulk { mptcp: true, ..options.bulk(flows, None, limit) };
                 table.row(options, &labels, limiter, options.limits(limit), |pod| {
                     let result = measure::bulk(pod, &bulk)?;
-                    Ok([vec![spread(&result.timeline, options.seconds)], bulk_cells(&result, Some(limit))].concat())
+                    Ok([vec![spread(&result.timeline.each_second(options.seconds))], bulk_cells(&result, Some(limit))]
+                        .concat())
                 })?;
             }
         }
@@ -128,7 +133,7 @@ pub fn chatter(options: &Options, table: &mut Table) -> Result<Title> {
                     table.row(options, &labels, limiter, limits, |pod| {
                         let result = measure::bulk(pod, &bulk)?;
                         let late = result.chatter.as_ref().map_or_else(|| vec![table::NONE.into(); 2], times_cells);
-                        let spread = vec![spread(&result.timeline, options.seconds)];
+                        let spread = vec![spread(&result.timeline.each_second(options.seconds))];
                         Ok([spread, bulk_cells(&result, Some(limit)), late].concat())
                     })?;
                 }

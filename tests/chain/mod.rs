@@ -3,6 +3,8 @@
 //! The machine may be small and busy: the bounds are wide and each message has the number that was measured. `tests/run bench`
 //! holds the narrow ones.
 
+/// Calls and names beside bulk flows, which may not wait for these.
+mod beside;
 /// Bytes and packets: what the programs count is what a receiver gets.
 mod counters;
 /// Flows that are not the usual ones: very many, very slow, with small segments, with traffic against the stream.

@@ -184,8 +184,8 @@ fn cells(row: &Row, limit: u64) -> Vec<String> {
         or_none((*limiter != Limiter::Bare).then(|| table::percent(*wire_bits_per_s, limit))),
         table::rate(*first_second_bits_per_s),
         retransmits.to_string(),
-        or_none(reply.map(|reply| table::millis(reply.p50_us))),
-        or_none(reply.map(|reply| table::millis(reply.p99_us))),
+        or_none(reply.as_ref().map(|reply| table::millis(reply.p50_us))),
+        or_none(reply.as_ref().map(|reply| table::millis(reply.p99_us))),
         or_none(add_ms.map(|ms| format!("{ms:.1} ms"))),
         or_none(del_ms.map(|ms| format!("{ms:.1} ms"))),
     ]

@@ -1,28 +1,40 @@
-//! What is compared: a pod without a limit, one with podshaper, one with the bandwidth plugin, one whose senders limit themselves.
+//! What is compared: a pod without a limit, with podshaper, and with what else people would use.
 
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::cni::Chain;
 use super::host::{bandwidth_plugin, podshaper_plugin};
+use super::peers;
 use super::pod::Pod;
 use super::{Context, Failure, Result, podshaper_program};
 
 /// The bandwidth plugin's own default burst, 2^31-1 bits, is two seconds at 1 Gbit/s: this one makes it limit at all.
 const BANDWIDTH_BURST_BITS: u64 = 1_000_000;
 
-/// What follows the bridge in the chain.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
-#[serde(rename_all = "lowercase")]
+/// What limits a pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
 pub enum Limiter {
     Bare,
     Podshaper,
     /// podshaper that leaves other paths than the pod's sockets alone.
     OwnSockets,
     Bandwidth,
+    /// The same with the burst of a pod that asks for none, 2^31-1 bits.
+    BandwidthAsKubelet,
+    /// The plugin of a newer version, as [`Programs::newer_bandwidth`] has it.
+    BandwidthNewer,
+    /// Cilium's bandwidth manager: departure times and fq; what comes in is dropped beyond a bucket.
+    Edt,
+    /// htb with fq_codel below.
+    FqCodel,
+    Cake,
+    /// A token bucket at the hooks of the pod's cgroup, which drops.
+    Policer,
     /// None: each bulk flow's own SO_MAX_PACING_RATE is its share of the limit. What replies wait for then is the machine.
     Senders,
 }
@@ -38,6 +50,20 @@ impl Limiter {
     /// Those that stand in a chain, and none.
     pub const ALL: [Self; 3] = [Self::Bare, Self::Podshaper, Self::Bandwidth];
 
+    /// All that are compared.
+    pub const PEERS: [Self; 10] = [
+        Self::Bare,
+        Self::Podshaper,
+        Self::Bandwidth,
+        Self::BandwidthAsKubelet,
+        Self::BandwidthNewer,
+        Self::Edt,
+        Self::FqCodel,
+        Self::Cake,
+        Self::Policer,
+        Self::Senders,
+    ];
+
     /// As a table calls it.
     pub fn title(self) -> &'static str {
         match self {
@@ -45,6 +71,12 @@ impl Limiter {
             Self::Podshaper => "podshaper",
             Self::OwnSockets => "podshaper, otherPaths false",
             Self::Bandwidth => "bandwidth plugin, burst 1 Mbit",
+            Self::BandwidthAsKubelet => "bandwidth plugin, no burst given",
+            Self::BandwidthNewer => "bandwidth plugin of Debian sid, burst 1 Mbit",
+            Self::Edt => "Cilium's scheme: departure times, fq",
+            Self::FqCodel => "htb + fq_codel",
+            Self::Cake => "cake",
+            Self::Policer => "policer in cgroup_skb",
             Self::Senders => "none, senders pace themselves",
         }
     }
@@ -52,35 +84,46 @@ impl Limiter {
     /// The plugin this adds to the chain.
     pub fn plugin(self) -> Option<&'static str> {
         match self {
-            Self::Bare | Self::Senders => None,
+            Self::Bare | Self::Senders | Self::Edt | Self::FqCodel | Self::Cake | Self::Policer => None,
             Self::Podshaper | Self::OwnSockets => Some("podshaper"),
-            Self::Bandwidth => Some("bandwidth"),
+            Self::Bandwidth | Self::BandwidthAsKubelet | Self::BandwidthNewer => Some("bandwidth"),
         }
     }
 
     /// Adds the pod to its node's network, limited this way.
     pub fn add(self, pod: &mut Pod, limits: Limits, programs: &Programs) -> Result<()> {
         let bridge = pod.host.bridge_chain()?;
-        let burst = (self == Self::Bandwidth).then_some(BANDWIDTH_BURST_BITS);
+        let burst = matches!(self, Self::Bandwidth | Self::BandwidthNewer).then_some(BANDWIDTH_BURST_BITS);
         pod.offer_bandwidth(limits.egress, limits.ingress, burst);
         let chain: Chain = match self {
-            Self::Bare | Self::Senders => bridge,
+            Self::Bare | Self::Senders | Self::Edt | Self::FqCodel | Self::Cake | Self::Policer => bridge,
             Self::Podshaper => bridge.then(podshaper_plugin()).with_dir(programs.directory()?),
             Self::OwnSockets => {
                 let mut plugin = podshaper_plugin();
                 plugin["otherPaths"] = json!(false);
                 bridge.then(plugin).with_dir(programs.directory()?)
             }
-            Self::Bandwidth => bridge.then(bandwidth_plugin()),
+            Self::Bandwidth | Self::BandwidthAsKubelet => bridge.then(bandwidth_plugin()),
+            Self::BandwidthNewer => bridge.then(bandwidth_plugin()).with_dir(programs.newer_bandwidth()?),
         };
-        pod.add(&chain).map(drop)
+        pod.add(&chain)?;
+        peers::limit(self, pod, limits)
+    }
+
+    /// What it needs and this machine has not.
+    pub fn missing(self, programs: &Programs) -> Option<String> {
+        match self {
+            Self::BandwidthNewer => programs.newer_bandwidth().err().map(|error| error.to_string()),
+            _ => peers::missing(self),
+        }
     }
 }
 
-/// Where the plugin to measure is.
+/// Where the plugins to measure are.
 #[derive(Clone, Debug, Default)]
 pub struct Programs {
     podshaper_dir: Option<PathBuf>,
+    newer_bandwidth_dir: Option<PathBuf>,
 }
 
 impl Programs {
@@ -88,6 +131,17 @@ impl Programs {
     pub fn directory(&self) -> Result<&Path> {
         let directory = self.podshaper_dir.as_deref();
         directory.ok_or_else(|| Failure::new("podshaper was not among the limiters looked for"))
+    }
+
+    /// The directory of a bandwidth plugin that is not the installed one.
+    pub fn newer_bandwidth(&self) -> Result<&Path> {
+        let directory = self.newer_bandwidth_dir.as_deref();
+        directory.ok_or_else(|| Failure::new("no bandwidth plugin of another version was fetched"))
+    }
+
+    /// The same with another bandwidth plugin beside the installed one.
+    pub fn with_newer_bandwidth(self, newer_bandwidth_dir: Option<PathBuf>) -> Self {
+        Self { newer_bandwidth_dir, ..self }
     }
 
     /// Looks for what these limiters need before anything is measured: the `podshaper` named, or the one of this build.
@@ -105,6 +159,6 @@ impl Programs {
                 program.display()
             )));
         }
-        Ok(Self { podshaper_dir: program.parent().map(PathBuf::from) })
+        Ok(Self { podshaper_dir: program.parent().map(PathBuf::from), ..Self::default() })
     }
 }

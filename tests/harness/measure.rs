@@ -1,6 +1,7 @@
 //! Sends traffic between a pod and its node and says what arrived, and how long small replies took meanwhile.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -13,6 +14,7 @@ use super::host::Host;
 use super::netns::Netns;
 use super::pod::Pod;
 use super::process::Running;
+use super::remote::Remote;
 pub use super::timeline::Timeline;
 use super::{Context, Failure, Result, traffic_program};
 
@@ -28,7 +30,8 @@ pub fn alone() -> MutexGuard<'static, ()> {
 const GRACE: Duration = Duration::from_secs(30);
 
 /// Which way the traffic goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Way {
     /// From the pod to its node's address: the pod's egress.
     Out,
@@ -145,17 +148,22 @@ impl Default for Udp {
 }
 
 /// What `traffic ask` reports.
-#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Latency {
     pub count: u64,
+    /// Datagrams that had no answer in time.
+    #[serde(default)]
+    pub lost: u64,
     pub p50_us: f64,
     pub p50_of_time_us: f64,
     pub p99_us: f64,
     pub max_us: f64,
+    /// The percentiles from 0 to 100.
+    pub percentiles_us: Vec<f64>,
 }
 
 /// Percentiles of times.
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
 pub struct Times {
     pub p50_us: f64,
     pub p99_us: f64,
@@ -163,7 +171,7 @@ pub struct Times {
 }
 
 /// What [`bulk`] found.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 pub struct BulkResult {
     pub timeline: Timeline,
     pub retransmits: u64,
@@ -173,7 +181,7 @@ pub struct BulkResult {
 }
 
 /// What [`udp`] found.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 pub struct UdpResult {
     pub timeline: Timeline,
     /// Packets the sender's socket took.
@@ -187,6 +195,12 @@ pub fn ask_pause(limit_bits_per_s: u64) -> Duration {
     const REQUEST_WIRE_BITS: u64 = (100 + 52) * 8;
     let twentieth = Duration::from_micros(REQUEST_WIRE_BITS * 1_000_000 / (limit_bits_per_s / 20).max(1));
     twentieth.max(Duration::from_millis(1))
+}
+
+/// Bytes per second that a flow may pace itself at for all of them to have the limit on the wire. What TCP paces is payload
+/// (`tcp_update_skb_after_send`): 1448 bytes in a packet of 1500.
+pub fn pacing_rate(limit: u64, flows: usize) -> u64 {
+    limit / 8 / flows as u64 * 1448 / 1500
 }
 
 /// Small requests, alone on the link.
@@ -345,14 +359,19 @@ pub fn pings(pod: &Pod, seconds: f64) -> Result<()> {
 
 /// What an interface receives at layer 3 while `send` sends.
 pub fn watched(netns: &Netns, interface: &str, seconds: f64, send: impl FnOnce() -> Result<()>) -> Result<Timeline> {
-    let mut watch = netns.command(traffic_program()?);
-    watch.args(["watch", "--interface", interface, "--seconds", &seconds.to_string()]);
-    let (watching, line) = Running::start_until_it_says(&mut watch)?;
-    if line != "watching" {
-        return Err(Failure::new(line));
-    }
+    let watching = start_watching(netns, interface, seconds)?;
     send()?;
     parse(watching.json(limit(seconds))?)
+}
+
+/// Watches an interface for so long from the first large packet on.
+pub(super) fn start_watching(netns: &Netns, interface: &str, seconds: f64) -> Result<Running> {
+    let mut watch = netns.command(traffic_program()?);
+    watch.args(["watch", "--interface", interface, "--seconds", &seconds.to_string()]);
+    match Running::start_until_it_says(&mut watch)? {
+        (watching, line) if line == "watching" => Ok(watching),
+        (_, line) => Err(Failure::new(line)),
+    }
 }
 
 /// One flow from the pod which the node opened; SO_MAX_PACING_RATE, in bytes per second, was set on the listening socket.
@@ -427,6 +446,8 @@ pub(super) struct Asking {
     pub mptcp: bool,
     /// Each request on a connection of its own.
     pub anew: bool,
+    /// Each request a datagram from a socket of its own.
+    pub datagrams: bool,
 }
 
 /// The two ends of a measurement and the receiving one's address.
@@ -435,7 +456,7 @@ pub(super) struct Ends<'a> {
     way: Way,
     to: IpAddr,
     by: Option<IpAddr>,
-    traffic: std::path::PathBuf,
+    program: PathBuf,
 }
 
 impl<'a> Ends<'a> {
@@ -445,11 +466,16 @@ impl<'a> Ends<'a> {
             Way::Within if ipv6 => Some(Ipv6Addr::LOCALHOST.into()),
             Way::Within => Some(Ipv4Addr::LOCALHOST.into()),
             Way::Out if ipv6 => Some(pod.host.gateway_v6()),
-            Way::Out => Some(pod.host.gateway_v4()),
+            Way::Out => Some(pod.remote.as_ref().map_or(pod.host.gateway_v4(), Remote::address)),
             Way::In => pod.addresses().into_iter().find(|address| address.is_ipv6() == ipv6),
         };
         let to = to.ok_or_else(|| Failure::new("a pod without an address: add it to a network first"))?;
-        Ok(Self { pod, way, to, by: None, traffic: traffic_program()? })
+        Ok(Self { pod, way, to, by: None, program: traffic_program()? })
+    }
+
+    /// The same ends of another program than `traffic`.
+    pub(super) fn with(self, program: PathBuf) -> Self {
+        Self { program, ..self }
     }
 
     /// Where the sender finds a server of the receiving end.
@@ -469,19 +495,19 @@ impl<'a> Ends<'a> {
     }
 
     fn command(&self, in_pod: bool, subcommand: &str) -> Result<Command> {
-        let mut command = if in_pod { self.pod.command(&self.traffic)? } else { self.pod.host.command(&self.traffic) };
+        let mut command = if in_pod { self.pod.command(&self.program)? } else { self.pod.other_end(&self.program) };
         command.arg(subcommand);
         Ok(command)
     }
 
     /// The one that answers has to be kept until the one that asks has ended.
     pub(super) fn start_asking(&self, asking: &Asking) -> Result<(Running, Running)> {
-        let Asking { seconds, uncounted, pause, mptcp, anew } = asking;
-        let mptcp = mptcp.then_some("--mptcp");
-        let (echo, address) = Running::start_server(self.receiver("echo")?.args(mptcp))?;
+        let Asking { seconds, uncounted, pause, mptcp, anew, datagrams } = asking;
+        let (mptcp, datagrams) = (mptcp.then_some("--mptcp"), datagrams.then_some("--datagrams"));
+        let (echo, address) = Running::start_server(self.receiver("echo")?.args(mptcp).args(datagrams))?;
         let mut ask = self.sender("ask")?;
         ask.args(["--to", &self.reach(address), "--seconds", &(seconds + uncounted).to_string()]).args(mptcp);
-        ask.args(anew.then_some("--anew"));
+        ask.args(anew.then_some("--anew")).args(datagrams);
         ask.args(["--interval-us", &pause.as_micros().to_string(), "--uncounted", &uncounted.to_string()]);
         Ok((echo, Running::start(&mut ask)?))
     }

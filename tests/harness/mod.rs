@@ -6,19 +6,26 @@
 //!
 //! Everything here returns [`Result`], so that the demo can clean up after any error; a test unwraps. It needs root, and the
 //! programs of iproute2 and util-linux.
-#![allow(dead_code, reason = "the tests, the demo and the benchmark each use a part")]
+#![allow(dead_code, reason = "the tests, the demo, the benchmark and the report each use a part")]
 
-pub mod api;
+pub mod apps;
+pub mod beside;
 pub mod cgroup;
 pub mod cni;
+pub mod cpu;
 pub mod host;
+pub mod idle;
 pub mod limiter;
 pub mod measure;
 pub mod meter;
 pub mod netns;
 pub mod paths;
+pub mod peers;
 pub mod pod;
 pub mod process;
+pub mod quic;
+pub mod remote;
+pub mod seen;
 pub mod table;
 mod timeline;
 pub mod web;
@@ -108,9 +115,17 @@ pub fn note(line: impl fmt::Display) {
     let _ = writeln!(io::stderr(), "{line}");
 }
 
-/// The `traffic` example of this build: beside the demo, and above a test's directory.
+/// The `traffic` example of this build: beside the demo, above a test's directory, and below the report's.
 pub fn traffic_program() -> Result<PathBuf> {
-    beside(&["traffic", "../examples/traffic"], "the traffic tool; build it with `cargo build --example traffic`")
+    beside(
+        &["traffic", "../examples/traffic", "examples/traffic"],
+        "the traffic tool; build it with `cargo build --example traffic`",
+    )
+}
+
+/// The `quic` program of this build, which is a package of its own.
+pub fn quic_program() -> Result<PathBuf> {
+    beside(&["../quic", "quic"], "the quic tool; build it with `cargo build --package quic`")
 }
 
 /// The plugin of this build, where cargo puts it seen from an example or a test.

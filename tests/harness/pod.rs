@@ -1,5 +1,6 @@
 //! A throw-away pod: what kubelet and the runtime make before a CNI plugin is called, and the calls they make.
 
+use std::any::Any;
 use std::ffi::OsStr;
 use std::fs;
 use std::net::IpAddr;
@@ -12,6 +13,7 @@ use super::cgroup::{self, Driver, PodCgroup};
 use super::cni::{Call, Chain, Cni};
 use super::host::Host;
 use super::netns::Netns;
+use super::remote::Remote;
 use super::{Context, Failure, Result, note, unique};
 
 /// The interface the runtime asks for.
@@ -30,6 +32,10 @@ pub struct Pod<'host> {
     pub calls: Vec<Call>,
     pub netns: Netns,
     pub cgroup: PodCgroup,
+    /// Where the pod's traffic goes to and comes from, if that is not its node.
+    pub remote: Option<Remote>,
+    /// What has to live as long as the pod.
+    kept: Vec<Box<dyn Any + Send + Sync>>,
     /// The chain that was added, with its last result: what a runtime keeps on disk for DEL.
     added: Option<(Chain, Option<Value>)>,
 }
@@ -45,7 +51,9 @@ impl<'host> Pod<'host> {
         let cgroup = PodCgroup::new(cgroup::mount()?.join(path.trim_start_matches('/')))?;
         let netns = Netns::new(&name)?;
         let offers = Map::from_iter([("cgroupPath".to_owned(), json!(path))]);
-        Ok(Self { host, name, uid, container_id: container_id()?, offers, calls: vec![], netns, cgroup, added: None })
+        let container_id = container_id()?;
+        let (calls, kept) = (vec![], vec![]);
+        Ok(Self { host, name, uid, container_id, offers, calls, netns, cgroup, remote: None, kept, added: None })
     }
 
     /// Makes the runtime offer `value` to plugins with the capability `name`.
@@ -130,6 +138,26 @@ impl<'host> Pod<'host> {
     /// The last call of a plugin with a verb.
     pub fn last_call(&self, plugin: &str, verb: &str) -> Option<&Call> {
         self.calls.iter().rev().find(|call| call.plugin() == plugin && call.verb() == verb)
+    }
+
+    /// Keeps something for as long as the pod is there.
+    pub fn keep(&mut self, what: impl Any + Send + Sync) {
+        self.kept.push(Box::new(what));
+    }
+
+    /// The node's end of the pod's first interface, as the bridge plugin has said.
+    pub fn host_end(&self) -> Result<String> {
+        let added = self.last_call("bridge", "ADD").map(Call::json).transpose()?;
+        let name = added.as_ref().and_then(|result| result["interfaces"][1]["name"].as_str());
+        name.map(String::from).ok_or_else(|| Failure::new("the bridge plugin has named no end on the host"))
+    }
+
+    /// A command at the other end of the pod's traffic: on its node, or on the remote.
+    pub fn other_end(&self, program: impl AsRef<OsStr>) -> Command {
+        match &self.remote {
+            Some(remote) => remote.netns.command(program),
+            None => self.host.command(program),
+        }
     }
 
     /// The pod's addresses, IPv4 first, from the result of ADD.

@@ -1,9 +1,9 @@
 //! What arrived, and when.
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 /// What arrived, cumulative; as the sinks of `traffic` report it.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Timeline {
     pub sample_us: Vec<u64>,
     /// None where an interface was watched, whose packets are not looked into.
@@ -40,6 +40,15 @@ impl Timeline {
     /// Wire bits per second in each whole second of the first `seconds`.
     pub fn each_second(&self, seconds: f64) -> Vec<f64> {
         (0..seconds as u32).map(|second| self.wire_rate(f64::from(second), f64::from(second + 1))).collect()
+    }
+
+    /// Wire bits per second in the busiest second after the first, wherever between two samples of the first `seconds` it begins.
+    pub fn busiest_second(&self, seconds: f64) -> f64 {
+        // Between two samples: a sum of two fractions is not quite the time of the sample that is meant.
+        const BEFORE: f64 = 0.01;
+        let starts = self.sample_us.iter().map(|us| *us as f64 / 1e6);
+        let starts = starts.filter(|start| *start > 1.0 - BEFORE && *start + 1.0 < seconds + BEFORE);
+        starts.map(|start| self.wire_rate(start - BEFORE, start + 1.0 - BEFORE)).fold(0.0, f64::max)
     }
 
     pub fn first_second(&self) -> f64 {

@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::thread;
 use std::time::Duration;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::measure::{self, Asking, Bulk, BulkResult, Ends, Latency, Timeline, Times, Way, limit, number, parse};
-use super::netns::Netns;
 use super::pod::Pod;
 use super::process::Running;
-use super::{Context, Failure, Result, traffic_program, unique};
+use super::remote::Remote;
+use super::{Context, Failure, Result, traffic_program};
 
 /// How long the connection that asks beside them has been in use when the others begin.
 const ASKED_BEFORE: Duration = Duration::from_millis(300);
@@ -53,7 +53,7 @@ impl Default for Web {
 }
 
 /// What `traffic web-get` reports.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Responses {
     pub responses: u64,
     /// Requests without a response, by the error's name.
@@ -68,7 +68,7 @@ pub struct Responses {
 }
 
 /// What [`web`] found.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 pub struct WebResult {
     /// What the namespace received that the data goes to. Its wire bytes are all traffic that way; its payload is the clients' alone.
     pub timeline: Timeline,
@@ -97,10 +97,10 @@ pub fn web(pod: &Pod, options: &Web) -> Result<WebResult> {
     prepare(pod)?;
     let (server, address) =
         Running::start_server(ends.receiver("web-serve")?.args(["--seconds", &seconds.to_string()]))?;
-    let away = away.then(|| behind_a_router(pod)).transpose()?;
+    let away = away.then(|| Remote::new(pod)).transpose()?;
     let mut get = match &away {
-        Some(netns) => {
-            let mut get = netns.command(traffic_program()?);
+        Some(remote) => {
+            let mut get = remote.netns.command(traffic_program()?);
             get.arg("web-get");
             get
         }
@@ -140,9 +140,9 @@ pub fn web(pod: &Pod, options: &Web) -> Result<WebResult> {
 pub fn ask_beside_knocks(pod: &Pod, per_second: u32, seconds: f64, pause: Duration) -> Result<Latency> {
     let ends = Ends::new(pod, Way::In, false, None)?;
     let (_echo, address) = Running::start_server(&mut ends.receiver("echo")?)?;
-    let away = behind_a_router(pod)?;
+    let away = Remote::new(pod)?;
     let start = |arguments: &[&str]| {
-        let mut command = away.command(traffic_program()?);
+        let mut command = away.netns.command(traffic_program()?);
         command.args(arguments).args(["--to", &address.to_string(), "--seconds", &seconds.to_string()]);
         Running::start(&mut command)
     };
@@ -151,23 +151,6 @@ pub fn ask_beside_knocks(pod: &Pod, per_second: u32, seconds: f64, pause: Durati
     let latency = parse(asking.json(limit(seconds))?)?;
     knocking.text(limit(seconds))?;
     Ok(latency)
-}
-
-/// A namespace from which the pod is reached through its node, which forwards.
-fn behind_a_router(pod: &Pod) -> Result<Netns> {
-    let netns = Netns::new(&unique("away"))?;
-    let node = &pod.host.netns;
-    node.run("ip", &["link", "add", "podshaper-away", "type", "veth", "peer", "name", "eth0", "netns", netns.name()])?;
-    node.run("ip", &["addr", "add", "192.168.77.1/24", "dev", "podshaper-away"])?;
-    node.run("ip", &["link", "set", "podshaper-away", "up"])?;
-    node.run("sysctl", &["-q", "net.ipv4.ip_forward=1"])?;
-    netns.run("ip", &["addr", "add", "192.168.77.2/24", "dev", "eth0"])?;
-    netns.run("ip", &["link", "set", "eth0", "up"])?;
-    netns.run("ip", &["route", "add", "default", "via", "192.168.77.1"])?;
-    // The bridge plugin gives a pod the route to its own subnet.
-    let gateway = pod.host.gateway_v4().to_string();
-    pod.netns.run("ip", &["route", "add", "192.168.77.0/24", "via", &gateway])?;
-    Ok(netns)
 }
 
 /// Ports for some hundred thousand connections: those of the last minute are taken again.

@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 
 use super::sync::{EGRESS, INGRESS, Node, list, on_a_node};
 use super::{call, listed, says};
+use crate::api::{ApiServer, Reply};
 use crate::chain::MBIT;
-use crate::harness::api::{ApiServer, Reply};
 use crate::harness::measure;
 use crate::harness::process;
 use crate::sandbox::{Sandbox, netns_with_host_end, ok, refused, within};

@@ -12,8 +12,8 @@ use tempfile::TempDir;
 
 use super::scale::{slowness, walk};
 use super::{alone, call, listed, says};
+use crate::api::{ApiServer, Reply};
 use crate::chain::{Bed, MBIT};
-use crate::harness::api::{ApiServer, Reply};
 use crate::harness::limiter::Limiter;
 use crate::harness::measure::{self, Bulk};
 use crate::harness::meter;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::sockets::Protocol;
-use super::times::{Times, median_of_time};
+use super::times::{Times, median_of_time, percentiles};
 use super::{context, say_listening, seconds};
 
 /// Bytes of a request and of a reply.
@@ -56,10 +56,13 @@ pub struct Ask {
 #[derive(Serialize)]
 pub struct AskReport {
     count: usize,
+    /// Datagrams that had no answer in time. Such a request is as long as it took to be answered at the second try, or to give up.
+    lost: u64,
     /// Half of all the time that was spent waiting passed in waits of at least this.
     p50_of_time_us: f64,
     #[serde(flatten)]
     times: Times,
+    percentiles_us: Vec<f64>,
 }
 
 pub fn echo(options: &Echo) -> io::Result<()> {
@@ -104,13 +107,22 @@ fn ask_by(stream: &mut TcpStream, message: &mut [u8]) -> io::Result<()> {
     stream.read_exact(message).map_err(context("wait for a reply"))
 }
 
-/// A resolver's: it waits five seconds.
-fn ask_by_datagram(to: SocketAddr, message: &mut [u8]) -> io::Result<()> {
+/// As a resolver asks (`timeout:5 attempts:2` is its default); how many datagrams had no answer in time.
+fn look_up(to: SocketAddr, message: &mut [u8]) -> io::Result<u64> {
+    const TIMEOUT: Duration = Duration::from_secs(5);
+    const ATTEMPTS: u64 = 2;
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
     socket.connect(to)?;
-    socket.set_read_timeout(Some(Duration::from_secs(5)))?;
-    socket.send(message).map_err(context("send a request"))?;
-    socket.recv(message).map_err(context("wait for a reply")).map(drop)
+    socket.set_read_timeout(Some(TIMEOUT))?;
+    for lost in 0..ATTEMPTS {
+        socket.send(message).map_err(context("send a request"))?;
+        match socket.recv(message) {
+            Ok(_) => return Ok(lost),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(context("wait for a reply")(error)),
+        }
+    }
+    Ok(ATTEMPTS)
 }
 
 pub fn ask(options: &Ask) -> io::Result<AskReport> {
@@ -122,14 +134,14 @@ pub fn ask(options: &Ask) -> io::Result<AskReport> {
     let mut stream = if options.datagrams || options.anew { None } else { Some(connect()?) };
     let pause = Duration::from_micros(options.interval_us);
     let mut message = [0; MESSAGE_BYTES];
-    let mut times = Vec::new();
+    let (mut times, mut lost) = (Vec::new(), 0);
     let start = Instant::now();
     while start.elapsed() < options.seconds {
         let sent = Instant::now();
         match &mut stream {
             Some(stream) => ask_by(stream, &mut message)?,
             None if options.anew => ask_by(&mut connect()?, &mut message)?,
-            None => ask_by_datagram(options.to, &mut message)?,
+            None => lost += look_up(options.to, &mut message)?,
         }
         if sent - start >= options.uncounted {
             times.push(sent.elapsed());
@@ -138,5 +150,11 @@ pub fn ask(options: &Ask) -> io::Result<AskReport> {
             thread::sleep(pause);
         }
     }
-    Ok(AskReport { count: times.len(), p50_of_time_us: median_of_time(&times), times: Times::of(times) })
+    Ok(AskReport {
+        count: times.len(),
+        lost,
+        p50_of_time_us: median_of_time(&times),
+        percentiles_us: percentiles(&times),
+        times: Times::of(times),
+    })
 }

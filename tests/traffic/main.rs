@@ -16,6 +16,7 @@ mod sockets;
 mod sources;
 mod times;
 mod udp;
+mod voice;
 mod watch;
 mod web;
 mod wire;
@@ -51,6 +52,10 @@ enum Command {
     Echo(ask::Echo),
     /// Send requests one after the other and time every reply
     Ask(ask::Ask),
+    /// Answer calls, which `traffic voice-call` makes
+    VoiceAnswer(Receive),
+    /// Speak and hear: a stream of 64 kbit/s each way for each call
+    VoiceCall(voice::Call),
     /// Answer short requests, each with as much as it asks for
     WebServe(Receive),
     /// Ask in a closed loop, on connections that are short or kept, and time every response
@@ -90,6 +95,8 @@ fn main() -> ExitCode {
         Command::Frames(options) => frames::send(&options).and_then(print),
         Command::Echo(options) => ask::echo(&options),
         Command::Ask(options) => ask::ask(&options).and_then(print),
+        Command::VoiceAnswer(options) => voice::answer(&options).and_then(print),
+        Command::VoiceCall(options) => voice::call(&options).and_then(print),
         Command::WebServe(options) => web::serve(&options).and_then(print),
         Command::WebGet(options) => web::get(&options).and_then(print),
         Command::Knock(options) => knock::knock(&options),

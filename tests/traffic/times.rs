@@ -18,6 +18,13 @@ impl Times {
     }
 }
 
+/// The percentiles from 0 to 100.
+pub fn percentiles(times: &[Duration]) -> Vec<f64> {
+    let mut sorted = times.to_vec();
+    sorted.sort_unstable();
+    (0..=100).map(|percent| percentile(&sorted, f64::from(percent) / 100.0)).collect()
+}
+
 /// The smallest time that `share` of all times do not exceed (nearest rank); 0 if there are none.
 fn percentile(sorted: &[Duration], share: f64) -> f64 {
     let rank = (sorted.len() as f64 * share).ceil() as usize;

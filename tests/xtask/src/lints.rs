@@ -12,23 +12,32 @@ use crate::summary::Outcome;
 
 /// Where cargo-deny is put if there is none: nothing is installed for it.
 const TOOLS: &str = "target/tools";
+/// Of the packages that are workspaces of their own.
+const BPF_MANIFESTS: &[&str] = &["bpf/Cargo.toml", "tests/report/bpf/Cargo.toml"];
 
 pub fn all(session: &Session, lane: &mut Lane) {
     lane.check("lint: rustfmt", command("cargo").args(["fmt", "--all", "--check"]));
-    lane.check("lint: rustfmt of bpf/", command("cargo").args(["fmt", "--manifest-path", "bpf/Cargo.toml", "--check"]));
+    for manifest in BPF_MANIFESTS {
+        let name = format!("lint: rustfmt of {manifest}");
+        lane.check(&name, command("cargo").args(["fmt", "--manifest-path", manifest, "--check"]));
+    }
     let clippy = ["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"];
     lane.check("lint: clippy", command("cargo").args(clippy));
-    of_bpf(lane, "lint: clippy of bpf/", "--can-clippy", "--clippy");
-    of_bpf(lane, "lint: the eBPF object is what its sources give", "--can-build", "--check");
+    for (directory, of) in [("bpf", ""), ("tests/report/bpf", " of tests/report/bpf")] {
+        let build = format!("{directory}/build");
+        of_bpf(lane, &format!("lint: clippy of {directory}"), &build, ["--can-clippy", "--clippy"]);
+        let object = format!("lint: the eBPF object{of} is what its sources give");
+        of_bpf(lane, &object, &build, ["--can-build", "--check"]);
+    }
     shellcheck(lane);
     deny(session, lane);
     oldest_rust(lane);
 }
 
-/// A check by bpf/build, where it has the compiler that the check takes.
-fn of_bpf(lane: &mut Lane, name: &str, whether: &str, check: &str) {
-    match printed_by(command("bpf/build").arg(whether)) {
-        Ok(_) => lane.check(name, command("bpf/build").arg(check)),
+/// A check by a package's `build`, where it has the compiler that the check takes.
+fn of_bpf(lane: &mut Lane, name: &str, build: &str, [whether, check]: [&str; 2]) {
+    match printed_by(command(build).arg(whether)) {
+        Ok(_) => lane.check(name, command(build).arg(check)),
         Err(why) => lane.note(name, Outcome::NotRun(why), Instant::now()),
     }
 }
@@ -86,9 +95,10 @@ fn deny(session: &Session, lane: &mut Lane) {
         }
         processes::add_to_path(&session.root.join(TOOLS).join("bin"));
     }
-    for (name, manifest) in [("lint: cargo-deny", "Cargo.toml"), ("lint: cargo-deny of bpf/", "bpf/Cargo.toml")] {
+    for manifest in [&["Cargo.toml"], BPF_MANIFESTS].concat() {
+        let name = &format!("lint: cargo-deny of {manifest}");
         let mut check = command("cargo-deny");
-        check.args(["--manifest-path", manifest, "--locked", "--config", ".cargo/deny.toml"]);
+        check.args(["--manifest-path", manifest, "--workspace", "--locked", "--config", ".cargo/deny.toml"]);
         lane.check(name, check.args(["check", "bans", "licenses", "sources"]));
     }
 }
@@ -168,6 +178,8 @@ mod tests {
         };
         let expected = lints("Cargo.toml", "[workspace.lints.clippy]");
         assert!(expected.len() > 3, "{expected:?}");
-        assert_eq!(lints("bpf/Cargo.toml", "[lints.clippy]"), expected);
+        for manifest in BPF_MANIFESTS {
+            assert_eq!(lints(manifest, "[lints.clippy]"), expected, "{manifest}");
+        }
     }
 }

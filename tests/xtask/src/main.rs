@@ -1,8 +1,8 @@
 //! What `tests/run` does: builds, runs the tests on this machine's kernel and on others, and sums up what came of each stage.
 //!
-//! [`plan`] says what is run, in which order, and what may be tried again. [`stages`], [`lints`] and [`nodes`] are the stages; [`lane`] runs
-//! them, [`output`] reads what they print, [`summary`] judges it. [`processes`] ends all on Ctrl-C. The kernels and nodes themselves are
-//! shell: tests/lab, tests/node.
+//! [`plan`] says what is run, in which order, and what may be tried again. [`stages`], [`lints`], [`nodes`] and [`report`] are the stages;
+//! [`lane`] runs them, [`output`] reads what they print, [`summary`] judges it. [`processes`] ends all on Ctrl-C. The kernels and nodes
+//! themselves are shell: tests/lab, tests/node.
 #![allow(clippy::print_stdout, reason = "a command of a person")]
 
 mod lane;
@@ -11,6 +11,7 @@ mod nodes;
 mod output;
 mod plan;
 mod processes;
+mod report;
 mod stages;
 mod summary;
 
@@ -38,6 +39,8 @@ tests/run lint            what the sources must fulfil: rustfmt, clippy, shellch
 tests/run demo [ARGS]     the README's table (--help shows its arguments)
 tests/run bench [ARGS]    the long one
 tests/run measurements [here|uml]   every table there is, as Markdown: each direction and protocol, here and in User Mode Linux
+tests/run report [--quick] [--out DIR]   podshaper beside what people would use instead, here and in User Mode Linux: tables and plots,
+                          in target/report if not in DIR; 40 minutes, --quick 3
 tests/run pictures        draws the README's pictures of list, show and top anew, of a real run
 
 What is missing of Debian's packages is installed, and said. The summary has each stage's time. Only tests that measure rates or times
@@ -65,6 +68,7 @@ const NEEDS_OF_APPS: &[&str] = &[
     "redis-server:redis-server",
     "redis-benchmark:redis-tools",
     "h2load:nghttp2-client",
+    "nghttpd:nghttp2-server",
 ];
 
 fn main() -> ExitCode {
@@ -83,6 +87,7 @@ fn main() -> ExitCode {
         "cluster" => run(Verb::Cluster),
         "lint" => run(Verb::Lint),
         "plain" => become_command(Command::new("cargo").args(["test", "--workspace"]).args(rest)),
+        "report" => report::report(rest),
         "demo" | "bench" | "pictures" | "measurements" => example(verb, rest),
         _ => {
             eprintln!("{USAGE}");
@@ -129,11 +134,16 @@ fn run(verb: Verb) -> Result<ExitCode, String> {
         }
     }
     // What was asked for by its name must have run.
-    let passed = summary::has_passed(&lane.lines, !matches!(verb, Verb::Short | Verb::Lint));
+    Ok(sum_up(&lane, !matches!(verb, Verb::Short | Verb::Lint), start))
+}
+
+/// Prints the summary.
+fn sum_up(lane: &Lane, everything: bool, start: Instant) -> ExitCode {
+    let passed = summary::has_passed(&lane.lines, everything);
     let lines: Vec<String> = lane.lines.iter().map(|line| format!("tests/run: {line}\n")).collect();
     let outcome = if passed { "passed" } else { "FAILED" };
     println!("\ntests/run: the summary:\n{}tests/run: {outcome}, in {} s", lines.concat(), start.elapsed().as_secs());
-    Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 /// Both lists of stages at the same time. The first one's output follows that of the second, which has the terminal.
@@ -156,11 +166,14 @@ fn example(verb: &str, arguments: &[String]) -> Result<ExitCode, String> {
     if verb == "pictures" {
         stages::need(&mut lane, &["tmux:tmux"])?;
     }
-    if arguments.iter().any(|argument| argument.split([',', '=']).any(|part| part == "apps")) {
+    let asks_for = |part| arguments.iter().any(|argument| argument.split([',', '=']).any(|asked| asked == part));
+    if asks_for("apps") {
         stages::need(&mut lane, NEEDS_OF_APPS)?;
     }
     let name = if verb == "measurements" { "bench" } else { verb };
-    let program = stages::example(name)?;
+    // Most of what tests/quic takes is a runtime, which nobody waits for who sends nothing by QUIC.
+    let packages: &[&str] = if asks_for("quic") { &["quic"] } else { &[] };
+    let program = stages::example(name, packages)?;
     match verb {
         "measurements" => become_command(Command::new("tests/bench/measurements").arg(program).args(arguments)),
         // In a bpffs of its own: other pods of this machine are not for a picture.

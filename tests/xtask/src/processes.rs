@@ -16,8 +16,8 @@ use nix::unistd::Pid;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-/// How long a group may take to end after SIGTERM: a kernel of tests/lab looks once a second.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a group may take to end after SIGTERM: a kernel of tests/lab looks once a second, and hundreds of pods are removed one by one.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The groups that run, and whether a signal has asked to stop.
 struct Running {

@@ -78,8 +78,11 @@ pub fn find_prometheus(lane: &mut Lane) -> Result<(), String> {
     Ok(())
 }
 
+/// tests/quic is the benchmark's alone, has no tests, and takes as long as a tenth of the rest.
+const WITHOUT_QUIC: &[&str] = &["--workspace", "--exclude", "quic"];
+
 pub fn build_debug(session: &Session, lane: &mut Lane) {
-    build(lane, "build", &["test", "--workspace", "--no-run"], &session.debug);
+    build(lane, "build", &[&["test", "--no-run"], WITHOUT_QUIC].concat(), &session.debug);
 }
 
 /// For whole suites: where each eBPF instruction is interpreted and each system call a switch of processes, there is no time for what is not
@@ -112,10 +115,11 @@ fn build(lane: &mut Lane, name: &str, arguments: &[&str], session: &OnceLock<Bui
     lane.note(name, outcome, start);
 }
 
-/// Builds an example, with podshaper and the other examples, which it calls; where it is.
-pub fn example(name: &str) -> Result<String, String> {
+/// Builds an example, with podshaper and the other examples, which it calls; where it is. `packages` are others whose programs it calls.
+pub fn example(name: &str, packages: &[&str]) -> Result<String, String> {
     let mut cargo = Command::new("cargo");
     cargo.args(["build", "--release", "--bins", "--examples", "--message-format=json-render-diagnostics"]);
+    cargo.args([&["podshaper"], packages].concat().iter().flat_map(|package| ["--package", package]));
     // Its messages go to the terminal, and Ctrl-C reaches it from there.
     let output = cargo.stderr(Stdio::inherit()).output().map_err(|error| format!("run cargo: {error}"))?;
     if !output.status.success() {
@@ -125,7 +129,7 @@ pub fn example(name: &str) -> Result<String, String> {
 }
 
 /// Where a program is, by cargo's messages.
-fn executable(messages: &str, kind: &str, name: &str) -> Result<String, String> {
+pub fn executable(messages: &str, kind: &str, name: &str) -> Result<String, String> {
     // The unit tests of a program have its name and kind.
     let is_it = |message: &Value| {
         let target = &message["target"];
@@ -163,7 +167,7 @@ pub fn functional_here(session: &Session, lane: &mut Lane) {
     if !session.everything {
         arguments.extend(skipping(MANY_PODS));
     }
-    let command = ["cargo", "test", "--workspace", "--no-fail-fast", "--locked", "--"];
+    let command = [&["cargo", "test"], WITHOUT_QUIC, &["--no-fail-fast", "--locked", "--"]].concat();
     lane.tests(&Tests { name: format!("this machine's kernel, {}", release()), command: &command, arguments });
 }
 

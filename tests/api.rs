@@ -14,7 +14,7 @@ use rustls::{RootCertStore, ServerConfig, ServerConnection, StreamOwned, Support
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::{Context, Result};
+use crate::harness::{Context, Result};
 
 /// What the server does with a request.
 #[derive(Clone, Debug)]

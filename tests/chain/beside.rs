@@ -1,0 +1,48 @@
+use std::time::Duration;
+
+use super::{Bed, MBIT};
+use crate::harness::beside::{self, Calls, Flows, Names};
+use crate::harness::limiter::Limits;
+use crate::harness::measure::Way;
+
+const RATE: u64 = 10 * MBIT;
+const LIMITS: Limits = Limits { egress: Some(RATE), ingress: Some(RATE) };
+/// Each way. A packet of each of them takes 10 ms of the link.
+const FLOWS: Flows = Flows { out: 8, into: 8 };
+/// A tenth of what the queue of a token bucket costs at this rate.
+const MOST_P99_US: f64 = 12_000.0;
+
+/// The sound of a call is a packet each 20 ms, both ways.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn calls_beside_bulk_flows_are_neither_lost_nor_late() {
+    const MOST_JITTER_US: f64 = 5_000.0;
+    for way in [Way::Out, Way::In] {
+        let bed = Bed::new();
+        let pod = bed.limited(LIMITS);
+        let result = beside::calls(&pod, &Calls { way, calls: 1, beside: FLOWS, seconds: 4.0 }).unwrap();
+        let text = format!("{way:?}: {result:?}");
+        eprintln!("{text}");
+        for streams in [result.out, result.into] {
+            assert!(streams.sent > 150 && streams.lost == 0, "{text}");
+            assert!(streams.delay.p99_us < MOST_P99_US && streams.jitter_us < MOST_JITTER_US, "{text}");
+        }
+    }
+}
+
+/// A resolver waits five seconds for what is lost.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn names_are_answered_at_once_beside_bulk_flows() {
+    const MOST_P50_US: f64 = 5_000.0;
+    const EACH: Duration = Duration::from_millis(10);
+    for way in [Way::Out, Way::In] {
+        let bed = Bed::new();
+        let pod = bed.limited(LIMITS);
+        let result = beside::names(&pod, &Names { way, pause: EACH, beside: FLOWS, seconds: 4.0 }).unwrap();
+        let (text, answers) = (format!("{way:?}: {result:?}"), result.answers);
+        eprintln!("{text}");
+        assert!(answers.count > 100 && answers.lost == 0, "{text}");
+        assert!(answers.p50_us < MOST_P50_US && answers.p99_us < MOST_P99_US, "{text}");
+    }
+}

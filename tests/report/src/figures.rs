@@ -1,0 +1,305 @@
+//! What the report shows: a section for each workload, with its plots and the columns of its table.
+
+use crate::harness::table;
+use crate::judge::Better;
+
+/// A section.
+pub struct Figure {
+    pub workload: &'static str,
+    pub title: &'static str,
+    /// What was done, and what the numbers are.
+    pub says: &'static str,
+    pub plots: &'static [Plot],
+    pub columns: &'static [Column],
+}
+
+/// A plot for each combination of the other parameters.
+pub enum Plot {
+    /// How many replies took no longer than that.
+    Cdf { series: &'static str, title: &'static str },
+    /// A number over a parameter.
+    Over { parameter: &'static str, metric: &'static str, title: &'static str },
+    /// Parts of the limit, each over a fifth of a second.
+    Steps { series: &'static str, title: &'static str },
+    /// A number for each value of a parameter that is no number.
+    Bars { parameter: &'static str, metric: &'static str, title: &'static str },
+}
+
+/// How a number is written.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Unit {
+    Percent,
+    Millis,
+    Count,
+    /// Jain's index.
+    Index,
+    Kib,
+    Seconds,
+    /// Bits per second.
+    Rate,
+}
+
+pub struct Column {
+    pub metric: &'static str,
+    pub title: &'static str,
+    pub unit: Unit,
+    pub better: Option<Better>,
+}
+
+const fn column(metric: &'static str, title: &'static str, unit: Unit, better: Option<Better>) -> Column {
+    Column { metric, title, unit, better }
+}
+
+const LIMIT: Option<Better> = Some(Better::Near(100.0));
+const LESS: Option<Better> = Some(Better::Less);
+const MORE: Option<Better> = Some(Better::More);
+
+const PERCENT: Column = column("percent", "of the limit", Unit::Percent, LIMIT);
+const FIRST_SECOND: Column = column("first_second_percent", "first second", Unit::Percent, LIMIT);
+const MOST: Column = column("most_second_percent", "largest later second", Unit::Percent, LIMIT);
+const LEAST: Column = column("least_second_percent", "least later second", Unit::Percent, LIMIT);
+const RETRANSMITS: Column = column("retransmits", "retransmits", Unit::Count, LESS);
+const JAIN: Column = column("jain", "Jain's index", Unit::Index, MORE);
+const CPU: Column = column("cpu_ms_per_gbit", "CPU of a Gbit", Unit::Millis, LESS);
+const REPLY_P50: Column = column("reply_p50_ms", "reply p50", Unit::Millis, LESS);
+const REPLY_P99: Column = column("reply_p99_ms", "reply p99", Unit::Millis, LESS);
+const REPLY_LONGEST: Column = column("reply_longest_ms", "longest reply", Unit::Millis, LESS);
+
+const PERCENTILES: &str = "reply_percentiles_ms";
+
+/// The first plot is the one that matters most.
+pub const ALL: &[Figure] = &[
+    Figure {
+        workload: "replies",
+        title: "Replies beside bulk TCP",
+        says: "Bulk TCP flows fill the limit. Meanwhile a request of 100 bytes is sent every millisecond on a connection of its own, \
+               the same way as they. The plot shows which part of the replies came within which time.",
+        plots: &[
+            Plot::Cdf { series: PERCENTILES, title: "Replies beside bulk TCP" },
+            Plot::Steps { series: "percent_by_step", title: "How bulk TCP begins" },
+        ],
+        columns: &[REPLY_P50, REPLY_P99, REPLY_LONGEST, PERCENT, FIRST_SECOND, LEAST, MOST, RETRANSMITS, JAIN, CPU],
+    },
+    Figure {
+        workload: "by-limit",
+        title: "Four flows of bulk TCP, by limit",
+        says: "All bytes on the wire at layer 3, after the first second, as a part of the limit; and replies beside them.",
+        plots: &[
+            Plot::Over { parameter: "limit", metric: "percent", title: "After the first second" },
+            Plot::Over { parameter: "limit", metric: "first_second_percent", title: "The first second" },
+            Plot::Over { parameter: "limit", metric: "reply_p99_ms", title: "Replies beside them, p99" },
+        ],
+        columns: &[PERCENT, FIRST_SECOND, LEAST, MOST, RETRANSMITS, JAIN, REPLY_P50, REPLY_P99],
+    },
+    Figure {
+        workload: "by-flows",
+        title: "Bulk TCP, by the number of flows",
+        says: "Jain's index is 1 where all flows have had the same. The CPU time is that of the whole machine, senders and receivers \
+        included.",
+        plots: &[
+            Plot::Over { parameter: "flows", metric: "percent", title: "After the first second" },
+            Plot::Over { parameter: "flows", metric: "jain", title: "Jain's index of the flows" },
+            Plot::Over { parameter: "flows", metric: "cpu_ms_per_gbit", title: "CPU time of a Gbit" },
+        ],
+        columns: &[PERCENT, FIRST_SECOND, MOST, RETRANSMITS, JAIN, CPU],
+    },
+    Figure {
+        workload: "congestion-control",
+        title: "Other congestion controls",
+        says: "Four flows from the pod. All other sections are of cubic.",
+        plots: &[Plot::Bars { parameter: "control", metric: "reply_p99_ms", title: "Replies beside them, p99" }],
+        columns: &[PERCENT, FIRST_SECOND, MOST, RETRANSMITS, JAIN, REPLY_P50, REPLY_P99],
+    },
+    Figure {
+        workload: "mptcp",
+        title: "MPTCP",
+        says: "Four flows of MPTCP from the pod, and replies by MPTCP beside them.",
+        plots: &[Plot::Cdf { series: PERCENTILES, title: "Replies beside bulk MPTCP" }],
+        columns: &[PERCENT, FIRST_SECOND, MOST, RETRANSMITS, REPLY_P50, REPLY_P99],
+    },
+    Figure {
+        workload: "short-connections",
+        title: "Short connections",
+        says: "Clients of a web server in the pod that all begin at once. Each request of 10 kB has a connection of its own (out: \
+               GET, in: POST). Beside them a small request every 2 ms on one connection.",
+        plots: &[
+            Plot::Bars {
+                parameter: "direction",
+                metric: "from_connect_p99_ms",
+                title: "From connect() to the last byte, p99",
+            },
+            Plot::Cdf { series: PERCENTILES, title: "Replies beside short connections" },
+        ],
+        columns: &[
+            column("responses_per_s", "responses a second", Unit::Count, MORE),
+            column("from_connect_p50_ms", "from connect() p50", Unit::Millis, LESS),
+            column("from_connect_p99_ms", "from connect() p99", Unit::Millis, LESS),
+            column("longest_ms", "longest", Unit::Millis, LESS),
+            REPLY_P50,
+            REPLY_P99,
+            PERCENT,
+            MOST,
+            RETRANSMITS,
+            column("failed", "failed", Unit::Count, LESS),
+        ],
+    },
+    Figure {
+        workload: "voice",
+        title: "Voice beside bulk TCP",
+        says: "Four calls of 64 kbit/s each way, from the pod, beside four bulk flows from the pod that fill the limit. The delay is one way.",
+        plots: &[],
+        columns: &[
+            column("lost_percent", "lost", Unit::Percent, LESS),
+            column("delay_p50_ms", "delay p50", Unit::Millis, LESS),
+            column("delay_p99_ms", "delay p99", Unit::Millis, LESS),
+            column("jitter_ms", "jitter", Unit::Millis, LESS),
+            PERCENT,
+        ],
+    },
+    Figure {
+        workload: "names",
+        title: "Look-ups of names beside bulk TCP",
+        says: "One after the other, each by a datagram from a socket of its own, beside four bulk flows from the pod that fill the limit.",
+        plots: &[Plot::Cdf { series: PERCENTILES, title: "Look-ups beside bulk TCP" }],
+        columns: &[REPLY_P50, REPLY_P99, REPLY_LONGEST, column("lost", "lost", Unit::Count, LESS), PERCENT],
+    },
+    Figure {
+        workload: "quic",
+        title: "QUIC",
+        says: "Four bulk transfers by QUIC from the pod, and a small request every 2 ms on another connection by QUIC.",
+        plots: &[Plot::Cdf { series: PERCENTILES, title: "Replies by QUIC beside bulk by QUIC" }],
+        columns: &[REPLY_P50, REPLY_P99, PERCENT, MOST, column("lost_percent", "lost", Unit::Percent, LESS)],
+    },
+    Figure {
+        workload: "servers",
+        title: "Servers in the pod",
+        says: "nginx with wrk, nghttpd with h2load, redis with its benchmark (GET). Responses have 10 kB, those of redis 100 bytes.",
+        plots: &[Plot::Bars { parameter: "server", metric: "response_p99_ms", title: "Responses, p99" }],
+        columns: &[
+            column("responses_per_s", "responses a second", Unit::Count, MORE),
+            column("response_p50_ms", "response p50", Unit::Millis, LESS),
+            column("response_p99_ms", "response p99", Unit::Millis, LESS),
+            column("longest_ms", "longest", Unit::Millis, LESS),
+            REPLY_P99,
+            MOST,
+            RETRANSMITS,
+            column("failed", "failed", Unit::Count, LESS),
+        ],
+    },
+    Figure {
+        workload: "far",
+        title: "Long paths",
+        says: "Four flows to a machine behind the pod's node, through netem. The loss is that of what the pod sends. A reply takes at \
+               least the round trip.",
+        plots: &[
+            Plot::Over { parameter: "rtt_ms", metric: "percent", title: "After the first second" },
+            Plot::Over { parameter: "rtt_ms", metric: "reply_p99_ms", title: "Replies beside them, p99" },
+        ],
+        columns: &[PERCENT, FIRST_SECOND, MOST, RETRANSMITS, REPLY_P50, REPLY_P99],
+    },
+    Figure {
+        workload: "other-paths",
+        title: "Other paths",
+        says: "What passes the pod's interface and no socket of its cgroup: two TCP flows, or UDP at 1.3 times the limit (AF_PACKET: \
+               as fast as it goes). Counted on the wire behind the limiter, after the first second.",
+        plots: &[Plot::Bars { parameter: "path", metric: "percent", title: "Other paths out of the pod" }],
+        columns: &[PERCENT],
+    },
+    Figure {
+        workload: "pods-at-once",
+        title: "Many pods that send at once",
+        says: "One flow from each. The CPU time is that of the whole machine, senders and receivers included.",
+        plots: &[Plot::Over { parameter: "pods", metric: "cpu_ms_per_gbit", title: "CPU time of a Gbit" }],
+        columns: &[PERCENT, CPU],
+    },
+    Figure {
+        workload: "calls",
+        title: "ADD and DEL, beside so many limited pods",
+        says: "The whole process, as a runtime calls it, both directions limited. The memory is what the kernel's grew by (slab, \
+        per-CPU, vmalloc).",
+        plots: &[
+            Plot::Over { parameter: "pods", metric: "add_p50_ms", title: "ADD, p50" },
+            Plot::Over { parameter: "pods", metric: "del_p50_ms", title: "DEL, p50" },
+        ],
+        columns: &[
+            column("add_p50_ms", "ADD p50", Unit::Millis, LESS),
+            column("add_longest_ms", "longest ADD", Unit::Millis, None),
+            column("del_p50_ms", "DEL p50", Unit::Millis, LESS),
+            column("del_longest_ms", "longest DEL", Unit::Millis, None),
+            column("kib_per_pod", "memory for each pod", Unit::Kib, LESS),
+        ],
+    },
+];
+
+impl Unit {
+    /// Digits behind the point that are written, which also is how close numbers are the same.
+    pub fn digits(self) -> i32 {
+        match self {
+            Self::Percent | Self::Kib => 1,
+            Self::Millis | Self::Seconds => 2,
+            Self::Index => 3,
+            Self::Count | Self::Rate => 0,
+        }
+    }
+
+    pub fn write(self, value: f64) -> String {
+        match self {
+            Self::Percent if value >= 1000.0 => format!("{value:.0} %"),
+            Self::Percent => format!("{value:.1} %"),
+            Self::Millis if value >= 100.0 => format!("{value:.0} ms"),
+            Self::Millis if value >= 9.95 => format!("{value:.1} ms"),
+            Self::Millis => format!("{value:.2} ms"),
+            Self::Count => format!("{value:.0}"),
+            Self::Index => format!("{value:.3}"),
+            Self::Kib => format!("{value:.1} KiB"),
+            Self::Seconds => format!("{value:.2} s"),
+            Self::Rate => table::limit(value.round() as u64),
+        }
+    }
+
+    /// The same for the tick of an axis: as few digits as there are.
+    pub fn tick(self, value: f64) -> String {
+        let number = (value * 1e6).round() / 1e6;
+        match self {
+            Self::Percent => format!("{number} %"),
+            Self::Millis => format!("{number} ms"),
+            Self::Kib => format!("{number} KiB"),
+            Self::Seconds => format!("{number} s"),
+            Self::Count | Self::Index => number.to_string(),
+            Self::Rate => self.write(value),
+        }
+    }
+
+    /// The one of a parameter.
+    pub fn of_parameter(name: &str) -> Self {
+        match name {
+            "limit" => Self::Rate,
+            "rtt_ms" => Self::Millis,
+            "loss_percent" => Self::Percent,
+            _ => Self::Count,
+        }
+    }
+}
+
+impl Figure {
+    /// How a metric is written.
+    pub fn unit(&self, metric: &str) -> Unit {
+        self.columns.iter().find(|column| column.metric == metric).map_or(Unit::Count, |column| column.unit)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_drawn_is_in_the_table_as_well() {
+        for figure in ALL {
+            for plot in figure.plots {
+                if let Plot::Over { metric, .. } | Plot::Bars { metric, .. } = plot {
+                    assert!(figure.columns.iter().any(|column| column.metric == *metric), "{}: {metric}", figure.title);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! Where it was measured, and what.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use serde::{Deserialize, Serialize};
+
+use crate::harness::limiter::{Limiter, Programs};
+use crate::harness::process;
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Machine {
+    /// As `uname -r` says.
+    pub kernel: String,
+    /// Whether that is User Mode Linux.
+    pub is_uml: bool,
+    pub date: String,
+    pub cpu: String,
+    pub cpus: usize,
+    pub memory_mib: u64,
+    pub congestion_controls: String,
+    /// The commit that podshaper was built from.
+    pub podshaper: String,
+    pub bandwidth_plugin: String,
+    pub newer_bandwidth_plugin: String,
+    pub iproute2: String,
+    pub is_quick: bool,
+    /// What is not compared here, and why.
+    pub missing: BTreeMap<Limiter, String>,
+}
+
+impl Machine {
+    pub fn of(programs: &Programs, commit: &str, newer_bandwidth: Option<&Path>, is_quick: bool) -> Self {
+        // A module in some kernels.
+        let _ = printed_by("modprobe", &["--quiet", "tcp_bbr"]);
+        let cpuinfo = read("/proc/cpuinfo");
+        let model =
+            cpuinfo.lines().find(|line| line.starts_with("model name")).and_then(|line| line.split(": ").nth(1));
+        let memory = read("/proc/meminfo").split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok());
+        let is_uml = cpuinfo.contains("User Mode Linux") || cpuinfo.contains("UML");
+        let peers = Limiter::PEERS.into_iter();
+        Self {
+            kernel: read("/proc/sys/kernel/osrelease"),
+            is_uml,
+            date: printed_by("date", &["--utc", "+%Y-%m-%d %H:%M UTC"]),
+            cpu: model.unwrap_or("unknown").trim().to_owned(),
+            cpus: std::thread::available_parallelism().map_or(0, usize::from),
+            memory_mib: memory.unwrap_or(0) / 1024,
+            congestion_controls: read("/proc/sys/net/ipv4/tcp_available_congestion_control"),
+            podshaper: commit.to_owned(),
+            bandwidth_plugin: printed_by("dpkg-query", &["-W", "-f", "${Version}", "containernetworking-plugins"]),
+            newer_bandwidth_plugin: newer_bandwidth
+                .map(|directory| read(directory.join("version")))
+                .unwrap_or_default(),
+            iproute2: printed_by("tc", &["-V"]).trim_start_matches("tc utility, ").to_owned(),
+            is_quick,
+            missing: peers.filter_map(|limiter| Some((limiter, limiter.missing(programs)?))).collect(),
+        }
+    }
+
+    /// For a heading: the kernel and what it runs on.
+    pub fn title(&self) -> String {
+        let place = if self.is_uml { "User Mode Linux" } else { "this machine's own kernel" };
+        format!("Linux {}, {place}", self.release())
+    }
+
+    /// "6.18.44" of "6.18.44-more".
+    pub fn release(&self) -> &str {
+        self.kernel.split('-').next().unwrap_or_default()
+    }
+
+    pub fn has_congestion_control(&self, name: &str) -> bool {
+        self.congestion_controls.split_whitespace().any(|known| known == name)
+    }
+}
+
+fn read(path: impl AsRef<Path>) -> String {
+    fs::read_to_string(path).unwrap_or_default().trim().to_owned()
+}
+
+/// What a program prints; nothing if it is not there.
+fn printed_by(program: &str, arguments: &[&str]) -> String {
+    process::run(Command::new(program).args(arguments)).unwrap_or_default().trim().to_owned()
+}

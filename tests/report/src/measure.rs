@@ -1,0 +1,172 @@
+//! Runs the workloads: rounds, and in each of them every limiter in turn, so that a slow moment of the machine is everybody's.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::Measure;
+use crate::harness::cpu::Ticks;
+use crate::harness::limiter::{Limiter, Programs};
+use crate::harness::{Context, Failure, Result, check_stop, note, stopped};
+use crate::machine::Machine;
+use crate::record::{self, Found, Line, Measurement, Outcome, Sink};
+use crate::workloads::{self, Workload};
+
+/// More than all measurements take there.
+const LONGEST_IN_UML_S: u32 = 2400;
+
+/// False if something could not be measured; the rest is measured all the same.
+pub fn measure(options: &Measure) -> Result<bool> {
+    if !nix::unistd::geteuid().is_root() {
+        return Err(Failure::new("it makes network namespaces and loads eBPF programs: run it as root"));
+    }
+    let programs = Programs::find(None, &[Limiter::Podshaper])?.with_newer_bandwidth(options.newer_bandwidth.clone());
+    let machine = Machine::of(&programs, &options.commit, options.newer_bandwidth.as_deref(), options.quick);
+    let mut list = workloads::all(&machine, options.quick);
+    list.retain(|workload| options.only.is_empty() || options.only.iter().any(|name| name == workload.name));
+    let turns = turns(&list);
+    let mut progress = Progress::new(turns.iter().map(|turn| turn.workload.seconds).collect());
+    for (limiter, why) in &machine.missing {
+        note(format_args!("without {}: {why}", limiter.title()));
+    }
+    note(format_args!("{}: {} measurements, about {}", machine.title(), turns.len(), progress.left()));
+    if options.plan {
+        return Ok(true);
+    }
+    let mut sink = Sink::open(&options.out)?;
+    sink.put(&Line::Machine(Box::new(machine.clone())))?;
+    let mut complete = true;
+    for turn in turns {
+        check_stop()?;
+        progress.say(&turn);
+        let before = Ticks::now()?;
+        let found = turn.workload.measure(turn.limiter, &programs);
+        // A stop shows up as a failure of whatever was running.
+        check_stop()?;
+        complete &= found.is_ok();
+        let stolen = Ticks::now()?.stolen_since(before);
+        sink.put(&Line::Measurement(turn.measurement(&machine.kernel, stolen, found)))?;
+        progress.done();
+    }
+    note(format_args!("{}: measured in {}", machine.title(), minutes(progress.start.elapsed().as_secs_f64())));
+    Ok(complete)
+}
+
+/// One measurement that is to be made.
+struct Turn<'a> {
+    workload: &'a Workload,
+    limiter: Limiter,
+    round: usize,
+}
+
+impl Turn<'_> {
+    fn measurement(&self, kernel: &str, stolen: f64, found: Result<Found>) -> Measurement {
+        let outcome = found.map_or_else(
+            |error| {
+                note(format_args!("failed: {error}"));
+                Outcome::Failed(error.to_string())
+            },
+            Outcome::Found,
+        );
+        Measurement {
+            kernel: kernel.to_owned(),
+            workload: self.workload.name.to_owned(),
+            parameters: self.workload.parameters.clone(),
+            limiter: self.limiter,
+            round: self.round,
+            stolen,
+            outcome,
+        }
+    }
+}
+
+/// In each round another limiter comes first.
+fn turns(list: &[Workload]) -> Vec<Turn<'_>> {
+    let rounds = list.iter().map(|workload| workload.rounds).max().unwrap_or(0);
+    let of_round = |round: usize| {
+        let takes_part = move |workload: &&Workload| workload.rounds > round;
+        list.iter().filter(takes_part).flat_map(move |workload| {
+            let peers = workload.peers.iter().copied().cycle().skip(round).take(workload.peers.len());
+            peers.map(move |limiter| Turn { workload, limiter, round })
+        })
+    };
+    (0..rounds).flat_map(of_round).collect()
+}
+
+/// How much is left, by what was measured so far.
+struct Progress {
+    start: Instant,
+    /// What each measurement was thought to take.
+    seconds: Vec<f64>,
+    done: usize,
+}
+
+impl Progress {
+    fn new(seconds: Vec<f64>) -> Self {
+        Self { start: Instant::now(), seconds, done: 0 }
+    }
+
+    fn done(&mut self) {
+        self.done += 1;
+    }
+
+    fn left(&self) -> String {
+        let (done, left) = self.seconds.split_at(self.done);
+        let thought: f64 = done.iter().sum();
+        // The first few say little.
+        let factor = if self.done < 5 { 1.0 } else { self.start.elapsed().as_secs_f64() / thought };
+        minutes(left.iter().sum::<f64>() * factor)
+    }
+
+    fn say(&self, turn: &Turn) {
+        let Turn { workload, limiter, .. } = turn;
+        let (number, all) = (self.done + 1, self.seconds.len());
+        note(format_args!("[{number}/{all}, {} left] {}: {}", self.left(), workload.title(), limiter.title()));
+    }
+}
+
+fn minutes(seconds: f64) -> String {
+    format!("{}:{:02} min", seconds as u64 / 60, seconds as u64 % 60)
+}
+
+/// Has this program measure in User Mode Linux, whose stdout comes back and whose files do not.
+pub fn in_uml(options: &Measure) -> Result<bool> {
+    const POLL: Duration = Duration::from_millis(200);
+    let own = std::env::current_exe().context("find this program's own path")?;
+    let mut uml = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("../lab/uml"));
+    uml.args(["--memory", "2560", "--seconds", &LONGEST_IN_UML_S.to_string(), "--"]).arg(own);
+    uml.args(["measure", "--out", "-", "--commit", &options.commit]);
+    uml.args(options.quick.then_some("--quick")).args(options.plan.then_some("--plan"));
+    if !options.only.is_empty() {
+        uml.args(["--only", &options.only.join(",")]);
+    }
+    if let Some(directory) = &options.newer_bandwidth {
+        uml.arg("--newer-bandwidth").arg(directory);
+    }
+    let mut child = uml
+        .stdin(Stdio::null())
+        .stdout(record::append(&options.out)?)
+        .spawn()
+        .context("start User Mode Linux (tests/lab/uml)")?;
+    loop {
+        if let Some(status) = child.try_wait().context("wait for User Mode Linux")? {
+            check_stop()?;
+            return match status.code() {
+                Some(0) => Ok(true),
+                Some(1) => Ok(false),
+                _ => Err(Failure::new(format_args!("measure in User Mode Linux: {status}"))),
+            };
+        }
+        if stopped() {
+            // It ends the kernel, with all that is in it.
+            let id = Pid::from_raw(child.id().cast_signed());
+            kill(id, Signal::SIGTERM).context("end User Mode Linux")?;
+            child.wait().context("wait for User Mode Linux")?;
+        }
+        thread::sleep(POLL);
+    }
+}
