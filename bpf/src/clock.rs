@@ -8,8 +8,8 @@ use core::ptr::NonNull;
 
 use aya_ebpf::helpers::{bpf_ktime_get_ns, bpf_spin_lock, bpf_spin_unlock};
 use podshaper_abi::{
-    Clock, DATAGRAM, DIRECTIONS, FRESH, FRESH_COST, Limit, Meter, Meters, OTHER, OTHER_FRESH, SPARSE, SPARSE_COST,
-    STREAM, advance_privilege, backlog_bucket, fair_wait_ns, usual_bytes,
+    Clock, DATAGRAM, DIRECTIONS, FRESH, FRESH_COST, HELD_DATAGRAM, Limit, Meter, Meters, OTHER, OTHER_FRESH, SPARSE,
+    SPARSE_COST, STREAM, advance_privilege, backlog_bucket, fair_wait_ns, usual_bytes,
 };
 
 use crate::maps;
@@ -166,7 +166,7 @@ pub extern "C" fn admit(key: u64, bytes: u64, segments: u64, class: u64, is_mark
     let bound_ns = match class {
         STREAM => limit.horizon_ns,
         DATAGRAM => limit.datagram_bound_ns,
-        OTHER => limit.others_bound_ns,
+        OTHER | HELD_DATAGRAM => limit.others_bound_ns,
         // They are few, or have waited: what comes without end is neither.
         _ => u64::MAX,
     };

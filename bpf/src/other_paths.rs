@@ -27,8 +27,8 @@ use aya_ebpf::{
     programs::{SkBuffContext, TcContext},
 };
 use podshaper_abi::{
-    EGRESS, FRESH, HostEnd, INGRESS, MAX_HORIZON_NS, ORDERED, OTHER, OTHER_FRESH, Others, ROOM_INTO_AT_ONCE,
-    ROOM_INTO_QUEUE, ROOM_OUT, STREAM, WAITED,
+    DATAGRAM, EGRESS, FRESH, HELD_DATAGRAM, HostEnd, INGRESS, MAX_HORIZON_NS, ORDERED, OTHER, OTHER_FRESH, Others,
+    ROOM_INTO_AT_ONCE, ROOM_INTO_QUEUE, ROOM_OUT, STREAM, WAITED,
 };
 
 use crate::{
@@ -259,6 +259,7 @@ pub fn into_pod(ctx: &TcContext) -> i32 {
         Coming::ToBeCharged if is_exempt() => return TC_ACT_UNSPEC,
         Coming::ToBeCharged => return pass_on(skb, end),
         _ if is_exempt() => return TC_ACT_UNSPEC,
+        Coming::ToBeHeld(flow, stretch) if stretch.is_datagram => hold_datagram(skb, end, &wire, flow),
         Coming::ToBeHeld(flow, stretch) => hold(&packet, end, &wire, flow, stretch),
         Coming::ToListener(client) => queue_request(&packet, end, &wire, client),
         Coming::Other => charge(skb, end, INGRESS, &wire),
@@ -324,7 +325,7 @@ fn charge(skb: *mut __sk_buff, end: &HostEnd, direction: u32, wire: &Wire) -> i3
 /// for.
 #[inline(always)]
 fn hold(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, flow: &mut Flow, stretch: Stretch) -> i32 {
-    let Stretch { segment, has_arrived, has_windows } = stretch;
+    let Stretch { segment, has_arrived, has_windows, .. } = stretch;
     let (Some(link), Some(others)) = (Link::of(end.slot, INGRESS), maps::others(end.slot, INGRESS)) else {
         return TC_ACT_UNSPEC;
     };
@@ -356,6 +357,31 @@ fn hold(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, flow: &mut Flow, str
     let edt_ns = now_ns + before_ns.max(AHEAD_NS) - AHEAD_NS;
     waiting.waits_until_ns = edt_ns + LATE_NS;
     waiting.next_sequence = segment.sequence.wrapping_add(segment.payload).into();
+    // SAFETY: as in `charge`.
+    unsafe { (&raw mut others.streams_wait_until_ns).write_volatile(edt_ns + LATE_NS) };
+    wait(skb, end, INGRESS, ROOM_INTO_QUEUE, edt_ns)
+}
+
+/// Charges a datagram for a socket of the pod. A sender that gives way (QUIC, TCP within a tunnel) needs a queue to know its rate by: of what is only
+/// dropped it sends the more, the shorter its round trip is.
+#[inline(always)]
+fn hold_datagram(skb: *mut __sk_buff, end: &HostEnd, wire: &Wire, flow: &mut Flow) -> i32 {
+    let (Some(link), Some(others)) = (Link::of(end.slot, INGRESS), maps::others(end.slot, INGRESS)) else {
+        return TC_ACT_UNSPEC;
+    };
+    let now_ns = clock::now_ns();
+    let before_ns = link.backlog_ns(now_ns, 0, false);
+    let class = flow.into.decide(&link, &Packet { queue: end.queue(), ..Packet::received(wire, false) }).class;
+    // SAFETY: as in `hold`.
+    let is_marked = link.is_marked(class, before_ns) && unsafe { bpf_skb_ecn_set_ce(skb) } == 1;
+    let counted = if class == DATAGRAM { HELD_DATAGRAM } else { class };
+    if !link.admits(wire.bytes, wire.segments, counted, is_marked) {
+        return TC_ACT_SHOT;
+    }
+    if !matches!(class, DATAGRAM | ORDERED) || before_ns <= AHEAD_NS {
+        return at_once(skb, end, INGRESS, others, now_ns);
+    }
+    let edt_ns = now_ns + before_ns - AHEAD_NS;
     // SAFETY: as in `charge`.
     unsafe { (&raw mut others.streams_wait_until_ns).write_volatile(edt_ns + LATE_NS) };
     wait(skb, end, INGRESS, ROOM_INTO_QUEUE, edt_ns)
@@ -501,6 +527,9 @@ fn is_charged(skb: *mut __sk_buff, end: &HostEnd, bytes: u64) -> bool {
 
 /// A segment of a connection, and what its socket knows.
 struct Stretch {
+    /// It is none, but a datagram. Not a variant of [`Coming`] beside this: the compiler would copy the fields that the variant has not, and the
+    /// verifier refuses to read what was never written.
+    is_datagram: bool,
     segment: Segment,
     /// The socket has all that came before.
     has_arrived: bool,
@@ -508,11 +537,15 @@ struct Stretch {
     has_windows: bool,
 }
 
+impl Stretch {
+    const DATAGRAM: Self = Self { is_datagram: true, segment: Segment::NONE, has_arrived: false, has_windows: false };
+}
+
 /// What a packet is that goes into the pod.
 enum Coming<'a> {
     /// A socket of the pod gets it, whose hook charges its bytes.
     ToBeCharged,
-    /// It is of a connection whose acknowledgements cannot be held.
+    /// It is of a connection whose acknowledgements cannot be held, or a datagram.
     ToBeHeld(&'a mut Flow, Stretch),
     /// It asks for a connection, or is of one that is not open yet.
     ToListener(Client),
@@ -547,9 +580,22 @@ fn coming<'a>(packet: &SkBuffContext, end: &HostEnd, bytes: u64) -> Coming<'a> {
                 // Acknowledgements that ride on data are known by the callback that sets windows.
                 let has_windows =
                     end.holds_streams == 0 || flow.waiting.has_windows != 0 || received_bytes < FIRST_FLIGHT_BYTES;
-                Coming::ToBeHeld(flow, Stretch { segment, has_arrived: segment.sequence == next_sequence, has_windows })
+                Coming::ToBeHeld(
+                    flow,
+                    Stretch {
+                        is_datagram: false,
+                        segment,
+                        has_arrived: segment.sequence == next_sequence,
+                        has_windows,
+                    },
+                )
             }
             _ if peers.are_of_tcp && listens && waits_for_listener(packet, end) => Coming::ToListener(peers.sender()),
+            Some(flow)
+                if !peers.are_of_tcp && end.waiting_ifindex != 0 && flow.into_covered.slot == end.slot.into() =>
+            {
+                Coming::ToBeHeld(flow, Stretch::DATAGRAM)
+            }
             Some(flow) => covered(flow, end, bytes),
             // Of a connection that is being opened, or in the place of one in TIME-WAIT: its listener's hook sees it.
             None if full.is_none() && waits_for_listener(packet, end) => Coming::ToListener(peers.sender()),

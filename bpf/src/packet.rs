@@ -270,6 +270,10 @@ pub struct Segment {
 }
 
 impl Segment {
+    /// That of a packet which is not TCP.
+    pub const NONE: Self =
+        Self { sequence: 0, payload: 0, opens_or_closes: false, is_request: false, answers: false, options_offset: 0 };
+
     /// That behind a link header of so many bytes, of a packet that is TCP.
     #[inline(always)]
     pub fn of(ctx: &SkBuffContext, link_bytes: u64) -> Self {

@@ -145,6 +145,9 @@ pub const OTHER: u64 = 6;
 /// Of a packet: the same, but none of its kind waits, and it leaves at once on the clock of new flows.
 pub const OTHER_FRESH: u64 = 7;
 
+/// Of a packet: not of TCP, on its way to a socket of the cgroup, and waiting at the host's end. Its bound is that of [`OTHER`].
+pub const HELD_DATAGRAM: u64 = 8;
+
 /// No packet waits for longer than this, be the limit ever so low; fq's horizon is as far.
 pub const MAX_HORIZON_NS: u64 = 60_000_000_000;
 
@@ -196,7 +199,7 @@ pub struct Limit {
     pub stream_mark_ns: u64,
     /// Backlog beyond which TCP whose sender has not waited is dropped.
     pub horizon_ns: u64,
-    /// Backlog beyond which a packet is dropped that comes by another path than the cgroup's sockets.
+    /// Backlog beyond which a packet is dropped that comes by another path than the cgroup's sockets, or is a datagram that waits at the host's end.
     pub others_bound_ns: u64,
     /// Segments of a packet that a bulk flow builds at its slowest.
     pub min_tso_segs: u64,
