@@ -56,8 +56,8 @@ pub fn report(arguments: &[String]) -> Result<ExitCode, String> {
     let path = build(&mut lane)?;
     let peers = peers(&mut lane);
     remove_old(&options.out)?;
-    let mut measuring =
-        vec!["--commit".to_owned(), printed_by(command("git").args(["describe", "--always", "--dirty"]))?];
+    let commit = printed_by(command("git").args(["describe", "--always", "--dirty"]))?;
+    let mut measuring = vec!["--commit".to_owned(), commit.trim().to_owned()];
     measuring.extend(options.is_quick.then(|| "--quick".to_owned()));
     measuring.extend(peers.into_iter().flat_map(|directory| ["--newer-bandwidth".to_owned(), directory]));
     let program = Program { path, measuring, out: &options.out };
