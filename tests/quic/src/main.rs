@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use quinn::rustls::RootCertStore;
-use quinn::{ClientConfig, Connection, Endpoint, ServerConfig, VarInt};
+use quinn::{ClientConfig, Connection, Endpoint, ServerConfig, TransportConfig, VarInt};
 use serde::Serialize;
 
 use times::{Times, median_of_time, percentiles};
@@ -77,6 +77,9 @@ struct Put {
     /// Connections, of a socket each
     #[arg(long, default_value_t = 1)]
     connections: usize,
+    /// Give each datagram to the kernel by itself, and not several to be cut by it (UDP_SEGMENT)
+    #[arg(long)]
+    one_by_one: bool,
 }
 
 #[derive(clap::Args)]
@@ -180,11 +183,15 @@ async fn answer(connection: Connection) -> Result<()> {
     }
 }
 
-async fn connect(to: &To) -> Result<Connection> {
+async fn connect(to: &To, one_by_one: bool) -> Result<Connection> {
     let mut roots = RootCertStore::empty();
     roots.add(read(&to.certificate)?.into())?;
     let mut endpoint = Endpoint::client((Ipv4Addr::UNSPECIFIED, 0).into())?;
-    endpoint.set_default_client_config(ClientConfig::with_root_certificates(Arc::new(roots))?);
+    let mut transport = TransportConfig::default();
+    transport.enable_segmentation_offload(!one_by_one);
+    let mut config = ClientConfig::with_root_certificates(Arc::new(roots))?;
+    config.transport_config(Arc::new(transport));
+    endpoint.set_default_client_config(config);
     Ok(endpoint.connect(to.to, NAME)?.await?)
 }
 
@@ -195,7 +202,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 async fn put(options: &Put) -> Result<Vec<PutReport>> {
     let mut connections = vec![];
     for _ in 0..options.connections {
-        connections.push(connect(&options.to).await?);
+        connections.push(connect(&options.to, options.one_by_one).await?);
     }
     let sending: Vec<_> = connections.into_iter().map(|connection| send(connection, options.to.seconds)).collect();
     let sending: Vec<_> = sending.into_iter().map(tokio::spawn).collect();
@@ -234,7 +241,7 @@ async fn send(connection: Connection, seconds: Duration) -> Result<PutReport> {
 }
 
 async fn ask(options: &Ask) -> Result<AskReport> {
-    let connection = connect(&options.to).await?;
+    let connection = connect(&options.to, false).await?;
     let (message, mut times) = ([0; MESSAGE_BYTES], vec![]);
     let start = Instant::now();
     while start.elapsed() < options.to.seconds {

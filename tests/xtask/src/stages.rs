@@ -78,7 +78,7 @@ pub fn find_prometheus(lane: &mut Lane) -> Result<(), String> {
     Ok(())
 }
 
-/// tests/quic is the benchmark's alone, has no tests, and takes as long as a tenth of the rest.
+/// tests/quic is the benchmark's alone and has no tests: nobody is to wait for its runtime.
 const WITHOUT_QUIC: &[&str] = &["--workspace", "--exclude", "quic"];
 
 pub fn build_debug(session: &Session, lane: &mut Lane) {
