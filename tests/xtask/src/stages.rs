@@ -209,13 +209,18 @@ pub fn some_traffic_in_uml(session: &Session, lane: &mut Lane) {
 }
 
 pub fn all_in_uml(session: &Session, lane: &mut Lane) {
-    const MPTCP: &str = "chain::mptcp::";
+    /// Tests of what its kernel may not have, and how that is known. This machine's has both.
+    const WANTED: [(&str, &str); 2] = [
+        ("chain::mptcp::", "test -e /proc/sys/net/mptcp/enabled"),
+        ("a_tunnel_of_a_program", "grep -q tun /proc/misc"),
+    ];
     let mut skipped = [SAME_EVERYWHERE, &[TOO_MUCH_FOR_UML], MANY_PODS].concat();
     let mut name = format!("User Mode Linux (without {TOO_MUCH_FOR_UML})");
-    // This machine's kernel can make the connections of MPTCP.
-    if lane.run(command("tests/lab/uml").args(["--", "test", "-e", "/proc/sys/net/mptcp/enabled"])).0 != 0 {
-        skipped.push(MPTCP);
-        name += &format!(", and without {MPTCP}, which it cannot");
+    for (tests, asked) in WANTED {
+        if lane.run(command("tests/lab/uml").args(["--", "sh", "-c", asked])).0 != 0 {
+            skipped.push(tests);
+            name += &format!(", and without {tests}, which it cannot");
+        }
     }
     in_uml(session, lane, &name, "2400", &skipping(&skipped));
 }
