@@ -26,7 +26,7 @@ use crate::{
 /// How long a packet of a bulk flow takes at the limit, however many flows there are: together they are ahead of the limit by one of each.
 const PACKET_NS: u64 = 2_000_000;
 /// How long the packet of a flow may take at the limit that is alone.
-const LARGEST_PACKET_NS: u64 = 10_000_000;
+const MAX_PACKET_NS: u64 = 10_000_000;
 /// Segments that it has at least, but where single ones are long (below).
 const MIN_TSO_SEGS: u64 = 2;
 /// Segments of the usual size in a packet of 64 KiB, which is the largest there is without BIG TCP.
@@ -117,7 +117,7 @@ fn settle_sizes(index: u32, own: &Record, needs: &[Need], now: Sizes) -> Result<
 
 /// The largest packet a flow may build at a limit, in bytes with its headers.
 fn largest(limit: Rate, mtu: u32) -> u32 {
-    let bytes = bytes_in(LARGEST_PACKET_NS, limit).max(2 * u64::from(mtu)).saturating_add(HEADERS_BYTES);
+    let bytes = bytes_in(MAX_PACKET_NS, limit).max(2 * u64::from(mtu)).saturating_add(HEADERS_BYTES);
     u32::try_from(bytes).unwrap_or(u32::MAX)
 }
 
