@@ -27,6 +27,7 @@ use std::{
     fs::{self, File},
     io,
     ops::Deref,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -521,7 +522,12 @@ fn remove_pod_if_unused(pod: &Path) -> Result<()> {
 
 /// Removes what the pods of a layout shared, if there are none.
 fn remove_if_unused(layout: &Path) -> Result<()> {
-    // The first one that is found is enough: a node may have thousands.
+    /// A directory's own, and one for the node's programs, finished, and one, unfinished. Each pod's directory is another one.
+    const LINKS_WITHOUT_PODS: u64 = 4;
+    // A node may have thousands, and reading the directory gets hundreds at a time.
+    if fs::metadata(layout).is_ok_and(|found| found.nlink() > LINKS_WITHOUT_PODS) {
+        return Ok(());
+    }
     let mut entries = fs::read_dir(layout).into_iter().flatten().flatten();
     if entries.any(|entry| entry.file_name().to_str().and_then(decode).is_some()) {
         return Ok(());

@@ -73,7 +73,7 @@ const TC_LINKLAYER_ETHERNET: u8 = 1;
 /// round trip of its first packets for ten seconds, then sends little: half of 100 Mbit/s where they wait 20 ms.
 const TBF_QUEUE_NS: u64 = 10_000_000;
 /// The least room in tbf: one GSO packet of 64 KiB.
-const TBF_QUEUE_LEAST_BYTES: u128 = 1 << 16;
+const MIN_TBF_QUEUE_BYTES: u128 = 1 << 16;
 /// Ethernet headers, which tbf and htb count and podshaper does not.
 pub const ETHERNET_HEADER_BYTES: u64 = 14;
 /// A full packet at layer 3.
@@ -338,7 +338,7 @@ fn peer_namespace_id(link: &LinkMessage) -> Option<i32> {
 }
 
 /// The least number that a namespace gets for itself. The kernel numbers those that a namespace hears of from 0 on.
-const LEAST_OWN_NUMBER: i32 = 1 << 17;
+const MIN_OWN_NUMBER: i32 = 1 << 17;
 
 /// `ip netns set NAME NSID` in the namespace itself, so that the programs can tell it from others (`bpf/src/namespace.rs`): the number that it
 /// has for itself. It goes with the namespace. 0: it has another one already.
@@ -350,13 +350,13 @@ const LEAST_OWN_NUMBER: i32 = 1 << 17;
 /// # Errors
 /// What the kernel says.
 pub fn name_namespace(namespace: RawFd, inode: u64) -> io::Result<u64> {
-    let id = LEAST_OWN_NUMBER | (inode as i32 & (LEAST_OWN_NUMBER - 1));
+    let id = MIN_OWN_NUMBER | (inode as i32 & (MIN_OWN_NUMBER - 1));
     let mut message = NsidMessage::default();
     message.attributes = vec![NsidAttribute::Fd(namespace as u32), NsidAttribute::Id(id)];
     match netlink::change(RouteNetlinkMessage::NewNsId(message), 0) {
         Ok(()) => Ok(id as u64),
         Err(cause) if cause.raw_os_error() == Some(libc::EEXIST) => {
-            Ok(namespace_id(namespace)?.filter(|known| *known >= LEAST_OWN_NUMBER).map_or(0, |id| id as u64))
+            Ok(namespace_id(namespace)?.filter(|known| *known >= MIN_OWN_NUMBER).map_or(0, |id| id as u64))
         }
         Err(cause) => Err(cause),
     }
@@ -469,7 +469,7 @@ pub fn with_ethernet(rate: Rate) -> u64 {
 fn tbf_options(limit: &Limit) -> Vec<TcOption> {
     let bytes_per_s = with_ethernet(limit.rate) / 8;
     let burst = u32::try_from(limit.burst.as_bytes()).unwrap_or(u32::MAX);
-    let queue = (u128::from(bytes_per_s) * u128::from(TBF_QUEUE_NS) / 1_000_000_000).max(TBF_QUEUE_LEAST_BYTES);
+    let queue = (u128::from(bytes_per_s) * u128::from(TBF_QUEUE_NS) / 1_000_000_000).max(MIN_TBF_QUEUE_BYTES);
     let queue = u32::try_from(queue).unwrap_or(u32::MAX).saturating_add(burst);
     // struct tc_tbf_qopt: rate, peakrate (none), limit, buffer (0: TCA_TBF_BURST counts), mtu.
     let mut parms = rate_spec(bytes_per_s);

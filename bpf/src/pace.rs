@@ -16,7 +16,7 @@
 //! once and raised with an ACK only (`tcp_update_pacing_rate`, bbr's `bbr_set_pacing_rate`): see [`raised`].
 
 use aya_ebpf::{helpers::bpf_setsockopt, programs::SockOpsContext};
-use podshaper_abi::{EGRESS, LARGEST_PACKET_NS};
+use podshaper_abi::{EGRESS, MAX_PACKET_NS};
 
 use crate::{
     clock::{self, Link},
@@ -140,7 +140,7 @@ fn packet_bytes(link: &Link, rtt_ns: u64) -> u64 {
     let usual_ns = link.transmit_ns(usual_bytes, 1).max(1);
     let backlog_ns = link.backlog_ns(clock::now_ns(), 0, false).max(usual_ns);
     let all_bytes = (usual_bytes * PACKETS_NS).checked_div(backlog_ns).unwrap_or(0);
-    let most_bytes = (usual_bytes * LARGEST_PACKET_NS).checked_div(usual_ns).unwrap_or(0);
+    let most_bytes = (usual_bytes * MAX_PACKET_NS).checked_div(usual_ns).unwrap_or(0);
     all_bytes.min(most_bytes) >> (rtt_ns >> RTT_SHIFT).min(16)
 }
 

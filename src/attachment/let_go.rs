@@ -31,7 +31,7 @@ const NOT_PACED: u64 = u64::MAX;
 const NOT_CLAMPED: u32 = 0xffff << 14;
 
 /// Other calls wait meanwhile, and a pod may open sockets without end.
-const MOST_TIME: Duration = Duration::from_secs(1);
+const MAX_TIME: Duration = Duration::from_secs(1);
 
 /// nix has no names for these options.
 #[derive(Clone, Copy)]
@@ -66,7 +66,7 @@ pub fn connections(directory: &Path, owner: &Owner) -> Option<Connections> {
 impl Connections {
     /// Takes off their sockets what was set there for these directions. What could not be done is in the log.
     pub fn let_go(&self, directions: &[Direction]) {
-        let (until, mut seen) = (Instant::now() + MOST_TIME, HashSet::new());
+        let (until, mut seen) = (Instant::now() + MAX_TIME, HashSet::new());
         for process in processes(&self.cgroup) {
             match self.let_go_of(process, directions, until, &mut seen) {
                 // A process or a descriptor that is gone meanwhile.
@@ -77,7 +77,7 @@ impl Connections {
             if Instant::now() > until {
                 let cgroup = self.cgroup.display();
                 log::warn!(
-                    "connections of {cgroup} may keep the limit that ended: there are more than {MOST_TIME:?} are enough for"
+                    "connections of {cgroup} may keep the limit that ended: there are more than {MAX_TIME:?} are enough for"
                 );
                 return;
             }

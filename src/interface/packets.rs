@@ -15,7 +15,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use netlink_packet_route::link::LinkAttribute;
-use podshaper_abi::LARGEST_PACKET_NS;
+use podshaper_abi::MAX_PACKET_NS;
 
 use super::record::{Found, Need, Record};
 use crate::{
@@ -117,7 +117,7 @@ fn settle_sizes(index: u32, own: &Record, needs: &[Need], now: Sizes) -> Result<
 
 /// The largest packet a flow may build at a limit, in bytes with its headers.
 fn largest(limit: Rate, mtu: u32) -> u32 {
-    let bytes = bytes_in(LARGEST_PACKET_NS, limit).max(2 * u64::from(mtu)).saturating_add(HEADERS_BYTES);
+    let bytes = bytes_in(MAX_PACKET_NS, limit).max(2 * u64::from(mtu)).saturating_add(HEADERS_BYTES);
     u32::try_from(bytes).unwrap_or(u32::MAX)
 }
 

@@ -149,10 +149,9 @@ fn set_up(socket: &UdpSocket, options: &Send) -> io::Result<()> {
 /// Sends a packet that is to depart so much later.
 fn send_later(socket: &UdpSocket, packet: &[u8], to: SocketAddr, after: Duration) -> nix::Result<usize> {
     let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?);
-    let departs_ns = (now + after).as_nanos() as u64;
+    let edt_ns = (now + after).as_nanos() as u64;
     let (slices, to) = ([IoSlice::new(packet)], SockaddrStorage::from(to));
-    sendmsg(socket.as_raw_fd(), &slices, &[ControlMessage::TxTime(&departs_ns)], MsgFlags::empty(), Some(&to))
-        .map(|_| 1)
+    sendmsg(socket.as_raw_fd(), &slices, &[ControlMessage::TxTime(&edt_ns)], MsgFlags::empty(), Some(&to)).map(|_| 1)
 }
 
 /// Sends a packet so many times; how many times it could, at least once.
