@@ -1,17 +1,7 @@
 //! What a node with many limited pods pays: the time of an ADD and of `podshaper list`, the kernel's memory for each pod, and the time of each
 //! program for a packet.
 
-<<<<<<< HEAD
 use std::{fs, path::PathBuf, process::Command, time::Instant};
-=======
-use std::{
-    fs,
-    path::PathBuf,
-    process::Command,
-    thread,
-    time::{Duration, Instant},
-};
->>>>>>> house
 
 use podshaper_abi::LAYOUT;
 use serde_json::Value;
@@ -33,67 +23,6 @@ use crate::{
 
 /// ADDs and DELs that are timed beside the pods that are there.
 const CALLS: usize = 100;
-<<<<<<< HEAD
-=======
-const RATE: u64 = 100_000_000;
-
-/// A pod that nothing passes, with a veth whose other end is on the host.
-struct Idle<'a> {
-    host: &'a Host,
-    uid: String,
-    container_id: String,
-    netns: Netns,
-    _cgroup: PodCgroup,
-}
-
-impl<'a> Idle<'a> {
-    fn new(host: &'a Host) -> Result<Self> {
-        let netns = Netns::new(&unique("many"))?;
-        let uid = uuid()?;
-        let end = format!("veth{}", &uid[..8]);
-        let peer = ["type", "veth", "peer", "name", "eth0", "netns", netns.name()];
-        host.netns.run("ip", &[&["link", "add", &end][..], &peer].concat())?;
-        let path = cgroup::mount()?.join(&Driver::Cgroupfs.path(&uid)[1..]);
-        Ok(Self { host, _cgroup: PodCgroup::new(path)?, container_id: container_id()?, netns, uid })
-    }
-
-    fn call(&self, program: &PathBuf, verb: &str) -> Result<Duration> {
-        let stdin = json!({
-            "cniVersion": "1.0.0", "name": "many", "type": "podshaper",
-            "prevResult": { "cniVersion": "1.0.0", "ips": [] },
-            "runtimeConfig": {
-                "cgroupPath": Driver::Cgroupfs.path(&self.uid),
-                "bandwidth": { "egressRate": RATE, "ingressRate": RATE },
-            },
-        });
-        let call = Cni::new(program, verb)
-            .env("CNI_CONTAINERID", &self.container_id)
-            .env("CNI_NETNS", self.netns.path().display().to_string())
-            .env("CNI_IFNAME", "eth0")
-            .env("CNI_PATH", "/opt/cni/bin")
-            .env("CNI_ARGS", format!("IgnoreUnknown=1;K8S_POD_UID={}", self.uid))
-            .stdin(stdin.to_string())
-            .call_in(&self.host.netns)?;
-        call.success()?;
-        Ok(call.elapsed)
-    }
-}
-
-/// The kernel's own memory that grows with objects, in KiB, without what it would give back: names and files of /proc that were looked at.
-fn kernel_kib() -> Result<u64> {
-    // What is freed by one round, the next one finds the slabs of empty.
-    for _ in 0..3 {
-        fs::write("/proc/sys/vm/drop_caches", "2").context("have the kernel give back what it can")?;
-        thread::sleep(Duration::from_millis(300));
-    }
-    let text = fs::read_to_string("/proc/meminfo").context("read /proc/meminfo")?;
-    let value = |name: &str| {
-        let line = text.lines().find_map(|line| line.strip_prefix(name));
-        line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or_default()
-    };
-    Ok(value("Slab:") + value("Percpu:") + value("VmallocUsed:"))
-}
->>>>>>> house
 
 pub fn many(options: &Options, table: &mut Table) -> Result<Title> {
     let program = table.programs.directory()?.join("podshaper");
