@@ -3,8 +3,9 @@
 //! pod's cgroup works. What such a socket sends is charged where it passes an end of a veth on the host, if it does.
 //!
 //! `bpf_get_netns_cookie` is not for programs of this type before Linux 6.15. But a socket can be looked up in the namespace of a number: user
-//! space gives the pod's namespace a number for itself that no other namespace has for any. Where that number finds the socket, the socket is
-//! in the pod's namespace. Where it does not, and the packet's own namespace has the socket, it is not.
+//! space gives the pod's namespace a number for itself. Another namespace has the same number for itself once in 131072, and none has it for
+//! another one. Where that number finds the socket, the socket is in the pod's namespace. Where it does not, and the packet's own namespace has
+//! the socket, it is not.
 
 use aya_ebpf::programs::SkBuffContext;
 use podshaper_abi::Scope;

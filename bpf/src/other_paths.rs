@@ -357,9 +357,7 @@ fn hold(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, flow: &mut Flow, str
     let edt_ns = now_ns + before_ns.max(AHEAD_NS) - AHEAD_NS;
     waiting.waits_until_ns = edt_ns + LATE_NS;
     waiting.next_sequence = segment.sequence.wrapping_add(segment.payload).into();
-    // SAFETY: as in `charge`.
-    unsafe { (&raw mut others.streams_wait_until_ns).write_volatile(edt_ns + LATE_NS) };
-    wait(skb, end, INGRESS, ROOM_INTO_QUEUE, edt_ns)
+    wait_for_turn(skb, end, others, edt_ns)
 }
 
 /// Charges a datagram for a socket of the pod. A sender that gives way (QUIC, TCP within a tunnel) needs a queue to know its rate by: of what is only
@@ -382,9 +380,7 @@ fn hold_datagram(skb: *mut __sk_buff, end: &HostEnd, wire: &Wire, flow: &mut Flo
         return at_once(skb, end, INGRESS, others, now_ns);
     }
     let edt_ns = now_ns + before_ns - AHEAD_NS;
-    // SAFETY: as in `charge`.
-    unsafe { (&raw mut others.streams_wait_until_ns).write_volatile(edt_ns + LATE_NS) };
-    wait(skb, end, INGRESS, ROOM_INTO_QUEUE, edt_ns)
+    wait_for_turn(skb, end, others, edt_ns)
 }
 
 /// Charges the request for a connection, or what else comes before a connection is open. It is of a new flow. If new flows have had their part
@@ -420,6 +416,14 @@ fn queue_request(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, client: Cli
         return at_once(skb, end, INGRESS, others, now_ns);
     }
     wait(skb, end, INGRESS, ROOM_INTO_QUEUE, now_ns + before_ns - AHEAD_NS)
+}
+
+/// A packet for a socket of the pod waits, and while it does the others know.
+#[inline(always)]
+fn wait_for_turn(skb: *mut __sk_buff, end: &HostEnd, others: &mut Others, edt_ns: u64) -> i32 {
+    // SAFETY: as in `charge`.
+    unsafe { (&raw mut others.streams_wait_until_ns).write_volatile(edt_ns + LATE_NS) };
+    wait(skb, end, INGRESS, ROOM_INTO_QUEUE, edt_ns)
 }
 
 /// A packet goes on. While others wait in htb it goes by there, so that htb takes its part of the limit from them. fq knows of the clock.
@@ -590,7 +594,9 @@ fn coming<'a>(packet: &SkBuffContext, end: &HostEnd, bytes: u64) -> Coming<'a> {
                     },
                 )
             }
-            _ if peers.are_of_tcp && listens && waits_for_listener(packet, end) => Coming::ToListener(peers.sender()),
+            _ if peers.are_of_tcp && listens && waits_for_listener(packet, end) => {
+                Coming::ToListener(Client::new(peers.sender()))
+            }
             Some(flow)
                 if !peers.are_of_tcp && end.waiting_ifindex != 0 && flow.into_covered.slot == end.slot.into() =>
             {
@@ -598,7 +604,9 @@ fn coming<'a>(packet: &SkBuffContext, end: &HostEnd, bytes: u64) -> Coming<'a> {
             }
             Some(flow) => covered(flow, end, bytes),
             // Of a connection that is being opened, or in the place of one in TIME-WAIT: its listener's hook sees it.
-            None if full.is_none() && waits_for_listener(packet, end) => Coming::ToListener(peers.sender()),
+            None if full.is_none() && waits_for_listener(packet, end) => {
+                Coming::ToListener(Client::new(peers.sender()))
+            }
             None if full.is_none() && is_request => Coming::ToBeCharged,
             None => Coming::Other,
         }

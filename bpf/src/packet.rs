@@ -14,8 +14,6 @@ use aya_ebpf::{
     programs::SkBuffContext,
 };
 
-use crate::requests::Client;
-
 const IPV4_HEADER_BYTES: u64 = 20;
 const IPV6_HEADER_BYTES: u64 = 40;
 const UDP_HEADER_BYTES: u64 = 8;
@@ -158,17 +156,17 @@ pub struct Peers {
 }
 
 impl Peers {
-    /// Who has sent the packet.
+    /// Who has sent the packet: the last word of the address, and the port, in the order of the machine.
     #[inline(always)]
-    pub fn sender(&self) -> Client {
+    pub fn sender(&self) -> (u32, u16) {
         // SAFETY: integers, all of which were written.
         unsafe {
             if self.is_ipv4 {
                 let tuple = self.tuple.__bindgen_anon_1.ipv4;
-                Client::new(u32::from_be(tuple.saddr), u16::from_be(tuple.sport))
+                (u32::from_be(tuple.saddr), u16::from_be(tuple.sport))
             } else {
                 let tuple = self.tuple.__bindgen_anon_1.ipv6;
-                Client::new(u32::from_be(tuple.saddr[3]), u16::from_be(tuple.sport))
+                (u32::from_be(tuple.saddr[3]), u16::from_be(tuple.sport))
             }
         }
     }

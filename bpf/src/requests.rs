@@ -77,7 +77,7 @@ pub fn note_entry(slot: u32) {
 pub fn note_bytes(flow: &mut Flow, slot: u32, wire_bytes: u64) {
     // It is 1 where nothing has come yet, and 0 where the connection is not such a one. Acknowledgements bring nothing.
     let noted_bytes = flow.is_answering;
-    if noted_bytes == 0 || noted_bytes > requests::MOST_BYTES || wire_bytes <= ACKNOWLEDGEMENT_BYTES {
+    if noted_bytes == 0 || noted_bytes > requests::MAX_BYTES || wire_bytes <= ACKNOWLEDGEMENT_BYTES {
         return;
     }
     let Some(others) = maps::others(slot, INGRESS) else { return };
@@ -99,7 +99,7 @@ pub struct Client(u32);
 
 impl Client {
     #[inline(always)]
-    pub fn new(address: u32, port: u16) -> Self {
+    pub fn new((address, port): (u32, u16)) -> Self {
         Self(address ^ u32::from(port) << 16 ^ u32::from(port))
     }
 
@@ -130,7 +130,6 @@ impl Client {
 /// How long the request has waited of a connection that a remote has opened. 0 where that is not known any more.
 #[inline(always)]
 pub fn waited_ns(ctx: &SockOpsContext, slot: u32) -> u64 {
-    let (address, port) = tcp::remote(ctx);
-    let client = Client::new(address, port).of(slot);
+    let client = Client::new(tcp::remote(ctx)).of(slot);
     client.waited().filter(|waited| waited.client == client.0).map_or(0, |waited| u64::from(waited.us) * 1000)
 }

@@ -70,7 +70,7 @@ pub struct Scope {
     pub slot: u32,
     /// Number of the list of subnets, which has a subnet around every address. 0: no list, and every address is shaped.
     pub list: u64,
-    /// The namespace of the interface, by the number that it has for itself, and no other namespace of the node for any. 0: it has none, and
+    /// The namespace of the interface, by the number that it has for itself. Another one of the node has the same once in 131072. 0: it has none, and
     /// the interface's number says all that is known.
     pub namespace: u64,
 }

@@ -3,17 +3,17 @@
 /// The longest wait: a client asks again after a second (RFC 6298, 2.1).
 pub const BOUND_NS: u64 = 800_000_000;
 /// How many requests wait at most: the node's waiting room has no place for a flood of them.
-pub const MOST_WAITING: u64 = 1 << 12;
+pub const MAX_WAITING: u64 = 1 << 12;
 /// The backlog that requests aim for. While it is longer, fewer of them enter than the link could serve, else more.
 const TARGET_NS: u64 = 12_000_000;
 /// Up to this backlog a request enters that no other one is before: bulk flows at a low rate have as much.
 const AHEAD_NS: u64 = 100_000_000;
 /// What counts of a connection in the mean of what requests bring. What comes later is held by acknowledgements.
-pub const MOST_BYTES: u64 = 64 << 10;
+pub const MAX_BYTES: u64 = 64 << 10;
 /// Of how many requests that mean is.
 const REQUESTS: u64 = 32;
 /// The least mean, in bytes on the wire: a request brings itself at least. 0 is the mean of none.
-const LEAST_BYTES: u64 = 60;
+const MIN_BYTES: u64 = 60;
 
 /// When a request enters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,20 +37,20 @@ pub fn entry(free_ns: u64, now_ns: u64, backlog_ns: u64, first_ns: u64) -> Entry
     let wait_ns = (free_ns - now_ns).min(BOUND_NS);
     // Those that wait for long are closer and closer. At the bound all that came meanwhile would else enter at once.
     let closer_ns = (2 * (BOUND_NS - wait_ns)).min(BOUND_NS);
-    let step_ns = (gap_ns.min(BOUND_NS) * closer_ns / BOUND_NS).max(BOUND_NS / MOST_WAITING);
+    let step_ns = (gap_ns.min(BOUND_NS) * closer_ns / BOUND_NS).max(BOUND_NS / MAX_WAITING);
     Entry { wait_ns, next_ns: now_ns + wait_ns + step_ns }
 }
 
 /// The mean of what requests bring, in bytes on the wire, once another one has entered. `before` is the mean without it.
 #[inline(always)]
 pub fn mean_with_request(before_bytes: u64) -> u64 {
-    (before_bytes - before_bytes / REQUESTS).max(LEAST_BYTES)
+    (before_bytes - before_bytes / REQUESTS).max(MIN_BYTES)
 }
 
 /// What is added to that mean when so many bytes on the wire have come on a connection that such a request has opened.
 #[inline(always)]
 pub fn part_of_mean(wire_bytes: u64) -> u64 {
-    wire_bytes.min(MOST_BYTES) / REQUESTS
+    wire_bytes.min(MAX_BYTES) / REQUESTS
 }
 
 #[cfg(test)]
@@ -102,8 +102,8 @@ mod tests {
 
     #[test]
     fn not_more_wait_than_the_waiting_room_has_places_for() {
-        let waits = enter(2 * MOST_WAITING as usize, 0, 0);
-        assert!(waits.iter().filter(|wait| **wait < BOUND_NS).count() <= MOST_WAITING as usize + 1);
+        let waits = enter(2 * MAX_WAITING as usize, 0, 0);
+        assert!(waits.iter().filter(|wait| **wait < BOUND_NS).count() <= MAX_WAITING as usize + 1);
     }
 
     #[test]
@@ -119,6 +119,6 @@ mod tests {
         for _ in 0..1_000 {
             mean = mean_with_request(mean);
         }
-        assert_eq!(mean, LEAST_BYTES);
+        assert_eq!(mean, MIN_BYTES);
     }
 }
