@@ -16,7 +16,7 @@
 //! ```
 //!
 //! What comes to the pod's own connections waits there, too, where their acknowledgements cannot be held ([`hold`]): those that ride on data, and all
-//! of a pod without fq. What waits in fq leaves when the clock says. htb knows nothing of the clock, so while some of it waits, whatever else goes
+//! of a pod without fq. So do datagrams for the pod's sockets ([`hold_datagram`]). What waits in fq leaves when the clock says. htb knows nothing of the clock, so while some of it waits, whatever else goes
 //! into the pod passes another class of the same htb, which never waits and takes its part of the limit.
 
 use core::{arch::asm, ptr::NonNull};
