@@ -95,7 +95,10 @@ fn sandbox(call: &Recorded, place: fn(&str) -> String) -> Sandbox {
     if let Some(given) = stdin["runtimeConfig"].get("cgroupPath") {
         assert_eq!(given, &json!(expected), "{}", call.name);
     }
-    let cgroup = PodCgroup::new(cgroup::mount().unwrap().join(&expected[1..])).unwrap();
+    let directory = cgroup::mount().unwrap().join(&expected[1..]);
+    // What is attached to a cgroup that a killed run has left, with the recorded UID, goes with it.
+    let _ = fs::remove_dir(&directory);
+    let cgroup = PodCgroup::new(directory).unwrap();
     Sandbox::of(cgroup, uid.to_owned(), Arc::new(netns))
 }
 

@@ -1,12 +1,13 @@
 //! What `tests/run` does: builds, runs the tests on this machine's kernel and on others, and sums up what came of each stage.
 //!
 //! [`plan`] says what is run, in which order, and what may be tried again. [`stages`], [`lints`], [`nodes`] and [`report`] are the stages;
-//! [`lane`] runs them, [`output`] reads what they print, [`summary`] judges it. [`processes`] ends all on Ctrl-C. The kernels and nodes
-//! themselves are shell: tests/lab, tests/node.
+//! [`lane`] runs them, [`output`] reads what they print, [`summary`] judges it. [`mounts`] keeps other runs out of their way, and
+//! [`processes`] ends all on Ctrl-C. The kernels and nodes themselves are shell: tests/lab, tests/node.
 #![allow(clippy::print_stdout, reason = "a command of a person")]
 
 mod lane;
 mod lints;
+mod mounts;
 mod nodes;
 mod output;
 mod plan;
@@ -100,12 +101,13 @@ fn main() -> ExitCode {
     })
 }
 
-/// Pods take root and a few packages.
+/// Pods take root, mounts of their own and a few packages.
 fn prepare(lane: &mut Lane) -> Result<(), String> {
     if !nix::unistd::geteuid().is_root() {
         let how = "please run it as root (sudo env PATH=\"$PATH\" tests/run ..)";
         return Err(format!("this makes network namespaces and loads eBPF programs: {how}"));
     }
+    mounts::have_own()?;
     stages::need(lane, NEEDS)
 }
 
@@ -176,12 +178,6 @@ fn example(verb: &str, arguments: &[String]) -> Result<ExitCode, String> {
     let program = stages::example(name, packages)?;
     match verb {
         "measurements" => become_command(Command::new("tests/bench/measurements").arg(program).args(arguments)),
-        // In a bpffs of its own: other pods of this machine are not for a picture.
-        "pictures" => become_command(
-            Command::new("unshare")
-                .args(["--mount", "--propagation", "private", "sh", "-c"])
-                .args(["umount /sys/fs/bpf && exec \"$0\"", &program]),
-        ),
         _ => become_command(Command::new(program).args(arguments)),
     }
 }

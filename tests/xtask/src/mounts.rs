@@ -1,0 +1,32 @@
+//! Mounts of the tests' own, so that what another run has left behind, and what this machine's own pods have pinned, is not in their way.
+
+use std::fs;
+use std::path::Path;
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+
+/// What podshaper and `ip netns` keep, and the filesystem that holds it.
+const OWN: [(&str, &str); 3] = [("/sys/fs/bpf", "bpf"), ("/run/netns", "tmpfs"), ("/run/podshaper", "tmpfs")];
+
+/// Gives this thread, and what it starts from now on, an empty bpffs, no named network namespaces and nothing that podshaper
+/// remembers. The kernel removes the mounts with the last process that sees them, be it killed.
+pub fn have_own() -> Result<(), String> {
+    unshare(CloneFlags::CLONE_NEWNS).map_err(|error| format!("leave this machine's mounts: {error}"))?;
+    // Else the mounts below would appear on the machine as well.
+    let flags = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(None::<&str>, "/", None::<&str>, flags, None::<&str>)
+        .map_err(|error| format!("keep mounts to this process: {error}"))?;
+    OWN.iter().try_for_each(|(place, filesystem)| replace(Path::new(place), filesystem))
+}
+
+fn replace(place: &Path, filesystem: &str) -> Result<(), String> {
+    // Tests that unmount bpffs must find nothing below.
+    while umount2(place, MntFlags::MNT_DETACH).is_ok() {}
+    let mount_it = || {
+        fs::create_dir_all(place)?;
+        mount(Some("podshaper-tests"), place, Some(filesystem), MsFlags::empty(), Some("mode=755"))?;
+        Ok(())
+    };
+    mount_it().map_err(|error: std::io::Error| format!("mount an empty {filesystem} on {}: {error}", place.display()))
+}
