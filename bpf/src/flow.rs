@@ -1,17 +1,14 @@
 //! What is remembered of each socket.
 //!
-//! It is in socket storage: it lives and dies with the socket. All of it is zero when new.
+//! It is in socket storage: it lives and dies with the socket. All of it is zero when new. Each part is kept by the module that its comment
+//! names.
 
 use core::mem::offset_of;
 
-use podshaper_abi::{HostEnd, SocketState};
+use podshaper_abi::SocketState;
 
-use crate::{
-    clock,
-    other_paths::{Covered, Waiting},
-    turn::Turn,
-    window::Window,
-};
+/// How long after a packet that was held at the host's end the next ones are taken to be as well.
+const HELD_FOR_NS: u64 = 1_000_000_000;
 
 /// One socket's state.
 #[repr(C)]
@@ -53,12 +50,104 @@ pub struct Flow {
     pub window: Window,
 }
 
-impl Flow {
-    /// Whether its acknowledgements ride on data, so that what comes to it is to be held at this host's end, or some of that waits there still.
+/// [`crate::turn`]: one direction of a flow: what it may send before the backlog, and when it has waited.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Turn {
+    /// When its credit is filled up again. 0: it has had none yet.
+    pub filled_ns: u64,
+    /// What is left of the credit, in bytes on the wire.
+    pub credit_bytes: u64,
+    /// From when on the flow is known and not new any more. 0: it has sent nothing yet.
+    pub known_from_ns: u64,
+    /// The clock of its small packets.
+    pub small_ns: u64,
+    /// From when on its next packet has waited. 0: none has been asked to.
+    pub due_ns: u64,
+    /// When the last of its packets that wait will have left.
+    pub queued_until_ns: u64,
+    /// Bytes that it has sent since it last waited.
+    pub burst_bytes: u64,
+}
+
+impl Turn {
+    /// Whether the flow is a sparse one at present.
     #[inline(always)]
-    pub fn rides(&self, end: &HostEnd) -> bool {
-        self.slot == end.slot.into() && self.waiting.is_on(clock::now_ns())
+    pub fn is_sparse(&self) -> bool {
+        self.credit_bytes != 0
     }
+}
+
+/// [`crate::other_paths`]: what the cgroup's hook has charged of a socket in one direction, and what has passed the host's end for that, in bytes on the wire.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Covered {
+    /// The attachment that was charged.
+    pub slot: u64,
+    pub charged_bytes: u64,
+    pub passed_bytes: u64,
+    /// What had been charged when that was looked at last ..
+    pub older_bytes: u64,
+    /// .. and when it is next.
+    pub next_look_ns: u64,
+}
+
+/// [`crate::other_paths`]: what waits of a connection whose acknowledgements cannot be held.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Waiting {
+    /// Until when what comes is held here, since acknowledgements ride on data. 0: none has.
+    pub until_ns: u64,
+    /// Until when what came waits.
+    pub waits_until_ns: u64,
+    /// The time of the last packet that was held here.
+    pub held_ns: u64,
+    /// The number of the byte behind what came last of what waits.
+    pub next_sequence: u64,
+    /// Not 0: it is of MPTCP, whose senders stall where a window is small: they have another one for all their connections.
+    pub is_multipath: u64,
+    /// Not 0: its window is set with each acknowledgement. That of a connection which was there before the limit is not, and none is on Linux 5.10.
+    pub has_windows: u64,
+}
+
+impl Waiting {
+    /// Whether what comes now is to be held at the host's end.
+    #[inline(always)]
+    pub fn is_on(&self, now_ns: u64) -> bool {
+        now_ns < self.until_ns.max(self.waits_until_ns)
+    }
+
+    /// Whether what comes is held at the host's end, so that the pod's acknowledgements need not be.
+    #[inline(always)]
+    pub fn is_held(&self, now_ns: u64) -> bool {
+        self.held_ns != 0 && now_ns - self.held_ns < HELD_FOR_NS
+    }
+}
+
+/// [`crate::window`]: the window the remote sender is given, and when its next acknowledgement may leave.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Window {
+    /// The window, in bytes. 0: not set yet.
+    pub bytes: u64,
+    /// When it was last changed.
+    pub changed_ns: u64,
+    /// What the socket had received then, in bytes.
+    pub received_bytes: u64,
+    /// Whether the ingress clock has ever had a backlog in this flow's time. Until then the window grows faster.
+    pub met_backlog: u64,
+    /// How long acknowledgements are held back, smoothed as the remote smooths its round trips.
+    pub held_ns: u64,
+    /// What the socket had received at the last acknowledgement, in bytes.
+    pub acknowledged_bytes: u64,
+    /// How far the remote may send, counted as these.
+    pub right_edge: u64,
+    /// The largest window that it has had, in bytes.
+    pub largest_bytes: u64,
+    /// Departure time of the pure ACK that is just being sent. 0: it is not held.
+    pub hold_until_ns: u64,
+    /// What the socket had received when it last sent data, in bytes.
+    pub ridden_bytes: u64,
 }
 
 // User space reads it as the other one.

@@ -1,6 +1,6 @@
 //! podshaper's eBPF programs: hook, what each is called for, and what its return value means. How they work is in the modules:
 //! [`turn`] (which packet leaves at once and which waits), [`clock`] (the pod clock), [`pace`] (TCP out), [`window`] (TCP in), [`flow`] (what
-//! is remembered of a socket), [`other_paths`] (what no socket of the pod sends or gets), [`requests`] (when connections are opened),
+//! is remembered of a socket), [`other_paths`] (what no socket of the pod sends or gets), [`requests`] and [`waited`] (when connections are opened),
 //! [`namespace`] (whether a socket is in the pod's), [`packet`] (bytes on the wire), [`subnets`] (what is exempt), [`maps`].
 //!
 //! A node has the programs and maps once. A program learns from the storage of the cgroup for which it runs which attachments are on that,
@@ -22,6 +22,7 @@ mod requests;
 mod subnets;
 mod tcp;
 mod turn;
+mod waited;
 mod window;
 
 use core::ptr::NonNull;
@@ -29,7 +30,7 @@ use core::ptr::NonNull;
 use aya_ebpf::{
     bindings::{
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_HDR_OPT_LEN_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
-        BPF_SOCK_OPS_RTT_CB, BPF_SOCK_OPS_RWND_INIT, BPF_TCP_LISTEN, bpf_sock,
+        BPF_SOCK_OPS_RTT_CB, BPF_SOCK_OPS_RWND_INIT, bpf_sock,
     },
     helpers::{bpf_skb_ecn_set_ce, bpf_tcp_sock},
     macros::{cgroup_skb, cgroup_sockopt, classifier, sock_ops},
@@ -44,11 +45,9 @@ use crate::{
     flow::Flow,
     packet::Wire,
     subnets::Remote,
+    tcp::FIRST_FLIGHT_BYTES,
     turn::{Packet, SPARSE_BYTES},
 };
-
-/// What a TCP sender sends before the first acknowledgement: ten segments (RFC 6928).
-const FIRST_FLIGHT_BYTES: u64 = 10 * 1460;
 
 /// cgroup_skb/egress: the packet goes on.
 const PASS: i32 = 1;
@@ -115,7 +114,7 @@ pub fn count_egress(ctx: SkBuffContext) -> i32 {
 pub fn count_ingress(ctx: SkBuffContext) -> i32 {
     let Some(scope) = scope_of(&ctx, Remote::SOURCE) else {
         // What a listener accepts inherits what is known of the listener.
-        leave(packet::full_socket(&ctx).filter(|socket| listens(*socket)));
+        leave(packet::full_socket(&ctx).filter(|socket| packet::listens(*socket)));
         return PASS;
     };
     let Some(link) = Link::of(scope.slot, INGRESS) else { return PASS };
@@ -125,7 +124,7 @@ pub fn count_ingress(ctx: SkBuffContext) -> i32 {
     if flow.as_deref_mut().is_some_and(|flow| namespace::is_foreign(&ctx, flow, &scope, false)) {
         return PASS;
     }
-    let is_for_listener = socket.is_some_and(listens);
+    let is_for_listener = socket.is_some_and(packet::listens);
     if let Some(flow) = flow.as_deref_mut().filter(|_| is_for_listener) {
         // What it accepts inherits that, and has sent nothing yet when its first window is set.
         flow.slot = scope.slot.into();
@@ -231,7 +230,7 @@ enum Answer {
 /// that the host's end does not know it and charges it, if there is a host's end.
 #[inline(always)]
 fn answer_of(ctx: &SkBuffContext, link: &Link, wire: &Wire, socket: Option<NonNull<bpf_sock>>, now_ns: u64) -> Answer {
-    if !socket.is_none_or(listens) || !packet::Segment::of(ctx, 0).is_answer() {
+    if !socket.is_none_or(packet::listens) || !packet::Segment::of(ctx, 0).is_answer() {
         return Answer::Not;
     }
     let Some(others) = maps::others(link.slot(), EGRESS) else { return Answer::Not };
@@ -323,14 +322,7 @@ fn is_stream(socket: Option<NonNull<bpf_sock>>) -> bool {
     socket.is_none_or(|socket| unsafe {
         let socket = socket.as_ref();
         socket.protocol == u32::from(packet::IPPROTO_TCP) && socket.type_ == SOCK_STREAM
-    }) && !socket.is_some_and(listens)
-}
-
-/// Whether a socket takes connections and has none. What comes to it may be a flood.
-#[inline(always)]
-fn listens(socket: NonNull<bpf_sock>) -> bool {
-    // SAFETY: cgroup_skb programs may read the state of a full socket. That of one that is not TCP is no listener's but by its number.
-    unsafe { socket.as_ref().state == BPF_TCP_LISTEN }
+    }) && !socket.is_some_and(packet::listens)
 }
 
 /// Whether all that a TCP socket sent before has been acknowledged.

@@ -32,15 +32,15 @@ use podshaper_abi::{
 };
 
 use crate::{
-    FIRST_FLIGHT_BYTES,
     clock::{self, Link},
-    flow::Flow,
+    flow::{Covered, Flow, Waiting},
     maps,
     packet::{self, IPPROTO_TCP, Segment, Wire},
-    requests::{self, Client},
-    subnets,
-    subnets::Remote,
+    requests,
+    subnets::{self, Remote},
+    tcp::FIRST_FLIGHT_BYTES,
     turn::Packet,
+    waited::Client,
 };
 
 /// Go on with the filters of others (uapi/linux/pkt_cls.h).
@@ -64,8 +64,6 @@ const PLACE: usize = 4;
 const LATE_NS: u64 = 50_000_000;
 /// What the others count as of the backlog: a first flight of TCP.
 const OTHERS_BURST_BYTES: u64 = 1 << 14;
-/// How long after a packet that was held here the next ones are taken to be as well.
-const HELD_FOR_NS: u64 = 1_000_000_000;
 /// What passes at once of a connection whose acknowledgements cannot be held: as much as the windows aim for, so that a late timer does not
 /// leave the clock idle.
 const AHEAD_NS: u64 = 5_000_000;
@@ -76,56 +74,12 @@ const ANSWERS_HERE_NS: u64 = 1_000_000_000;
 /// What may be on the way from the host's end to a socket of the pod. No more passes for it until the hook has seen that.
 const ON_THE_WAY_BYTES: u64 = 1 << 20;
 
-/// What the cgroup's hook has charged of a socket in one direction, and what has passed the host's end for that, in bytes on the wire.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct Covered {
-    /// The attachment that was charged.
-    slot: u64,
-    charged_bytes: u64,
-    passed_bytes: u64,
-    /// What had been charged when that was looked at last ..
-    older_bytes: u64,
-    /// .. and when it is next.
-    next_look_ns: u64,
-}
-
-/// What waits of a connection whose acknowledgements cannot be held.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct Waiting {
-    /// Until when what comes is held here, since acknowledgements ride on data. 0: none has.
-    pub until_ns: u64,
-    /// Until when what came waits.
-    waits_until_ns: u64,
-    /// The time of the last packet that was held here.
-    held_ns: u64,
-    /// The number of the byte behind what came last of what waits.
-    next_sequence: u64,
-    /// Not 0: it is of MPTCP, whose senders stall where a window is small: they have another one for all their connections.
-    pub is_multipath: u64,
-    /// Not 0: its window is set with each acknowledgement. That of a connection which was there before the limit is not, and none is on Linux 5.10.
-    pub has_windows: u64,
-}
-
 impl Waiting {
-    /// Whether what comes now is to be held here.
-    #[inline(always)]
-    pub fn is_on(&self, now_ns: u64) -> bool {
-        now_ns < self.until_ns.max(self.waits_until_ns)
-    }
-
     /// Whether a packet is a copy of what waits here, for which its sender did not wait long enough.
     #[inline(always)]
     fn has(&self, segment: Segment, now_ns: u64) -> bool {
         let ahead = segment.sequence.wrapping_add(segment.payload).wrapping_sub(self.next_sequence as u32) as i32;
         segment.payload != 0 && ahead <= 0 && now_ns + LATE_NS < self.waits_until_ns
-    }
-
-    /// Whether what comes is held at the host's end, so that the pod's acknowledgements need not be.
-    #[inline(always)]
-    pub fn is_held(&self, now_ns: u64) -> bool {
-        self.held_ns != 0 && now_ns - self.held_ns < HELD_FOR_NS
     }
 }
 
@@ -566,7 +520,7 @@ fn coming<'a>(packet: &SkBuffContext, end: &HostEnd, bytes: u64) -> Coming<'a> {
         let Some((socket, is_request)) = peers.socket(packet, end.namespace.into()) else { return Coming::Other };
         let full = NonNull::new(bpf_sk_fullsock(socket.as_ptr()));
         let flow = full.and_then(|socket| maps::flow(socket));
-        let listens = full.is_some_and(crate::listens);
+        let listens = full.is_some_and(packet::listens);
         let is_connection = peers.are_of_tcp && full.is_some() && !listens;
         let is_held = is_connection && flow.as_deref().is_some_and(|flow| is_held(flow, end));
         let tcp = full.filter(|_| is_held).and_then(|socket| bpf_tcp_sock(socket.as_ptr()).as_ref());
@@ -623,11 +577,17 @@ fn waits_for_listener(packet: &SkBuffContext, end: &HostEnd) -> bool {
 /// Whether what comes to a connection waits here, and not at the remote for its acknowledgements.
 #[inline(always)]
 fn is_held(flow: &Flow, end: &HostEnd) -> bool {
-    end.holds_streams != 0 && flow.into_covered.slot == end.slot.into() || flow.rides(end)
+    end.holds_streams != 0 && flow.into_covered.slot == end.slot.into() || rides(flow, end)
 }
 
 /// Whether the hook will charge a packet of a flow, as it has charged those before.
 #[inline(always)]
 fn covered<'a>(flow: &mut Flow, end: &HostEnd, bytes: u64) -> Coming<'a> {
     if flow.into_covered.passes(end, bytes, ON_THE_WAY_BYTES) { Coming::ToBeCharged } else { Coming::Other }
+}
+
+/// Whether a flow's acknowledgements ride on data, so that what comes to it is to be held here, or some of that waits here still.
+#[inline(always)]
+fn rides(flow: &Flow, end: &HostEnd) -> bool {
+    flow.slot == end.slot.into() && flow.waiting.is_on(clock::now_ns())
 }

@@ -9,7 +9,7 @@ use core::{
 };
 
 use aya_ebpf::{
-    bindings::{BPF_TCP_NEW_SYN_RECV, bpf_sock, bpf_sock_tuple},
+    bindings::{BPF_TCP_LISTEN, BPF_TCP_NEW_SYN_RECV, bpf_sock, bpf_sock_tuple},
     helpers::{bpf_sk_fullsock, bpf_sk_lookup_udp, bpf_sk_release, bpf_skb_load_bytes, bpf_skc_lookup_tcp},
     programs::SkBuffContext,
 };
@@ -356,4 +356,11 @@ pub fn full_socket(ctx: &SkBuffContext) -> Option<NonNull<bpf_sock>> {
         let socket = NonNull::new((*ctx.skb.skb).__bindgen_anon_2.sk)?;
         NonNull::new(bpf_sk_fullsock(socket.as_ptr()))
     }
+}
+
+/// Whether a socket takes connections and has none. What comes to it may be a flood.
+#[inline(always)]
+pub fn listens(socket: NonNull<bpf_sock>) -> bool {
+    // SAFETY: cgroup_skb programs may read the state of a full socket. That of one that is not TCP is no listener's but by its number.
+    unsafe { socket.as_ref().state == BPF_TCP_LISTEN }
 }

@@ -13,6 +13,9 @@ use podshaper_abi::{Scope, SubnetAddress};
 
 use crate::{flow::Flow, maps, packet, subnets};
 
+/// What a TCP sender sends before the first acknowledgement: ten segments (RFC 6928).
+pub const FIRST_FLIGHT_BYTES: u64 = 10 * 1460;
+
 /// First argument of the callback where `tcp_current_mss` asks (uapi/linux/bpf.h; not in aya's bindings).
 const BPF_WRITE_HDR_TCP_CURRENT_MSS: u32 = 1;
 const AF_INET6: u32 = 10;

@@ -22,6 +22,7 @@ use podshaper_abi::{
 
 use crate::{
     clock::{self, Link},
+    flow::Turn,
     packet::Wire,
 };
 
@@ -46,26 +47,6 @@ pub const ACKNOWLEDGEMENT_BYTES: u64 = 100;
 /// What htb may be late by, whose timer is one of the kernel's. After so long a flow's packets have left it for sure, and the next one may go
 /// another way without overtaking them.
 const HTB_LATE_NS: u64 = 50_000_000;
-
-/// One direction of a flow: what it may send before the backlog, and when it has waited.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct Turn {
-    /// When its credit is filled up again. 0: it has had none yet.
-    filled_ns: u64,
-    /// What is left of the credit, in bytes on the wire.
-    credit_bytes: u64,
-    /// From when on the flow is known and not new any more. 0: it has sent nothing yet.
-    known_from_ns: u64,
-    /// The clock of its small packets.
-    small_ns: u64,
-    /// From when on its next packet has waited. 0: none has been asked to.
-    due_ns: u64,
-    /// When the last of its packets that wait will have left.
-    queued_until_ns: u64,
-    /// Bytes that it has sent since it last waited.
-    burst_bytes: u64,
-}
 
 /// What has to be known of a packet.
 pub struct Packet {
@@ -233,11 +214,5 @@ impl Turn {
         }
         self.credit_bytes = 0;
         WAITED
-    }
-
-    /// Whether the flow is a sparse one at present.
-    #[inline(always)]
-    pub fn is_sparse(&self) -> bool {
-        self.credit_bytes != 0
     }
 }

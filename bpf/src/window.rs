@@ -22,8 +22,8 @@ use podshaper_abi::{INGRESS, Limit, QUEUE_NONE};
 
 use crate::{
     clock::{self, Link},
-    flow::Flow,
-    maps, requests, tcp,
+    flow::{Flow, Window},
+    maps, tcp, waited,
 };
 
 pub const IPPROTO_TCP: i32 = 6;
@@ -70,32 +70,6 @@ const USUAL_MSS: u64 = 1448;
 const RIDES_FOR_NS: u64 = 1_000_000_000;
 /// Above this the clamp limits nothing: 8 MB in 5 ms are 13 Gbit/s.
 const MAX_WINDOW_BYTES: u64 = 8 << 20;
-
-/// TCP in: the window the remote sender is given, and when its next acknowledgement may leave.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct Window {
-    /// The window, in bytes. 0: not set yet.
-    pub bytes: u64,
-    /// When it was last changed.
-    pub changed_ns: u64,
-    /// What the socket had received then, in bytes.
-    pub received_bytes: u64,
-    /// Whether the ingress clock has ever had a backlog in this flow's time. Until then the window grows faster.
-    pub met_backlog: u64,
-    /// How long acknowledgements are held back, smoothed as the remote smooths its round trips.
-    pub held_ns: u64,
-    /// What the socket had received at the last acknowledgement, in bytes.
-    pub acknowledged_bytes: u64,
-    /// How far the remote may send, counted as these.
-    pub right_edge: u64,
-    /// The largest window that it has had, in bytes.
-    pub largest_bytes: u64,
-    /// Departure time of the pure ACK that is just being sent. 0: it is not held.
-    pub hold_until_ns: u64,
-    /// What the socket had received when it last sent data, in bytes.
-    pub ridden_bytes: u64,
-}
 
 /// A connection is about to open: says its first window, in segments, if the connection may be limited. By which interface it will send is
 /// not known yet.
@@ -148,7 +122,7 @@ pub fn open(ctx: &SockOpsContext, is_answered: bool) {
     flow.window.bytes = first_bytes.min(link_bytes(link.limit(), MIN_ROUND_NS)).max(least_bytes);
     flow.window.changed_ns = clock::now_ns();
     flow.window.right_edge = first_bytes;
-    flow.window.held_ns = if is_answered { requests::waited_ns(ctx, link.slot()) } else { 0 };
+    flow.window.held_ns = if is_answered { waited::waited_ns(ctx, link.slot()) } else { 0 };
     // What waits at the host's end is known by the first acknowledgement, and whether it is of MPTCP.
     if link.limit().queue == QUEUE_NONE {
         clamp(ctx, flow.window.bytes, flow.application_window_bytes);

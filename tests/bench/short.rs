@@ -19,6 +19,7 @@ pub fn web(options: &Options, table: &mut Table) -> Result<Title> {
         for limiter in options.limiters.iter().copied() {
             let web = Web {
                 way: options.way(),
+                from_pod: options.from_pod,
                 clients,
                 bytes,
                 seconds: options.seconds,
@@ -30,9 +31,14 @@ pub fn web(options: &Options, table: &mut Table) -> Result<Title> {
             })?;
         }
     }
-    let what = if options.ingress { "posted to" } else { "got from" };
+    let what = match (options.from_pod, options.ingress) {
+        (false, false) => "got from a web server in the pod",
+        (false, true) => "posted to a web server in the pod",
+        (true, false) => "posted by the pod",
+        (true, true) => "got by the pod",
+    };
     Ok((
-        format!("Short connections, {what} a web server in the pod{}, small requests beside it", options.path()),
+        format!("Short connections, {what}{}, small requests beside it", options.path()),
         &[
             "limit",
             "size",

@@ -1,4 +1,4 @@
-//! Short connections between a pod and its node: a web server in the pod and its clients on the node, in a closed loop.
+//! Short connections between a pod and its node: a web server and its clients, in a closed loop, one of them in the pod.
 
 use std::collections::BTreeMap;
 use std::thread;
@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::measure::{self, Asking, Bulk, BulkResult, Ends, Latency, Timeline, Times, Way, limit, number, parse};
+use super::netns::Netns;
 use super::pod::Pod;
 use super::process::Running;
 use super::remote::Remote;
@@ -18,8 +19,10 @@ const ASKED_BEFORE: Duration = Duration::from_millis(300);
 /// What the clients do.
 #[derive(Clone, Debug)]
 pub struct Web {
-    /// Out: they GET. In: they POST.
+    /// Which way the data goes.
     pub way: Way,
+    /// The clients are in the pod and the server outside. Where the data goes to the clients they GET, else they POST.
+    pub from_pod: bool,
     pub clients: usize,
     /// Of a response, or of what is posted.
     pub bytes: usize,
@@ -40,6 +43,7 @@ impl Default for Web {
     fn default() -> Self {
         Self {
             way: Way::Out,
+            from_pod: false,
             clients: 8,
             bytes: 10_000,
             keep: false,
@@ -89,12 +93,13 @@ impl WebResult {
     }
 }
 
-/// Clients of a web server in the pod.
+/// Clients of a web server, one end in the pod.
 pub fn web(pod: &Pod, options: &Web) -> Result<WebResult> {
-    let Web { way, clients, bytes, keep, seconds, ask, probe, bulk_flows, away } = *options;
-    // The server is in the pod, whichever way the data go.
-    let ends = Ends::new(pod, Way::In, false, None)?;
-    prepare(pod)?;
+    let Web { way, from_pod, clients, bytes, keep, seconds, ask, probe, bulk_flows, away } = *options;
+    // The clients open the connections, whichever way the data goes.
+    let ends = Ends::new(pod, if from_pod { Way::Out } else { Way::In }, false, None)?;
+    let post = (way == Way::In) != from_pod;
+    prepare(if from_pod { &pod.netns } else { &pod.host.netns })?;
     let (server, address) =
         Running::start_server(ends.receiver("web-serve")?.args(["--seconds", &seconds.to_string()]))?;
     let away = away.then(|| Remote::new(pod)).transpose()?;
@@ -108,7 +113,7 @@ pub fn web(pod: &Pod, options: &Web) -> Result<WebResult> {
     };
     get.args(["--to", &address.to_string(), "--clients", &clients.to_string(), "--bytes", &bytes.to_string()]);
     get.args(["--seconds", &seconds.to_string()]);
-    get.args(keep.then_some("--keep")).args((way == Way::In).then_some("--post"));
+    get.args(keep.then_some("--keep")).args(post.then_some("--post"));
     let mut get = Running::start_ready(&mut get)?;
     let asking = Asking { seconds: seconds - 0.2, uncounted: ASKED_BEFORE.as_secs_f64(), ..Asking::default() };
     let probing = probe.map(|pause| ends.start_asking(&Asking { pause, anew: true, ..asking })).transpose()?;
@@ -130,7 +135,7 @@ pub fn web(pod: &Pod, options: &Web) -> Result<WebResult> {
     let served = server.json(limit(seconds))?;
     let answers = |(_echo, asking): (Running, Running)| parse(asking.json(limit(seconds))?);
     let (latency, probes) = (asking.map(answers).transpose()?, probing.map(answers).transpose()?);
-    let (receiver, sender) = if way == Way::In { (&served, &got) } else { (&got, &served) };
+    let (receiver, sender) = if post { (&served, &got) } else { (&got, &served) };
     let (timeline, retransmits) = (parse(receiver.clone())?, number(sender, "retransmits")?);
     Ok(WebResult { timeline, retransmits, clients: parse(got)?, latency, probes, bulk })
 }
@@ -154,7 +159,7 @@ pub fn ask_beside_knocks(pod: &Pod, per_second: u32, seconds: f64, pause: Durati
 }
 
 /// Ports for some hundred thousand connections: those of the last minute are taken again.
-fn prepare(pod: &Pod) -> Result<()> {
+fn prepare(clients: &Netns) -> Result<()> {
     let settings = ["-q", "net.ipv4.ip_local_port_range=1024 65535", "net.ipv4.tcp_tw_reuse=1"];
-    pod.host.netns.run("sysctl", &settings).map(drop).context("give the clients ports")
+    clients.run("sysctl", &settings).map(drop).context("give the clients ports")
 }

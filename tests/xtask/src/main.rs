@@ -39,7 +39,6 @@ tests/run plain [ARGS]    the tests that need nothing
 tests/run lint            what the sources must fulfil: rustfmt, clippy, shellcheck, cargo-deny, the oldest Rust, the eBPF object
 tests/run demo [ARGS]     the README's table (--help shows its arguments)
 tests/run bench [ARGS]    the long one
-tests/run measurements [here|uml]   every table there is, as Markdown: each direction and protocol, here and in User Mode Linux
 tests/run report [--quick] [--out DIR]   podshaper beside what people would use instead, here and in User Mode Linux: tables and plots,
                           in target/report if not in DIR; 40 minutes, --quick 3
 tests/run pictures        draws the README's pictures of list, show and top anew, of a real run
@@ -89,7 +88,7 @@ fn main() -> ExitCode {
         "lint" => run(Verb::Lint),
         "plain" => become_command(Command::new("cargo").args(["test", "--workspace"]).args(rest)),
         "report" => report::report(rest),
-        "demo" | "bench" | "pictures" | "measurements" => example(verb, rest),
+        "demo" | "bench" | "pictures" => example(verb, rest),
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::from(if matches!(verb, "help" | "--help" | "-h") { 0 } else { 2 });
@@ -172,14 +171,10 @@ fn example(verb: &str, arguments: &[String]) -> Result<ExitCode, String> {
     if asks_for("apps") {
         stages::need(&mut lane, NEEDS_OF_APPS)?;
     }
-    let name = if verb == "measurements" { "bench" } else { verb };
     // Most of what tests/quic takes is a runtime, which nobody waits for who sends nothing by QUIC.
     let packages: &[&str] = if asks_for("quic") { &["quic"] } else { &[] };
-    let program = stages::example(name, packages)?;
-    match verb {
-        "measurements" => become_command(Command::new("tests/bench/measurements").arg(program).args(arguments)),
-        _ => become_command(Command::new(program).args(arguments)),
-    }
+    let program = stages::example(verb, packages)?;
+    become_command(Command::new(program).args(arguments))
 }
 
 fn become_command(command: &mut Command) -> Result<ExitCode, String> {
