@@ -41,7 +41,7 @@ const SMALL_LAG_NS: u64 = 20_000_000;
 const MAX_BURST_BYTES: u64 = 1 << 14;
 /// Flows whose senders have waited are ahead of the limit by a packet each. Hundreds at a low rate would be ahead by seconds: beyond this
 /// backlog their packets leave in order.
-const MAX_AHEAD_NS: u64 = 500_000_000;
+const MAX_AHEAD_NS: u64 = 50_000_000;
 /// A packet up to this is taken for an acknowledgement where nothing else is known: 40 bytes of IPv6 and the longest header of TCP.
 pub const ACKNOWLEDGEMENT_BYTES: u64 = 100;
 /// What htb may be late by, whose timer is one of the kernel's. After so long a flow's packets have left it for sure, and the next one may go

@@ -59,9 +59,15 @@ const FIRST_FLIGHT_NS: u64 = 4_000_000;
 const FIRST_REQUEST_NS: u64 = 20_000_000;
 /// The first flight of a sender that nobody limits (RFC 6928).
 const MAX_INITIAL_RWND: u64 = 10;
-/// The least window of a connection of MPTCP that waits at the host's end: what the limit carries in this time, and no more bytes than these.
+/// The least window of a connection whose data waits at the host's end, by what the limit carries in this time. A window is one packet or two of its
+/// sender, and each packet is a timer of htb and a wake-up of both ends.
+const WAITING_NS: u64 = 1_000_000;
+/// The same of MPTCP.
 const MULTIPATH_NS: u64 = 10_000_000;
-const MULTIPATH_BYTES: u64 = 1 << 16;
+/// Neither is more than this: a sender builds no larger packets.
+const MAX_PACKET_BYTES: u64 = 1 << 16;
+/// Beyond this backlog such windows become smaller than that.
+const LONG_AT_HOST_NS: u64 = 100_000_000;
 /// How long a first flight may wait at the host's end: its sender sends it again after so long (`TCP_RTO_MIN`).
 const FIRST_WAIT_NS: u64 = 200_000_000;
 /// Payload of a full packet, where the connection's own is not known yet.
@@ -151,13 +157,15 @@ pub fn acknowledge(ctx: &SockOpsContext) {
         flow.window.held_ns = 0;
         flow.window.hold_until_ns = 0;
         let rtt_ns = tcp::shortest_rtt_ns(ctx);
-        if backlog_ns > 2 * rtt_ns + WHOLE_SEGMENTS_NS {
+        let is_long = backlog_ns > 2 * rtt_ns + LONG_AT_HOST_NS;
+        if is_long {
             collapse(ctx, &mut flow.window, now_ns, backlog_ns);
         } else {
             resize(ctx, link.limit(), &mut flow.window, now_ns, backlog_ns, rtt_ns);
         }
-        if flow.waiting.is_multipath != 0 {
-            flow.window.bytes = flow.window.bytes.max(link_bytes(link.limit(), MULTIPATH_NS).min(MULTIPATH_BYTES));
+        if flow.waiting.is_multipath != 0 || !is_long {
+            let least_ns = if flow.waiting.is_multipath != 0 { MULTIPATH_NS } else { WAITING_NS };
+            flow.window.bytes = flow.window.bytes.max(link_bytes(link.limit(), least_ns).min(MAX_PACKET_BYTES));
         }
         flow.waiting.has_windows = advertise(ctx, flow).into();
         return;

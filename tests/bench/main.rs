@@ -312,7 +312,8 @@ fn tcp(options: &Options, table: &mut Table) -> Result<Title> {
                         } else {
                             measure()?
                         };
-                        Ok(bulk_cells(&result, Some(limit)))
+                        let seconds = short::spread(&result.timeline.each_second(options.seconds));
+                        Ok([vec![seconds], bulk_cells(&result, Some(limit))].concat())
                     })?;
                     if let Some(latency) = beside {
                         let names = [&labels[..], &["another pod, idle".to_owned()]].concat();
@@ -330,6 +331,7 @@ fn tcp(options: &Options, table: &mut Table) -> Result<Title> {
             "flows",
             "",
             "limiter",
+            "second by second",
             "on the wire",
             "of the limit",
             "first second",
@@ -341,7 +343,7 @@ fn tcp(options: &Options, table: &mut Table) -> Result<Title> {
 }
 
 fn nothing_on_the_wire() -> Vec<String> {
-    ["-"; 4].map(String::from).to_vec()
+    ["-"; 5].map(String::from).to_vec()
 }
 
 /// Measures, and in `replies` how another pod of the same node is answered meanwhile: what there is to wait for on the machine itself.
