@@ -65,8 +65,11 @@ fn program_names() -> impl Iterator<Item = &'static str> {
 /// Backlog beyond which packets that are not TCP are dropped where there is no queue for them to wait in. Short, because all of it is
 /// latency that they add to everything else; longer than a tick of a 100 Hz kernel, so that a sender that is scheduled late loses nothing.
 const DATAGRAM_BOUND_NS: u64 = 10_000_000;
-/// Backlog beyond which such packets are marked, where they can be.
+/// Backlog beyond which such packets are marked, where they can be ..
 const DATAGRAM_MARK_NS: u64 = DATAGRAM_BOUND_NS / 2;
+/// .. or so many full packets, if that is longer: a few connections by QUIC have two or three each on the way at least, and wait for
+/// acknowledgements where there are fewer.
+const DATAGRAM_MARK_PACKETS: u64 = 16;
 /// The same where they wait in a queue: their senders block before that, at what a socket's buffer holds ..
 const QUEUED_DATAGRAM_BOUND_NS: u64 = 500_000_000;
 /// .. which is so many full packets (net.core.wmem_default, 208 KiB, counts what they take in memory).
@@ -186,7 +189,7 @@ fn abi_limit(limit: &Limit, stream_mark_ns: u64, horizon_ns: u64) -> AbiLimit {
         burst_ns: limit.burst.as_ns_at(limit.rate),
         reserve_ns: limit.burst.kept().as_ns_at(limit.rate),
         datagram_bound_ns: DATAGRAM_BOUND_NS,
-        datagram_mark_ns: DATAGRAM_MARK_NS,
+        datagram_mark_ns: full_packets_ns(DATAGRAM_MARK_PACKETS, limit.rate).max(DATAGRAM_MARK_NS),
         stream_mark_ns,
         horizon_ns,
         others_bound_ns: full_packets_ns(OTHER_PACKETS, limit.rate).max(OTHERS_BOUND_NS),

@@ -16,8 +16,9 @@
 //! ```
 //!
 //! What comes to the pod's own connections waits there, too, where their acknowledgements cannot be held ([`hold`]): those that ride on data, and all
-//! of a pod without fq. So do datagrams for the pod's sockets ([`hold_datagram`]). What waits in fq leaves when the clock says. htb knows nothing of the clock, so while some of it waits, whatever else goes
-//! into the pod passes another class of the same htb, which never waits and takes its part of the limit.
+//! of a pod without fq. So do datagrams for the pod's sockets ([`hold_datagram`]). What waits in fq leaves when the clock says. htb knows nothing
+//! of the clock, so while some of it waits, whatever else goes into the pod passes another class of the same htb, which never waits and takes its
+//! part of the limit.
 
 use core::{arch::asm, ptr::NonNull};
 
@@ -330,10 +331,14 @@ fn hold_datagram(skb: *mut __sk_buff, end: &HostEnd, wire: &Wire, flow: &mut Flo
     if !link.admits(wire.bytes, wire.segments, counted, is_marked) {
         return TC_ACT_SHOT;
     }
-    if !matches!(class, DATAGRAM | ORDERED) || before_ns <= AHEAD_NS {
+    let waits = matches!(class, DATAGRAM | ORDERED);
+    // QUIC takes a datagram for lost that three later ones have overtaken.
+    let follows = now_ns < flow.waiting.waits_until_ns;
+    if !waits || before_ns <= AHEAD_NS && !follows {
         return at_once(skb, end, INGRESS, others, now_ns);
     }
-    let edt_ns = now_ns + before_ns - AHEAD_NS;
+    let edt_ns = now_ns + before_ns.max(AHEAD_NS) - AHEAD_NS;
+    flow.waiting.waits_until_ns = edt_ns + LATE_NS;
     wait_for_turn(skb, end, others, edt_ns)
 }
 

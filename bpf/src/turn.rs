@@ -121,7 +121,8 @@ impl Turn {
             self.queued_until_ns = 0;
         }
         let follows = self.queued_until_ns != 0;
-        if !follows && privilege != WAITED && link.has_room(privilege, now_ns) {
+        // A datagram of a flow that has become sparse overtakes what that one sent before.
+        if (!follows || !packet.is_stream) && privilege != WAITED && link.has_room(privilege, now_ns) {
             return Decision { class: privilege, wait_ns: own_ns };
         }
         let has_waited = self.due_ns != 0 && now_ns >= self.due_ns;
@@ -161,8 +162,7 @@ impl Turn {
         let class = if packet.is_stream { STREAM } else { DATAGRAM };
         self.burst_bytes = (self.burst_bytes + packet.bytes).min(MAX_BURST_BYTES);
         let leaves_ns = now_ns + before_ns;
-        // Datagrams may overtake each other.
-        let late_ns = if packet.is_stream && packet.queue == QUEUE_HTB { HTB_LATE_NS } else { 0 };
+        let late_ns = if packet.queue == QUEUE_HTB { HTB_LATE_NS } else { 0 };
         // Counted for the others; what it says of this one's own wait is of no use, since that is the queue.
         link.fair_wait_ns(packet.bytes, self.burst_bytes, own_ns, backlog_ns);
         if packet.queue == QUEUE_NONE {
