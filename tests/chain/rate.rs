@@ -3,9 +3,9 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::{BUSY, Bed, GBIT, MBIT, assert_rate};
-use crate::harness::limiter::Limiter;
-use crate::harness::measure::{self, Bulk, Latency};
-use crate::harness::pod::INTERFACE;
+use crate::harness::limiter::{Limiter, Limits};
+use crate::harness::measure::{self, Bulk, Latency, Way};
+use crate::harness::pod::{INTERFACE, Pod};
 
 const STEADY_TOLERANCE: f64 = 0.05;
 const FIRST_SECOND_TOLERANCE: f64 = 0.15;
@@ -100,6 +100,49 @@ fn flows_share_the_limit_evenly() {
     }
 }
 
+/// Each of many flows would be ahead of the limit by a packet, which together is a quarter of a second, once they have left the queue in which they
+/// began.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn many_flows_have_the_limit_in_each_second() {
+    const SECONDS: f64 = 4.0;
+    let bed = Bed::new();
+    for way in [Way::Out, Way::In] {
+        let limits = match way {
+            Way::In => Limits { egress: None, ingress: Some(100 * MBIT) },
+            Way::Out | Way::Within => Limits { egress: Some(100 * MBIT), ingress: None },
+        };
+        let pod = bed.limited(limits);
+        let bulk = Bulk { way, flows: 128, seconds: SECONDS, ..Bulk::default() };
+        let seconds = measure::bulk(&pod, &bulk).unwrap().timeline.each_second(SECONDS);
+        eprintln!("{way:?}: {seconds:?}");
+        for rate in &seconds[1..] {
+            assert!((0.7..=1.04).contains(&(rate / 100e6)), "{way:?}: {seconds:?}");
+        }
+    }
+}
+
+/// What comes into a pod is a wake-up of both ends for each packet, so windows have room for large ones.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn a_gigabit_into_a_pod_comes_in_large_packets() {
+    const LEAST_BYTES: f64 = 15_000.0;
+    let bed = Bed::new();
+    let pod = bed.limited(Limits { egress: None, ingress: Some(GBIT) });
+    measure::bulk(&pod, &Bulk { way: Way::In, flows: 4, seconds: 3.0, ..Bulk::default() }).unwrap();
+    let bytes = mean_packet_bytes(&pod, "rx");
+    eprintln!("packets of {bytes:.0} bytes");
+    assert!(bytes >= LEAST_BYTES, "packets of {bytes:.0} bytes");
+}
+
+/// Of what the pod's interface has sent (`tx`) or received (`rx`).
+fn mean_packet_bytes(pod: &Pod, direction: &str) -> f64 {
+    let link = pod.netns.run("ip", &["-json", "-stats", "link", "show", "dev", INTERFACE]).unwrap();
+    let link: Value = serde_json::from_str(&link).unwrap();
+    let count = |what: &str| link[0]["stats64"][direction][what].as_f64().unwrap();
+    count("bytes") / count("packets")
+}
+
 /// Each packet costs a timer and a way through the stack, whatever its size: a hundred pods with a flow each and packets of two segments cost four
 /// times the CPU time of large ones. Many flows have small ones, since all wait for one of each.
 #[test]
@@ -112,10 +155,7 @@ fn few_flows_build_large_packets() {
             let pod = bed.pod(Limiter::Podshaper, 10 * MBIT);
             let bulk = Bulk { flows, seconds: 3.0, congestion: Some(congestion.into()), ..Bulk::default() };
             measure::bulk(&pod, &bulk).unwrap();
-            let link = pod.netns.run("ip", &["-json", "-stats", "link", "show", "dev", INTERFACE]).unwrap();
-            let link: Value = serde_json::from_str(&link).unwrap();
-            let sent = |what: &str| link[0]["stats64"]["tx"][what].as_f64().unwrap();
-            let segments = sent("bytes") / sent("packets") / SEGMENT_BYTES;
+            let segments = mean_packet_bytes(&pod, "tx") / SEGMENT_BYTES;
             eprintln!("{flows} flows of {congestion}: packets of {segments:.2} segments");
             assert!(
                 allowed.contains(&segments),

@@ -47,6 +47,29 @@ fn udp_above_the_limit_gets_the_limit_and_no_error() {
     assert_udp_is_held(10 * MBIT);
 }
 
+/// The queue is empty at one moment and not at the next, as QUIC keeps it: what finds it empty must not pass what has just left it, or QUIC takes
+/// that for a loss.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn datagrams_of_a_flow_stay_in_order() {
+    const FLOWS: usize = 4;
+    const LIMIT: u64 = 20 * MBIT;
+    let bed = Bed::new();
+    for way in [Way::Out, Way::In] {
+        let pod = bed.limited(Limits { egress: Some(LIMIT), ingress: Some(LIMIT) });
+        let rate = LIMIT * 97 / 100 / FLOWS as u64;
+        let udp = Udp { way, rate, seconds: 4.0, at_once: 8, ..Udp::default() };
+        let results: Vec<_> = thread::scope(|scope| {
+            let flows: Vec<_> = (0..FLOWS).map(|_| scope.spawn(|| measure::udp(&pod, &udp).unwrap())).collect();
+            flows.into_iter().map(|flow| flow.join().unwrap()).collect()
+        });
+        let (sent, overtaken) =
+            results.iter().fold((0, 0), |(sent, overtaken), flow| (sent + flow.sent, overtaken + flow.overtaken));
+        eprintln!("{way:?}: {overtaken} of {sent} overtaken");
+        assert!(overtaken * 1000 <= sent, "{way:?}: {overtaken} of {sent} overtaken");
+    }
+}
+
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn udp_above_a_hundred_mbit_gets_a_hundred() {

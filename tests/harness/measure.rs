@@ -188,6 +188,8 @@ pub struct UdpResult {
     pub sent: u64,
     /// What sendto() refused, by the error's name.
     pub errors: std::collections::BTreeMap<String, u64>,
+    /// Packets that QUIC would take for lost, since so many later ones have overtaken them.
+    pub overtaken: u64,
 }
 
 /// A pause that keeps requests small beside a limit: a millisecond, or what makes them a twentieth of it.
@@ -306,10 +308,11 @@ pub fn udp(pod: &Pod, options: &Udp) -> Result<UdpResult> {
         send.args(["--buffer", &(rate / 8 / 25).to_string()]);
     }
     let send = Running::start(&mut send)?;
-    let timeline = parse(sink.json(limit(seconds))?)?;
+    let received = sink.json(limit(seconds))?;
+    let overtaken = number(&received, "overtaken")?;
     let sent = send.json(limit(seconds))?;
     let errors = sent.get("errors").cloned().unwrap_or_default();
-    Ok(UdpResult { timeline, sent: number(&sent, "packets")?, errors: parse(errors)? })
+    Ok(UdpResult { timeline: parse(received)?, sent: number(&sent, "packets")?, errors: parse(errors)?, overtaken })
 }
 
 /// By which socket frames are sent.

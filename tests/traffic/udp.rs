@@ -81,6 +81,8 @@ pub struct SinkReport {
     buffer_errors: u64,
     /// Packets this namespace received with a congestion mark.
     marked: u64,
+    /// Packets that so many later ones of their sender had overtaken that QUIC takes them for lost (RFC 9002, `kPacketThreshold`).
+    overtaken: u64,
 }
 
 pub fn send(options: &Send) -> io::Result<SendReport> {
@@ -92,7 +94,6 @@ pub fn send(options: &Send) -> io::Result<SendReport> {
     let wire_bytes = options.size as u64 + if options.to.is_ipv4() { HEADERS_V4 } else { HEADERS_V6 };
     let at_once = u64::from(options.at_once);
     let interval = Duration::from_secs_f64((wire_bytes * at_once * 8) as f64 / options.rate.max(1) as f64);
-    let packet = vec![0; options.size * usize::from(options.at_once)];
     let (mut packets, mut errors) = (0, BTreeMap::<String, u64>::new());
     let start = Instant::now();
     let mut due = start;
@@ -109,8 +110,12 @@ pub fn send(options: &Send) -> io::Result<SendReport> {
         let missed = now.saturating_duration_since(due).div_duration_f64(interval) as usize;
         let wanted = if options.fresh_sockets { 1 } else { (missed + 1).min(MOST_DUE) };
         let sent = match options.depart_after_ms {
-            Some(ms) => send_later(&socket, &packet, options.to, Duration::from_millis(ms)),
-            None => send_each(&socket, &packet, options.to, wanted),
+            Some(ms) => send_later(&socket, &piece(options, packets), options.to, Duration::from_millis(ms)),
+            None => {
+                let pieces: Vec<_> =
+                    (0..wanted as u64).map(|which| piece(options, packets + which * at_once)).collect();
+                send_each(&socket, &pieces, options.to)
+            }
         };
         due += interval * sent.unwrap_or(1) as u32;
         match sent {
@@ -146,6 +151,17 @@ fn set_up(socket: &UdpSocket, options: &Send) -> io::Result<()> {
     Ok(())
 }
 
+/// What is given to the kernel in one piece. Each packet begins with its number, where there is room.
+fn piece(options: &Send, first: u64) -> Vec<u8> {
+    let mut piece = vec![0; options.size * usize::from(options.at_once)];
+    for (number, packet) in (first..).zip(piece.chunks_exact_mut(options.size.max(1))) {
+        if let Some(start) = packet.first_chunk_mut() {
+            *start = number.to_be_bytes();
+        }
+    }
+    piece
+}
+
 /// Sends a packet that is to depart so much later.
 fn send_later(socket: &UdpSocket, packet: &[u8], to: SocketAddr, after: Duration) -> nix::Result<usize> {
     let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?);
@@ -154,11 +170,11 @@ fn send_later(socket: &UdpSocket, packet: &[u8], to: SocketAddr, after: Duration
     sendmsg(socket.as_raw_fd(), &slices, &[ControlMessage::TxTime(&edt_ns)], MsgFlags::empty(), Some(&to)).map(|_| 1)
 }
 
-/// Sends a packet so many times; how many times it could, at least once.
-fn send_each(socket: &UdpSocket, packet: &[u8], to: SocketAddr, times: usize) -> nix::Result<usize> {
-    let slices = vec![[IoSlice::new(packet)]; times];
-    let addresses = vec![Some(SockaddrStorage::from(to)); times];
-    let mut headers = MultiHeaders::preallocate(times, None);
+/// Sends pieces with one call; how many it could, at least one.
+fn send_each(socket: &UdpSocket, pieces: &[Vec<u8>], to: SocketAddr) -> nix::Result<usize> {
+    let slices: Vec<_> = pieces.iter().map(|piece| [IoSlice::new(piece)]).collect();
+    let addresses = vec![Some(SockaddrStorage::from(to)); pieces.len()];
+    let mut headers = MultiHeaders::preallocate(pieces.len(), None);
     sendmmsg(socket.as_raw_fd(), &mut headers, &slices, &addresses, [], MsgFlags::empty()).map(Iterator::count)
 }
 
@@ -176,7 +192,8 @@ pub fn sink(options: &Receive) -> io::Result<SinkReport> {
     let (errors_before, marked_before) = (wire::udp_buffer_errors()?, wire::marked()?);
     say_listening(socket.local_addr()?);
     socket.set_read_timeout(Some(options.wait))?;
-    let (mut bytes, mut packets) = receive(&socket)?;
+    let mut order = Order::default();
+    let (mut bytes, mut packets) = receive(&socket, &mut order)?;
     if packets == 0 {
         return Err(io::Error::other(format!("no packet came within {:?}", options.wait)));
     }
@@ -190,6 +207,7 @@ pub fn sink(options: &Receive) -> io::Result<SinkReport> {
         packets: 0,
         buffer_errors: 0,
         marked: 0,
+        overtaken: 0,
     };
     let mut next = start + BUCKET;
     while next <= start + options.seconds {
@@ -205,25 +223,44 @@ pub fn sink(options: &Receive) -> io::Result<SinkReport> {
         }
         // At least a millisecond: zero would mean to wait for ever.
         socket.set_read_timeout(Some((next - now).max(Duration::from_millis(1))))?;
-        let (more_bytes, more_packets) = receive(&socket)?;
+        let (more_bytes, more_packets) = receive(&socket, &mut order)?;
         (bytes, packets) = (bytes + more_bytes, packets + more_packets);
     }
     report.buffer_errors = wire::udp_buffer_errors()? - errors_before;
     report.marked = wire::marked()? - marked_before;
+    report.overtaken = order.overtaken;
     Ok(report)
 }
 
+/// In which order packets come.
+#[derive(Default)]
+struct Order {
+    largest: u64,
+    overtaken: u64,
+}
+
+impl Order {
+    fn note(&mut self, number: u64) {
+        const MANY: u64 = 3;
+        self.overtaken += u64::from(number + MANY <= self.largest);
+        self.largest = self.largest.max(number);
+    }
+}
+
 /// Payload and number of the packets that are there, or of the next; none if it does not come within the socket's time limit.
-fn receive(socket: &UdpSocket) -> io::Result<(u64, u64)> {
+fn receive(socket: &UdpSocket, order: &mut Order) -> io::Result<(u64, u64)> {
     const AT_ONCE: usize = 64;
     // MSG_TRUNC: a packet's length is told whole, however little of it there is room for.
     let flags = MsgFlags::MSG_WAITFORONE | MsgFlags::MSG_TRUNC;
-    let mut bytes = [[0; 1]; AT_ONCE];
-    let mut slices = bytes.each_mut().map(|byte| [IoSliceMut::new(byte)]);
+    let mut starts = [[0; size_of::<u64>()]; AT_ONCE];
+    let mut slices = starts.each_mut().map(|start| [IoSliceMut::new(start)]);
     let mut headers = MultiHeaders::<()>::preallocate(AT_ONCE, None);
-    match recvmmsg(socket.as_raw_fd(), &mut headers, &mut slices, flags, None) {
-        Ok(packets) => Ok(packets.fold((0, 0), |(bytes, count), packet| (bytes + packet.bytes as u64, count + 1))),
-        Err(Errno::EAGAIN) => Ok((0, 0)),
-        Err(error) => Err(context("receive")(error.into())),
-    }
+    let lengths: Vec<usize> = match recvmmsg(socket.as_raw_fd(), &mut headers, &mut slices, flags, None) {
+        Ok(packets) => packets.map(|packet| packet.bytes).collect(),
+        Err(Errno::EAGAIN) => vec![],
+        Err(error) => return Err(context("receive")(error.into())),
+    };
+    let numbered = lengths.iter().zip(starts).filter(|(length, _)| **length >= size_of::<u64>());
+    numbered.for_each(|(_, start)| order.note(u64::from_be_bytes(start)));
+    Ok((lengths.iter().sum::<usize>() as u64, lengths.len() as u64))
 }
