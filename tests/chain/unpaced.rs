@@ -53,12 +53,12 @@ fn udp_above_the_limit_gets_the_limit_and_no_error() {
 #[ignore = "needs root and the CNI plugins"]
 fn datagrams_of_a_flow_stay_in_order() {
     const FLOWS: usize = 4;
-    const LIMIT: u64 = 20 * MBIT;
+    const LIMIT: u64 = 100 * MBIT;
     let bed = Bed::new();
     for way in [Way::Out, Way::In] {
         let pod = bed.limited(Limits { egress: Some(LIMIT), ingress: Some(LIMIT) });
-        let rate = LIMIT * 97 / 100 / FLOWS as u64;
-        let udp = Udp { way, rate, seconds: 4.0, at_once: 8, ..Udp::default() };
+        let rate = LIMIT * 98 / 100 / FLOWS as u64;
+        let udp = Udp { way, rate, seconds: 4.0, at_once: 16, ..Udp::default() };
         let results: Vec<_> = thread::scope(|scope| {
             let flows: Vec<_> = (0..FLOWS).map(|_| scope.spawn(|| measure::udp(&pod, &udp).unwrap())).collect();
             flows.into_iter().map(|flow| flow.join().unwrap()).collect()
