@@ -130,8 +130,10 @@ impl Turn {
             // Also where it follows others into the queue: what it sent before its wait is no part of this burst.
             self.burst_bytes = 0;
         }
-        if !follows && (has_waited || before_ns == 0) {
-            self.wait(link, packet, moment, was_queued)
+        let is_ordered = before_ns > MAX_AHEAD_NS && packet.queue != QUEUE_NONE;
+        // In order it passes nothing that is before it.
+        if has_waited && (!follows || is_ordered) || !follows && before_ns == 0 {
+            self.wait(link, packet, moment, was_queued && !is_ordered)
         } else {
             self.queue(link, packet, moment)
         }
