@@ -62,7 +62,7 @@ struct Options {
     /// Numbers of pods that are limited already, for --parts many
     #[arg(long, value_delimiter = ',', default_value = "10,500,5000")]
     pods: Vec<usize>,
-    /// They are in the pod, and the web server is outside
+    /// The clients are in the pod, and the web server is outside
     #[arg(long)]
     from_pod: bool,
     /// Bytes of what they get, or post where that is the way of the limit

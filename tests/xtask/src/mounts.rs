@@ -12,7 +12,9 @@ const OWN: [(&str, &str); 3] = [("/sys/fs/bpf", "bpf"), ("/run/netns", "tmpfs"),
 /// Gives this thread, and what it starts from now on, an empty bpffs, no named network namespaces and nothing that podshaper
 /// remembers. The kernel removes the mounts with the last process that sees them, be it killed.
 pub fn have_own() -> Result<(), String> {
-    unshare(CloneFlags::CLONE_NEWNS).map_err(|error| format!("leave this machine's mounts: {error}"))?;
+    unshare(CloneFlags::CLONE_NEWNS).map_err(|error| {
+        format!("leave this machine's mounts: {error} (that takes CAP_SYS_ADMIN: call it on the machine itself, or in a privileged container)")
+    })?;
     // Else the mounts below would appear on the machine as well.
     let flags = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     mount(None::<&str>, "/", None::<&str>, flags, None::<&str>)
