@@ -42,13 +42,20 @@ fn a_rate_is_taken_over_the_time_that_really_passed() {
         sample_us: vec![0, 500_000, 1_100_000, 2_100_000],
         payload_bytes: vec![0, 1_000, 2_200, 4_200],
         wire_bytes: vec![0, 1_000, 2_200, 4_200],
-        flows: vec![],
-        buffer_errors: 0,
-        marked: 0,
+        ..Timeline::default()
     };
     assert_eq!(timeline.first_second().round(), 16_000.0);
     assert_eq!(timeline.steady_rate().round(), 16_000.0);
     assert_eq!(timeline.wire_rate(5.0, 6.0), 0.0, "there is nothing after the end");
+}
+
+#[test]
+fn jains_index_is_one_of_even_flows_and_a_part_of_one_else() {
+    let jain = |flows: &[u64]| Timeline { flows: flows.to_vec(), ..Timeline::default() }.jain();
+    for (flows, index) in [(&[5, 5, 5, 5][..], 1.0), (&[8, 0], 0.5), (&[1, 3], 0.8)] {
+        assert!((jain(flows) - index).abs() < 1e-9, "{flows:?}");
+    }
+    assert!(jain(&[]).is_nan());
 }
 
 #[test]

@@ -313,7 +313,8 @@ fn tcp(options: &Options, table: &mut Table) -> Result<Title> {
                             measure()?
                         };
                         let seconds = short::spread(&result.timeline.each_second(options.seconds));
-                        Ok([vec![seconds], bulk_cells(&result, Some(limit))].concat())
+                        let jain = format!("{:.3}", result.timeline.jain());
+                        Ok([vec![seconds, jain], bulk_cells(&result, Some(limit))].concat())
                     })?;
                     if let Some(latency) = beside {
                         let names = [&labels[..], &["another pod, idle".to_owned()]].concat();
@@ -332,6 +333,7 @@ fn tcp(options: &Options, table: &mut Table) -> Result<Title> {
             "",
             "limiter",
             "second by second",
+            "Jain's index",
             "on the wire",
             "of the limit",
             "first second",
@@ -343,7 +345,7 @@ fn tcp(options: &Options, table: &mut Table) -> Result<Title> {
 }
 
 fn nothing_on_the_wire() -> Vec<String> {
-    ["-"; 5].map(String::from).to_vec()
+    ["-"; 6].map(String::from).to_vec()
 }
 
 /// Measures, and in `replies` how another pod of the same node is answered meanwhile: what there is to wait for on the machine itself.

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 /// What arrived, cumulative; as the sinks of `traffic` report it.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub struct Timeline {
     pub sample_us: Vec<u64>,
     /// None where an interface was watched, whose packets are not looked into.
@@ -53,6 +53,13 @@ impl Timeline {
 
     pub fn first_second(&self) -> f64 {
         self.wire_rate(0.0, 1.0)
+    }
+
+    /// Jain's index of the flows' payload: 1 where all have the same, 1/n where one of n has all.
+    pub fn jain(&self) -> f64 {
+        let sum: f64 = self.flows.iter().map(|bytes| *bytes as f64).sum();
+        let squares: f64 = self.flows.iter().map(|bytes| (*bytes as f64).powi(2)).sum();
+        sum.powi(2) / (self.flows.len() as f64 * squares)
     }
 
     /// Taken between the first samples at or after the times asked for, over the time that really lies between them: a late

@@ -98,16 +98,9 @@ fn rates(found: &mut Found, result: &BulkResult, limit: u64, seconds: f64) {
     let later: Vec<f64> = timeline.each_second(seconds).into_iter().skip(1).map(percent).collect();
     found.put("least_second_percent", later.iter().copied().fold(f64::INFINITY, f64::min));
     found.put("most_second_percent", later.iter().copied().fold(f64::NEG_INFINITY, f64::max));
-    found.put("jain", jain(&timeline.flows));
+    found.put("jain", timeline.jain());
     let steps = (0..(seconds / STEP) as u32).map(|step| f64::from(step) * STEP);
     found.put_series("percent_by_step", steps.map(|from| percent(timeline.wire_rate(from, from + STEP))));
-}
-
-/// Jain's index: 1 where all flows have the same, 1/n where one has all.
-fn jain(flows: &[u64]) -> f64 {
-    let sum: f64 = flows.iter().map(|bytes| *bytes as f64).sum();
-    let squares: f64 = flows.iter().map(|bytes| (*bytes as f64).powi(2)).sum();
-    sum.powi(2) / (flows.len() as f64 * squares)
 }
 
 pub fn replies_of(found: &mut Found, latency: &Latency) {
@@ -115,17 +108,4 @@ pub fn replies_of(found: &mut Found, latency: &Latency) {
         found.put(&format!("reply_{name}_ms"), us / 1e3);
     }
     found.put_series("reply_percentiles_ms", latency.percentiles_us.iter().map(|us| us / 1e3));
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn jains_index_is_one_of_even_flows_and_a_part_of_one_else() {
-        for (flows, index) in [(&[5, 5, 5, 5][..], 1.0), (&[8, 0], 0.5), (&[1, 3], 0.8)] {
-            assert!((jain(flows) - index).abs() < 1e-9, "{flows:?}");
-        }
-        assert!(jain(&[]).is_nan());
-    }
 }
