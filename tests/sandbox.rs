@@ -24,9 +24,9 @@ use super::harness::{meter, process, unique};
 use super::netlink;
 
 /// Where podshaper of this layout pins.
-pub const PINS: &str = "/sys/fs/bpf/podshaper/v6";
+pub const PINS: &str = "/sys/fs/bpf/podshaper/v7";
 /// Where it pins the programs and maps that its pods share.
-pub const NODE: &str = "/sys/fs/bpf/podshaper/v6/%node";
+pub const NODE: &str = "/sys/fs/bpf/podshaper/v7/%node";
 /// What a sandbox asks for unless told otherwise, in bits per second.
 pub const RATE: u64 = 10_000_000;
 /// How long the kernel may take to free what nothing refers to any more: it does so after a grace period of RCU, in a worker.

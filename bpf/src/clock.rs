@@ -112,6 +112,19 @@ impl Link {
         unsafe { (&raw const (*self.meter()).usual_bytes).read_volatile() }
     }
 
+    /// What a window that grows lets through, on the mean of the last ones, in bytes per second. Counts one that lets through `bytes_per_s`.
+    #[inline(always)]
+    pub fn window_bytes_per_s(&self, bytes_per_s: u64) -> u64 {
+        // SAFETY: as in `fair_wait_ns`.
+        unsafe {
+            let mean = &raw mut (*self.meter()).window_bytes_per_s;
+            let before = mean.read_volatile();
+            let after = if before == 0 { bytes_per_s } else { before - before / 8 + bytes_per_s / 8 };
+            mean.write_volatile(after);
+            after
+        }
+    }
+
     /// Whether a packet of this class that finds this backlog is to be marked, if it is ECN-capable.
     #[inline(always)]
     pub fn is_marked(&self, class: u64, backlog_ns: u64) -> bool {

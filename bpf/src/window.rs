@@ -10,8 +10,11 @@
 //! ```text
 //!   backlog beyond what the remote waits for acknowledgements:  window = one segment, or less
 //!   backlog above TARGET:  window *= (rtt + TARGET) / (rtt + backlog), not below half
-//!   else, if it was used:  window *= 1.25 (2 until the first backlog)         once per max(rtt + backlog, 1 ms)
+//!   else, if it was used:  window += a quarter of what windows are            once per max(rtt + backlog, 1 ms)
 //! ```
+//!
+//! All shrink by the same part, and all grow by the same amount, which is what makes them even (additive increase, multiplicative decrease). A
+//! window that has met no backlog yet doubles.
 //!
 //! TARGET is 5 ms and a quarter of the round trip; windows of fewer than four segments, those of many flows, have 7 ms more.
 //!
@@ -161,7 +164,7 @@ pub fn acknowledge(ctx: &SockOpsContext) {
         if is_long {
             collapse(ctx, &mut flow.window, now_ns, backlog_ns);
         } else {
-            resize(ctx, link.limit(), &mut flow.window, now_ns, backlog_ns, rtt_ns);
+            resize(ctx, &link, &mut flow.window, now_ns, backlog_ns, rtt_ns);
         }
         if flow.waiting.is_multipath != 0 || !is_long {
             let least_ns = if flow.waiting.is_multipath != 0 { MULTIPATH_NS } else { WAITING_NS };
@@ -182,7 +185,7 @@ pub fn acknowledge(ctx: &SockOpsContext) {
     if backlog_ns > two_rtt_ns + TOO_LONG_NS {
         collapse(ctx, &mut flow.window, now_ns, backlog_ns);
     } else {
-        resize(ctx, link.limit(), &mut flow.window, now_ns, backlog_ns, tcp::rtt_ns(ctx));
+        resize(ctx, &link, &mut flow.window, now_ns, backlog_ns, tcp::rtt_ns(ctx));
     }
     advertise(ctx, flow);
 }
@@ -248,7 +251,7 @@ fn least_bytes(ctx: &SockOpsContext, window: &Window) -> u64 {
 }
 
 #[inline(always)]
-fn resize(ctx: &SockOpsContext, limit: &Limit, window: &mut Window, now_ns: u64, backlog_ns: u64, rtt_ns: u64) {
+fn resize(ctx: &SockOpsContext, link: &Link, window: &mut Window, now_ns: u64, backlog_ns: u64, rtt_ns: u64) {
     let is_of_few = window.bytes < FEW_SEGMENTS * tcp::mss(ctx);
     let target_ns = target_ns(rtt_ns) + if is_of_few { FEW_MORE_NS } else { 0 };
     // What a change does is seen when all that is in flight has passed.
@@ -266,12 +269,23 @@ fn resize(ctx: &SockOpsContext, limit: &Limit, window: &mut Window, now_ns: u64,
         bytes = shrunk.max(bytes / 2);
     } else if used_bytes >= bytes / 2 {
         // A window that was not used says nothing about what the link would bear.
-        bytes += if window.met_backlog == 0 { bytes } else { bytes / 4 };
+        let growth_bytes = growth_bytes(link, bytes, round_ns);
+        bytes += if window.met_backlog == 0 { bytes } else { growth_bytes };
     }
     let least_bytes = if backlog_ns <= WHOLE_SEGMENTS_NS { 2 * tcp::mss(ctx) } else { least_bytes(ctx, window) };
-    window.bytes = bytes.min(most_bytes(limit, rtt_ns)).max(least_bytes);
+    window.bytes = bytes.min(most_bytes(link.limit(), rtt_ns)).max(least_bytes);
     window.changed_ns = now_ns;
     window.received_bytes = received_bytes;
+}
+
+/// By how much a window of so many bytes grows in a round: by a quarter of what one usually is that lets through as much as others do.
+#[inline(always)]
+fn growth_bytes(link: &Link, bytes: u64, round_ns: u64) -> u64 {
+    // Not 0: a round is a millisecond at least.
+    let round_us = (round_ns / 1_000).max(1);
+    let usual_bytes_per_s = link.window_bytes_per_s(bytes * 1_000_000 / round_us);
+    // Among larger ones a small window grows by half of itself, so that its flow does not bring a lump.
+    (usual_bytes_per_s / 4 * round_us / 1_000_000).min(bytes / 2)
 }
 
 /// The backlog that windows aim for. Part of a long round trip, since a window only finds its size by going past it by a quarter and

@@ -100,6 +100,21 @@ fn flows_share_the_limit_evenly() {
     }
 }
 
+/// Windows that grew and shrank by parts of themselves kept whatever shares they had: one of four flows had most of the limit.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn flows_into_a_pod_share_the_limit_evenly() {
+    const LIMIT: u64 = 100 * MBIT;
+    const LEAST_JAIN: f64 = 0.93;
+    let bed = Bed::new();
+    let pod = bed.limited(Limits { egress: None, ingress: Some(LIMIT) });
+    let timeline =
+        measure::bulk(&pod, &Bulk { way: Way::In, flows: 4, seconds: 6.0, ..Bulk::default() }).unwrap().timeline;
+    let (flows, jain) = (&timeline.flows, timeline.jain());
+    eprintln!("Jain's index {jain:.3}: {flows:?}");
+    assert!(jain >= LEAST_JAIN, "Jain's index {jain:.3} of the payload of 4 flows in 6 s: {flows:?}");
+}
+
 /// Each of many flows would be ahead of the limit by a packet, which together is a quarter of a second, once they have left the queue in which they
 /// began.
 #[test]

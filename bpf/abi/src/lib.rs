@@ -8,7 +8,7 @@
 pub mod requests;
 
 /// Version of the structures below and of the set of maps and programs that are pinned.
-pub const LAYOUT: u32 = 6;
+pub const LAYOUT: u32 = 7;
 
 /// Index of the egress direction in an attachment's limits and meters: what the pod sends.
 pub const EGRESS: u32 = 0;
@@ -240,6 +240,8 @@ pub struct Meters {
 pub struct Meter {
     /// Bytes that a flow sends between two waits, on the mean of the bytes in the backlog. 0: none yet.
     pub usual_bytes: u64,
+    /// What the window of a flow that grows lets through, on the mean, in bytes per second. Of what is received. 0: none has grown yet.
+    pub window_bytes_per_s: u64,
     /// The virtual link.
     pub clock: Clock,
     /// Time of a slower one for sparse flows: see [`SPARSE_COST`].
@@ -351,7 +353,7 @@ pub struct SocketState {
 const _: () = assert!(size_of::<Limit>() == 96);
 const _: () = assert!(size_of::<Clock>() == 16);
 const _: () = assert!(size_of::<Counters>() == 40 + 8 * BACKLOG_BUCKETS);
-const _: () = assert!(size_of::<Meter>() == 8 + size_of::<Clock>() + 16 + size_of::<Counters>());
+const _: () = assert!(size_of::<Meter>() == 16 + size_of::<Clock>() + 16 + size_of::<Counters>());
 const _: () = assert!(size_of::<Meters>() == 8 + 2 * size_of::<Meter>());
 const _: () = assert!(size_of::<Scope>() == 24);
 const _: () = assert!(size_of::<HostEnd>() == 32);
