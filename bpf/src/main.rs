@@ -37,7 +37,8 @@ use aya_ebpf::{
     programs::{SkBuffContext, SockOpsContext, SockoptContext, TcContext},
 };
 use podshaper_abi::{
-    DATAGRAM, EGRESS, FRESH, HTB_QUEUE, INGRESS, ORDERED, QDISC_MAJOR, QUEUE_FQ, QUEUE_HTB, STREAM, Scope, WAITED,
+    DATAGRAM, EGRESS, FRESH, HELD_DATAGRAM, HTB_QUEUE, INGRESS, ORDERED, QDISC_MAJOR, QUEUE_FQ, QUEUE_HTB, STREAM,
+    Scope, WAITED,
 };
 
 use crate::{
@@ -278,6 +279,10 @@ fn class_of(
             FRESH
         } else if is_stream {
             STREAM
+        } else if direction == INGRESS && socket.is_some_and(packet::listens) {
+            // The request has waited in the waiting room, and the acknowledgement that completes it, or the data behind that, comes soon after:
+            // what is lost of these is sent again after 200 ms or a second.
+            HELD_DATAGRAM
         } else {
             DATAGRAM
         };

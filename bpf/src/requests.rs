@@ -80,6 +80,8 @@ pub fn note_bytes(flow: &mut Flow, slot: u32, wire_bytes: u64) {
         return;
     }
     let Some(others) = maps::others(slot, INGRESS) else { return };
+    // A connection that brings data brings all that belongs to a connection.
+    let wire_bytes = if noted_bytes == 1 { wire_bytes + requests::CONNECTION_BYTES } else { wire_bytes };
     flow.is_answering += wire_bytes;
     let mean = &raw mut others.mean_first_bytes;
     // SAFETY: as in `edt_ns`. What two CPUs lose is a packet of a mean.

@@ -73,6 +73,8 @@ const MAX_PACKET_BYTES: u64 = 1 << 16;
 const LONG_AT_HOST_NS: u64 = 100_000_000;
 /// How long a first flight may wait at the host's end: its sender sends it again after so long (`TCP_RTO_MIN`).
 const FIRST_WAIT_NS: u64 = 200_000_000;
+/// Segments of what a connection is taken to bring. More would let the first clients of a pod wait for what they do not bring.
+const USUAL_REQUEST_SEGMENTS: u64 = 4;
 /// Payload of a full packet, where the connection's own is not known yet.
 const USUAL_MSS: u64 = 1448;
 /// How long after an acknowledgement that rode on data the next ones are expected to.
@@ -109,10 +111,11 @@ fn usual_rwnd(limit: &Limit, is_answered: bool) -> u64 {
     (link_bytes(limit, flight_ns) / USUAL_MSS).clamp(1, MAX_INITIAL_RWND)
 }
 
-/// What the first window of a connection that a remote opens has room for, in bytes.
+/// What a connection that a remote opens is taken to bring before any has: what the first window has room for, but for the most that few
+/// requests need.
 #[inline(always)]
 pub fn usual_first_bytes(limit: &Limit) -> u64 {
-    usual_rwnd(limit, true) * USUAL_MSS
+    usual_rwnd(limit, true).min(USUAL_REQUEST_SEGMENTS) * USUAL_MSS
 }
 
 /// A connection is established: its window starts small. From the first acknowledgement on it may be smaller than the first flight.

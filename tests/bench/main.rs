@@ -234,7 +234,9 @@ impl Table {
         let mut pod = Pod::new(&host, "bench")?;
         limiter.add(&mut pod, limits, &self.programs)?;
         options.lengthen(&pod)?;
-        options.negotiate_ecn(&pod)?;
+        if options.ecn {
+            pod.negotiate_ecn()?;
+        }
         measure(&mut pod)
     }
 }
@@ -260,13 +262,6 @@ impl Options {
     fn path(&self) -> String {
         let rtt = (self.rtt_ms != 0).then(|| format!(", {} ms away", self.rtt_ms));
         rtt.into_iter().chain(self.ecn.then(|| ", with ECN".to_owned())).collect()
-    }
-
-    fn negotiate_ecn(&self, pod: &Pod) -> Result<()> {
-        for netns in [&pod.host.netns, &pod.netns].into_iter().filter(|_| self.ecn) {
-            netns.run("sysctl", &["-q", "net.ipv4.tcp_ecn=1"])?;
-        }
-        Ok(())
     }
 
     /// `tc qdisc add dev VETH root netem delay`, at the node's end: what goes to the pod is late, data or acknowledgements.

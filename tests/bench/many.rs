@@ -1,22 +1,19 @@
 //! What a node with many limited pods pays: the time of an ADD and of `podshaper list`, the kernel's memory for each pod, and the time of each
 //! program for a packet.
 
-use std::{fs, path::PathBuf, process::Command, time::Instant};
-
-use podshaper_abi::LAYOUT;
-use serde_json::Value;
+use std::{path::PathBuf, process::Command, time::Instant};
 
 use crate::{
     Options, Table, Title, check_stop,
     harness::{
-        Context, Result,
+        Result,
         host::Host,
         idle::{Idle, RATE, kernel_kib},
         limiter::{Limiter, Limits},
         measure::{self, Bulk, Way},
         note,
         pod::Pod,
-        process,
+        process, programs,
     },
     table,
 };
@@ -93,44 +90,13 @@ fn grow<'a>(
 
 /// What the programs take each time that they run, while one more pod sends and then receives: all pods have the same ones.
 fn costs(table: &Table, host: &Host) -> Result<Vec<String>> {
-    const PROGRAMS: [&str; 4] = ["count_egress", "pace_tcp", "count_ingress", "out_of_pod"];
     let mut pod = Pod::new(host, "bench")?;
     Limiter::Podshaper.add(&mut pod, Limits { egress: Some(RATE), ingress: Some(RATE) }, &table.programs)?;
-    let _counting = Counting::start()?;
-    let read = || PROGRAMS.map(runs).into_iter().collect::<Result<Vec<_>>>();
-    let before = read()?;
-    for way in [Way::Out, Way::In] {
-        measure::bulk(&pod, &Bulk { way, flows: 8, seconds: 3.0, ..Bulk::default() })?;
-    }
-    let costs = before.iter().zip(read()?).map(|((ns, times), (ns_after, times_after))| {
-        format!("{:.0} ns", (ns_after - ns) / (times_after - times).max(1.0))
-    });
-    Ok(costs.collect())
-}
-
-/// How long a program of the node has run, in nanoseconds, and how often.
-fn runs(program: &str) -> Result<(f64, f64)> {
-    let path = format!("/sys/fs/bpf/podshaper/v{LAYOUT}/%node/{program}");
-    let text = process::run(Command::new("bpftool").args(["-j", "prog", "show", "pinned", &path]))?;
-    let shown: Value = serde_json::from_str(&text).context("read what bpftool says of a program")?;
-    let number = |name: &str| shown[name].as_f64().unwrap_or_default();
-    Ok((number("run_time_ns"), number("run_cnt")))
-}
-
-/// The kernel counts how long eBPF programs run, until this is dropped.
-struct Counting;
-
-impl Counting {
-    const SYSCTL: &str = "/proc/sys/kernel/bpf_stats_enabled";
-
-    fn start() -> Result<Self> {
-        fs::write(Self::SYSCTL, "1").context("count how long eBPF programs run")?;
-        Ok(Self)
-    }
-}
-
-impl Drop for Counting {
-    fn drop(&mut self) {
-        let _ = fs::write(Self::SYSCTL, "0");
-    }
+    let run_ns = programs::run_ns(|| {
+        for way in [Way::Out, Way::In] {
+            measure::bulk(&pod, &Bulk { way, flows: 8, seconds: 3.0, ..Bulk::default() })?;
+        }
+        Ok(())
+    })?;
+    Ok(run_ns.map(|ns| format!("{ns:.0} ns")).to_vec())
 }

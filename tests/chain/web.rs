@@ -78,6 +78,23 @@ fn what_many_short_connections_bring_is_held_in_every_second() {
     assert_served(Way::In, 10 * MBIT, 64);
 }
 
+/// Posts of 300 bytes are more connections than data. What completes a connection is not dropped, and the connection counts with what it brings.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn small_posts_are_held_and_come_once() {
+    const RATE: u64 = 10 * MBIT;
+    const MOST_RETRANSMITS: u64 = 50;
+    let bed = Bed::new();
+    let pod = bed.pod_by(Limiter::Podshaper, Limits { egress: None, ingress: Some(RATE) });
+    let options = Web { way: Way::In, clients: 64, bytes: 300, ..Web::default() };
+    let WebResult { timeline, clients, retransmits, .. } = web::web(&pod, &options).unwrap();
+    let seconds: Vec<f64> = timeline.each_second(options.seconds).iter().map(|rate| rate / 1e6).collect();
+    let text = format!("{seconds:.1?} Mbit/s, {retransmits} retransmits, {clients:?}");
+    eprintln!("{text}");
+    assert!(timeline.busiest_second(options.seconds) <= 1.05 * RATE as f64, "{text}");
+    assert!(retransmits <= MOST_RETRANSMITS, "{text}");
+}
+
 /// A node's probe opens a connection each time, and kubelet waits a second for it. Those that post from elsewhere are many, and their
 /// connections wait for their turn.
 #[test]

@@ -23,6 +23,7 @@ pub mod paths;
 pub mod peers;
 pub mod pod;
 pub mod process;
+pub mod programs;
 pub mod quic;
 pub mod remote;
 pub mod seen;

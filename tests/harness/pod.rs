@@ -145,6 +145,14 @@ impl<'host> Pod<'host> {
         self.kept.push(Box::new(what));
     }
 
+    /// Both ends negotiate ECN from now on.
+    pub fn negotiate_ecn(&self) -> Result<()> {
+        for netns in [&self.host.netns, &self.netns] {
+            netns.run("sysctl", &["-q", "net.ipv4.tcp_ecn=1"])?;
+        }
+        Ok(())
+    }
+
     /// The node's end of the pod's first interface, as the bridge plugin has said.
     pub fn host_end(&self) -> Result<String> {
         let added = self.last_call("bridge", "ADD").map(Call::json).transpose()?;

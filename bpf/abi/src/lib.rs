@@ -145,7 +145,8 @@ pub const OTHER: u64 = 6;
 /// Of a packet: the same, but none of its kind waits, and it leaves at once on the clock of new flows.
 pub const OTHER_FRESH: u64 = 7;
 
-/// Of a packet: not of TCP, on its way to a socket of the cgroup, and waiting at the host's end. Its bound is that of [`OTHER`].
+/// Of a packet: not of TCP, on its way to a socket of the cgroup, and waiting at the host's end. Or of TCP, and on its way to a listener, whose
+/// requests have waited there. Its bound is that of [`OTHER`].
 pub const HELD_DATAGRAM: u64 = 8;
 
 /// No packet waits for longer than this, be the limit ever so low; fq's horizon is as far.

@@ -10,6 +10,8 @@ const TARGET_NS: u64 = 12_000_000;
 const AHEAD_NS: u64 = 100_000_000;
 /// What counts of a connection in the mean of what requests bring. What comes later is held by acknowledgements.
 pub const MAX_BYTES: u64 = 64 << 10;
+/// What a connection brings besides data, in bytes on the wire: the request, the acknowledgements of its answer and of the data's, and the end.
+pub const CONNECTION_BYTES: u64 = 60 + 3 * 52;
 /// Of how many requests that mean is.
 const REQUESTS: u64 = 32;
 /// The least mean, in bytes on the wire: a request brings itself at least. 0 is the mean of none.

@@ -34,6 +34,9 @@ pub enum Unit {
     /// Jain's index.
     Index,
     Kib,
+    Nanos,
+    /// A number with two digits behind the point.
+    Hundredths,
     Seconds,
     /// Bits per second.
     Rate,
@@ -106,7 +109,7 @@ pub const ALL: &[Figure] = &[
     Figure {
         workload: "congestion-control",
         title: "Other congestion controls",
-        says: "Four flows from the pod. All other sections are of cubic.",
+        says: "Four flows from the pod. All other sections are of cubic without ECN.",
         plots: &[Plot::Bars { parameter: "control", metric: "reply_p99_ms", title: "Replies beside them, p99" }],
         columns: &[PERCENT, FIRST_SECOND, MOST, RETRANSMITS, JAIN, REPLY_P50, REPLY_P99],
     },
@@ -213,6 +216,40 @@ pub const ALL: &[Figure] = &[
         columns: &[PERCENT, CPU],
     },
     Figure {
+        workload: "unlimited",
+        title: "A pod without a limit",
+        says: "Four flows from a pod that nothing limits, and replies beside them. Another pod of the node has a limit and sends nothing. \
+               The CPU time is that of the whole machine.",
+        plots: &[],
+        columns: &[column("gbit_per_s", "Gbit/s", Unit::Hundredths, MORE), CPU, REPLY_P50, REPLY_P99],
+    },
+    Figure {
+        workload: "programs",
+        title: "podshaper's programs",
+        says: "What each eBPF program takes on the mean of its runs (kernel.bpf_stats_enabled, which is a part of it), while eight flows \
+               go out of the pod and eight into it: count_egress and count_ingress for each packet of the pod's sockets, pace_tcp for each \
+               segment, out_of_pod for each packet at the host's end of the veth.",
+        plots: &[],
+        columns: &[
+            column("count_egress_ns", "count_egress", Unit::Nanos, None),
+            column("pace_tcp_ns", "pace_tcp", Unit::Nanos, None),
+            column("count_ingress_ns", "count_ingress", Unit::Nanos, None),
+            column("out_of_pod_ns", "out_of_pod", Unit::Nanos, None),
+        ],
+    },
+    Figure {
+        workload: "calls-at-once",
+        title: "ADD and DEL, so many at once",
+        says: "The whole process, both directions limited, five times. Each pod's call begins at the same moment.",
+        plots: &[Plot::Over { parameter: "calls", metric: "add_p50_ms", title: "ADD at once, p50" }],
+        columns: &[
+            column("add_p50_ms", "ADD p50", Unit::Millis, LESS),
+            column("add_longest_ms", "longest ADD", Unit::Millis, LESS),
+            column("del_p50_ms", "DEL p50", Unit::Millis, LESS),
+            column("del_longest_ms", "longest DEL", Unit::Millis, LESS),
+        ],
+    },
+    Figure {
         workload: "calls",
         title: "ADD and DEL, beside so many limited pods",
         says: "The whole process, as a runtime calls it, both directions limited. The memory is what the kernel's grew by (slab, \
@@ -236,9 +273,9 @@ impl Unit {
     pub fn digits(self) -> i32 {
         match self {
             Self::Percent | Self::Kib => 1,
-            Self::Millis | Self::Seconds => 2,
+            Self::Millis | Self::Seconds | Self::Hundredths => 2,
             Self::Index => 3,
-            Self::Count | Self::Rate => 0,
+            Self::Count | Self::Rate | Self::Nanos => 0,
         }
     }
 
@@ -252,6 +289,8 @@ impl Unit {
             Self::Count => format!("{value:.0}"),
             Self::Index => format!("{value:.3}"),
             Self::Kib => format!("{value:.1} KiB"),
+            Self::Nanos => format!("{value:.0} ns"),
+            Self::Hundredths => format!("{value:.2}"),
             Self::Seconds => format!("{value:.2} s"),
             Self::Rate => table::limit(value.round() as u64),
         }
@@ -264,8 +303,9 @@ impl Unit {
             Self::Percent => format!("{number} %"),
             Self::Millis => format!("{number} ms"),
             Self::Kib => format!("{number} KiB"),
+            Self::Nanos => format!("{number} ns"),
             Self::Seconds => format!("{number} s"),
-            Self::Count | Self::Index => number.to_string(),
+            Self::Count | Self::Index | Self::Hundredths => number.to_string(),
             Self::Rate => self.write(value),
         }
     }

@@ -147,12 +147,14 @@ fn of_a_machine(machine: &Machine) -> Vec<Workload> {
     let controls = ["reno", "bbr"].into_iter().filter(|name| machine.has_congestion_control(name));
     list.extend(controls.map(|name| bulk::by_congestion_control(name, 3.0)));
     list.extend([Out, In].map(|way| short::connections(way, 10 * MBIT, 64, 5.0).rounds(2)));
-    list.push(bulk::mptcp(100 * MBIT, 3.0));
+    list.extend([bulk::with_ecn(3.0), bulk::mptcp(100 * MBIT, 3.0), bulk::unlimited(3.0).peers(&everybody(false))]);
     list.extend([apps::voice(10 * MBIT, 4.0), apps::names(10 * MBIT, 4.0), apps::by_quic(100 * MBIT, 4.0)]);
     list.extend(apps::servers(10 * MBIT, 4.0));
     list.extend(others::paths(10 * MBIT, 2.5));
     list.extend([1, 10, 100].map(|pods| node::pods(pods, 10 * MBIT, 4.0).rounds(if pods > 10 { 1 } else { 3 })));
     list.extend([0, 50, 200].map(node::calls));
+    list.extend([1, 8, 32].map(node::calls_at_once));
+    list.push(node::programs(100 * MBIT, 3.0));
     list
 }
 

@@ -5,7 +5,8 @@ use serde_json::json;
 use super::{Workload, limits, towards};
 use crate::harness::Result;
 use crate::harness::cpu::while_measuring;
-use crate::harness::limiter::{Limiter, Limits};
+use crate::harness::host::Host;
+use crate::harness::limiter::{Limiter, Limits, Programs};
 use crate::harness::measure::{self, Bulk, BulkResult, Latency, Way};
 use crate::harness::pod::Pod;
 use crate::harness::remote::{Path, Remote};
@@ -49,6 +50,38 @@ pub fn by_congestion_control(name: &str, seconds: f64) -> Workload {
     let congestion = Some(name.to_owned());
     let bulk = Bulk { flows: 4, seconds, congestion, ask: Some(measure::ask_pause(LIMIT)), ..Bulk::default() };
     of_bulk("congestion-control", json!({ "limit": LIMIT, "control": name }), LIMIT, bulk)
+}
+
+/// The same with cubic, where both ends negotiate ECN.
+pub fn with_ecn(seconds: f64) -> Workload {
+    const LIMIT: u64 = 100 * super::MBIT;
+    let bulk = Bulk { flows: 4, seconds, ask: Some(measure::ask_pause(LIMIT)), ..Bulk::default() };
+    let parameters = json!({ "limit": LIMIT, "control": "cubic with ECN" });
+    Workload::of_pod("congestion-control", parameters, limits(Way::Out, LIMIT), seconds, move |pod, limiter| {
+        pod.negotiate_ecn()?;
+        found(pod, limiter, LIMIT, &bulk)
+    })
+}
+
+/// A pod without a limit, beside one that has a limit for both directions and sends nothing.
+pub fn unlimited(seconds: f64) -> Workload {
+    const LIMIT: u64 = 100 * super::MBIT;
+    let measure = move |limiter: Limiter, programs: &Programs| {
+        let host = Host::new()?;
+        let mut limited = Pod::new(&host, "report")?;
+        limiter.add(&mut limited, Limits { egress: Some(LIMIT), ingress: Some(LIMIT) }, programs)?;
+        let mut pod = Pod::new(&host, "report")?;
+        Limiter::Bare.add(&mut pod, Limits::default(), programs)?;
+        let bulk = Bulk { flows: 4, seconds, ask: Some(Duration::from_millis(1)), ..Bulk::default() };
+        let (cpus, result) = while_measuring(seconds, || measure::bulk(&pod, &bulk))?;
+        let rate = result.timeline.steady_rate();
+        let mut found = Found::default();
+        found.put("gbit_per_s", rate / 1e9);
+        found.put("cpu_ms_per_gbit", cpus / (rate / 1e9) * 1e3);
+        result.latency.iter().for_each(|latency| replies_of(&mut found, latency));
+        Ok(found)
+    };
+    Workload::of_node("unlimited", json!({}), seconds + 1.5, measure)
 }
 
 pub fn mptcp(limit: u64, seconds: f64) -> Workload {

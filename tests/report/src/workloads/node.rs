@@ -1,4 +1,6 @@
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::Duration;
 
 use serde_json::json;
@@ -8,8 +10,9 @@ use crate::harness::cpu::while_measuring;
 use crate::harness::host::Host;
 use crate::harness::idle::{Idle, kernel_kib};
 use crate::harness::limiter::Programs;
-use crate::harness::measure;
+use crate::harness::measure::{self, Bulk, Way};
 use crate::harness::pod::Pod;
+use crate::harness::programs;
 use crate::harness::{Failure, PLUGIN_DIR, Result, check_stop};
 use crate::record::Found;
 
@@ -64,6 +67,57 @@ pub fn calls(there: usize) -> Workload {
     Workload::of_node("calls", json!({ "pods": there }), seconds, measure).peers(PLUGINS)
 }
 
+/// ADDs of so many pods that begin at the same moment, and then their DELs.
+pub fn calls_at_once(count: usize) -> Workload {
+    const ROUNDS: usize = 5;
+    let measure = move |limiter: Limiter, programs: &Programs| {
+        let program = plugin(limiter, programs)?;
+        let host = Host::new()?;
+        // A node has others: the first pod's ADD loads the programs.
+        let other = Idle::new(&host)?;
+        other.call(&program, "ADD")?;
+        let pods: Vec<Idle> = (0..count).map(|_| Idle::new(&host)).collect::<Result<_>>()?;
+        let mut elapsed = [vec![], vec![]];
+        let measured = (0..ROUNDS).try_for_each(|_| {
+            check_stop()?;
+            for (verb, elapsed) in ["ADD", "DEL"].into_iter().zip(&mut elapsed) {
+                elapsed.extend(all_at_once(&pods, &program, verb)?);
+            }
+            pods.iter().for_each(Idle::clear);
+            Ok(())
+        });
+        other.call(&program, "DEL")?;
+        measured?;
+        Ok(times(elapsed))
+    };
+    let seconds = 3.0 + 0.2 * count as f64;
+    Workload::of_node("calls-at-once", json!({ "calls": count }), seconds, measure).peers(PLUGINS)
+}
+
+fn all_at_once(pods: &[Idle], program: &Path, verb: &str) -> Result<Vec<Duration>> {
+    thread::scope(|scope| {
+        let calls: Vec<_> = pods.iter().map(|pod| scope.spawn(move || pod.call(program, verb))).collect();
+        calls.into_iter().map(|call| call.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+    })
+}
+
+/// What each of podshaper's programs takes for a packet, in both directions.
+pub fn programs(limit: u64, seconds: f64) -> Workload {
+    let limits = Limits { egress: Some(limit), ingress: Some(limit) };
+    let measure = move |pod: &mut Pod, _| {
+        let run_ns = programs::run_ns(|| {
+            for way in [Way::Out, Way::In] {
+                measure::bulk(pod, &Bulk { way, flows: 8, seconds, ..Bulk::default() })?;
+            }
+            Ok(())
+        })?;
+        let mut found = Found::default();
+        programs::NAMES.iter().zip(run_ns).for_each(|(name, ns)| found.put(&format!("{name}_ns"), ns));
+        Ok(found)
+    };
+    Workload::of_pod("programs", json!({ "limit": limit }), limits, 2.0 * seconds, measure).peers(&[Limiter::Podshaper])
+}
+
 fn beside(host: &Host, pods: &[Idle], program: &Path) -> Result<Found> {
     for pod in pods {
         check_stop()?;
@@ -77,14 +131,19 @@ fn beside(host: &Host, pods: &[Idle], program: &Path) -> Result<Found> {
         }
         pod.clear();
     }
+    Ok(times(elapsed))
+}
+
+/// Of ADDs and of DELs.
+fn times(elapsed: [Vec<Duration>; 2]) -> Found {
     let mut found = Found::default();
-    for (verb, elapsed) in ["add", "del"].into_iter().zip(&mut elapsed) {
+    for (verb, mut elapsed) in ["add", "del"].into_iter().zip(elapsed) {
         elapsed.sort();
         let ms = |time: Duration| time.as_secs_f64() * 1e3;
-        found.put(&format!("{verb}_p50_ms"), ms(elapsed[CALLS / 2]));
-        found.put(&format!("{verb}_longest_ms"), ms(elapsed[CALLS - 1]));
+        found.put(&format!("{verb}_p50_ms"), ms(elapsed[elapsed.len() / 2]));
+        found.put(&format!("{verb}_longest_ms"), ms(elapsed[elapsed.len() - 1]));
     }
-    Ok(found)
+    found
 }
 
 /// Where the plugin of a limiter is.
