@@ -88,9 +88,6 @@ pub const TRAFFIC_IN_UML: &[&str] = &[
     "chain::web::short_connections_at_ten",
 ];
 
-/// Here they run. A User Mode Linux of a slow hour serves such clients half of the rate, behind whatever limiter.
-pub const TOO_MUCH_FOR_UML: &str = "short_connections_at_a_hundred";
-
 /// Of the tests, what each of Debian's kernels is asked: where they differ is in what they have and in what they allow. `tests/lab/vm` has
 /// 6.1 and 6.18, too; User Mode Linux is 6.1, and has all tests but those named above.
 pub const KERNELS: &[&str] = &["5.10", "6.12", "newest"];
