@@ -68,6 +68,9 @@ const REPLY_P50: Column = column("reply_p50_ms", "reply p50", Unit::Millis, LESS
 const REPLY_P99: Column = column("reply_p99_ms", "reply p99", Unit::Millis, LESS);
 const REPLY_LONGEST: Column = column("reply_longest_ms", "longest reply", Unit::Millis, LESS);
 
+const ADD_P50: Column = column("add_p50_ms", "ADD p50", Unit::Millis, LESS);
+const DEL_P50: Column = column("del_p50_ms", "DEL p50", Unit::Millis, LESS);
+
 const PERCENTILES: &str = "reply_percentiles_ms";
 
 /// The first plot is the one that matters most.
@@ -243,9 +246,9 @@ pub const ALL: &[Figure] = &[
         says: "The whole process, both directions limited, five times. Each pod's call begins at the same moment.",
         plots: &[Plot::Over { parameter: "calls", metric: "add_p50_ms", title: "ADD at once, p50" }],
         columns: &[
-            column("add_p50_ms", "ADD p50", Unit::Millis, LESS),
+            ADD_P50,
             column("add_longest_ms", "longest ADD", Unit::Millis, LESS),
-            column("del_p50_ms", "DEL p50", Unit::Millis, LESS),
+            DEL_P50,
             column("del_longest_ms", "longest DEL", Unit::Millis, LESS),
         ],
     },
@@ -259,9 +262,9 @@ pub const ALL: &[Figure] = &[
             Plot::Over { parameter: "pods", metric: "del_p50_ms", title: "DEL, p50" },
         ],
         columns: &[
-            column("add_p50_ms", "ADD p50", Unit::Millis, LESS),
+            ADD_P50,
             column("add_longest_ms", "longest ADD", Unit::Millis, None),
-            column("del_p50_ms", "DEL p50", Unit::Millis, LESS),
+            DEL_P50,
             column("del_longest_ms", "longest DEL", Unit::Millis, None),
             column("kib_per_pod", "memory for each pod", Unit::Kib, LESS),
         ],
