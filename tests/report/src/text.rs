@@ -29,7 +29,7 @@ struct Data {
     measurements: Vec<Measurement>,
 }
 
-/// Makes the report; false if something in it has failed.
+/// Makes the report; false if podshaper has failed somewhere in it.
 pub fn draw(directory: &Path) -> Result<bool> {
     let all = data(record::read(directory)?)?;
     remove_plots(directory)?;
@@ -55,7 +55,8 @@ pub fn draw(directory: &Path) -> Result<bool> {
     let path = directory.join(REPORT);
     fs::write(&path, introduction(&all, failed) + &judged + PEERS + &sections)
         .context(format_args!("write {}", path.display()))?;
-    Ok(failed == 0)
+    let is_ours = |one: &Measurement| one.limiter == Limiter::Podshaper;
+    Ok(!all.iter().flat_map(|data| &data.measurements).any(|one| is_failure(one) && is_ours(one)))
 }
 
 fn is_failure(measurement: &Measurement) -> bool {
