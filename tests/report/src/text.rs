@@ -253,9 +253,10 @@ fn write_verdict(
     let percent = row.and_then(|row| row.values.get("percent")).filter(|percent| !HELD.contains(&percent.median));
     let at = percent.map(|percent| format!(" at {} of the limit", Unit::Percent.write(percent.median)));
     let chance = if verdict.may_be_chance { ", rounds overlap" } else { "" };
+    let of = write_parameters(parameters);
     format!(
-        "{} {} of {} ({}; {} {}{}{chance})",
-        write_parameters(parameters),
+        "{of}{}{} of {} ({}; {} {}{}{chance})",
+        if of.is_empty() { "" } else { " " },
         ordinal(verdict.rank),
         verdict.of,
         column.unit.write(verdict.own),

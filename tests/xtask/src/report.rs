@@ -55,8 +55,9 @@ pub fn report(arguments: &[String]) -> Result<ExitCode, String> {
     stages::need(&mut lane, NEEDS_OF_APPS)?;
     let path = build(&mut lane)?;
     let peers = peers(&mut lane);
-    remove_old(&options.out)?;
+    // First: in a tree whose report is committed, what follows is a change.
     let commit = printed_by(command("git").args(["describe", "--always", "--dirty"]))?;
+    remove_old(&options.out)?;
     let mut measuring = vec!["--commit".to_owned(), commit.trim().to_owned()];
     measuring.extend(options.is_quick.then(|| "--quick".to_owned()));
     measuring.extend(peers.into_iter().flat_map(|directory| ["--newer-bandwidth".to_owned(), directory]));
