@@ -515,12 +515,14 @@ mod tests {
     }
 
     #[test]
-    fn what_has_failed_is_seen() {
-        let mut failed = measurement(Limiter::Cake, 1.0);
-        failed.outcome = Outcome::Failed("no such thing".into());
-        let (passed, report, _) = draw_all(vec![measurement(Limiter::Podshaper, 99.0), failed]);
-        assert!(!passed);
-        assert!(report.contains("failed: 1**") && report.contains(" failed |"), "{report}");
+    fn what_has_failed_is_seen_and_is_a_failure_of_the_report_if_it_is_podshapers() {
+        for (failing, other) in [(Limiter::Podshaper, Limiter::Cake), (Limiter::Cake, Limiter::Podshaper)] {
+            let mut failed = measurement(failing, 1.0);
+            failed.outcome = Outcome::Failed("no such thing".into());
+            let (passed, report, _) = draw_all(vec![measurement(other, 99.0), failed]);
+            assert_eq!(passed, failing != Limiter::Podshaper, "{failing:?}");
+            assert!(report.contains("failed: 1**") && report.contains(" failed |"), "{report}");
+        }
     }
 
     #[test]
