@@ -15,6 +15,7 @@ use rscni_plugin::{
 use crate::{
     attachment::{self, Directory, End, Interfaces, Plan, remove_cgroup_if_ours},
     cgroup::{self, Hierarchies, PodCgroup, Wanted},
+    delegate,
     direction::Direction,
     error::{self, Code, Error, Result},
     interface::{self, Queue},
@@ -94,6 +95,8 @@ fn status(request: &Request) -> Result<()> {
     // Those of a pod that asks for none. What is malformed in them would fail every ADD.
     let limits = request.limits()?;
     request.check_kubeconfig()?;
+    // Without a network nothing of the node needs to be tried.
+    request.config.delegate.as_ref().map_or(Ok(()), delegate::status)?;
     probe::status(Path::new(BPFFS), Path::new(probe::MEMORY), !limits.is_empty())
 }
 
@@ -104,6 +107,20 @@ struct Resolved {
 }
 
 fn add(request: &Request, endpoint: &Endpoint) -> Result<Vec<u8>> {
+    for key in &request.unknown_keys {
+        log::warn!("the configuration of network {}: {key}; it is ignored", request.network);
+    }
+    let Some(delegation) = &request.config.delegate else { return add_to_chain(request, endpoint) };
+    // Before the network's plugins are called: what is wrong with the pod's annotations takes none of them.
+    let limits = request.limits()?;
+    let network = delegate::add(delegation, request, endpoint)?;
+    let limited = network.reply().and_then(|reply| enforce(request, endpoint, limits).map(|()| reply));
+    let reply = limited.inspect_err(|_| network.undo())?;
+    Ok(reply.get().as_bytes().to_vec())
+}
+
+/// As one plugin of a list, behind the one that makes the interface.
+fn add_to_chain(request: &Request, endpoint: &Endpoint) -> Result<Vec<u8>> {
     let reply = request.prev_result.as_ref().ok_or_else(|| {
         Error::new(
             Code::Config,
@@ -111,16 +128,16 @@ fn add(request: &Request, endpoint: &Endpoint) -> Result<Vec<u8>> {
              in the \"plugins\" list of a .conflist",
         )
     })?;
-    for key in &request.unknown_keys {
-        log::warn!("the configuration of network {}: {key}; it is ignored", request.network);
-    }
-    let limits = request.limits()?;
-    if limits.is_empty() {
-        forget_unlimited(endpoint)?;
-    } else {
-        limit(request, endpoint, limits, |owner| owner.asked_for(&limits))?;
-    }
+    enforce(request, endpoint, request.limits()?)?;
     Ok(reply.get().as_bytes().to_vec())
+}
+
+fn enforce(request: &Request, endpoint: &Endpoint, limits: Limits) -> Result<()> {
+    if limits.is_empty() {
+        forget_unlimited(endpoint)
+    } else {
+        limit(request, endpoint, limits, |owner| owner.asked_for(&limits))
+    }
 }
 
 fn resolve(request: &Request, endpoint: &Endpoint) -> Result<Resolved> {
@@ -196,6 +213,7 @@ fn forget_unlimited(endpoint: &Endpoint) -> Result<()> {
 }
 
 fn check(request: &Request, endpoint: &Endpoint) -> Result<()> {
+    request.config.delegate.as_ref().map_or(Ok(()), |delegation| delegate::check(delegation, request, endpoint))?;
     let limits = request.limits()?;
     if limits.is_empty() {
         return Ok(());
@@ -220,7 +238,17 @@ fn check(request: &Request, endpoint: &Endpoint) -> Result<()> {
     interface::check(&owner.interface)
 }
 
+/// The limit, which is on what the network's plugins have made, then that. A limit that cannot be removed keeps no address from IPAM.
 fn del(request: &Request, endpoint: &Endpoint) -> Result<()> {
+    let lifted = lift(request, endpoint);
+    if let Err(error) = &lifted {
+        log::error!("{error}");
+    }
+    delegate::del(request, endpoint)?;
+    lifted
+}
+
+fn lift(request: &Request, endpoint: &Endpoint) -> Result<()> {
     let Some(pins) = attachment::lock()? else { return Ok(()) };
     // A record that nobody can read is no reason to keep the pod in Terminating for ever.
     let is_its =
@@ -247,6 +275,11 @@ fn remove_cgroup_after(request: &Request, endpoint: &Endpoint, pins: &LockedPins
 
 /// Removes this network's attachments that the runtime does not name any more, as many as can be.
 fn gc(request: &Request) -> Result<()> {
+    let delegated = request.config.delegate.as_ref().map_or(Ok(()), |delegation| delegate::gc(delegation, request));
+    error::all([collect(request), delegated])
+}
+
+fn collect(request: &Request) -> Result<()> {
     // Without the list nothing is known to be stale.
     let Some(valid) = &request.valid_attachments else { return Ok(()) };
     let Some(pins) = attachment::lock()? else { return Ok(()) };

@@ -32,6 +32,8 @@ pub enum Code {
     Mismatch,
     /// 103: the API server, which is to be asked for labels, gave none.
     ApiServer,
+    /// The code that another plugin, which podshaper has called, failed with.
+    Plugin,
 }
 
 /// A failed operation. `text` says verb, object and remedy; the cause is in `source` and never repeated in `text`.
@@ -60,6 +62,11 @@ impl Error {
         Self { code, text: text.into(), source: Some(source.into()) }
     }
 
+    /// The error that another plugin has answered with. The runtime gets its code and its words; `calling` says which plugin it was.
+    pub fn of_plugin(calling: impl Into<String>, answered: CniError) -> Self {
+        Self::because(Code::Plugin, calling, answered)
+    }
+
     /// The CNI code this error is answered with.
     pub fn code(&self) -> Code {
         self.code
@@ -68,6 +75,7 @@ impl Error {
     /// The error as the CNI library writes it to stdout.
     pub fn to_cni(&self) -> CniError {
         let details = self.to_string();
+        let of_plugin = self.source.as_deref().and_then(|source| source.downcast_ref::<CniError>());
         match self.code {
             Code::IncompatibleVersion => CniError::IncompatibleVersion(details),
             Code::Environment => CniError::InvalidEnvValue(details),
@@ -80,7 +88,20 @@ impl Error {
             Code::Kernel => CniError::Custom(101, "podshaper: the kernel refused".into(), details),
             Code::Mismatch => CniError::Custom(102, "podshaper: not as asked for".into(), details),
             Code::ApiServer => CniError::Custom(103, "podshaper: labels not known".into(), details),
+            Code::Plugin => of_plugin.map_or(CniError::IOFailure(details), |answered| self.passed_on(answered)),
         }
+    }
+}
+
+impl Error {
+    /// Another plugin's error with what podshaper was doing behind its details.
+    fn passed_on(&self, answered: &CniError) -> CniError {
+        let calling = printable(&self.text);
+        let details = match answered.details() {
+            "" => calling,
+            details => format!("{details} ({calling})"),
+        };
+        CniError::Custom(answered.into(), answered.msg().to_owned(), details)
     }
 }
 
@@ -181,6 +202,19 @@ mod tests {
         let error = Error::because(Code::Io, "read \"/tmp/\u{e9}'\\\u{1b}[2J\"", cause);
         let expected = r#"read "/tmp/é'\\u{1b}[2J": said \u{1b}]0;x\u{7}\r\n\u{9b}31m\u{202e}"#;
         assert_eq!(error.to_string(), expected);
+    }
+
+    #[test]
+    fn another_plugins_error_keeps_its_code_and_its_words() {
+        for (answered, code, msg, details) in [
+            (CniError::Custom(7, "no range".into(), "full".into()), 7, "no range", "full (call \"bridge\")"),
+            (CniError::PluginNotAvailable(String::new()), 50, "Plugin not available", "call \"bridge\""),
+        ] {
+            let cni = Error::of_plugin("call \"bridge\"", answered).to_cni();
+            assert_eq!((u32::from(&cni), cni.msg(), cni.details()), (code, msg, details));
+        }
+        let error = Error::of_plugin("call \"bridge\"", CniError::Custom(7, "no range".into(), "full".into()));
+        assert_eq!(error.to_string(), "call \"bridge\": no range; full");
     }
 
     #[test]

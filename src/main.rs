@@ -2,12 +2,14 @@
 //! a person's to [`cli`].
 //!
 //! The data flow one way: [`request`] -> [`cgroup`] -> [`shaper`] (loaded, attached, and pinned by [`pins`]) -> reply.
+//! Where podshaper delegates, [`delegate`] has the network's plugins called between the request and the cgroup.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 mod attachment;
 mod cgroup;
 mod cli;
 mod cni;
+mod delegate;
 mod direction;
 mod error;
 mod interface;

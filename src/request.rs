@@ -29,7 +29,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Code, Error, Result, quoted};
 use crate::pod::{NetworkName, PodKey};
-pub use config::{Config, UnknownKey};
+pub use config::{Config, DELEGATE, Delegation, UnknownKey};
 pub use env::Env;
 pub use limits::{Limit, Limits, Source};
 pub use policy::Namespaces;
@@ -62,6 +62,8 @@ pub struct Request {
     pub config: Config,
     /// `runtimeConfig.cgroupPath`: the pod's cgroup, to be joined to the cgroup2 mount.
     pub cgroup_path: Option<PathBuf>,
+    /// `runtimeConfig`, byte for byte: what a runtime has for plugins that ask for it by `capabilities`.
+    pub runtime_config: Option<Box<RawValue>>,
     /// `prevResult`, byte for byte; a chained ADD answers with it.
     pub prev_result: Option<Box<RawValue>>,
     /// `cni.dev/valid-attachments` of a GC. None is not an empty list: nothing may be removed then.
@@ -167,7 +169,8 @@ impl Request {
             Subject::Endpoint(endpoint) => Some(&*endpoint.container_id),
             Subject::NeverAdded(_) | Subject::Node => None,
         };
-        let runtime = decoded.runtime_config.map(|raw| part("runtimeConfig", json::object(raw.get()))).transpose()?;
+        let runtime =
+            decoded.runtime_config.as_deref().map(|raw| part("runtimeConfig", json::object(raw.get()))).transpose()?;
         let RuntimeConfig { cgroup_path, bandwidth, annotations } = runtime.unwrap_or_default();
         keys.complete(bandwidth.as_deref());
         let config = Config::read(keys, container_id, &mut tolerance)?;
@@ -187,6 +190,7 @@ impl Request {
             pod_name: call.pod_name,
             config,
             cgroup_path: tolerance.weigh(cgroup_path)?,
+            runtime_config: decoded.runtime_config,
             prev_result: decoded.prev_result,
             valid_attachments: attachments.transpose()?,
             unknown_keys,

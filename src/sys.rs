@@ -1,5 +1,5 @@
 //! All the unsafe code of podshaper: cgroup links and array maps by bpf(2), descriptors of other processes, the signals of a command that is
-//! started, and how names are looked up. aya 0.14 makes links, but lets none of a cgroup/setsockopt program out to be pinned, and says of none
+//! started and its end, and how names are looked up. aya 0.14 makes links, but lets none of a cgroup/setsockopt program out to be pinned, and says of none
 //! which cgroup it is on. Of maps it allocates and asks more than a list of 500 attachments can afford, and it takes a map for what another
 //! podshaper pinned only if every size is as it knows it.
 #![expect(unsafe_code, reason = "bpf(2) is a raw system call, and libc's functions are C")]
@@ -553,6 +553,23 @@ fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {
 pub fn unblock_before_exec(command: &mut Command, signals: SigSet) {
     // SAFETY: between fork and exec it makes one system call, and allocates nothing.
     unsafe { command.pre_exec(move || signals.thread_unblock().map_err(io::Error::from)) };
+}
+
+/// Has a command killed when the thread that starts it ends.
+pub fn kill_with_parent(command: &mut Command) {
+    let parent = std::process::id();
+    let ask = move || {
+        // SAFETY: both are one system call each, which takes no pointer. Between fork and exec nothing is allocated.
+        let (asked, found) = unsafe { (libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL), libc::getppid()) };
+        match asked {
+            0 if u32::try_from(found) == Ok(parent) => Ok(()),
+            // It has ended already, so that no signal will come.
+            0 => Err(io::Error::from_raw_os_error(libc::ESRCH)),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: see above.
+    unsafe { command.pre_exec(ask) };
 }
 
 /// Has getaddrinfo look into /etc/hosts and ask the servers of /etc/resolv.conf, each for one second, and nobody else.

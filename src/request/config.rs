@@ -12,6 +12,7 @@
 //! | `cgroupPath` | below the cgroup2 mount, for runtimes that pass no UID; `{containerID}` is replaced | none |
 //! | `kubeconfig` | whom to ask for annotations and labels: absolute path | nobody |
 //! | `onApiError` | what an ADD does that gets no answer: fail, ignore | fail |
+//! | `delegate` | written by `install --delegate`: [`Delegation`] | none: podshaper is one plugin of the network's list |
 //! | `logFile`, `logLevel` | absolute path; off, error, warn, info, debug, trace | stderr, info |
 //!
 //! A key that nobody knows is an error to `install` and `doctor` and a warning of each ADD ([`UnknownKey`]): most often it is one of these,
@@ -22,7 +23,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use log::LevelFilter;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use super::policy::{Policy, Rates};
@@ -35,7 +36,7 @@ use crate::units::UnitError;
 const MAX_KEY_BYTES: usize = 253 + 1 + 63;
 
 /// The keys of [`Keys`], with their aliases.
-const OURS: [&str; 18] = [
+const OURS: [&str; 19] = [
     "logFile",
     "logLevel",
     "rateKey",
@@ -54,6 +55,7 @@ const OURS: [&str; 18] = [
     "ingressBurst",
     "max",
     "namespaces",
+    DELEGATE,
 ];
 /// Keys that the configuration of any plugin may have (SPEC.md, "Plugin configuration objects", "Deriving execution configuration").
 const OF_ANY_PLUGIN: [&str; 12] = [
@@ -70,6 +72,20 @@ const OF_ANY_PLUGIN: [&str; 12] = [
     "dns",
     "disableCheck",
 ];
+
+/// The key of a [`Delegation`].
+pub const DELEGATE: &str = "delegate";
+
+/// podshaper is the only plugin of its list, and calls those of the network's list itself, as that stands at each call.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Delegation {
+    /// Where the network's list is: no call of a runtime says from which directory its configuration comes.
+    pub directory: PathBuf,
+    /// Whether the network's bandwidth plugin is left out: one limit is enough.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub replace_bandwidth: bool,
+}
 
 /// A key that nobody knows.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -115,6 +131,8 @@ pub struct Config {
     pub subnets: Subnets,
     /// `otherPaths`.
     pub other_paths: bool,
+    /// `delegate`.
+    pub delegate: Option<Delegation>,
     pub(super) policy: Policy,
 }
 
@@ -152,6 +170,8 @@ pub(super) struct Keys {
     ingress_burst: Option<Box<RawValue>>,
     max: Option<Box<RawValue>>,
     namespaces: Option<Box<RawValue>>,
+    // The name is `DELEGATE`.
+    delegate: Option<Box<RawValue>>,
 }
 
 /// The lists that the bandwidth plugin takes beside a pod's rates, too.
@@ -177,7 +197,7 @@ impl Config {
     /// Decodes every key but the rates.
     pub(super) fn read(keys: Keys, container_id: Option<&str>, tolerance: &mut Tolerance) -> Result<Self> {
         let Keys { log_file, log_level, rate_key, cgroup_path, kubeconfig, on_api_error, .. } = keys;
-        let Keys { exempt_subnets, shaped_subnets, other_paths, .. } = keys;
+        let Keys { exempt_subnets, shaped_subnets, other_paths, delegate, .. } = keys;
         let Keys { egress, ingress, egress_burst, ingress_burst, max, namespaces, .. } = keys;
 
         let level = |text: &str| text.parse::<LevelFilter>().ok();
@@ -208,6 +228,8 @@ impl Config {
                 .unwrap_or_default(),
             subnets: tolerance.weigh(Subnets::read(exempt_subnets, shaped_subnets))?,
             other_paths: tolerance.weigh(switch("otherPaths", other_paths))?.unwrap_or(true),
+            // Not forgiven a DEL: it would leave what the network's plugins have made.
+            delegate: delegation(delegate)?,
             policy: tolerance.weigh(Policy::read(rates, namespaces, has_kubeconfig))?,
         })
     }
@@ -224,6 +246,17 @@ fn read<T>(key: &str, raw: Option<Box<RawValue>>, wrong: &str, take: impl Fn(&st
     let Some(raw) = raw else { return Ok(None) };
     let taken = json::string(&raw).and_then(|text| take(&text).ok_or_else(|| quoted(&text)));
     taken.map(Some).map_err(|shown| Error::new(Code::Config, format!("configuration key {key:?}: {shown} {wrong}")))
+}
+
+fn delegation(raw: Option<Box<RawValue>>) -> Result<Option<Delegation>> {
+    let Some(raw) = raw else { return Ok(None) };
+    let text = || format!("configuration key {DELEGATE:?} (podshaper install --delegate writes it)");
+    let delegation: Delegation =
+        json::object(raw.get()).map_err(|cause| Error::because(Code::Config, text(), cause))?;
+    match delegation.directory.to_str().and_then(file) {
+        Some(_) => Ok(Some(delegation)),
+        None => Err(Error::new(Code::Config, format!("{}: \"directory\" {NO_FILE}", text()))),
+    }
 }
 
 /// A key whose value is true or false.
