@@ -7,6 +7,7 @@
 //! takes podshaper out; the node's systemd then installs again, where there is one.
 
 mod conflist;
+mod delegating;
 mod diff;
 mod files;
 mod multus;
@@ -54,7 +55,11 @@ pub struct Install {
     /// Keys of podshaper's entry, as JSON: '{"max": {"egress": "1G"}}'; replaces the keys of an entry that is there
     #[arg(long, value_name = "JSON")]
     config: Option<String>,
-    /// Take the bandwidth plugin out of the conflist: podshaper does what it does
+    /// Write a conflist of podshaper's own, which runtimes take first and which has podshaper call the plugins of the network's as it stands
+    /// at each call: for nodes without systemd, whose network writes its conflist anew
+    #[arg(long, conflicts_with = "conflist")]
+    delegate: bool,
+    /// Take the bandwidth plugin out of the conflist: podshaper does what it does. With --delegate it is not called
     #[arg(long)]
     replace_bandwidth: bool,
     /// Write no systemd units
@@ -86,8 +91,18 @@ struct Edit {
     after: String,
     /// Whose mode and owner it has.
     like: PathBuf,
-    /// Whether what is there is kept for uninstall. A list of ours can be made again.
-    is_kept: bool,
+    what: What,
+}
+
+/// What a file is that podshaper is put into.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum What {
+    /// The network's. What is there is kept for uninstall.
+    Network,
+    /// Ours, made of a lone configuration.
+    OwnList,
+    /// Ours, which delegates to the network's.
+    Delegating,
 }
 
 impl Install {
@@ -157,20 +172,31 @@ impl Install {
         }
         let entry = Entry::new(keys)?;
         let mut report = Report::new(self.place.is_dry_run(), self.and_sync);
-        let targets = self.place.targets()?;
-        let mut edits = Vec::new();
-        for target in &targets {
-            let named =
-                |error| Error::because(Code::Config, format!("put podshaper into {}", target.path().display()), error);
-            edits.push(self.edit_of(target, &entry, &mut report).map_err(named)?);
-        }
+        let delegates = self.delegates();
+        let edits = match delegates {
+            true => vec![self.delegating(&entry, &mut report)?],
+            false => self.edits(&entry, &mut report)?,
+        };
         install_program(own, &self.place, &mut report)?;
         for edit in &edits {
             edit.perform(&mut report)?;
         }
+        if delegates {
+            self.place.clear_own_lists(&mut report)?;
+        }
         self.place.clear_leftovers(&mut report)?;
         self.install_units(&edits, &mut report)?;
         Ok(report.text)
+    }
+
+    fn edits(&self, entry: &Entry, report: &mut Report) -> Result<Vec<Edit>> {
+        let mut edits = Vec::new();
+        for target in &self.place.targets()? {
+            let named =
+                |error| Error::because(Code::Config, format!("put podshaper into {}", target.path().display()), error);
+            edits.push(self.edit_of(target, entry, report).map_err(named)?);
+        }
+        Ok(edits)
     }
 
     fn edit_of(&self, target: &Target, entry: &Entry, report: &mut Report) -> Result<Edit> {
@@ -180,7 +206,7 @@ impl Install {
             Target::List(_) => {
                 let after = self.edit(&before, entry, report)?;
                 self.warn_about(&Conflist::parse(&after)?, report);
-                Ok(Edit { like: path.clone(), path, before: Some(before), after, is_kept: true })
+                Ok(Edit { like: path.clone(), path, before: Some(before), after, what: What::Network })
             }
             Target::Delegate(_) => {
                 let after = multus::with_delegate(&before, |list| self.edit(list, entry, report))?;
@@ -192,7 +218,7 @@ impl Install {
                     ));
                 }
                 let after = after.unwrap_or_else(|| before.clone());
-                Ok(Edit { like: path.clone(), path, before: Some(before), after, is_kept: true })
+                Ok(Edit { like: path.clone(), path, before: Some(before), after, what: What::Network })
             }
             Target::Lone(_) => {
                 let list = target.edited();
@@ -201,7 +227,7 @@ impl Install {
                 let entry_there = entry_there.filter(|_| self.config.is_none()).map(Entry::new).transpose()?;
                 let after = self.edit(&conflist::from_lone(&before)?, entry_there.as_ref().unwrap_or(entry), report)?;
                 self.warn_about(&Conflist::parse(&after)?, report);
-                Ok(Edit { path: list, before: there, after, like: path, is_kept: false })
+                Ok(Edit { path: list, before: there, after, like: path, what: What::OwnList })
             }
         }
     }
@@ -232,10 +258,18 @@ impl Install {
     }
 
     fn warn_about(&self, list: &Conflist<'_>, report: &mut Report) {
-        let (primary, bin_dir) = (list.primary(), self.place.bin_dir());
+        let primary = list.primary();
         if list.has(BANDWIDTH) {
             report.warn("the bandwidth plugin is in the list as well, and limits every pod a second time, with a queue; --replace-bandwidth takes it out");
         }
+        self.warn_about_program(primary, report);
+        if let Some(writer) = writer(primary).filter(|_| !self.has_units()) {
+            report.warn(format!("{writer}; podshaper is then to be installed again, or put in there"));
+        }
+    }
+
+    fn warn_about_program(&self, primary: &str, report: &mut Report) {
+        let bin_dir = self.place.bin_dir();
         let plain_name = Path::new(primary).file_name() == Some(OsStr::new(primary));
         if plain_name && !bin_dir.join(primary).exists() {
             let elsewhere = ["/opt/cni/bin", "/usr/lib/cni", "/usr/libexec/cni"]
@@ -245,9 +279,6 @@ impl Install {
                 format!("--bin-dir {dir} has it")
             });
             report.warn(format!("the plugin {primary:?} of this list is not in {}: {remedy}", bin_dir.display()));
-        }
-        if let Some(writer) = writer(primary).filter(|_| !self.has_units()) {
-            report.warn(format!("{writer}; podshaper is then to be installed again, or put in there"));
         }
     }
 
@@ -260,11 +291,16 @@ impl Install {
             return Ok(());
         }
         if !self.place.has_systemd() {
-            report.say(
-                "no systemd runs on this host, so nothing was set up that installs again when a network writes its conflist anew and \
-                 follows annotations: have kubelet call `podshaper install --and-sync` (install/without-systemd.yaml), or something else \
-                 every few seconds",
-            );
+            let lacks = match edits.first().map(|edit| edit.what) {
+                Some(What::Delegating) => "follows the annotations of running pods",
+                _ => {
+                    "installs again when a network writes its conflist anew (--delegate does without) and follows annotations"
+                }
+            };
+            report.say(format!(
+                "no systemd runs on this host, so nothing was set up that {lacks}: have kubelet call `podshaper install --and-sync` \
+                 (install/without-systemd.yaml), or something else every few seconds"
+            ));
             return Ok(());
         }
         let directory = self.place.unit_dir();
@@ -313,6 +349,7 @@ impl Install {
             ("--node", self.node.clone().or_else(|| own("--node"))),
         ];
         let mut command = vec![shown(&self.place.bin_dir().join(PODSHAPER)), "install".into(), "--and-sync".into()];
+        command.extend(self.delegates().then(|| "--delegate".to_owned()));
         command.extend(self.replace_bandwidth.then(|| "--replace-bandwidth".to_owned()));
         for (option, value) in options {
             command.extend(value.into_iter().flat_map(|value| [option.to_owned(), value]));
@@ -324,7 +361,7 @@ impl Install {
 impl Edit {
     /// The backup first, then the file.
     fn perform(&self, report: &mut Report) -> Result<()> {
-        let Self { path, before, after, like, is_kept } = self;
+        let Self { path, before, after, like, what } = self;
         report.change(path, before.as_deref().unwrap_or_default(), after);
         if before.as_ref() == Some(after) {
             report.unchanged(format!("{} has podshaper already", path.display()));
@@ -334,14 +371,18 @@ impl Edit {
             return Ok(());
         }
         // What has podshaper in it is not what uninstall is to bring back.
-        let backup = before.as_ref().filter(|before| *is_kept && !place::has_podshaper(before));
+        let backup = before.as_ref().filter(|before| *what == What::Network && !place::has_podshaper(before));
         if let Some(before) = backup {
             files::replace(&files::backup(path), before.as_bytes(), path)?;
         }
         files::replace(path, after.as_bytes(), like)?;
-        report.say(match is_kept {
-            true => format!("{}: podshaper is in it; as it was: {}", path.display(), files::backup(path).display()),
-            false => format!("{}: what {} says, and podshaper", path.display(), like.display()),
+        let (path, of, like) = (path.display(), files::backup(path), like.display());
+        report.say(match what {
+            What::Network => format!("{path}: podshaper is in it; as it was: {}", of.display()),
+            What::OwnList => format!("{path}: what {like} says, and podshaper"),
+            What::Delegating => {
+                format!("{path}: podshaper, which calls the plugins of {like} as it stands at each call")
+            }
         });
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! The runtime's network configuration: whether podshaper is called, with what it needs, and is the only one to limit.
 
 use std::{
-    fs, io,
+    fs,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
@@ -10,7 +10,10 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{super::install, Finding, State};
-use crate::request::Request;
+use crate::{
+    delegate::list,
+    request::{DELEGATE, Delegation, Request},
+};
 
 const CHECK: &str = "conflist";
 /// Capabilities by which limits reach podshaper: one of them at least.
@@ -38,7 +41,7 @@ struct Plugin {
 
 /// What is found in the directories of configurations and of plugins.
 pub(super) fn check(conf_dir: &Path, bin_dir: &Path) -> Vec<Finding> {
-    let files = match files(conf_dir) {
+    let files = match list::configurations(conf_dir) {
         Ok(files) if !files.is_empty() => files,
         Ok(_) => return vec![none(conf_dir, "it is empty")],
         Err(cause) => return vec![none(conf_dir, &cause.to_string())],
@@ -48,7 +51,12 @@ pub(super) fn check(conf_dir: &Path, bin_dir: &Path) -> Vec<Finding> {
         *rank += usize::from(!is_multus(path));
         Some((own, path))
     });
-    let mut findings: Vec<Finding> = ranked.flat_map(|(rank, path)| check_file(rank, path)).collect();
+    // It is called by that list, and wherever else it is named it is passed over.
+    let delegation = files.iter().find(|path| !is_multus(path)).and_then(|path| delegation(path));
+    let mut findings: Vec<Finding> = ranked
+        .filter(|(rank, _)| *rank == 0 || delegation.is_none())
+        .flat_map(|(rank, path)| check_file(rank, path))
+        .collect();
     if findings.is_empty() {
         let text = format!(
             "no file in {} names podshaper: add it to the end of the \"plugins\" list of {}",
@@ -65,13 +73,39 @@ pub(super) fn check(conf_dir: &Path, bin_dir: &Path) -> Vec<Finding> {
         );
         Finding::new(CHECK, State::Missing, text)
     }));
+    findings.extend(delegation.iter().map(delegated));
     findings.extend(binary(&bin_dir.join("podshaper")));
     findings
 }
 
+fn delegation(path: &Path) -> Option<Delegation> {
+    list::delegation(&fs::read_to_string(path).ok()?)
+}
+
+/// The network's list that podshaper's own delegates to.
+fn delegated(delegation: &Delegation) -> Finding {
+    match list::find(&delegation.directory) {
+        Ok(list) if list.has_bandwidth() && !delegation.replace_bandwidth => {
+            let text = format!(
+                "{}, to which podshaper delegates, has the bandwidth plugin, which limits the same pods a second time, by a queue: \
+                 podshaper install --replace-bandwidth has it not called",
+                list.file.display()
+            );
+            Finding::new(CHECK, State::Missing, text)
+        }
+        Ok(list) => {
+            let text = format!("podshaper delegates to {} as it stands at each call", list.file.display());
+            Finding::new(CHECK, State::Ok, text)
+        }
+        Err(error) => {
+            Finding::new(CHECK, State::Missing, format!("podshaper delegates, and no pod can be made: {error}"))
+        }
+    }
+}
+
 /// The file by which a runtime makes pods, if podshaper is not in it. Of one that cannot be read something else is to be said.
 pub fn misses_podshaper(conf_dir: &Path) -> Option<PathBuf> {
-    let in_force = files(conf_dir).ok()?.into_iter().find(|path| !is_multus(path))?;
+    let in_force = list::configurations(conf_dir).ok()?.into_iter().find(|path| !is_multus(path))?;
     let conflist = read(&in_force).ok()?;
     problems(&conflist.plugins).is_none().then_some(in_force)
 }
@@ -85,19 +119,6 @@ fn none(conf_dir: &Path, why: &str) -> Finding {
     let text =
         format!("{}: {why}: no runtime makes pods by it (--conf-dir names another directory)", conf_dir.display());
     Finding::new(CHECK, State::Warn, text)
-}
-
-/// In the order in which a runtime takes the first one it can.
-fn files(directory: &Path) -> io::Result<Vec<PathBuf>> {
-    let is_configuration = |path: &PathBuf| {
-        path.extension()
-            .and_then(|extension| extension.to_str())
-            .is_some_and(|name| ["conf", "conflist", "json"].contains(&name))
-    };
-    let mut files: Vec<PathBuf> =
-        fs::read_dir(directory)?.flatten().map(|entry| entry.path()).filter(is_configuration).collect();
-    files.sort();
-    Ok(files)
 }
 
 /// Findings of one file; none if it has nothing to do with podshaper.
@@ -146,8 +167,14 @@ fn problems(plugins: &[Plugin]) -> Option<Vec<(State, String)>> {
         }
         Err(error) => say(State::Missing, &format!("every ADD fails: {error}")),
     }
-    if place == 0 {
+    let delegates = podshaper.others.contains_key(DELEGATE);
+    if place == 0 && !delegates {
         say(State::Missing, "podshaper is the first plugin, and there is no interface to limit yet: put it last");
+    } else if delegates && plugins.len() > 1 {
+        say(
+            State::Missing,
+            "podshaper delegates in it, and is not its only plugin, so that every ADD fails: podshaper install --delegate",
+        );
     } else if place + 1 < plugins.len() {
         say(
             State::Warn,
@@ -274,6 +301,43 @@ mod tests {
             assert_eq!(found[0].0, state, "{found:?}");
             assert!(found[0].1.starts_with(&format!("10-net.conflist: {text}")), "{found:?}");
         }
+    }
+
+    #[test]
+    fn a_list_that_delegates_is_told_with_the_one_it_delegates_to() {
+        let directory = tempfile::tempdir().unwrap();
+        let found = |network: Option<&str>, keys: &str| {
+            let write = |name: &str, text: String| fs::write(directory.path().join(name), text).unwrap();
+            let delegate =
+                format!(r#""delegate": {{"directory": {:?}{keys}}}"#, directory.path().display().to_string());
+            write("00-podshaper.conflist", chain(&format!(r#"{{"type": "podshaper", {ALL}, {delegate}}}"#)));
+            let file = directory.path().join("10-net.conflist");
+            network.map_or_else(|| drop(fs::remove_file(&file)), |plugins| fs::write(&file, chain(plugins)).unwrap());
+            let findings =
+                check(directory.path(), directory.path()).into_iter().filter(|finding| finding.check == CHECK);
+            let prefix = format!("{}/", directory.path().display());
+            findings.map(|finding| (finding.state, finding.found.replace(&prefix, ""))).collect::<Vec<_>>()
+        };
+        let bridge = r#"{"type": "bridge"}"#;
+        let in_it = "00-podshaper.conflist: podshaper is in it";
+        let delegates = "podshaper delegates to 10-net.conflist as it stands at each call";
+        let both = format!(r#"{bridge}, {{"type": "bandwidth"}}, {{"type": "podshaper"}}"#);
+        for (network, keys, state, text) in [
+            (Some(bridge), "", State::Ok, delegates),
+            (Some(both.as_str()), r#", "replaceBandwidth": true"#, State::Ok, delegates),
+            (
+                Some(both.as_str()),
+                "",
+                State::Missing,
+                "10-net.conflist, to which podshaper delegates, has the bandwidth plugin",
+            ),
+            (None, "", State::Missing, "podshaper delegates, and no pod can be made: "),
+        ] {
+            let found = found(network, keys);
+            assert!(found.len() == 2 && found[0].0 == State::Ok && found[0].1.starts_with(in_it), "{found:?}");
+            assert!(found[1].0 == state && found[1].1.starts_with(text), "{found:?}");
+        }
+        assert_eq!(misses_podshaper(directory.path()), None);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use crate::error::{Code, Error, Result, quoted};
+use crate::request::DELEGATE;
 
 /// `type` of podshaper's entry, and the name of its program.
 pub(super) const PODSHAPER: &str = "podshaper";
@@ -18,6 +19,9 @@ pub(super) const PODSHAPER: &str = "podshaper";
 pub(super) const BANDWIDTH: &str = "bandwidth";
 /// What the runtime is to tell podshaper.
 pub(super) const CAPABILITIES: [&str; 3] = ["bandwidth", "cgroupPath", "io.kubernetes.cri.pod-annotations"];
+
+/// The keys of its entry that install writes.
+const OF_INSTALL: [&str; 3] = ["type", "capabilities", DELEGATE];
 
 /// A conflist, and where its plugins are in the text.
 pub(super) struct Conflist<'a> {
@@ -85,7 +89,7 @@ impl<'a> Conflist<'a> {
     /// The keys of it that are podshaper's own, as `--config` takes them.
     pub(super) fn entry_keys(&self) -> Option<Map<String, Value>> {
         let mut keys: Map<String, Value> = serde_json::from_str(self.entry()?).ok()?;
-        ["type", "capabilities"].iter().for_each(|key| drop(keys.remove(*key)));
+        OF_INSTALL.iter().for_each(|key| drop(keys.remove(*key)));
         Some(keys)
     }
 
@@ -145,13 +149,18 @@ pub(super) struct Entry {
 impl Entry {
     /// With these keys of podshaper's own, see [`crate::request::Config`].
     pub(super) fn new(keys: Map<String, Value>) -> Result<Self> {
-        if let Some(taken) = ["type", "capabilities"].into_iter().find(|key| keys.contains_key(*key)) {
+        if let Some(taken) = OF_INSTALL.into_iter().find(|key| keys.contains_key(*key)) {
             return Err(Error::new(
                 Code::Config,
                 format!("--config: the key {taken:?} is written by install itself: leave it out"),
             ));
         }
         Ok(Self { keys })
+    }
+
+    /// podshaper's own.
+    pub(super) fn keys(&self) -> &Map<String, Value> {
+        &self.keys
     }
 
     pub(super) fn value(&self) -> Value {

@@ -7,10 +7,9 @@ use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
+use crate::delegate::{self, list};
 use crate::error::{Code, Error, Result};
 
-/// What libcni, and so every runtime, looks for.
-const EXTENSIONS: [&str; 3] = ["conf", "conflist", "json"];
 /// Behind the name of a file as it was before install. No runtime reads such a name.
 const BACKUP: &str = ".before-podshaper";
 
@@ -19,24 +18,9 @@ const OWN_LIST: &str = "-podshaper.conflist";
 
 /// Every network of the directory, in the order in which runtimes try them.
 pub fn networks(directory: &Path) -> Result<Vec<PathBuf>> {
-    let doing = |cause| {
+    list::configurations(directory).map_err(|cause| {
         Error::because(Code::Io, format!("list {} (--conf-dir names another directory)", directory.display()), cause)
-    };
-    let mut found = Vec::new();
-    for entry in fs::read_dir(directory).map_err(doing)? {
-        let path = entry.map_err(doing)?.path();
-        let network = path.extension().is_some_and(|extension| EXTENSIONS.iter().any(|known| extension == *known));
-        if network && path.is_file() {
-            found.push(path);
-        }
-    }
-    found.sort();
-    Ok(found)
-}
-
-/// Whether the file is a list of plugins, and not one plugin alone; runtimes tell them apart by the name.
-pub(super) fn is_list(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| extension == "conflist")
+    })
 }
 
 pub(super) fn read(path: &Path) -> Result<String> {
@@ -52,7 +36,8 @@ pub(super) fn own_list(lone: &Path) -> PathBuf {
 
 /// The lone configurations that a list of ours can have been made of; `None` if it is not ours.
 pub(super) fn lone_of(list: &Path) -> Option<[PathBuf; 2]> {
-    let stem = list.file_name()?.to_str()?.strip_suffix(OWN_LIST)?;
+    let name = list.file_name()?.to_str().filter(|name| *name != delegate::FILE)?;
+    let stem = name.strip_suffix(OWN_LIST)?;
     Some(["conf", "json"].map(|extension| list.with_file_name(format!("{stem}.{extension}"))))
 }
 

@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::conflist::{self, Conflist};
+use crate::delegate::list::MULTUS;
 use crate::error::{Code, Error, Result};
 
 /// What is looked at of the file.
@@ -43,7 +44,7 @@ fn parse(text: &str) -> Multus<'_> {
 pub fn is(text: &str) -> bool {
     let Multus { kind, plugins, .. } = parse(text);
     let first = || serde_json::from_str::<Kind>(plugins?.first()?.get()).ok().map(|plugin| plugin.kind);
-    kind.or_else(first).is_some_and(|kind| kind == "multus" || kind == "multus-shim")
+    kind.or_else(first).is_some_and(|kind| MULTUS.contains(&kind.as_str()))
 }
 
 /// Of the other files of the directory, the one that Multus has make the cluster's network: the one it names by path or by network, else the

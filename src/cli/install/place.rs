@@ -8,6 +8,7 @@ use nix::unistd::{chdir, chroot};
 use super::super::directories::Directories;
 use super::conflist::{Conflist, PODSHAPER};
 use super::{Report, files, multus, networks, units};
+use crate::delegate::list;
 use crate::error::{Code, Error, Result};
 
 /// Where the node's runtime looks.
@@ -138,6 +139,20 @@ impl Place {
         Ok(targets)
     }
 
+    /// Removes lists of ours that were made of a lone configuration, which is there as it was: what delegates would take them for the network's.
+    pub(super) fn clear_own_lists(&self, report: &mut Report) -> Result<()> {
+        for path in networks(&self.conf_dir())? {
+            let is_ours = files::lone_of(&path).is_some() && files::read(&path).is_ok_and(|text| has_podshaper(&text));
+            if is_ours {
+                report.say(format!("{}: removed, what it was made of is delegated to", path.display()));
+            }
+            if is_ours && !report.dry_run {
+                files::remove(&path)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Removes lists of ours whose lone configuration is gone, and with it the network: a runtime would go on using them. So was a list
     /// that an earlier version made under the lone configuration's name, once that configuration is back.
     pub(super) fn clear_leftovers(&self, report: &mut Report) -> Result<()> {
@@ -165,14 +180,14 @@ impl Place {
 
 impl Target {
     fn of(path: PathBuf) -> Self {
-        if files::is_list(&path) { Self::List(path) } else { Self::Lone(path) }
+        if list::is_list(&path) { Self::List(path) } else { Self::Lone(path) }
     }
 }
 
 /// Whether a list was made of a lone configuration that had to give way, and is back.
 fn is_superseded(list: &Path) -> bool {
     let lone = ["conf", "json"].map(|extension| list.with_extension(extension));
-    files::is_list(list) && lone.iter().any(|lone| lone.exists() && files::backup(lone).exists())
+    list::is_list(list) && lone.iter().any(|lone| lone.exists() && files::backup(lone).exists())
 }
 
 fn is_multus(path: &Path) -> bool {

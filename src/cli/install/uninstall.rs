@@ -8,6 +8,7 @@ use super::conflist::{self, BANDWIDTH, Conflist, PODSHAPER};
 use super::place::{Place, Target, has_podshaper};
 use super::{Report, files, multus, networks, units};
 use crate::cli::{attachments, detach};
+use crate::delegate::{list, record};
 use crate::error::{Code, Error, Result};
 use crate::probe;
 
@@ -75,13 +76,24 @@ impl Uninstall {
     fn take_out(&self, path: &Path, report: &mut Report) -> Result<bool> {
         let Some(bytes) = files::read_if_there(path)? else { return Ok(false) };
         let text = String::from_utf8_lossy(&bytes).into_owned();
-        if files::is_list(path)
+        if list::is_list(path)
             && let Err(error) = Conflist::parse(&text)
         {
             report.warn(format!("left alone: {}: {error}", path.display()));
         }
         if !has_podshaper(&text) {
             return Ok(false);
+        }
+        if list::delegation(&text).is_some() {
+            report.change(path, &text, "");
+            if !report.dry_run {
+                files::remove(path)?;
+                report.say(format!(
+                    "{}: removed; the network's list, which it delegated to, is there as it was",
+                    path.display()
+                ));
+            }
+            return Ok(true);
         }
         if files::lone_of(path).is_some() {
             report.change(path, &text, "");
@@ -160,7 +172,12 @@ impl Uninstall {
             return Ok(());
         }
         report.say(format!("{}: removed", program.display()));
-        if report.dry_run { Ok(()) } else { files::remove(&program) }
+        if report.dry_run {
+            return Ok(());
+        }
+        files::remove(&program)?;
+        // Nobody is left who would read it.
+        record::forget_all()
     }
 }
 

@@ -8,9 +8,10 @@ use serde_json::{Map, Value, json};
 use super::super::install;
 use crate::{
     attachment::EVERY_INTERFACE,
+    delegate::{NETWORK, list},
     error::Result,
     kube::Metadata,
-    request::{Env, Request},
+    request::{Delegation, Env, Request},
     sandboxes::Sandbox,
 };
 use rscni_plugin::types::Cmd;
@@ -28,12 +29,14 @@ pub struct Networks {
 }
 
 /// podshaper's object in a conflist.
+#[derive(Clone)]
 struct Network {
     /// The capabilities that it has.
     capabilities: Vec<String>,
     kubeconfig: Option<String>,
-    /// It, with the network's name and version, as a plugin gets it on stdin; without the last brace.
+    /// It, with the network's version, as a plugin gets it on stdin; without the name, which comes last, and the last brace.
     stdin: String,
+    name: String,
 }
 
 impl Networks {
@@ -43,13 +46,28 @@ impl Networks {
     /// The directory cannot be listed.
     pub fn read(directory: &Path) -> Result<Self> {
         let mut networks = Self::default();
+        let mut delegation = None;
         for path in install::networks(directory)? {
-            match fs::read(&path).map_err(|cause| cause.to_string()).and_then(|text| parse(&text)) {
+            let text = fs::read_to_string(&path).map_err(|cause| cause.to_string());
+            delegation = delegation.or_else(|| list::delegation(text.as_deref().ok()?));
+            match text.and_then(|text| parse(text.as_bytes())) {
                 Ok(list) => networks.take(&list),
                 Err(cause) => log::warn!("leave out {}: {cause}", path.display()),
             }
         }
+        if let Some(delegation) = delegation {
+            networks.take_delegated(&delegation);
+        }
         Ok(networks)
+    }
+
+    /// Pods that were made by the network's list, before podshaper delegated to it, are limited as those that are made now.
+    fn take_delegated(&mut self, delegation: &Delegation) {
+        // Without a list there is nothing to say of its name.
+        let Ok(list) = list::find(&delegation.directory) else { return };
+        if let Some(ours) = self.by_name.get(NETWORK).cloned() {
+            self.by_name.entry(list.network().to_owned()).or_insert_with(|| ours.named(list.network()));
+        }
     }
 
     /// Adds a network, and those that Multus delegates to. The first of a name counts, as it does for a runtime.
@@ -112,16 +130,20 @@ impl Network {
     fn new(name: &str, version: &Value, entry: &Map<String, Value>) -> Self {
         let capabilities = entry.get("capabilities").and_then(Value::as_object).into_iter().flatten();
         let mut stdin = entry.clone();
-        stdin.insert("name".into(), json!(name));
         stdin.insert("cniVersion".into(), version.clone());
-        stdin.remove("runtimeConfig");
+        ["name", "runtimeConfig"].iter().for_each(|key| drop(stdin.remove(*key)));
         let mut stdin = Value::Object(stdin).to_string();
         stdin.truncate(stdin.len() - 1);
         Self {
             capabilities: capabilities.filter(|(_, has)| **has == true).map(|(name, _)| name.clone()).collect(),
             kubeconfig: entry.get("kubeconfig").and_then(Value::as_str).map(str::to_owned),
             stdin,
+            name: name.to_owned(),
         }
+    }
+
+    fn named(self, name: &str) -> Self {
+        Self { name: name.to_owned(), ..self }
     }
 
     fn request(&self, sandbox: &Sandbox, with_annotations: bool) -> Result<Request> {
@@ -135,7 +157,8 @@ impl Network {
 
     /// An ADD with these members of its `runtimeConfig`.
     fn call(&self, env: &Env, offered: &[String]) -> Result<Request> {
-        let stdin = format!("{},\"runtimeConfig\":{{{}}}}}", self.stdin, offered.join(","));
+        let name = json!(self.name);
+        let stdin = format!("{},\"name\":{name},\"runtimeConfig\":{{{}}}}}", self.stdin, offered.join(","));
         Request::parse(Cmd::Add, env, stdin.as_bytes())
     }
 }
@@ -190,6 +213,23 @@ mod tests {
         assert_eq!(egress(&none, &sandbox("cbr0", &list("cbr0", json!({})))), Some(3_000_000));
         assert_eq!(egress(&none, &sandbox("cbr0", &bare)), None);
         assert_eq!(egress(&now, &sandbox("other", &bare)), None);
+    }
+
+    #[test]
+    fn pods_of_the_list_that_podshaper_delegates_to_are_its() {
+        let directory = tempfile::tempdir().unwrap();
+        let bare = json!({ "cniVersion": "1.0.0", "name": "cbr0", "plugins": [{ "type": "bridge" }] });
+        let ours =
+            list(NETWORK, json!({ "max": { "egress": 1_000_000 }, "delegate": { "directory": directory.path() } }));
+        let write = |name: &str, list: &Value| fs::write(directory.path().join(name), list.to_string()).unwrap();
+        write("00-podshaper.conflist", &ours);
+        write("10-cbr0.conflist", &bare);
+        let networks = Networks::read(directory.path()).unwrap();
+        assert_eq!(egress(&networks, &sandbox(NETWORK, &ours)), Some(1_000_000));
+        assert_eq!(egress(&networks, &sandbox("cbr0", &bare)), Some(1_000_000));
+        assert_eq!(egress(&networks, &sandbox("other", &bare)), None);
+        let request = networks.request(&sandbox("cbr0", &bare), true).unwrap().unwrap();
+        assert_eq!(request.network.as_str(), "cbr0", "or its CHECK would find another's");
     }
 
     #[test]

@@ -1,0 +1,144 @@
+//! `podshaper install --delegate`: the conflist of podshaper's own, which delegates to the network's.
+//!
+//! It is written once and says nothing of the network but in which directory its list is. Who has installed so is served so by each later
+//! `install`, until `uninstall`.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use serde_json::{Map, Value};
+
+use super::conflist::{self, Conflist, Entry};
+use super::{Edit, Install, Report, What, files, multus, networks};
+use crate::delegate::list::{self, List};
+use crate::delegate::{FILE, NETWORK};
+use crate::error::{Code, Error, Result};
+use crate::request::{DELEGATE, Delegation};
+
+/// What runtimes have for plugins that declare it (the specification's CONVENTIONS.md, and what containerd and CRI-O add): they offer it to
+/// podshaper's list alone, and to the network's plugins podshaper passes on what each of them declares.
+const WELL_KNOWN: [&str; 11] = [
+    "aliases",
+    "bandwidth",
+    "cgroupPath",
+    "deviceID",
+    "dns",
+    "infinibandGUID",
+    "io.kubernetes.cri.pod-annotations",
+    "ipRanges",
+    "ips",
+    "mac",
+    "portMappings",
+];
+/// For every runtime: libcni before 1.2 looks at the first key alone, libcni from then on takes the highest of the second that it knows.
+/// STATUS and GC are 1.1.0's.
+const VERSIONS: (&str, [&str; 3]) = ("0.4.0", ["0.4.0", "1.0.0", "1.1.0"]);
+/// `type` of Cilium's plugin.
+const CILIUM: &str = "cilium-cni";
+
+impl Install {
+    fn delegating_path(&self) -> PathBuf {
+        self.place.conf_dir().join(FILE)
+    }
+
+    /// The list that is there.
+    fn delegating_text(&self) -> Option<String> {
+        files::read(&self.delegating_path()).ok().filter(|text| list::delegation(text).is_some())
+    }
+
+    /// Whether that is asked for, or was by an earlier installation. A conflist that is named is that one.
+    pub(super) fn delegates(&self) -> bool {
+        self.delegate || self.place.named().is_none() && self.delegating_text().is_some()
+    }
+
+    /// Our list as it is to be.
+    ///
+    /// # Errors
+    /// Where it would not be the one in force, and where there is no network's list to delegate to: a runtime would say that the node is ready.
+    pub(super) fn delegating(&self, entry: &Entry, report: &mut Report) -> Result<Edit> {
+        self.check_that_it_is_first()?;
+        let (directory, path, there) = (self.place.conf_dir(), self.delegating_path(), self.delegating_text());
+        let network = list::find(&directory)?;
+        let before = there.as_deref().and_then(list::delegation);
+        let replace_bandwidth = self.replace_bandwidth || before.is_some_and(|before| before.replace_bandwidth);
+        let delegation = Delegation { directory, replace_bandwidth };
+        // Those of the entry that is there, or that was in the network's list so far.
+        let in_network = files::read(&network.file).ok();
+        let keys_there =
+            [&there, &in_network].into_iter().flatten().find_map(|text| Conflist::parse(text).ok()?.entry_keys());
+        let entry_there = keys_there.filter(|_| self.config.is_none()).map(Entry::new).transpose()?;
+        let entry = entry_there.as_ref().unwrap_or(entry);
+        let after = text(entry, &delegation, capabilities(&network, there.as_deref()));
+        self.warn_about_network(&network, &delegation, report);
+        if in_network.is_some_and(|text| super::place::has_podshaper(&text)) {
+            report.warn(format!(
+                "podshaper is in {} as well, and is not called a second time there",
+                network.file.display()
+            ));
+        }
+        Ok(Edit { path, before: there, after, like: network.file, what: What::Delegating })
+    }
+
+    fn check_that_it_is_first(&self) -> Result<()> {
+        let own = self.delegating_path();
+        for path in networks(&self.place.conf_dir())? {
+            let is_multus = files::read(&path).is_ok_and(|text| multus::is(&text));
+            let why = match () {
+                () if is_multus => {
+                    "it is Multus', which has a network of this directory make the interface: install without --delegate, and \
+                                    podshaper goes into that one"
+                }
+                () if path < own => "it sorts before that one, and a runtime takes the first by name: rename it",
+                () => continue,
+            };
+            let text = format!(
+                "make {}, which delegates to the network's list, beside {}: {why}",
+                own.display(),
+                path.display()
+            );
+            return Err(Error::new(Code::Config, text));
+        }
+        Ok(())
+    }
+
+    fn warn_about_network(&self, network: &List, delegation: &Delegation, report: &mut Report) {
+        let file = network.file.display();
+        if network.has_bandwidth() && !delegation.replace_bandwidth {
+            report.warn(format!(
+                "the bandwidth plugin is in {file}, and limits every pod a second time, with a queue; --replace-bandwidth has it not called"
+            ));
+        }
+        self.warn_about_program(network.primary(), report);
+        if network.primary() == CILIUM {
+            report.warn(format!(
+                "Cilium's agent renames every conflist but its own ({file}), and so this one, unless its Helm value cni.exclusive is false"
+            ));
+        }
+    }
+}
+
+/// What our list declares: a runtime offers nothing else. What another network has declared stays, so that a list that is being written
+/// changes nothing.
+fn capabilities(network: &List, there: Option<&str>) -> Value {
+    let of_entry = |text: &str| -> Option<Map<String, Value>> {
+        let entry: Value = serde_json::from_str(Conflist::parse(text).ok()?.entry()?).ok()?;
+        entry["capabilities"].as_object().cloned()
+    };
+    let there: BTreeSet<String> = there.and_then(of_entry).into_iter().flatten().map(|(name, _)| name).collect();
+    let of_network = network.plugins.iter().flat_map(|plugin| plugin.capabilities.iter().cloned());
+    let all = WELL_KNOWN.into_iter().map(str::to_owned).chain(there).chain(of_network);
+    all.map(|name| (name, Value::Bool(true))).collect::<Map<_, _>>().into()
+}
+
+fn text(entry: &Entry, delegation: &Delegation, capabilities: Value) -> String {
+    let own = [("capabilities", capabilities), (DELEGATE, serde_json::to_value(delegation).unwrap_or_default())];
+    let mut lines = vec![format!("\"type\": {:?}", conflist::PODSHAPER)];
+    lines.extend(own.iter().map(|(key, value)| format!("{key:?}: {value}")));
+    lines.extend(entry.keys().iter().map(|(key, value)| format!("{}: {value}", Value::from(key.as_str()))));
+    let (version, versions) = VERSIONS;
+    format!(
+        "{{\n  \"cniVersion\": {version:?},\n  \"cniVersions\": {versions:?},\n  \"name\": {NETWORK:?},\n  \
+         \"loadOnlyInlinedPlugins\": true,\n  \"plugins\": [\n    {{\n      {}\n    }}\n  ]\n}}\n",
+        lines.join(",\n      ")
+    )
+}
