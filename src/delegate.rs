@@ -99,7 +99,7 @@ fn undo(list: &List, request: &Request, endpoint: &Endpoint, result: Option<&Raw
 /// A plugin's own. The plugins before it are then not called, as in a runtime's DEL, and a second DEL begins anew.
 pub fn del(request: &Request, endpoint: &Endpoint) -> Result<()> {
     let kept = record::of(endpoint).unwrap_or_else(|error| {
-        log::warn!("the network's list as it stands is taken: {error}");
+        log::warn!("DEL does without the network's list at ADD: {error}");
         None
     });
     let list = match (kept, &request.config.delegate) {
@@ -107,7 +107,7 @@ pub fn del(request: &Request, endpoint: &Endpoint) -> Result<()> {
         (None, None) => return Ok(()),
         (None, Some(delegation)) => match list::in_force(&delegation.directory) {
             Ok(list) => list,
-            // So ended the ADD, too, if there was one.
+            // So ended the ADD, too, if there was one. A DEL that failed would keep a sandbox that never had a network.
             Err(error) => {
                 log::warn!("nothing of the network is removed: {error}");
                 return Ok(());

@@ -221,6 +221,111 @@ fn what_was_changed_since_install_stays_changed() {
     assert_eq!(node.read("10-flannel.conflist"), FLANNEL.replace("cbr0", "cbr1"));
 }
 
+const DELEGATING: &str = "00-podshaper.conflist";
+
+#[test]
+fn a_list_that_delegates_is_written_once_whatever_the_network_writes() {
+    let node = Node::new(&[("10-flannel.conflist", FLANNEL)]);
+    let network = node.path("net.d/10-flannel.conflist");
+    fs::set_permissions(&network, fs::Permissions::from_mode(0o640)).unwrap();
+    let said = node.ok("install", &["--delegate", "--dry-run"]);
+    assert!(said.contains("+  \"name\": \"podshaper\",\n") && node.files() == ["10-flannel.conflist"], "{said}");
+    node.ok("install", &["--delegate", "--no-units"]);
+    // The example is what install writes, for the directory where it goes.
+    let example = example(DELEGATING).replace("/etc/cni/net.d", &node.path("net.d").display().to_string());
+    assert_eq!(node.read(DELEGATING), example);
+    let list = node.path("net.d").join(DELEGATING);
+    assert_eq!(fs::metadata(&list).unwrap().mode() & 0o7777, 0o640, "a network's list may hold a token");
+    assert_eq!(
+        (node.files(), node.read("10-flannel.conflist").as_str()),
+        (vec![DELEGATING.into(), "10-flannel.conflist".into()], FLANNEL)
+    );
+    // So it stays, asked for or not; a network that is written anew, and as another, changes nothing.
+    let inode = || fs::metadata(&list).unwrap().ino();
+    let before = inode();
+    for options in [&["--delegate"][..], &[]] {
+        node.write("10-flannel.conflist", &FLANNEL.replace("cbr0", "cbr1"));
+        assert!(node.ok("install", options).contains("00-podshaper.conflist has podshaper already"));
+        assert_eq!((inode(), node.read("10-flannel.conflist")), (before, FLANNEL.replace("cbr0", "cbr1")));
+    }
+    let service = || fs::read_to_string(node.path("systemd/podshaper.service")).unwrap();
+    assert!(service().contains("\"--and-sync\" \"--delegate\" "), "{}", service());
+    node.ok("install", &["--config", r#"{"max": {"egress": "1G"}}"#]);
+    assert!(node.ok("install", &[]).contains("has podshaper already"));
+    let entry = &plugins(&node.read(DELEGATING))[0];
+    assert_eq!(
+        (&entry["max"], &entry["delegate"]["directory"]),
+        (&json!({ "egress": "1G" }), &json!(node.path("net.d")))
+    );
+    // A capability that nobody knows has to be asked for, too, and stays.
+    let unknown = FLANNEL.replace("\"portMappings\"", "\"myCapability\"");
+    for text in [unknown.as_str(), FLANNEL] {
+        node.write("10-flannel.conflist", text);
+        node.ok("install", &[]);
+        assert_eq!(plugins(&node.read(DELEGATING))[0]["capabilities"]["myCapability"], true);
+    }
+    let said = node.ok("uninstall", &[]);
+    assert!(said.contains("00-podshaper.conflist: removed; the network's list"), "{said}");
+    assert_eq!(
+        (node.files(), node.read("10-flannel.conflist").as_str()),
+        (vec!["10-flannel.conflist".into()], FLANNEL)
+    );
+}
+
+#[test]
+fn what_an_earlier_installation_made_gives_way_to_a_list_that_delegates() {
+    let node = Node::new(&[("10-ovn-kubernetes.conf", OVN)]);
+    node.ok("install", &["--config", r#"{"max": {"egress": "1G"}}"#]);
+    let said = node.ok("install", &["--delegate"]);
+    assert!(
+        said.contains("10-ovn-kubernetes-podshaper.conflist: removed, what it was made of is delegated to"),
+        "{said}"
+    );
+    assert_eq!(node.files(), [DELEGATING, "10-ovn-kubernetes.conf"]);
+    assert_eq!(plugins(&node.read(DELEGATING))[0]["max"]["egress"], "1G");
+    // Where podshaper is in the network's own list it stays, and is not called twice.
+    let node = Node::new(&[("10-flannel.conflist", FLANNEL)]);
+    node.ok("install", &["--config", r#"{"max": {"egress": "2G"}}"#]);
+    let said = node.ok("install", &["--delegate"]);
+    assert!(said.contains("10-flannel.conflist as well, and is not called a second time there"), "{said}");
+    assert_eq!(plugins(&node.read(DELEGATING))[0]["max"]["egress"], "2G");
+    node.ok("uninstall", &[]);
+    assert_eq!(
+        (node.files(), node.read("10-flannel.conflist").as_str()),
+        (vec!["10-flannel.conflist".into()], FLANNEL)
+    );
+}
+
+#[test]
+fn where_a_list_that_delegates_would_not_be_in_force_none_is_written() {
+    for (files, expected) in [
+        (vec![], "has no network's list beside podshaper's own"),
+        (vec![("10-flannel.conflist", "{")], "10-flannel.conflist, the network's list that podshaper delegates to: "),
+        (vec![("00-flannel.conflist", FLANNEL)], "00-flannel.conflist: it sorts before that one"),
+        (
+            vec![("00-multus.conf", &*multus(json!({}))), ("10-flannel.conflist", FLANNEL)],
+            "00-multus.conf: it is Multus'",
+        ),
+    ] {
+        let node = Node::new(&files);
+        let before = node.files();
+        let error = node.refused("install", &["--delegate"]);
+        assert!(error.contains(expected), "{error}");
+        assert_eq!((node.files(), node.path("bin/podshaper").exists()), (before, false));
+    }
+    let node = Node::new(&[("05-cilium.conflist", &FLANNEL.replace("\"flannel\"", "\"cilium-cni\""))]);
+    let error = node.refused("install", &["--delegate", "--config", r#"{"delegate": {}}"#]);
+    assert!(
+        error.contains("the key \"delegate\" is written by install itself") || error.contains("\"delegate\""),
+        "{error}"
+    );
+    assert!(node.ok("install", &["--delegate"]).contains("unless its Helm value cni.exclusive is false"));
+    // A network that goes leaves the list, and an installation says so.
+    fs::remove_file(node.path("net.d/05-cilium.conflist")).unwrap();
+    assert!(node.refused("install", &[]).contains("has no network's list beside podshaper's own"));
+    assert_eq!(node.files(), [DELEGATING]);
+}
+
 const OVN: &str = "{\"cniVersion\":\"1.0.0\",\"name\":\"ovn-kubernetes\",\"type\":\"ovn-k8s-cni-overlay\",\"ipam\":{},\"dns\":{},\"logFile\":\"/a\"}";
 
 /// OVN-Kubernetes watches its file, and Multus takes it for the sign that there is a network.

@@ -3,6 +3,8 @@
 
 /// Limits of cgroups that are no pods.
 mod cgroups;
+/// `install --delegate`: the network's list called in the runtime's place, whatever is written there.
+mod delegate;
 /// What sync follows beside a pod's rates.
 mod follow;
 /// doctor and gc.

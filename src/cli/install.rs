@@ -4,7 +4,7 @@
 //! A running node is changed under its runtime, so each file is replaced in one step, the program before the list that names it,
 //! and an edited list keeps all that is not podshaper's as it was. A lone configuration (`.conf`), which others may watch, stays too:
 //! a list of ours that sorts before it has it for its first plugin. Who writes a conflist anew (the network's own pod, at its start)
-//! takes podshaper out; the node's systemd then installs again, where there is one.
+//! takes podshaper out; the node's systemd then installs again, where there is one. A list of ours that delegates stays ([`delegating`]).
 
 mod conflist;
 mod delegating;

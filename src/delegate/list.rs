@@ -24,7 +24,7 @@ const EXTENSIONS: [&str; 3] = ["conf", "conflist", "json"];
 /// How long a network may take to write its list.
 const WRITTEN_WITHIN: Duration = Duration::from_secs(1);
 const READ_AGAIN_AFTER: Duration = Duration::from_millis(10);
-/// Plugins that make no interface and have a network of the same directory make it, which podshaper's list would be: neither calls the other.
+/// Plugins that have the first other network of the same directory make the interface. That may be podshaper's list, which is not to call them.
 pub const MULTUS: [&str; 2] = ["multus", "multus-shim"];
 
 /// A network's list.

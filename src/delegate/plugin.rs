@@ -13,8 +13,8 @@ use std::thread;
 use std::time::Duration;
 
 use rscni_plugin::error::Error as CniError;
-use rscni_plugin::types::{CNI_COMMAND, CNI_PATH, Cmd, ErrorResult, GcAttachment};
-use serde::Serialize;
+use rscni_plugin::types::{CNI_COMMAND, CNI_PATH, Cmd, GcAttachment};
+use serde::{Deserialize, Serialize};
 use serde_json::value::{RawValue, to_raw_value};
 
 use super::list::{List, Plugin};
@@ -32,6 +32,15 @@ pub(super) struct Call<'a> {
     /// What the runtime has, by capability.
     pub(super) offers: BTreeMap<String, &'a RawValue>,
     pub(super) prev_result: Option<&'a RawValue>,
+}
+
+/// What a plugin that fails writes. The CNI library's own type puts its words in the place of the plugin's, where it knows the code.
+#[derive(Deserialize)]
+struct Failure {
+    code: u32,
+    msg: String,
+    #[serde(default)]
+    details: String,
 }
 
 /// A configuration's keys, with the values as they stand.
@@ -118,8 +127,10 @@ impl Call<'_> {
     }
 
     fn error(&self, plugin: &Plugin, status: ExitStatus, answer: &[u8]) -> Error {
-        match serde_json::from_slice::<ErrorResult>(answer) {
-            Ok(error) => Error::of_plugin(self.what(plugin), CniError::from(error)),
+        match serde_json::from_slice(answer) {
+            Ok(Failure { code, msg, details }) => {
+                Error::of_plugin(self.what(plugin), CniError::Custom(code, msg, details))
+            }
             Err(_) if answer.trim_ascii().is_empty() => {
                 Error::new(Code::Io, format!("{}: it failed and did not say why: {status}", self.what(plugin)))
             }

@@ -24,10 +24,19 @@ pub fn without(path: &Path) {
 
 /// Has STATUS remember nothing, and what it finds from now on only where [`with_own`] is at work.
 pub fn without_memory() {
-    let memory = Path::new("/run/podshaper");
+    empty(Path::new("/run/podshaper"));
+}
+
+/// Has nobody's results be there, nor what podshaper keeps beside them.
+pub fn without_results() {
+    empty(Path::new("/var/lib/cni"));
+}
+
+/// Puts an empty directory over one.
+fn empty(path: &Path) {
     // It is the node's own, where there is one.
-    std::fs::create_dir_all(memory).unwrap();
-    mount(Some("none"), memory, Some("tmpfs"), MsFlags::empty(), Some("mode=700")).unwrap();
+    std::fs::create_dir_all(path).unwrap();
+    mount(Some("none"), path, Some("tmpfs"), MsFlags::empty(), Some("mode=700")).unwrap();
 }
 
 /// Shows a file or a directory at another place as well.

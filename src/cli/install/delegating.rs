@@ -57,7 +57,10 @@ impl Install {
     /// Where it would not be the one in force, and where there is no network's list to delegate to: a runtime would say that the node is ready.
     pub(super) fn delegating(&self, entry: &Entry, report: &mut Report) -> Result<Edit> {
         self.check_that_it_is_first()?;
-        let (directory, path, there) = (self.place.conf_dir(), self.delegating_path(), self.delegating_text());
+        let (path, there) = (self.delegating_path(), self.delegating_text());
+        // A runtime calls podshaper in another working directory.
+        let directory = std::path::absolute(self.place.conf_dir())
+            .map_err(|cause| Error::because(Code::Io, "find the working directory (--conf-dir)", cause))?;
         let network = list::find(&directory)?;
         let before = there.as_deref().and_then(list::delegation);
         let replace_bandwidth = self.replace_bandwidth || before.is_some_and(|before| before.replace_bandwidth);

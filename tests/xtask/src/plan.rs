@@ -54,6 +54,7 @@ pub const SAME_EVERYWHERE: &[&str] = &[
     "install::",
     "labels::",
     "kernel::cgroups::",
+    "operator::delegate::",
     "operator::follow::",
     "conflist_examples::the_examples_of_other",
     "an_add_that_does_not_get_the_lock",
