@@ -134,11 +134,8 @@ pub fn in_force(directory: &Path) -> Result<List> {
     let start = Instant::now();
     loop {
         match find(directory) {
-            Err(error) if start.elapsed() < WRITTEN_WITHIN => {
-                log::debug!("read again: {error}");
-                thread::sleep(READ_AGAIN_AFTER);
-            }
-            found => return found,
+            Err(_) if start.elapsed() < WRITTEN_WITHIN => thread::sleep(READ_AGAIN_AFTER),
+            found => return found.inspect(|list| log::debug!("the network's list is {}", list.file.display())),
         }
     }
 }
