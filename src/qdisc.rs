@@ -136,7 +136,7 @@ fn fq_options(buckets_log: u32) -> Vec<TcOption> {
 /// tc qdisc add dev IFINDEX root handle 7064: htb default 20
 /// tc class replace dev IFINDEX parent 7064: classid 7064:1 htb rate LIMIT burst BURST
 /// tc class replace dev IFINDEX parent 7064:1 classid 7064:20 htb prio 0 rate 100*LIMIT
-/// tc class replace dev IFINDEX parent 7064:1 classid 7064:10 htb prio 1 rate LIMIT/4 ceil LIMIT burst BURST
+/// tc class replace dev IFINDEX parent 7064:1 classid 7064:10 htb prio 1 rate LIMIT/4 ceil 100*LIMIT burst BURST
 /// tc qdisc replace dev IFINDEX parent 7064:10 pfifo limit 100000
 /// ```
 ///
@@ -263,9 +263,12 @@ fn of_what_leaves_at_once(limit: &Limit) -> Vec<TcOption> {
     htb_options(bytes_per_s, bytes_per_s, limit.burst.as_ns_at(limit.rate), 0)
 }
 
+/// The class around it has the limit. A ceiling of its own at the same rate would end each wait a moment before that of the class around, and htb
+/// would set its timer twice for each packet (`htb_dequeue`, a level after the other).
 fn of_what_waits(limit: &Limit) -> Vec<TcOption> {
     let bytes_per_s = with_ethernet(limit.rate) / 8;
-    htb_options((bytes_per_s / HTB_QUEUE_PART).max(1), bytes_per_s, limit.burst.as_ns_at(limit.rate), 1)
+    let ceil_bytes_per_s = bytes_per_s.saturating_mul(HTB_AT_ONCE_TIMES);
+    htb_options((bytes_per_s / HTB_QUEUE_PART).max(1), ceil_bytes_per_s, limit.burst.as_ns_at(limit.rate), 1)
 }
 
 fn no_room(cause: io::Error) -> Error {

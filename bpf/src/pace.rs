@@ -16,13 +16,14 @@
 //! once and raised with an ACK only (`tcp_update_pacing_rate`, bbr's `bbr_set_pacing_rate`): see [`raised`].
 
 use aya_ebpf::{helpers::bpf_setsockopt, programs::SockOpsContext};
-use podshaper_abi::{EGRESS, MAX_PACKET_NS};
+use podshaper_abi::{EGRESS, MAX_PACKET_NS, QUEUE_NONE};
 
 use crate::{
     clock::{self, Link},
     flow::Flow,
     packet, tcp,
     turn::Packet,
+    window::MAX_PACKET_BYTES,
 };
 
 const NANOS_PER_SECOND: u64 = 1_000_000_000;
@@ -37,6 +38,9 @@ const NOT_PACED: u64 = u32::MAX as u64;
 /// TCP does not pace the first of a flow's segments (`tcp_update_skb_after_send`). A pace would do nothing then but let fewer of them into
 /// the queue at a time (`tcp_small_queue_check`): the last of an answer would wait in it twice.
 const FIRST_SEGMENTS: u64 = 10;
+/// How many segments a flow may send unpaced so that its congestion window opens: see [`is_opening`]. From ten segments to packets of 64 KiB the
+/// window doubles four times, and that takes 150 segments.
+const OPENING_SEGMENTS: u64 = 256;
 /// Where a wait is as long as this, fewer is better: all flows' first segments would be more than the horizon.
 const LONG_WAIT_NS: u64 = NANOS_PER_SECOND;
 
@@ -111,9 +115,11 @@ pub fn of_segment(ctx: &SockOpsContext, flow: &mut Flow, link: &Link) -> u64 {
     );
     // `count_egress`, which runs next, for this segment, is told.
     flow.decided = decision.class + 1;
-    let is_of_first = tcp::sent_segments(ctx) + segments < FIRST_SEGMENTS;
+    let sent_segments = tcp::sent_segments(ctx) + segments;
+    let is_unpaced = sent_segments < FIRST_SEGMENTS
+        || sent_segments < OPENING_SEGMENTS && flow.set_bytes_per_s == 0 && is_opening(ctx, link, mss);
     flow.paced_bytes_per_s =
-        if is_of_first && decision.wait_ns < LONG_WAIT_NS { 0 } else { wait_for(payload, decision.wait_ns) };
+        if is_unpaced && decision.wait_ns < LONG_WAIT_NS { 0 } else { wait_for(payload, decision.wait_ns) };
     flow.paced_bytes_per_s
 }
 
@@ -130,6 +136,22 @@ pub fn raised(ctx: &SockOpsContext, flow: &mut Flow, link: &Link) -> u64 {
     }
     let as_large = packet_bytes(link, tcp::shortest_rtt_ns(ctx)) << PACKET_SHIFT;
     raise(link, paced_bytes_per_s, tcp::mss(ctx)).max(as_large)
+}
+
+/// Whether the congestion window is still to open. TCP builds packets of at most half the window (`tcp_cwnd_test`), and the window grows only while
+/// it is used up (`tcp_is_cwnd_limited`). A paced flow whose round trip is shorter than its wait has one packet in flight, which is half of the
+/// window: it would send packets of ten segments for ever. What the flow sends until then waits in the queue, in the order of the backlog, as its
+/// first segments do.
+#[inline(always)]
+fn is_opening(ctx: &SockOpsContext, link: &Link, mss: u64) -> bool {
+    // Without a queue what is sent unpaced would be dropped.
+    if link.limit().queue == QUEUE_NONE {
+        return false;
+    }
+    let Some(window_segments) = tcp::opening_window_segments(ctx) else { return false };
+    let least_bytes = link.limit().min_tso_segs * mss;
+    let wanted_bytes = packet_bytes(link, tcp::shortest_rtt_ns(ctx)).max(least_bytes).min(MAX_PACKET_BYTES);
+    window_segments * mss < 2 * wanted_bytes
 }
 
 /// How large the flow's next packet may be: larger packets are fewer, and each is a timer and a way through the stack. The fewer flows there

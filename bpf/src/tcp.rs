@@ -106,6 +106,14 @@ pub fn sent_segments(ctx: &SockOpsContext) -> u64 {
     u64::from(unsafe { (*ctx.ops).data_segs_out })
 }
 
+/// Segments that may be in flight, if the congestion window is one that still doubles each round trip (slow start).
+#[inline(always)]
+pub fn opening_window_segments(ctx: &SockOpsContext) -> Option<u64> {
+    // SAFETY: sock_ops programs may read snd_cwnd and snd_ssthresh.
+    let (window, threshold) = unsafe { ((*ctx.ops).snd_cwnd, (*ctx.ops).snd_ssthresh) };
+    if window < threshold { Some(window.into()) } else { None }
+}
+
 /// Whether all that was sent before has been acknowledged.
 #[inline(always)]
 pub fn has_arrived(ctx: &SockOpsContext) -> bool {

@@ -68,7 +68,7 @@ const WAITING_NS: u64 = 1_000_000;
 /// The same of MPTCP.
 const MULTIPATH_NS: u64 = 10_000_000;
 /// Neither is more than this: a sender builds no larger packets.
-const MAX_PACKET_BYTES: u64 = 1 << 16;
+pub const MAX_PACKET_BYTES: u64 = 1 << 16;
 /// Beyond this backlog such windows become smaller than that.
 const LONG_AT_HOST_NS: u64 = 100_000_000;
 /// How long a first flight may wait at the host's end: its sender sends it again after so long (`TCP_RTO_MIN`).

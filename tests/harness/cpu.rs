@@ -3,53 +3,68 @@
 use std::fs;
 use std::panic::resume_unwind;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::{Context, Failure, Result};
 
 /// The first second is another matter, and at the end processes exit.
 const LEFT_OUT: Duration = Duration::from_secs(1);
+/// The unit of /proc/stat is USER_HZ, which is 100 wherever Rust runs on Linux.
+const MILLIS_OF_A_TICK: u64 = 10;
 
-/// Ticks since the machine started, of all CPUs.
+/// A moment, and how long the CPUs had been idle by then. Idle time is what the kernel measures by the clock
+/// (`get_idle_time` in fs/proc/stat.c, where the tick stops on an idle CPU). Work is counted by who runs at a tick, 250 times a
+/// second, which misses what timers do in between: 16 flows behind a policer came to 0 ms in a second.
 #[derive(Clone, Copy)]
-pub struct Ticks {
-    busy: u64,
+pub struct Cpus {
+    at: Instant,
+    count: f64,
+    idle: Duration,
     /// What the host of a virtual machine has taken.
-    stolen: u64,
-    all: u64,
+    stolen: Duration,
 }
 
-impl Ticks {
+impl Cpus {
     pub fn now() -> Result<Self> {
         const STAT: &str = "/proc/stat";
         let text = fs::read_to_string(STAT).context(format_args!("read {STAT}"))?;
+        let at = Instant::now();
         let line = text.lines().next().and_then(|line| line.strip_prefix("cpu "));
         let line = line.ok_or_else(|| Failure::new(format_args!("{STAT} does not begin with the CPUs' times")))?;
         // user, nice, system, idle, iowait, irq, softirq, steal; guests' are in user.
-        let ticks: Vec<u64> = line.split_whitespace().take(8).map(|field| field.parse().unwrap_or(0)).collect();
-        let idle: u64 = ticks.iter().skip(3).take(2).sum();
-        let stolen = ticks.get(7).copied().unwrap_or(0);
-        let all = ticks.iter().sum();
-        Ok(Self { busy: all - idle - stolen, stolen, all })
+        let ticks: Vec<u64> = line.split_whitespace().map(|field| field.parse().unwrap_or(0)).collect();
+        let [_, _, _, idle, iowait, _, _, stolen, ..] = ticks[..] else {
+            return Err(Failure::new(format_args!("{STAT} has no time stolen by the host")));
+        };
+        // One line is of all CPUs, and each has one.
+        let count = text.lines().filter(|line| line.starts_with("cpu")).count() - 1;
+        let time = |ticks: u64| Duration::from_millis(ticks * MILLIS_OF_A_TICK);
+        Ok(Self { at, count: count as f64, idle: time(idle + iowait), stolen: time(stolen) })
+    }
+
+    /// How many CPUs have been at work since then.
+    fn busy_since(self, before: Self) -> f64 {
+        let elapsed = (self.at - before.at).as_secs_f64();
+        let spent = self.idle.saturating_sub(before.idle) + self.stolen.saturating_sub(before.stolen);
+        (self.count - spent.as_secs_f64() / elapsed).max(0.0)
     }
 
     /// The part of the CPUs' time since then that the host of a virtual machine has taken.
     pub fn stolen_since(self, before: Self) -> f64 {
-        (self.stolen - before.stolen) as f64 / (self.all - before.all).max(1) as f64
+        let elapsed = (self.at - before.at).as_secs_f64();
+        self.stolen.saturating_sub(before.stolen).as_secs_f64() / (elapsed * self.count)
     }
 }
 
 /// CPUs at work between the first second and the last of what `measure` takes.
 pub fn while_measuring<T: Send>(seconds: f64, measure: impl FnOnce() -> Result<T> + Send) -> Result<(f64, T)> {
-    let cpus = thread::available_parallelism().context("count the CPUs")?.get() as f64;
     thread::scope(|scope| {
         let measuring = scope.spawn(measure);
         thread::sleep(LEFT_OUT);
-        let before = Ticks::now()?;
+        let before = Cpus::now()?;
         thread::sleep(Duration::from_secs_f64(seconds).saturating_sub(2 * LEFT_OUT));
-        let after = Ticks::now()?;
+        let after = Cpus::now()?;
         let measured = measuring.join().unwrap_or_else(|panic| resume_unwind(panic))?;
-        let share = (after.busy - before.busy) as f64 / (after.all - before.all).max(1) as f64;
-        Ok((share * cpus, measured))
+        Ok((after.busy_since(before), measured))
     })
 }

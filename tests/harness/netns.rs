@@ -23,6 +23,8 @@ impl Netns {
         let netns = Self { name: name.to_owned(), path: Path::new("/run/netns").join(name) };
         // Without it an IPv6 address is of no use for its first second, and the bridge plugin waits for that.
         netns.run("sh", &["-c", "echo 0 >/proc/sys/net/ipv6/conf/default/accept_dad || true"])?;
+        // What pods run by Linux's default. This machine's own may be another one, and each namespace has it from the machine.
+        netns.run("sh", &["-c", "echo cubic >/proc/sys/net/ipv4/tcp_congestion_control"])?;
         netns.run("ip", &["link", "set", "lo", "up"])?;
         Ok(netns)
     }

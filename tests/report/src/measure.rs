@@ -9,7 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::Measure;
-use crate::harness::cpu::Ticks;
+use crate::harness::cpu::Cpus;
 use crate::harness::limiter::{Limiter, Programs};
 use crate::harness::{Context, Failure, Result, check_stop, note, stopped};
 use crate::machine::Machine;
@@ -44,12 +44,12 @@ pub fn measure(options: &Measure) -> Result<bool> {
     for turn in turns {
         check_stop()?;
         progress.say(&turn);
-        let before = Ticks::now()?;
+        let before = Cpus::now()?;
         let found = turn.workload.measure(turn.limiter, &programs);
         // A stop shows up as a failure of whatever was running.
         check_stop()?;
         complete &= found.is_ok() || turn.limiter != Limiter::Podshaper;
-        let stolen = Ticks::now()?.stolen_since(before);
+        let stolen = Cpus::now()?.stolen_since(before);
         sink.put(&Line::Measurement(turn.measurement(&machine.kernel, stolen, found)))?;
         progress.done();
     }
