@@ -161,7 +161,7 @@ fn other_paths_are_held_or_not_or_there_are_none() {
 
 /// Both units, or it is 0. Where systemd does not run there are none to enable.
 #[test]
-#[ignore = "needs root, bpffs and prometheus"]
+#[ignore = "needs root, cgroup2 and bpffs"]
 fn units_are_enabled_or_not() {
     mounts::with_own(|| {
         ["/run", "/etc"].iter().for_each(|path| mounts::empty(Path::new(path)));
