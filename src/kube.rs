@@ -179,7 +179,7 @@ fn ask_for_all<T: DeserializeOwned>(
     };
     let read = |body: &mut dyn Read| list::read(body, kind, &mut take);
     asked(kubeconfig, subject, |server| {
-        Ok(client::get_list(server, &question, read)?.or_else(|answer| Err(refusal(&answer))).flatten())
+        Ok(client::get_list(server, &question, read)?.map_err(|answer| refusal(&answer)).flatten())
     })
 }
 
