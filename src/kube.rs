@@ -5,33 +5,38 @@
 //!
 //! `podshaper sync` asks for all the pods of a node at once ([`pods_of`]).
 //!
-//! The request is ureq's (`kube/client.rs`); what it asks and whom is here.
+//! The request is ureq's (`kube/client.rs`), a list is read object by object (`kube/list.rs`); what is asked and whom is here.
 
 mod client;
+mod kept;
 mod kubeconfig;
+mod list;
 
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
 use crate::error::{Code, Error, Result, quoted};
 use client::{Answer, Question};
+use kept::Kept;
 use kubeconfig::Server;
 
 /// All the time there is for an answer, name, handshake and body included: kubelet starts no other container of the pod meanwhile.
 const TIME: Duration = Duration::from_secs(2);
-/// The same for all the pods of a node, with nobody waiting.
+/// The same for all the pods of a node, with nobody waiting, until the answer begins.
 const TIME_FOR_ALL: Duration = Duration::from_secs(8);
+/// The same for the whole of it: 250 pods with all that etcd takes are 400 MB.
+const TIME_FOR_A_LIST: Duration = Duration::from_secs(30);
 /// Most that is read of an answer about a pod. etcd takes no object above 1.5 MiB.
 const MAX_POD_BYTES: u64 = 2 << 20;
-/// The same about a node's pods.
-const MAX_PODS_BYTES: u64 = 64 << 20;
 /// Only metadata is asked for; an API server too old to select it (before 1.15) sends the whole pod.
 const METADATA: &str = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1, application/json";
 const METADATA_OF_ALL: &str = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1, application/json";
-/// How a kubelet tells the API server which static pod an object mirrors: the UID the runtime knows it by.
+/// How a kubelet tells the API server which static pod an object mirrors: the UID that the runtime knows it by.
 const MIRROR: &str = "kubernetes.io/config.mirror";
 
 /// Which pod.
@@ -48,7 +53,7 @@ pub struct Pod<'a> {
 /// The labels of an object.
 pub type Labels = BTreeMap<String, String>;
 
-/// What people write on a pod.
+/// What people write on a pod, as far as it can matter here: [`kept`] says what is left out.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Metadata {
     /// `metadata.namespace`
@@ -66,10 +71,17 @@ struct Object {
     metadata: ObjectMeta,
 }
 
+/// Of a namespace nothing but the labels is of interest.
 #[derive(Deserialize)]
-struct Objects {
-    /// An API server writes null for none.
-    items: Option<Vec<Object>>,
+struct Namespace {
+    metadata: NamespaceMeta,
+}
+
+#[derive(Deserialize)]
+struct NamespaceMeta {
+    #[serde(default)]
+    name: String,
+    labels: Option<Labels>,
 }
 
 #[derive(Deserialize)]
@@ -79,8 +91,8 @@ struct ObjectMeta {
     #[serde(default)]
     namespace: String,
     uid: String,
-    labels: Option<Labels>,
-    annotations: Option<BTreeMap<String, String>>,
+    labels: Option<Kept>,
+    annotations: Option<Kept>,
 }
 
 /// Asks the API server that the kubeconfig names.
@@ -89,7 +101,7 @@ struct ObjectMeta {
 /// [`Code::Config`] for the kubeconfig, [`Code::ApiServer`] for everything after it.
 pub fn metadata(kubeconfig: &Path, pod: Pod<'_>) -> Result<Metadata> {
     let path = format!("/api/v1/namespaces/{}/pods/{}", pod.namespace, pod.name);
-    let question = Question { path: &path, accept: METADATA, max_body_bytes: MAX_POD_BYTES, time: TIME };
+    let question = question(&path);
     let subject = format!("pod {}/{}", pod.namespace, pod.name);
     ask(kubeconfig, &subject, &question, |answer| understand(answer, pod.uid))
 }
@@ -102,9 +114,12 @@ pub fn pods_of(kubeconfig: &Path, node: &str) -> Result<BTreeMap<String, Metadat
     // Those that have ended have no sandbox and no cgroup. From the server's memory, which is enough for what is asked every few seconds.
     const NOT_ENDED: &str = "status.phase%21%3DSucceeded%2Cstatus.phase%21%3DFailed";
     let path = format!("/api/v1/pods?fieldSelector=spec.nodeName%3D{node}%2C{NOT_ENDED}&resourceVersion=0");
-    let question =
-        Question { path: &path, accept: METADATA_OF_ALL, max_body_bytes: MAX_PODS_BYTES, time: TIME_FOR_ALL };
-    ask(kubeconfig, &format!("the pods of node {node}"), &question, understand_all)
+    let mut pods = BTreeMap::new();
+    ask_for_all(kubeconfig, &format!("the pods of node {node}"), &path, "pods", |Object { metadata }| {
+        let (uid, pod) = by_uid(metadata);
+        pods.insert(uid, pod);
+    })?;
+    Ok(pods)
 }
 
 /// Asks it for the labels of a namespace.
@@ -113,8 +128,8 @@ pub fn pods_of(kubeconfig: &Path, node: &str) -> Result<BTreeMap<String, Metadat
 /// [`Code::Config`] for the kubeconfig, [`Code::ApiServer`] for everything after it.
 pub fn labels_of_namespace(kubeconfig: &Path, name: &str) -> Result<Labels> {
     let path = format!("/api/v1/namespaces/{name}");
-    let question = Question { path: &path, accept: METADATA, max_body_bytes: MAX_POD_BYTES, time: TIME };
-    let understand = |answer: &Answer| decode::<Object>(answer, "a namespace");
+    let question = question(&path);
+    let understand = |answer: &Answer| decode::<Namespace>(answer, "a namespace");
     let found = ask(kubeconfig, &format!("namespace {name}"), &question, understand)?;
     Ok(found.metadata.labels.unwrap_or_default())
 }
@@ -125,11 +140,16 @@ pub fn labels_of_namespace(kubeconfig: &Path, name: &str) -> Result<Labels> {
 /// [`Code::Config`] for the kubeconfig, [`Code::ApiServer`] for everything after it.
 pub fn labels_of_namespaces(kubeconfig: &Path) -> Result<BTreeMap<String, Labels>> {
     let path = "/api/v1/namespaces?resourceVersion=0";
-    let question = Question { path, accept: METADATA_OF_ALL, max_body_bytes: MAX_PODS_BYTES, time: TIME_FOR_ALL };
-    let understand = |answer: &Answer| decode::<Objects>(answer, "a list of namespaces");
-    let found = ask(kubeconfig, "the namespaces", &question, understand)?;
-    let labels = found.items.into_iter().flatten().map(|Object { metadata }| metadata);
-    Ok(labels.map(|metadata| (metadata.name, metadata.labels.unwrap_or_default())).collect())
+    let mut labels = BTreeMap::new();
+    ask_for_all(kubeconfig, "the namespaces", path, "namespaces", |Namespace { metadata }| {
+        labels.insert(metadata.name, metadata.labels.unwrap_or_default());
+    })?;
+    Ok(labels)
+}
+
+/// About one object.
+fn question(path: &str) -> Question<'_> {
+    Question { path, accept: METADATA, max_body_bytes: MAX_POD_BYTES, time_until_body: TIME, time: TIME }
 }
 
 /// One question to the server that a kubeconfig names, about what `subject` calls.
@@ -139,28 +159,51 @@ fn ask<T>(
     question: &Question<'_>,
     understand: impl FnOnce(&Answer) -> Result<T, String>,
 ) -> Result<T> {
+    asked(kubeconfig, subject, |server| Ok(understand(&client::get(server, question)?)))
+}
+
+/// The same about all objects of a kind. Each is taken as it comes, so that a large one costs nobody but itself.
+fn ask_for_all<T: DeserializeOwned>(
+    kubeconfig: &Path,
+    subject: &str,
+    path: &str,
+    kind: &str,
+    mut take: impl FnMut(T),
+) -> Result<()> {
+    let question = Question {
+        path,
+        accept: METADATA_OF_ALL,
+        max_body_bytes: MAX_POD_BYTES,
+        time_until_body: TIME_FOR_ALL,
+        time: TIME_FOR_A_LIST,
+    };
+    let read = |body: &mut dyn Read| list::read(body, kind, &mut take);
+    asked(kubeconfig, subject, |server| {
+        Ok(client::get_list(server, &question, read)?.map_err(|answer| refusal(&answer)).flatten())
+    })
+}
+
+/// What a server says, and how long that took.
+fn asked<T>(kubeconfig: &Path, subject: &str, ask: impl FnOnce(&Server) -> Result<Result<T, String>>) -> Result<T> {
     let start = Instant::now();
     let server = Server::read(kubeconfig)?;
     let asked = || format!("ask {} for {subject}", server.url);
-    let answer = client::get(&server, question).map_err(|error| Error::because(Code::ApiServer, asked(), error))?;
-    let found = understand(&answer).map_err(|text| Error::new(Code::ApiServer, format!("{}: {text}", asked())));
+    let answer = ask(&server).map_err(|error| Error::because(Code::ApiServer, asked(), error))?;
+    let found = answer.map_err(|text| Error::new(Code::ApiServer, format!("{}: {text}", asked())));
     log::debug!("{} took {:?}", asked(), start.elapsed());
     found
 }
 
-fn understand_all(answer: &Answer) -> Result<BTreeMap<String, Metadata>, String> {
-    let objects: Objects = decode(answer, "a list of pods")?;
-    let by_uid = objects.items.into_iter().flatten().map(|Object { metadata }| {
-        let uid = metadata.uid.clone();
-        let metadata = Metadata::of(metadata);
-        (metadata.annotations.get(MIRROR).cloned().unwrap_or(uid), metadata)
-    });
-    Ok(by_uid.collect())
+/// A pod under the UID that the runtime knows it by.
+fn by_uid(metadata: ObjectMeta) -> (String, Metadata) {
+    let uid = metadata.uid.clone();
+    let metadata = Metadata::of(metadata);
+    (metadata.annotations.get(MIRROR).cloned().unwrap_or(uid), metadata)
 }
 
 impl Metadata {
     fn of(ObjectMeta { name, namespace, uid: _, labels, annotations }: ObjectMeta) -> Self {
-        let (labels, annotations) = (labels.unwrap_or_default(), annotations.unwrap_or_default());
+        let [labels, annotations] = [labels, annotations].map(|kept| kept.unwrap_or_default().0);
         Self { namespace, name, labels, annotations }
     }
 }
@@ -216,20 +259,21 @@ mod tests {
             let body = format!(
                 r#"{{"kind": "PartialObjectMetadataList", "metadata": {{"resourceVersion": "1"}}, "items": {items}}}"#
             );
-            understand_all(&Answer { status: 200, body: body.into() })
+            let mut pods = Vec::new();
+            let read = list::read(&mut body.as_bytes(), "pods", &mut |Object { metadata }| pods.push(by_uid(metadata)));
+            read.unwrap().unwrap();
+            pods
         };
         for none in ["null", "[]"] {
-            assert_eq!(all(none), Ok(BTreeMap::new()), "{none}");
+            assert_eq!(all(none), [], "{none}");
         }
         let mirror = format!(r#"{{"{MIRROR}": "static"}}"#);
         let pods = all(&format!(
             r#"[{{"metadata": {{"uid": "u-1", "labels": {{"a": "b"}}}}}}, {{"metadata": {{"uid": "u-2", "annotations": {mirror}}}}}]"#
         ));
-        let pods = pods.unwrap();
-        assert_eq!(pods.keys().collect::<Vec<_>>(), ["static", "u-1"]);
-        assert_eq!(pods["u-1"].labels["a"], "b");
-        assert_eq!(all("{}").unwrap_err().split(':').next(), Some("its answer is no list of pods"));
-        let refused = understand_all(&Answer { status: 403, body: b"{}".to_vec() }).unwrap_err();
+        assert_eq!(pods.iter().map(|(uid, _)| uid.as_str()).collect::<Vec<_>>(), ["u-1", "static"]);
+        assert_eq!(pods[0].1.labels["a"], "b");
+        let refused = refusal(&Answer { status: 403, body: b"{}".to_vec() });
         assert!(refused.contains("kubectl apply -f install/labels-rbac.yaml"), "{refused}");
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! /sys/fs/bpf/podshaper/            locked (flock) by whoever changes anything below
-//!   v6/                             layout of what follows: podshaper_abi::LAYOUT
+//!   v<LAYOUT>/                      layout of what follows: podshaper_abi::LAYOUT
 //!     %node/                        the node's programs and maps, which its pods share; goes with the last of them
 //!       LIMITS  METERS  ..          maps
 //!       count_egress  ..            programs

@@ -442,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn stdin_is_read_up_to_a_mebibyte() {
+    fn stdin_is_read_up_to_eight_mebibytes() {
         assert_eq!(read_stdin(std::io::repeat(b' ').take(8 << 20)).unwrap().len(), 8 << 20);
         let error = read_stdin(std::io::repeat(b' ')).unwrap_err();
         assert_eq!(error.code(), Code::Decode);

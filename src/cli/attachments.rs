@@ -458,6 +458,15 @@ impl Serialize for Attachment {
 }
 
 impl OtherPaths {
+    /// Whether it is held; `None` where there is no interface by which anything else could come.
+    pub fn are_held(&self) -> Option<bool> {
+        match self {
+            Self::Held(_) | Self::ByTbf => Some(true),
+            Self::Free => Some(false),
+            Self::OfNone => None,
+        }
+    }
+
     /// What passed that way, as far as it is known.
     pub fn counted(&self) -> Option<&Others> {
         match self {
@@ -470,12 +479,7 @@ impl OtherPaths {
 impl Serialize for OtherPaths {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut map = serializer.serialize_map(None)?;
-        let held = match self {
-            Self::Held(_) | Self::ByTbf => Some(true),
-            Self::Free => Some(false),
-            Self::OfNone => None,
-        };
-        map.serialize_entry("held", &held)?;
+        map.serialize_entry("held", &self.are_held())?;
         let counted = self.counted();
         map.serialize_entry("bytes", &counted.map(|others| others.bytes))?;
         map.serialize_entry("packets", &counted.map(|others| others.packets))?;

@@ -91,16 +91,21 @@ fn cells(measured: &Measured) -> [String; 10] {
         now,
         used,
         chart::short(counters.bytes as f64),
-        match others {
-            OtherPaths::Held(others) => chart::short(others.bytes as f64),
-            OtherPaths::ByTbf => "tbf".to_owned(),
-            OtherPaths::Free => "not held".to_owned(),
-            OtherPaths::OfNone => NOTHING.to_owned(),
-        },
+        other_paths(others),
         counters.drops.to_string(),
         counters.marks.to_string(),
         p99,
     ]
+}
+
+/// What came by other paths, or that it is not known or not held.
+pub fn other_paths(others: &OtherPaths) -> String {
+    match others {
+        OtherPaths::Held(others) => chart::short(others.bytes as f64),
+        OtherPaths::ByTbf => "tbf".to_owned(),
+        OtherPaths::Free => "not held".to_owned(),
+        OtherPaths::OfNone => NOTHING.to_owned(),
+    }
 }
 
 /// A number of seconds, as an argument.

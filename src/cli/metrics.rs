@@ -10,7 +10,7 @@ use clap::Args;
 use podshaper_abi::{BACKLOG_BUCKETS, Counters, backlog_bucket_end_ns};
 
 use super::{
-    attachments::{self, Attachment, Measured, OtherPaths},
+    attachments::{self, Attachment, Measured},
     directories::Directories,
     doctor::conflists,
     install, output,
@@ -55,39 +55,39 @@ impl Arguments {
     }
 }
 
-/// One metric: its name without "podshaper_", what it is, and its value of a direction.
-type Metric = (&'static str, &'static str, &'static str, fn(&Measured) -> f64);
+/// One metric: its name without "podshaper_", what it is, and its value of a direction that has one.
+type Metric = (&'static str, &'static str, &'static str, fn(&Measured) -> Option<f64>);
 
 const METRICS: [Metric; 10] = [
     ("limit_bytes_per_second", "gauge", "Rate of the limit, in bytes at layer 3.", |direction| {
-        direction.rate.as_bits_per_s() as f64 / 8.0
+        Some(direction.rate.as_bits_per_s() as f64 / 8.0)
     }),
-    ("burst_bytes", "gauge", "What may be sent at once.", |direction| direction.burst.as_bytes() as f64),
-    ("bytes_total", "counter", "Bytes at layer 3 that passed.", |direction| direction.counters.bytes as f64),
-    ("packets_total", "counter", "Packets that passed.", |direction| direction.counters.packets as f64),
+    ("burst_bytes", "gauge", "What may be sent at once.", |direction| Some(direction.burst.as_bytes() as f64)),
+    ("bytes_total", "counter", "Bytes at layer 3 that passed.", |direction| Some(direction.counters.bytes as f64)),
+    ("packets_total", "counter", "Packets that passed.", |direction| Some(direction.counters.packets as f64)),
     ("dropped_packets_total", "counter", "Packets dropped for being over the limit.", |direction| {
-        direction.counters.drops as f64
+        Some(direction.counters.drops as f64)
     }),
     ("marked_packets_total", "counter", "Packets that passed with a congestion mark.", |direction| {
-        direction.counters.marks as f64
+        Some(direction.counters.marks as f64)
     }),
     (
         "other_paths_held",
         "gauge",
-        "0 where what passes by other paths than the pod's sockets is not held.",
-        |direction| f64::from(u8::from(!matches!(direction.others, OtherPaths::Free))),
+        "0 where what passes by other paths than the pod's sockets is not held; none where the limit is for sockets alone.",
+        |direction| direction.others.are_held().map(|held| f64::from(u8::from(held))),
     ),
     ("other_paths_bytes_total", "counter", "Bytes that passed and no socket of the pod sent or got.", |direction| {
-        direction.others.counted().map_or(0.0, |others| others.bytes as f64)
+        Some(direction.others.counted().map_or(0.0, |others| others.bytes as f64))
     }),
     (
         "other_paths_dropped_packets_total",
         "counter",
         "Packets of that kind dropped for being over the limit.",
-        |direction| direction.others.counted().map_or(0.0, |others| others.drops as f64),
+        |direction| Some(direction.others.counted().map_or(0.0, |others| others.drops as f64)),
     ),
     ("max_backlog_seconds", "gauge", "Largest virtual backlog a packet found.", |direction| {
-        direction.counters.max_backlog_ns as f64 / SECOND
+        Some(direction.counters.max_backlog_ns as f64 / SECOND)
     }),
 ];
 
@@ -114,7 +114,8 @@ fn text(found: &[Attachment]) -> String {
     for (name, kind, help, value) in METRICS {
         head(&mut text, name, kind, help);
         for (labels, direction) in directions(found) {
-            text += &format!("podshaper_{name}{{{labels}}} {}\n", value(direction));
+            text +=
+                &value(direction).map_or_else(String::new, |value| format!("podshaper_{name}{{{labels}}} {value}\n"));
         }
     }
     let help = "Virtual backlog that packets found; the sum is reckoned from the middles of the kernel's buckets.";

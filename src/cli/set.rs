@@ -121,7 +121,10 @@ fn not_limited(found: &Attachment, direction: Direction) -> Error {
     let remedy = if owner.network.is_empty() {
         format!("attach it again with --{direction}")
     } else {
-        format!("annotate it with {} and let it be made anew", direction.annotation())
+        format!(
+            "annotate it with {}: `podshaper sync` follows (with a kubeconfig), and paces new connections",
+            direction.annotation()
+        )
     };
     let text = format!(
         "set {direction} of {}: it had no such limit when it was made, so none of its connections is paced and nothing is attached \

@@ -3,7 +3,7 @@
 //! Left to the library: HTTP, TLS, and the addresses tried one after the other. Here is what a kubeconfig asks for beyond that
 //! (the name in the certificate may be another than the server's), and what an operator reads when the server gives no answer.
 
-use std::io;
+use std::io::{self, Read};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,12 +13,12 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::sign::CertifiedKey;
 use rustls::{AlertDescription, RootCertStore};
-use ureq::Agent;
 use ureq::config::Config;
-use ureq::http::Uri;
+use ureq::http::{Response, Uri};
 use ureq::tls::{Certificate, ClientCert, PrivateKey, RootCerts, TlsConfig};
 use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{ConnectionDetails, Connector, NextTimeout, RustlsConnector, TcpConnector};
+use ureq::{Agent, Body, Timeout};
 
 use super::kubeconfig::Server;
 use crate::error::{Code, Error, Result};
@@ -31,7 +31,11 @@ pub(super) struct Question<'a> {
     /// Below the server's path, with its parameters.
     pub(super) path: &'a str,
     pub(super) accept: &'a str,
+    /// Of a list this bounds a refusal alone.
     pub(super) max_body_bytes: u64,
+    /// Until the answer's body begins.
+    pub(super) time_until_body: Duration,
+    /// Until it ends.
     pub(super) time: Duration,
 }
 
@@ -45,9 +49,40 @@ pub(super) struct Answer {
 /// # Errors
 /// Also an answer too long, or not of HTTP.
 pub(super) fn get(server: &Server, question: &Question<'_>) -> Result<Answer> {
-    let Question { path, accept, max_body_bytes, time } = *question;
+    let answer = call(server, question)?;
+    whole(answer, question).map_err(|cause| explained(cause, question))
+}
+
+/// What `read` makes of a body as it comes, or an answer that is a refusal.
+///
+/// # Errors
+/// Those of [`get`].
+pub(super) fn get_list<T>(
+    server: &Server,
+    question: &Question<'_>,
+    read: impl FnOnce(&mut dyn Read) -> io::Result<T>,
+) -> Result<Result<T, Answer>> {
+    let mut answer = call(server, question)?;
+    let found = match answer.status().as_u16() {
+        200 => read(&mut answer.body_mut().as_reader()).map(Ok).map_err(ureq::Error::from),
+        _ => whole(answer, question).map(Err),
+    };
+    found.map_err(|cause| explained(cause, question))
+}
+
+fn whole(mut answer: Response<Body>, question: &Question<'_>) -> Result<Answer, ureq::Error> {
+    let body = answer.body_mut().with_config().limit(question.max_body_bytes).read_to_vec()?;
+    Ok(Answer { status: answer.status().as_u16(), body })
+}
+
+/// Asks; the body is still to be read.
+fn call(server: &Server, question: &Question<'_>) -> Result<Response<Body>> {
+    let Question { path, accept, max_body_bytes: _, time_until_body, time } = *question;
     let config = Agent::config_builder()
         .timeout_global(Some(time))
+        .timeout_resolve(Some(time_until_body))
+        .timeout_connect(Some(time_until_body))
+        .timeout_recv_response(Some(time_until_body))
         .http_status_as_error(false)
         .max_redirects(0)
         .max_redirects_will_error(false)
@@ -70,11 +105,7 @@ pub(super) fn get(server: &Server, question: &Question<'_>) -> Result<Answer> {
     if let Some(token) = &server.token {
         request = request.header("Authorization", format!("Bearer {token}"));
     }
-    let answer = request.call().and_then(|mut response| {
-        let body = response.body_mut().with_config().limit(max_body_bytes).read_to_vec()?;
-        Ok(Answer { status: response.status().as_u16(), body })
-    });
-    answer.map_err(|cause| explained(cause, time))
+    request.call().map_err(|cause| explained(cause, question))
 }
 
 /// Where the server is, whatever name is in its certificate.
@@ -175,9 +206,15 @@ fn for_ureq(certificates: &[CertificateDer<'_>]) -> Vec<Certificate<'static>> {
 }
 
 /// What went wrong, with what an operator can do about it.
-fn explained(cause: ureq::Error, time: Duration) -> Error {
+fn explained(cause: ureq::Error, question: &Question<'_>) -> Error {
     let text = match &cause {
-        ureq::Error::Timeout(_) => return Error::new(Code::ApiServer, format!("no whole answer within {time:?}")),
+        ureq::Error::Timeout(step) => {
+            let time = match step {
+                Timeout::Global | Timeout::RecvBody => question.time,
+                _ => question.time_until_body,
+            };
+            return Error::new(Code::ApiServer, format!("no whole answer within {time:?}"));
+        }
         ureq::Error::Other(step) => return Error::new(Code::ApiServer, step.to_string()),
         ureq::Error::BodyExceedsLimit(bytes) => format!("its answer has more than {bytes} bytes"),
         ureq::Error::LargeResponseHeader(_, bytes) => format!("the head of its answer has more than {bytes} bytes"),

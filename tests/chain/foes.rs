@@ -2,11 +2,11 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::{Bed, MBIT, assert_rate, has_fq, has_queue, move_away};
+use super::{Bed, MBIT, assert_each_second, assert_rate, has_fq, has_queue, move_away};
 use crate::harness::limiter::{Limiter, Limits};
 use crate::harness::measure::{self, Bulk, Udp, Way};
 use crate::harness::meter;
-use crate::harness::pod::Pod;
+use crate::harness::pod::{INTERFACE, Pod};
 use crate::harness::process::Running;
 use crate::harness::traffic_program;
 
@@ -119,6 +119,48 @@ fn a_socket_for_each_packet_gets_no_more_than_one_for_all() {
     let first_second = result.timeline.first_second();
     assert!(first_second < RATE as f64 * MOST_AT_FIRST, "{first_second:.0} bit/s at first");
     assert!(backlog_ms <= most_backlog_ms + 10.0, "a backlog of {backlog_ms} ms");
+}
+
+/// TCP, then UDP at four times the limit, out of a pod that may do as it likes in its namespace.
+#[track_caller]
+fn assert_sends_the_limit(what: &str, pod: &Pod, rate: u64, mark: Option<u32>) {
+    const SECONDS: f64 = 3.0;
+    let tcp = measure::bulk(pod, &Bulk { flows: 4, seconds: SECONDS, mark, ..Bulk::default() }).unwrap();
+    assert_each_second(&format!("{what}, TCP"), &tcp.timeline, SECONDS, rate);
+    let udp = Udp { rate: 4 * rate, seconds: SECONDS, mark, ..Udp::default() };
+    let udp = measure::udp(pod, &udp).unwrap();
+    assert_each_second(&format!("{what}, UDP"), &udp.timeline, SECONDS, rate);
+}
+
+/// What waits has no queue to wait in then, and is held all the same: by its sender, or at the host's end.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn a_pod_that_takes_its_queue_off_is_held() {
+    for rate in [10 * MBIT, 100 * MBIT] {
+        let bed = Bed::new();
+        let pod = bed.pod(Limiter::Podshaper, rate);
+        if has_queue(&pod) {
+            pod.netns.run("tc", &["qdisc", "del", "dev", INTERFACE, "root"]).unwrap();
+        }
+        assert!(!has_queue(&pod));
+        assert_sends_the_limit(&format!("without a queue, {} Mbit/s", rate / MBIT), &pod, rate, None);
+    }
+}
+
+/// The host's end knows what has waited by a mark (`bpf/src/other_paths.rs`), which a pod may write on its packets as well.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn a_pod_that_marks_its_packets_is_held() {
+    const RATE: u64 = 20 * MBIT;
+    /// `IS_BACK`, `IS_BACK_TO_BE_CHARGED`, `IS_REQUEST_BACK`.
+    const BACK: [u32; 3] = [0x7064_6261, 0x7064_6262, 0x7064_6263];
+    /// An interface to go back to, out of the pod and with `INTO_POD`.
+    const PLACES: [u32; 2] = [2, 1 << 31 | 2];
+    let bed = Bed::new();
+    let pod = bed.pod(Limiter::Podshaper, RATE);
+    for mark in BACK.into_iter().chain(PLACES) {
+        assert_sends_the_limit(&format!("marked {mark:#x}"), &pod, RATE, Some(mark));
+    }
 }
 
 /// Programs at the setsockopt() hook see one page. An option of two must reach the kernel as if they were not there: iptables

@@ -6,6 +6,9 @@ use crate::harness::cni::Chain;
 use crate::harness::host::Host;
 use crate::harness::limiter::Limits;
 use crate::harness::measure::{self, Bulk, Way};
+use crate::harness::meter;
+use crate::harness::pod::{INTERFACE, Pod};
+use crate::operator::{listed, says};
 
 const LIMIT: u64 = 20 * MBIT;
 const BOTH: Limits = Limits { egress: Some(LIMIT), ingress: Some(LIMIT) };
@@ -26,13 +29,14 @@ fn over_a_link(host: &Host, mut plugin: Value) -> Chain {
 }
 
 /// ipvlan and macvlan have no end on the host that a queue could be put on: egress is paced as ever, ingress is held where the
-/// kernel has fq and else by drops, which the attachment's record says.
+/// kernel has fq and else by drops, which the attachment's record says. Nothing holds what other paths carry.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn interfaces_that_are_no_veth_are_limited() {
     for plugin in [json!({ "type": "ipvlan", "mode": "l2" }), json!({ "type": "macvlan", "mode": "bridge" })] {
         let bed = Bed::new();
         let pod = bed.pod_of(over_a_link(&bed.host, plugin.clone()), json!({}), BOTH);
+        assert_others_are_free(&pod, &plugin);
         let bulk = Bulk { flows: 2, seconds: 2.0, to: Some(NODE.into()), ..Bulk::default() };
         let out = measure::bulk(&pod, &bulk).unwrap();
         assert_rate(&format!("out by {plugin}"), out.timeline.wire_rate(0.5, 2.0), LIMIT, 0.05);
@@ -42,6 +46,19 @@ fn interfaces_that_are_no_veth_are_limited() {
         eprintln!("{what}");
         assert!(rate < LIMIT as f64 * 1.1 && rate > LIMIT as f64 / 100.0, "{what}");
     }
+}
+
+/// The record names no end on the host, and `list` says in either form that nothing holds other paths.
+#[track_caller]
+fn assert_others_are_free(pod: &Pod, plugin: &Value) {
+    let record = meter::owner(&meter::directory(pod, INTERFACE)).unwrap();
+    assert!(record["heldAt"].is_null(), "{plugin}: {record}");
+    let entry = listed(&pod.uid).unwrap();
+    for direction in ["egress", "ingress"] {
+        assert_eq!(entry[direction]["otherPaths"]["held"], false, "{plugin}: {entry}");
+    }
+    let table = says(&["list", "--sample", "0"]);
+    assert_eq!(table.matches("not held").count(), 2, "{plugin}: {table}");
 }
 
 /// Packets of 9000 bytes, and the 1450 that VXLAN leaves of 1500.

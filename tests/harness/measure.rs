@@ -51,6 +51,8 @@ pub struct Bulk {
     pub congestion: Option<String>,
     /// SO_MAX_PACING_RATE of each flow, in bytes per second.
     pub max_pacing_rate: Option<u64>,
+    /// SO_MARK of each flow.
+    pub mark: Option<u32>,
     /// The flows tell the kernel so often not to pace them.
     pub unpace_every: Option<Duration>,
     /// Every second flow has segments of so much payload.
@@ -84,6 +86,7 @@ impl Default for Bulk {
             seconds: 5.0,
             congestion: None,
             max_pacing_rate: None,
+            mark: None,
             unpace_every: None,
             small_segments: None,
             message_bytes: None,
@@ -125,6 +128,8 @@ pub struct Udp {
     pub size: usize,
     /// Every packet from a socket of its own.
     pub fresh_sockets: bool,
+    /// SO_MARK of the sender's socket.
+    pub mark: Option<u32>,
     /// The sender's socket has room for 40 ms of its rate. The usual 208 KiB are 11 ms at 100 Mbit/s, which a kernel whose timers are late
     /// by a tick (User Mode Linux) does not fill again in time.
     pub large_buffer: bool,
@@ -142,6 +147,7 @@ impl Default for Udp {
             at_once: 1,
             size: 1400,
             fresh_sockets: false,
+            mark: None,
             large_buffer: false,
         }
     }
@@ -238,6 +244,9 @@ pub fn bulk(pod: &Pod, options: &Bulk) -> Result<BulkResult> {
     if let Some(rate) = options.max_pacing_rate {
         send.args(["--max-pacing-rate", &rate.to_string()]);
     }
+    if let Some(mark) = options.mark {
+        send.args(["--mark", &mark.to_string()]);
+    }
     if let Some(bytes) = options.small_segments {
         send.args(["--small-segments", &bytes.to_string()]);
     }
@@ -295,7 +304,7 @@ pub fn load(pod: &Pod, way: Way, flows: usize) -> Result<[Running; 2]> {
 
 /// UDP at a steady rate.
 pub fn udp(pod: &Pod, options: &Udp) -> Result<UdpResult> {
-    let Udp { way, rate, seconds, ipv6, to, ecn, at_once, size, fresh_sockets, large_buffer } = *options;
+    let Udp { way, rate, seconds, ipv6, to, ecn, at_once, size, fresh_sockets, mark, large_buffer } = *options;
     let ends = Ends::new(pod, way, ipv6, to)?;
     let (sink, address) = Running::start_server(ends.receiver("udp-sink")?.args(["--seconds", &seconds.to_string()]))?;
     let mut send = ends.sender("udp-send")?;
@@ -303,6 +312,9 @@ pub fn udp(pod: &Pod, options: &Udp) -> Result<UdpResult> {
     send.args(["--to", &address.to_string(), "--rate", &rate.to_string(), "--seconds", &sending.to_string()]);
     send.args(["--at-once", &at_once.to_string(), "--size", &size.to_string()]).args(ecn.then_some("--ecn"));
     send.args(fresh_sockets.then_some("--fresh-sockets"));
+    if let Some(mark) = mark {
+        send.args(["--mark", &mark.to_string()]);
+    }
     if large_buffer {
         // The kernel counts what a packet takes in memory, and doubles what it is asked for.
         send.args(["--buffer", &(rate / 8 / 25).to_string()]);

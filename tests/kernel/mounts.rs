@@ -33,7 +33,7 @@ pub fn without_results() {
 }
 
 /// Puts an empty directory over one.
-fn empty(path: &Path) {
+pub fn empty(path: &Path) {
     // It is the node's own, where there is one.
     std::fs::create_dir_all(path).unwrap();
     mount(Some("none"), path, Some("tmpfs"), MsFlags::empty(), Some("mode=700")).unwrap();

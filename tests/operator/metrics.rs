@@ -3,14 +3,18 @@
 use std::fs;
 use std::io::Write;
 use std::net::TcpListener;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use super::{call, limited_both_ways, refuses, says};
+use super::{call, limited_both_ways, listed, refuses, says};
+use crate::chain::{Bed, MBIT};
+use crate::harness::limiter::{Limiter, Limits};
 use crate::harness::process;
+use crate::kernel::mounts;
 use crate::sandbox::{Sandbox, within};
 
 /// Killed and reaped on drop.
@@ -126,6 +130,57 @@ fn prometheus_gets_them_by_node_exporter() {
     says(&["metrics", "--textfile", &file]);
     let current = || query(&limit).is_some_and(|answer| answer.as_array().is_some_and(Vec::is_empty));
     assert!(within(Duration::from_secs(20), current), "still there: {:?}", query(&limit));
+}
+
+/// 1 where the host's end of a veth holds them, 0 where nothing does, no series where the limit is for sockets alone.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn other_paths_are_held_or_not_or_there_are_none() {
+    let both = Limits { egress: Some(MBIT), ingress: Some(MBIT) };
+    let series = |key: &str| -> Vec<String> {
+        let label = format!("uid=\"{key}\"");
+        let text = says(&["metrics"]);
+        let lines =
+            text.lines().filter(|line| line.starts_with("podshaper_other_paths_held{") && line.contains(&label));
+        lines.map(|line| line.rsplit(' ').next().unwrap().to_owned()).collect()
+    };
+    let bed = Bed::new();
+    for (keys, expected) in [(json!({}), "1"), (json!({ "otherPaths": false }), "0")] {
+        // Without fq a tbf at the host's end holds what comes in, whatever the configuration says.
+        let pod = bed.pod_of(bed.host.bridge_chain().unwrap(), keys, Limits { ingress: None, ..both });
+        assert_eq!(series(&pod.uid), [expected]);
+    }
+    let pod = bed.pod(Limiter::Bare, MBIT);
+    let path = pod.cgroup.path().to_str().unwrap();
+    says(&["attach", "--cgroup", path, "--egress", "1M", "--ingress", "1M"]);
+    let key = format!("cgroup-{}", fs::metadata(path).unwrap().ino());
+    assert!(listed(&key).is_some());
+    assert_eq!(series(&key), [""; 0]);
+    says(&["detach", "--cgroup", path]);
+}
+
+/// Both units, or it is 0. Where systemd does not run there are none to enable.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn units_are_enabled_or_not() {
+    mounts::with_own(|| {
+        ["/run", "/etc"].iter().for_each(|path| mounts::empty(Path::new(path)));
+        let is = |expected: u8| {
+            let text = says(&["metrics"]);
+            assert!(text.contains(&format!("\npodshaper_units_enabled {expected}\n")), "not {expected}: {text}");
+        };
+        is(1);
+        fs::create_dir_all("/run/systemd/system").unwrap();
+        is(0);
+        for (enabled, expected) in
+            [("paths.target.wants/podshaper.path", 0), ("timers.target.wants/podshaper.timer", 1)]
+        {
+            let unit = Path::new("/etc/systemd/system").join(enabled);
+            fs::create_dir_all(unit.parent().unwrap()).unwrap();
+            fs::write(unit, "").unwrap();
+            is(expected);
+        }
+    });
 }
 
 /// Every expression of the Grafana dashboard, with its variables put in.

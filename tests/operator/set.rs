@@ -71,7 +71,8 @@ fn a_direction_without_a_limit_gets_none_and_the_reason() {
     assert_eq!(
         text,
         "podshaper: set ingress of default/web: it had no such limit when it was made, so none of its connections is paced and \
-         nothing is attached that could hold it; annotate it with kubernetes.io/ingress-bandwidth and let it be made anew\n"
+         nothing is attached that could hold it; annotate it with kubernetes.io/ingress-bandwidth: `podshaper sync` \
+         follows (with a kubeconfig), and paces new connections\n"
     );
     // All or nothing.
     pod.assert_rates([RATE, 0]);

@@ -360,6 +360,24 @@ fn foreign_text_is_spelt_out_in_tables_metrics_and_lines() {
     });
 }
 
+/// One tenant's pods may not make the list too long for the others: 50 of them make it 75 MiB.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn pods_with_the_largest_annotations_cost_nobody_else() {
+    on_a_node(|| {
+        let (mut node, pod) = (Node::new(json!({})), Sandbox::new());
+        pod.call("ADD");
+        node.keep(&pod);
+        let metadata =
+            json!({ "namespace": "default", "name": "web", "uid": pod.uid, "annotations": { EGRESS: "50M" } });
+        let pods = Reply::pods(50, &json!({ "metadata": metadata }));
+        node.server = Some(ApiServer::start(pods).unwrap());
+        assert_eq!(node.syncs(), "default/web eth0: egress 50Mbit/s, burst 250kbit (was 10Mbit/s, burst 120kbit)\n");
+        pod.assert_rates([50 * MBIT, 0]);
+        pod.call("DEL");
+    });
+}
+
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn without_an_answer_what_is_in_force_stays_and_what_is_missing_is_attached() {

@@ -12,7 +12,7 @@ use nix::sys::socket::{MsgFlags, setsockopt, sockopt};
 use serde::Serialize;
 
 use super::sampler::BUCKET;
-use super::sockets::Protocol;
+use super::sockets::{Protocol, mark};
 use super::times::Times;
 use super::wire::{self, Segments};
 use super::{chatter, context, say_listening, seconds};
@@ -39,6 +39,9 @@ pub struct Send {
     /// SO_MAX_PACING_RATE of each flow, in bytes per second, set before it connects
     #[arg(long, value_name = "BYTES")]
     max_pacing_rate: Option<u64>,
+    /// SO_MARK of each flow, set before it connects
+    #[arg(long, value_name = "NUMBER")]
+    mark: Option<u32>,
     /// Fight a limit: tell the kernel so often not to pace the flows, by SO_MAX_PACING_RATE
     #[arg(long, value_name = "MILLISECONDS")]
     unpace_every_ms: Option<u64>,
@@ -138,6 +141,7 @@ fn open(options: &Send, number: usize) -> io::Result<TcpStream> {
         segment.map_or(Ok(()), |bytes| {
             setsockopt(socket, sockopt::TcpMaxSeg, &bytes).map_err(io::Error::from).map_err(context("set TCP_MAXSEG"))
         })?;
+        options.mark.map_or(Ok(()), |number| mark(socket, number))?;
         options.max_pacing_rate.map_or(Ok(()), |rate| pace(socket, rate))
     })?;
     if let Some(name) = &options.cc {

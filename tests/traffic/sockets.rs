@@ -4,7 +4,7 @@
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -101,4 +101,9 @@ impl Protocol {
             }
         }
     }
+}
+
+/// Has what a socket sends carry a mark, which takes CAP_NET_ADMIN.
+pub fn mark(socket: &impl AsFd, number: u32) -> io::Result<()> {
+    setsockopt(socket, sockopt::Mark, &number).map_err(io::Error::from).map_err(context("set SO_MARK"))
 }

@@ -15,6 +15,7 @@ use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 
 use super::sampler::BUCKET;
+use super::sockets::mark;
 use super::{Receive, context, say_listening, seconds, wire};
 
 /// IP and UDP headers.
@@ -51,6 +52,9 @@ pub struct Send {
     /// Send every piece from a new socket, as if each were a flow of its own
     #[arg(long)]
     fresh_sockets: bool,
+    /// SO_MARK of the socket
+    #[arg(long, value_name = "NUMBER")]
+    mark: Option<u32>,
     /// Buffer of the socket, in bytes, past net.core.wmem_max
     #[arg(long)]
     buffer: Option<usize>,
@@ -132,6 +136,7 @@ fn set_up(socket: &UdpSocket, options: &Send) -> io::Result<()> {
             .map_err(io::Error::from)
             .map_err(context("set SO_SNDBUFFORCE"))?;
     }
+    options.mark.map_or(Ok(()), |number| mark(socket, number))?;
     if options.ecn {
         match options.to {
             SocketAddr::V4(_) => setsockopt(socket, sockopt::Ipv4Tos, &ECT_0),

@@ -13,7 +13,7 @@ use ratatui::{
 
 use super::{Arguments, Row, Sort, Watch};
 use crate::{
-    cli::{attachments::Measured, chart, table::NOTHING},
+    cli::{attachments::Measured, chart, list, table::NOTHING},
     error::{Code, Error, Result},
 };
 
@@ -111,7 +111,7 @@ impl View {
 fn header(sort: Sort) -> Line_<'static> {
     let text = |name, sorts| (Text::from(name), sorts);
     let number = |name, sorts| (Text::from(name).right_aligned(), sorts);
-    let columns: [(Text<'static>, Option<Sort>); 12] = [
+    let columns: [(Text<'static>, Option<Sort>); 13] = [
         text("POD", Some(Sort::Pod)),
         text("INTERFACE", None),
         text("DIRECTION", None),
@@ -123,6 +123,7 @@ fn header(sort: Sort) -> Line_<'static> {
         number("DROPS", Some(Sort::Drops)),
         number("MARKS", None),
         number("BYTES", None),
+        number("OTHERS", None),
         number("LAST READINGS", None),
     ];
     let cell = |(name, sorts): (Text<'static>, Option<Sort>)| {
@@ -132,7 +133,7 @@ fn header(sort: Sort) -> Line_<'static> {
     Line_::new(columns.map(cell))
 }
 
-fn widths(rows: &[Row<'_>]) -> [Constraint; 12] {
+fn widths(rows: &[Row<'_>]) -> [Constraint; 13] {
     let longest = |length: &dyn Fn(&Row<'_>) -> usize| rows.iter().map(length).max().unwrap_or_default() as u16;
     let pod = longest(&|row| row.attachment.name().chars().count()).clamp(3, 40);
     let limit = longest(&|row| row.measured.rate.to_string().len()).clamp(6, 16);
@@ -148,12 +149,13 @@ fn widths(rows: &[Row<'_>]) -> [Constraint; 12] {
         Constraint::Length(6),
         Constraint::Length(6),
         Constraint::Length(6),
+        Constraint::Length(8),
         Constraint::Max(SPARKLINE_WIDTH),
     ]
 }
 
 fn line(row: &Row<'_>) -> Line_<'static> {
-    let Measured { rate, burst: _, by, counters, others: _, passing: _ } = row.measured;
+    let Measured { rate, burst: _, by, counters, others, passing: _ } = row.measured;
     let number = |text: String| Cell::from(Text::from(text).right_aligned());
     let is_whole = row.attachment.links.faults().is_empty();
     let style = if is_whole { Style::new() } else { Style::new().add_modifier(Modifier::CROSSED_OUT) };
@@ -169,6 +171,7 @@ fn line(row: &Row<'_>) -> Line_<'static> {
         number(chart::short(counters.drops as f64)),
         number(chart::short(counters.marks as f64)),
         number(chart::short(counters.bytes as f64)),
+        number(list::other_paths(others)),
         // The newest reading is on the right; a narrow screen cuts the oldest.
         number(chart::sparkline(row.history.into_iter().flatten().copied())),
     ])

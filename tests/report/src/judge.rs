@@ -23,6 +23,7 @@ pub struct Spread {
     pub median: f64,
     pub least: f64,
     pub most: f64,
+    pub rounds: usize,
 }
 
 impl Spread {
@@ -31,7 +32,7 @@ impl Spread {
         let (least, most) = (*values.first()?, *values.last()?);
         let middle = values.len() / 2;
         let median = if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 };
-        Some(Self { median, least, most })
+        Some(Self { median, least, most, rounds: values.len() })
     }
 }
 
@@ -98,6 +99,8 @@ pub struct Verdict {
     pub best_value: f64,
     /// Whether the rounds of the two overlap, so that chance may have decided.
     pub may_be_chance: bool,
+    /// Whether one of the two was measured once, so that nobody knows.
+    pub has_one_round: bool,
 }
 
 /// Compares what limits, by values as they are written. None where podshaper is the first, or was not measured.
@@ -120,8 +123,9 @@ pub fn judge(rows: &[&Row], metric: &str, better: Better, digits: i32) -> Option
         values.iter().min_by(|one, other| distance(one.1.median).total_cmp(&distance(other.1.median)))?;
     let several_rounds = own.least < own.most || value.least < value.most;
     let may_be_chance = several_rounds && own.least <= value.most && value.least <= own.most;
+    let has_one_round = own.rounds.min(value.rounds) == 1;
     let (best, best_value) = (*best, value.median);
-    Some(Verdict { rank, of: values.len(), own: own.median, best, best_value, may_be_chance })
+    Some(Verdict { rank, of: values.len(), own: own.median, best, best_value, may_be_chance, has_one_round })
 }
 
 #[cfg(test)]
@@ -153,7 +157,7 @@ mod tests {
     #[test]
     fn rounds_have_their_median() {
         let rows = rows_of(&[3.0, 1.0, 2.0].map(|value| (Limiter::Cake, value)));
-        assert_eq!(rows[0].values["time"], Spread { median: 2.0, least: 1.0, most: 3.0 });
+        assert_eq!(rows[0].values["time"], Spread { median: 2.0, least: 1.0, most: 3.0, rounds: 3 });
         assert_eq!(rows[0].series["points"], [2.0, 4.0]);
         let rows = rows_of(&[3.0, 1.0].map(|value| (Limiter::Cake, value)));
         assert_eq!(rows[0].values["time"].median, 2.0);
@@ -172,6 +176,7 @@ mod tests {
         let rows: Vec<_> = rows.iter().collect();
         let verdict = judge(&rows, "time", Better::Less, 1).unwrap();
         assert_eq!((verdict.rank, verdict.of, verdict.best, verdict.may_be_chance), (2, 3, Limiter::Cake, false));
+        assert!(verdict.has_one_round);
         assert_eq!(judge(&rows, "time", Better::More, 1).unwrap().best, Limiter::Edt);
         assert_eq!(judge(&rows, "time", Better::Near(2.1), 1), None);
         assert_eq!(judge(&rows, "another", Better::Less, 1), None);
@@ -181,6 +186,7 @@ mod tests {
     fn rounds_that_overlap_may_be_chance() {
         use Limiter::{Cake, Podshaper};
         let rows = rows_of(&[(Podshaper, 2.0), (Podshaper, 4.0), (Cake, 1.0), (Cake, 3.0)]);
-        assert!(judge(&rows.iter().collect::<Vec<_>>(), "time", Better::Less, 1).unwrap().may_be_chance);
+        let verdict = judge(&rows.iter().collect::<Vec<_>>(), "time", Better::Less, 1).unwrap();
+        assert!(verdict.may_be_chance && !verdict.has_one_round);
     }
 }

@@ -26,6 +26,9 @@ pub struct Machine {
     pub bandwidth_plugin: String,
     pub newer_bandwidth_plugin: String,
     pub iproute2: String,
+    /// The versions of what pods run, as far as it is there; records of earlier versions have none.
+    #[serde(default)]
+    pub apps: BTreeMap<String, String>,
     pub is_quick: bool,
     /// What is not compared here, and why.
     pub missing: BTreeMap<Limiter, String>,
@@ -55,6 +58,7 @@ impl Machine {
                 .map(|directory| read(directory.join("version")))
                 .unwrap_or_default(),
             iproute2: printed_by("tc", &["-V"]).trim_start_matches("tc utility, ").to_owned(),
+            apps: apps(),
             is_quick,
             missing: peers.filter_map(|limiter| Some((limiter, limiter.missing(programs)?))).collect(),
         }
@@ -76,6 +80,25 @@ impl Machine {
     }
 }
 
+fn apps() -> BTreeMap<String, String> {
+    let packages = [("nginx", "nginx"), ("wrk", "wrk"), ("nghttp2", "nghttp2-server"), ("redis", "redis-server")];
+    let version = |package| printed_by("dpkg-query", &["-W", "-f", "${Version}", package]);
+    let installed = packages.map(|(name, package)| (name, version(package)));
+    let all = installed.into_iter().chain([("quinn", locked("quinn").to_owned())]);
+    all.filter(|(_, version)| !version.is_empty()).map(|(name, version)| (name.to_owned(), version)).collect()
+}
+
+/// The version of a crate that the workspace is built with; empty if it is in none.
+fn locked(name: &str) -> &'static str {
+    let entries = include_str!("../../../Cargo.lock").split("[[package]]");
+    let value = |entry: &'static str, key: &str| {
+        let line = entry.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(" = "));
+        line.unwrap_or_default().trim_matches('"')
+    };
+    let mut found = entries.filter(|entry| value(entry, "name") == name);
+    found.next().map(|entry| value(entry, "version")).unwrap_or_default()
+}
+
 fn read(path: impl AsRef<Path>) -> String {
     fs::read_to_string(path).unwrap_or_default().trim().to_owned()
 }
@@ -83,4 +106,23 @@ fn read(path: impl AsRef<Path>) -> String {
 /// What a program prints; nothing if it is not there.
 fn printed_by(program: &str, arguments: &[&str]) -> String {
     process::run(Command::new(program).args(arguments)).unwrap_or_default().trim().to_owned()
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_without_versions_is_read() {
+        let mut record = serde_json::to_value(Machine::default()).unwrap();
+        record.as_object_mut().unwrap().remove("apps");
+        assert_eq!(serde_json::from_value::<Machine>(record).unwrap().apps, BTreeMap::new());
+    }
+
+    #[test]
+    fn a_crates_version_is_that_of_the_lock() {
+        assert!(locked("quinn").starts_with("0."), "{}", locked("quinn"));
+        assert_eq!(locked("no-such-crate"), "");
+    }
 }

@@ -50,7 +50,8 @@ pub fn draw(directory: &Path) -> Result<bool> {
     }
     let judged = format!(
         "\nOf {compared} comparisons, podshaper is not the first in {not_first}. Below each table's plots they are named, with who is \
-         the first. Two that are written alike are both the first; where the rounds of the two overlap, chance may have decided.\n"
+         the first. Two that are written alike are both the first; where the rounds of the two overlap, chance may have decided, and where one of \
+         them has one round only, nobody can say whether it has.\n"
     );
     let path = directory.join(REPORT);
     fs::write(&path, introduction(&all, failed) + &judged + PEERS + &sections)
@@ -101,13 +102,14 @@ fn introduction(all: &[Data], failed: usize) -> String {
         let _ = write!(text, "\n**Measurements that failed: {failed}**; the tables say which.\n");
     }
     for data in all {
-        let Machine { cpu, cpus, memory_mib, date, podshaper, iproute2, congestion_controls, .. } = &data.machine;
+        let Machine { cpu, cpus, memory_mib, date, podshaper, iproute2, congestion_controls, apps, .. } = &data.machine;
+        let apps: String = apps.iter().map(|(name, version)| format!("; {name} {version}")).collect();
         let stolen: Vec<f64> = data.measurements.iter().map(|one| one.stolen * 100.0).collect();
         let mean = stolen.iter().sum::<f64>() / stolen.len().max(1) as f64;
         let most = stolen.iter().copied().fold(0.0, f64::max);
         let _ = write!(
             text,
-            "\n**{}**: {date}; {cpus} CPUs ({cpu}), {memory_mib} MiB; podshaper of commit {podshaper}; {iproute2}; congestion controls: \
+            "\n**{}**: {date}; {cpus} CPUs ({cpu}), {memory_mib} MiB; podshaper of commit {podshaper}; {iproute2}{apps}; congestion controls: \
              {congestion_controls}. {} measurements; the host of this virtual machine took {mean:.1} % of the CPUs' time, and {most:.1} % \
              in the worst of them.",
             data.machine.title(),
@@ -252,7 +254,11 @@ fn write_verdict(
     let row = rows.iter().find(|row| row.limiter == verdict.best);
     let percent = row.and_then(|row| row.values.get("percent")).filter(|percent| !HELD.contains(&percent.median));
     let at = percent.map(|percent| format!(" at {} of the limit", Unit::Percent.write(percent.median)));
-    let chance = if verdict.may_be_chance { ", rounds overlap" } else { "" };
+    let chance = match verdict {
+        judge::Verdict { has_one_round: true, .. } => ", one round",
+        judge::Verdict { may_be_chance: true, .. } => ", rounds overlap",
+        _ => "",
+    };
     let of = write_parameters(parameters);
     format!(
         "{of}{}{} of {} ({}; {} {}{}{chance})",
@@ -492,7 +498,8 @@ mod tests {
     fn draw_all(measurements: Vec<Measurement>) -> (bool, String, String) {
         let directory = tempfile::tempdir().unwrap();
         let mut sink = Sink::open(directory.path()).unwrap();
-        let machine = Machine { kernel: "6.18".into(), ..Machine::default() };
+        let apps = [("wrk".to_owned(), "4.1.0-3".to_owned())].into();
+        let machine = Machine { kernel: "6.18".into(), iproute2: "iproute2-6".into(), apps, ..Machine::default() };
         sink.put(&record::Line::Machine(Box::new(machine))).unwrap();
         for measurement in measurements {
             sink.put(&record::Line::Measurement(measurement)).unwrap();
@@ -508,10 +515,14 @@ mod tests {
             draw_all(vec![measurement(Limiter::Podshaper, 99.0), measurement(Limiter::Cake, 98.0)]);
         assert!(passed);
         assert!(report.contains("not the first in 1 of the 2 comparisons"), "{report}");
-        assert!(report.contains("- reply p99: out, 4 flows, 100 Mbit/s 2nd of 2 (0.99 ms; cake 0.98 ms)"), "{report}");
+        assert!(report.contains("iproute2-6; wrk 4.1.0-3; congestion controls"), "{report}");
+        assert!(
+            report.contains("- reply p99: out, 4 flows, 100 Mbit/s 2nd of 2 (0.99 ms; cake 0.98 ms, one round)"),
+            "{report}"
+        );
         assert!(plot.contains("cake") && plot.contains("part of the replies"), "{plot}");
         let (_, report, _) = draw_all(vec![measurement(Limiter::Podshaper, 99.0), measurement(Limiter::Cake, 50.0)]);
-        assert!(report.contains("cake 0.50 ms at 50.0 % of the limit"), "{report}");
+        assert!(report.contains("cake 0.50 ms at 50.0 % of the limit, one round)"), "{report}");
     }
 
     #[test]

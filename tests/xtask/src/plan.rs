@@ -114,6 +114,10 @@ pub fn measures(test: &str) -> bool {
     is_in(MEASURING) && !is_in(NOT_MEASURING)
 }
 
+/// What leaves its kernel other than it was, until that ends: it runs last, in one of its own. This one still has the fault that is looked for.
+pub const ALTERS_THE_KERNEL: &str = "a_kernel_that_forgets_the_cgroup_of_sockets";
+pub const KERNEL_TO_ALTER: &str = "5.10";
+
 /// What is asked for.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Verb {
@@ -240,6 +244,7 @@ mod tests {
             TRAFFIC_HERE,
             TRAFFIC_IN_UML,
             ASKED_OF_KERNELS,
+            &[ALTERS_THE_KERNEL],
         ];
         for name in lists.concat() {
             let last = name.rsplit("::").next().unwrap();

@@ -10,7 +10,8 @@ use serde_json::Value;
 use crate::lane::{Lane, Tests};
 use crate::output::last_line;
 use crate::plan::{
-    ALONE, ASKED_OF_KERNELS, KERNELS, MANY_PODS, MANY_PODS_IN_UML, SAME_EVERYWHERE, TRAFFIC_HERE, TRAFFIC_IN_UML,
+    ALONE, ALTERS_THE_KERNEL, ASKED_OF_KERNELS, KERNEL_TO_ALTER, KERNELS, MANY_PODS, MANY_PODS_IN_UML, SAME_EVERYWHERE,
+    TRAFFIC_HERE, TRAFFIC_IN_UML,
 };
 use crate::processes::{self, command};
 use crate::summary::Outcome;
@@ -161,7 +162,7 @@ fn skipping<'a>(names: &[&'a str]) -> Vec<&'a str> {
 
 /// What makes and looks at real pods, and measures nothing. A choice leaves out what takes minutes.
 pub fn functional_here(session: &Session, lane: &mut Lane) {
-    let mut arguments = vec!["--include-ignored"];
+    let mut arguments = vec!["--include-ignored", "--skip", ALTERS_THE_KERNEL];
     arguments.extend(skipping(ALONE));
     if !session.everything {
         arguments.extend(skipping(MANY_PODS));
@@ -213,7 +214,7 @@ pub fn all_in_uml(session: &Session, lane: &mut Lane) {
         ("chain::mptcp::", "test -e /proc/sys/net/mptcp/enabled"),
         ("a_tunnel_of_a_program", "grep -q tun /proc/misc"),
     ];
-    let mut skipped = [SAME_EVERYWHERE, MANY_PODS].concat();
+    let mut skipped = [SAME_EVERYWHERE, MANY_PODS, &[ALTERS_THE_KERNEL]].concat();
     let mut name = "User Mode Linux".to_owned();
     for (tests, asked) in WANTED {
         if lane.run(command("tests/lab/uml").args(["--", "sh", "-c", asked])).0 != 0 {
@@ -250,6 +251,11 @@ pub fn on_debians_kernels(session: &Session, lane: &mut Lane) {
         let arguments = [&["--include-ignored", "--test-threads=1"], ASKED_OF_KERNELS].concat();
         let name = format!("Debian's kernel {release}");
         lane.tests(&Tests { name, command: &command, arguments });
+        if *kernel == KERNEL_TO_ALTER {
+            let name = format!("Debian's kernel {release}, altered");
+            let arguments = vec!["--include-ignored", "--test-threads=1", ALTERS_THE_KERNEL];
+            lane.tests(&Tests { name, command: &command, arguments });
+        }
     }
 }
 
