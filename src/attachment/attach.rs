@@ -216,6 +216,7 @@ impl<'a> Attaching<'a> {
         let list = set.list(self.plan.subnets)?;
         let node = if is_shared { None } else { Set::pinned(&pins.node()).ok() };
         let wanted = Wanted {
+            pins,
             set: &set,
             node: node.as_ref(),
             slot: attached.slot(),
