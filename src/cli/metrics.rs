@@ -38,7 +38,8 @@ pub struct Arguments {
 
 impl Arguments {
     pub fn run(self) -> Result<()> {
-        let found = attachments::read()?;
+        let mut found = attachments::read()?;
+        attachments::look_whether_held(&mut found);
         for attachment in &found {
             if let Some(problem) = &attachment.problem {
                 log::warn!("leave out {} {}: {problem}", attachment.place.pod, attachment.place.interface);
@@ -75,7 +76,7 @@ const METRICS: [Metric; 10] = [
         "other_paths_held",
         "gauge",
         "0 where what passes by other paths than the pod's sockets is not held.",
-        |direction| f64::from(u8::from(!matches!(direction.others, OtherPaths::Free))),
+        |direction| f64::from(u8::from(!matches!(direction.others, OtherPaths::Free | OtherPaths::Lost(_)))),
     ),
     ("other_paths_bytes_total", "counter", "Bytes that passed and no socket of the pod sent or got.", |direction| {
         direction.others.counted().map_or(0.0, |others| others.bytes as f64)
@@ -110,6 +111,12 @@ fn text(found: &[Attachment]) -> String {
     for attachment in found {
         let is_live = u8::from(attachment.is_whole() && !attachment.has_lost_namespace());
         text += &format!("podshaper_attachment_live{{{}}} {is_live}\n", labels(attachment));
+    }
+    let help = "0 where somebody has taken off a filter or a queue that holds the attachment.";
+    head(&mut text, "attachment_held", "gauge", help);
+    for attachment in found {
+        let is_held = u8::from(attachment.not_held.is_none());
+        text += &format!("podshaper_attachment_held{{{}}} {is_held}\n", labels(attachment));
     }
     for (name, kind, help, value) in METRICS {
         head(&mut text, name, kind, help);
