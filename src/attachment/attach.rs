@@ -235,6 +235,7 @@ impl<'a> Attaching<'a> {
             interface: Record {
                 held_at: held.as_ref().map(Held::at),
                 takes_over: self.plan.other_paths && wanted.taken.is_some(),
+                leaves_others: !self.plan.other_paths && interface.is_some(),
                 ..self.record.clone()
             },
             ifindex: self.index,

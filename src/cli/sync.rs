@@ -269,7 +269,8 @@ impl Candidate {
 fn in_force(found: &Attachment, Interface { request, endpoint, .. }: &Interface) -> InForce {
     let Owner { asked, changed, list, interface: record, .. } = &found.owner;
     // Where they cannot be held, though they are to be, the attachment is as good as it gets.
-    let are_others_as_wanted = request.config.other_paths || record.held_at.is_none();
+    let are_others_as_wanted =
+        if request.config.other_paths { !record.leaves_others } else { record.held_at.is_none() };
     InForce {
         limits: found.problem.is_none().then(|| found.limits()),
         asked: *asked,

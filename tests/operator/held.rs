@@ -232,7 +232,7 @@ fn a_queue_that_the_pod_took_off_is_put_back() {
         // Without the numbers that the kernel gives.
         let queue = || {
             let shown = pod.tc("qdisc show dev eth0") + &pod.tc("class show dev eth0");
-            shown.split_whitespace().filter(|word| !word.starts_with("80")).collect::<Vec<_>>().join(" ")
+            shown.split_whitespace().filter(|word| !word.starts_with('8')).collect::<Vec<_>>().join(" ")
         };
         let before = queue();
         assert!(before.contains(" 7064: root"), "{before}");
@@ -282,6 +282,26 @@ fn an_interface_that_was_made_anew_is_held_by_the_next_add() {
         run("ip", &format!("link add {} type veth peer name eth0 netns {netns}", pod.host_end));
         pod.sandbox.call("ADD");
         pod.assert_held();
+        pod.sandbox.call("DEL");
+    });
+}
+
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn whether_other_paths_are_held_follows_the_configuration() {
+    on_a_node_of_its_own(|| {
+        let node = Node::new(json!({ "otherPaths": false }));
+        let mut pod = Pod::new(&node);
+        pod.sandbox.call("DEL");
+        pod.sandbox.stdin.insert("otherPaths".into(), json!(false));
+        pod.sandbox.call("ADD");
+        let is_held = || pod.listed()["egress"]["otherPaths"]["held"].clone();
+        assert_eq!((is_held(), node.syncs()), (json!(false), String::new()));
+        for held in [true, false, true] {
+            node.configure(json!({ "otherPaths": held }));
+            assert_eq!(node.syncs(), "default/web eth0: attached anew\n");
+            assert_eq!((is_held(), node.syncs()), (json!(held), String::new()));
+        }
         pod.sandbox.call("DEL");
     });
 }
