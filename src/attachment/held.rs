@@ -77,26 +77,31 @@ fn check_filters(record: &Record, limits: &Limits, at: HeldAt, end: &HostEnd) ->
     Ok(())
 }
 
-/// Puts back what is gone of what holds an attachment; whether there was anything to do. Its record stays, so that what could not be put back
-/// is not held according to it.
+/// Puts back what is gone of what holds an attachment; whether it is held then: `false` for one that went, with its interface or without. What
+/// could not be put back stays in its record, so that it is told of, and tried again.
 ///
 /// # Errors
 /// [`Code::Kernel`] with what the kernel says, or what somebody else has put there.
 pub fn hold_again(place: &Place) -> Result<bool> {
     let Some(pins) = lock()? else { return Ok(false) };
-    let Some(directory) = pins.find(place).filter(|directory| pins::is_current(directory)) else { return Ok(false) };
-    let present = Present::read(place.clone(), directory)?;
-    let Some(limits) = present.limits else { return Ok(false) };
-    let set = Pinned::at(&present.directory).set()?;
-    let check = || Node::default().check(&present.owner, &limits, &set);
-    match check() {
-        // Another call was quicker, or it went with its interface.
+    let Some(present) = find(&pins, place)? else { return Ok(false) };
+    match present.check() {
+        // Another call was quicker, or it has become another one.
         Ok(()) => return Ok(true),
         Err(error) if error.code() == Code::Netns => return Ok(false),
         Err(_) => {}
     }
-    error::all([present.hold_other_paths_again(&pins, &limits, &set), present.put_queue_back(&pins)])?;
-    check().map(|()| true)
+    let queue = present.put_queue_back(&pins);
+    let room = present.find_room_again(&pins);
+    // Its place in the room may be another one by now.
+    let Some(present) = find(&pins, place)? else { return Ok(false) };
+    error::all([room.and_then(|()| present.put_filters_back()), queue])?;
+    present.check().map(|()| true)
+}
+
+fn find(pins: &Pins, place: &Place) -> Result<Option<Present>> {
+    let directory = pins.find(place).filter(|directory| pins::is_current(directory));
+    directory.map(|directory| Present::read(place.clone(), directory)).transpose()
 }
 
 /// Has all pods of the node wait in a room that was made anew: until then what is to wait goes to an interface that is gone. Errors are in the
@@ -109,33 +114,38 @@ pub(super) fn move_all(pins: &Pins, room: &WaitingRoom) {
 }
 
 impl Present {
-    fn hold_other_paths_again(&self, pins: &LockedPins, limits: &Limits, set: &Set) -> Result<()> {
-        let Some(at) = self.owner.interface.held_at else { return Ok(()) };
-        if Node::default().check_other_paths(&self.owner, limits, set).is_ok() {
+    fn check(&self) -> Result<()> {
+        let set = Pinned::at(&self.directory).set()?;
+        Node::default().check(&self.owner, &self.limits.unwrap_or_default(), &set)
+    }
+
+    /// Makes the waiting room what it was, and has it wait there.
+    fn find_room_again(&self, pins: &LockedPins) -> Result<()> {
+        if self.owner.interface.held_at.is_none() {
             return Ok(());
         }
         // The room's programs need no maps: those of the node will do.
         let node = Set::of_node(pins)?;
         if Room::look().is_err() {
             move_all(pins, &WaitingRoom::mend(|name| node.program(name))?);
+            return Ok(());
         }
-        self.wait_in(pins, &WaitingRoom::open(|name| node.program(name))?)?;
-        self.put_filters_back(at, limits, set)
+        self.wait_in(pins, &WaitingRoom::open(|name| node.program(name))?)
     }
 
-    fn put_filters_back(&self, at: HeldAt, limits: &Limits, set: &Set) -> Result<()> {
-        let gone =
-            other_paths::hooks(limits, self.owner.interface.ingress_by).into_iter().filter_map(|(hook, name)| {
-                match host_end::has_filter(at.ifindex, hook, at.filter) {
-                    Ok(true) => None,
-                    Ok(false) => Some(Ok((hook, name))),
-                    Err(error) => Some(Err(error)),
-                }
-            });
-        let gone = gone.collect::<Result<Vec<_>>>()?;
+    fn put_filters_back(&self) -> Result<()> {
+        let Self { owner, limits: Some(limits), directory, .. } = self else { return Ok(()) };
+        let Some(at) = owner.interface.held_at else { return Ok(()) };
+        let mut gone = Vec::new();
+        for (hook, name) in other_paths::hooks(limits, owner.interface.ingress_by) {
+            if !host_end::has_filter(at.ifindex, hook, at.filter)? {
+                gone.push((hook, name));
+            }
+        }
         if gone.is_empty() {
             return Ok(());
         }
+        let set = Pinned::at(directory).set()?;
         gone.iter().try_for_each(|(hook, _)| host_end::refuse_tcx(at.ifindex, *hook))?;
         let is_new = host_end::put_clsact(at.ifindex)?;
         if !is_new && gone.iter().any(|(hook, _)| *hook == Hook::Egress) {
@@ -154,7 +164,7 @@ impl Present {
         let Some(at) = owner.interface.held_at else { return Ok(()) };
         let class = room.keep_place(at.class, owner.slot, limits, owner.interface.ingress_by)?;
         let own = (!pins::shares(directory)).then(|| Pinned::at(directory).set()).transpose()?;
-        for set in [Some(Set::pinned(&pins.node())?), own].into_iter().flatten() {
+        for set in [Set::pinned(&pins.node()).ok(), own].into_iter().flatten() {
             let end = set.host_ends.get(&at.ifindex, Read::Plain).map_err(writing)?;
             let Some(end) = end.filter(|end| end.slot == owner.slot) else { continue };
             let end = HostEnd { waiting_ifindex: room.ifindex, waiting_class: host_end::class_id(class), ..end };
