@@ -7,6 +7,7 @@
 
 mod attach;
 mod end;
+mod held;
 mod let_go;
 mod other_paths;
 mod upgrade;
@@ -38,7 +39,7 @@ use let_go::Connections;
 
 pub use attach::attach;
 pub use end::{Change, End, change, lift, remove, remove_locked, settle_all};
-pub use other_paths::check as check_other_paths;
+pub use held::{Node, hold_again};
 pub use upgrade::{Upgrade, upgrade};
 
 /// What stands for the interface of an attachment that is on all but loopback.

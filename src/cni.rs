@@ -18,7 +18,7 @@ use crate::{
     delegate,
     direction::Direction,
     error::{self, Code, Error, Result},
-    interface::{self, Queue},
+    interface::Queue,
     logging,
     owner::Owner,
     pins::{BPFFS, LockedPins, Pins, Place},
@@ -234,8 +234,7 @@ fn check(request: &Request, endpoint: &Endpoint) -> Result<()> {
         return Err(Error::new(Code::Mismatch, text));
     }
     pinned.check(Path::new(&owner.cgroup), &Settings::of(&owner, limits))?;
-    attachment::check_other_paths(&owner.interface, &limits)?;
-    interface::check(&owner.interface)
+    attachment::Node::default().check(&owner, &limits, &pinned.set()?)
 }
 
 /// The limit, which is on what the network's plugins have made, then that. A limit that cannot be removed keeps no address from IPAM.

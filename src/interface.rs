@@ -13,7 +13,12 @@ mod mechanism;
 mod packets;
 mod record;
 
-use std::path::{Path, PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use netlink_packet_route::tc::TcHandle;
 
 use crate::{
     error::{self, Code, Error, Result},
@@ -281,38 +286,54 @@ pub fn warn(what: &str, result: Result<()>) {
     }
 }
 
-/// Checks that what was put on the interfaces for an attachment is still there.
+/// Checks that what was put on the interfaces for an attachment is still there. `index`: the number of its interface in its namespace, where the
+/// pod can give it another name; 0 where that is not known.
 ///
 /// # Errors
 /// [`Code::Mismatch`] naming what is gone; [`Code::Netns`] or [`Code::Kernel`] where it cannot be looked at.
-pub fn check(record: &Record) -> Result<()> {
-    let queue = match Queue::of(record) {
-        Queue::Fq => Some("fq"),
-        Queue::Htb => Some("htb"),
-        Queue::None => None,
-    };
-    let wants_tbf = record.has_tbf();
-    let Some(netns) = record.path().filter(|_| queue.is_some() || wants_tbf) else { return Ok(()) };
-    let opened = Namespace::open(netns)?;
-    if record.netns_inode.is_some_and(|inode| inode != opened.inode) {
-        return Err(another(netns));
-    }
-    let mut interface = Interface::find(opened, netns, &record.ifname)??;
-    let index = interface.index;
-    let has_queue = interface.inside.run(|| queue.map_or(Ok(true), |kind| qdisc::has(index, kind)))?;
-    let host_end = if wants_tbf { interface.host_end()? } else { None };
+pub fn check(record: &Record, index: u32) -> Result<()> {
+    let Some(netns) = record.path() else { return Ok(()) };
     let gone = |what: &str| {
         let text =
             format!("{what} has been taken off {} of {}: podshaper put it there", record.ifname, netns.display());
         Err(Error::new(Code::Mismatch, text))
     };
-    if let Some(kind) = queue.filter(|_| !has_queue) {
-        return gone(kind);
+    match Queue::of(record) {
+        Queue::Fq if !has_queue(record, netns, index, "fq")? => return gone("fq"),
+        Queue::Htb if !has_queue(record, netns, index, "htb")? => return gone("htb"),
+        _ => {}
     }
-    if wants_tbf && !host_end.map_or(Ok(false), |end| qdisc::has(end.ifindex, "tbf"))? {
-        return gone("tbf, at the host's end,");
+    if record.has_tbf() {
+        let mut interface = Interface::find(open(record, netns)?, netns, &record.ifname)??;
+        if !interface.host_end()?.map_or(Ok(false), |end| qdisc::has(end.ifindex, "tbf"))? {
+            return gone("tbf, at the host's end,");
+        }
     }
     Ok(())
+}
+
+fn has_queue(record: &Record, netns: &Path, index: u32, kind: &str) -> Result<bool> {
+    let find = || match index {
+        0 => netns::link(&record.ifname, netns).map(|link| link.header.index),
+        index => Ok(index),
+    };
+    let look = || qdisc::qdisc_at(find()?, TcHandle::ROOT).map_err(|cause| looking(record, netns, cause));
+    let (_, found) = open(record, netns)?.enter(look)?;
+    Ok(found?.is_some_and(|(found, _)| found == kind))
+}
+
+fn looking(record: &Record, netns: &Path, cause: io::Error) -> Error {
+    let code = if cause.raw_os_error() == Some(libc::ENODEV) { Code::Netns } else { Code::Kernel };
+    Error::because(code, format!("look at the qdiscs of {} in {}", record.ifname, netns.display()), cause)
+}
+
+/// The namespace of a record, if its path names none but that.
+fn open(record: &Record, netns: &Path) -> Result<Namespace> {
+    let opened = Namespace::open(netns)?;
+    if record.netns_inode.is_some_and(|inode| inode != opened.inode) {
+        return Err(another(netns));
+    }
+    Ok(opened)
 }
 
 fn another(netns: &Path) -> Error {

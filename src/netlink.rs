@@ -44,7 +44,7 @@ pub fn get_notified(message: RouteNetlinkMessage) -> io::Result<Option<RouteNetl
     exchange(message, NLM_F_REQUEST | NLM_F_ECHO | NLM_F_ACK).map(|answers| answers.into_iter().next())
 }
 
-/// An interface of the calling thread's network namespace.
+/// An interface of the calling thread's network namespace; `None` where there is none of this number.
 ///
 /// # Errors
 /// What the kernel says.
@@ -52,26 +52,24 @@ pub fn link(ifindex: u32) -> io::Result<Option<LinkMessage>> {
     get_link(link_message(ifindex))
 }
 
-/// The same by its name; `None` where there is none.
+/// The same by its name.
 ///
 /// # Errors
 /// What the kernel says.
 pub fn link_by_name(name: &str) -> io::Result<Option<LinkMessage>> {
     let mut message = LinkMessage::default();
     message.attributes.push(LinkAttribute::IfName(name.to_owned()));
-    match get_link(message) {
-        Err(cause) if cause.raw_os_error() == Some(libc::ENODEV) => Ok(None),
-        found => found,
-    }
+    get_link(message)
 }
 
 /// Its counters, which are more than all the rest of the answer, are of no use here.
 fn get_link(mut message: LinkMessage) -> io::Result<Option<LinkMessage>> {
     message.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
-    Ok(get(RouteNetlinkMessage::GetLink(message))?.and_then(|answer| match answer {
-        RouteNetlinkMessage::NewLink(link) => Some(link),
-        _ => None,
-    }))
+    match get(RouteNetlinkMessage::GetLink(message)) {
+        Ok(Some(RouteNetlinkMessage::NewLink(link))) => Ok(Some(link)),
+        Err(cause) if cause.raw_os_error() != Some(libc::ENODEV) => Err(cause),
+        _ => Ok(None),
+    }
 }
 
 /// Changes attributes of such an interface.

@@ -9,6 +9,8 @@ mod delegate;
 mod follow;
 /// doctor and gc.
 mod health;
+/// What somebody takes off that holds a pod.
+mod held;
 /// Calls that come between the reading and the change of another.
 mod meanwhile;
 /// Prometheus and node_exporter, the real ones.

@@ -216,6 +216,7 @@ impl<'a> Attaching<'a> {
         let list = set.list(self.plan.subnets)?;
         let node = if is_shared { None } else { Set::pinned(&pins.node()).ok() };
         let wanted = Wanted {
+            pins,
             set: &set,
             node: node.as_ref(),
             slot: attached.slot(),
@@ -234,6 +235,7 @@ impl<'a> Attaching<'a> {
             interface: Record {
                 held_at: held.as_ref().map(Held::at),
                 takes_over: self.plan.other_paths && wanted.taken.is_some(),
+                leaves_others: !self.plan.other_paths && interface.is_some(),
                 ..self.record.clone()
             },
             ifindex: self.index,

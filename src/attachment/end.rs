@@ -58,7 +58,7 @@ pub fn remove_locked(
         Some(mut owner) => {
             owner.interface.complete();
             other_paths::leave(pins, &owner.interface, owner.slot, None);
-            other_paths::hand_over(&owner.interface, &there(pins, place, &owner.interface));
+            other_paths::hand_over(pins, &owner.interface, &there(pins, place, &owner.interface));
             leave(pins, place, &owner.interface);
         }
         None => log::warn!(

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use podshaper_abi::HostEnd;
 
-use super::Present;
+use super::{Present, held::move_all};
 use crate::{
     error::{Code, Error, Result},
     interface::{
@@ -14,7 +14,7 @@ use crate::{
         host_end::{self, Hook, OF_NODE, WaitingRoom},
     },
     owner::Owner,
-    pins::{self, LockedPins},
+    pins::{self, LockedPins, Pins},
     request::Limits,
     shaper::{Pinned, Set},
     sys::{Map, Read},
@@ -26,6 +26,8 @@ const OWN: u16 = 1 << 15;
 
 /// What is to be held.
 pub struct Wanted<'a> {
+    /// podshaper's pins, locked.
+    pub pins: &'a Pins,
     /// The programs and maps of the attachment.
     pub set: &'a Set,
     /// Those of the node, where that is another one: it has a list of all host's ends.
@@ -85,12 +87,15 @@ impl<'a> Held<'a> {
             Error::new(Code::Kernel, text)
         })?;
         let filter = if wanted.node.is_none() { OF_NODE } else { wanted.slot as u16 | OWN };
-        let before = wanted.set.host_ends.get(&ifindex, Read::Plain).map_err(writing)?;
         let clsact = wanted.before.is_some_and(|before| before.ifindex == ifindex && before.clsact);
         let at = HeldAt { ifindex, filter, class: 0, clsact };
-        let mut held = Self { wanted, at, before, put: Vec::new(), is_kept: false };
         // The room's programs need no maps: those of any set will do.
         let room = WaitingRoom::open(|name| wanted.set.program(name))?;
+        if room.is_new {
+            move_all(wanted.pins, &room);
+        }
+        let before = wanted.set.host_ends.get(&ifindex, Read::Plain).map_err(writing)?;
+        let mut held = Self { wanted, at, before, put: Vec::new(), is_kept: false };
         held.at.class = room.make_place(wanted.slot, wanted.limits, ingress_by)?;
         held.write(Some(&HostEnd {
             slot: wanted.slot,
@@ -144,7 +149,7 @@ fn share(set: &Set, ifindex: u32) -> Result<()> {
 }
 
 /// Where which program is put. What tbf holds is held whole.
-fn hooks(limits: &Limits, ingress_by: Option<IngressBy>) -> Vec<(Hook, &'static str)> {
+pub(super) fn hooks(limits: &Limits, ingress_by: Option<IngressBy>) -> Vec<(Hook, &'static str)> {
     let out = limits.egress.map(|_| (Hook::Ingress, host_end::OUT_OF_POD));
     let into = ingress_by.filter(|by| *by != IngressBy::Tbf).map(|_| (Hook::Egress, host_end::INTO_POD));
     [out, into].into_iter().flatten().collect()
@@ -163,25 +168,6 @@ impl Drop for Held<'_> {
         let ends = &self.wanted.node.unwrap_or(self.wanted.set).host_ends;
         interface::warn(LEFT, self.write(self.before.as_ref()).and_then(|()| remove_room_if_empty(ends)));
     }
-}
-
-/// Checks that what holds other paths is still at the host's end.
-///
-/// # Errors
-/// [`Code::Mismatch`] naming what is gone; [`Code::Kernel`] where it cannot be looked at.
-pub fn check(record: &Record, limits: &Limits) -> Result<()> {
-    let Some(at) = record.held_at else { return Ok(()) };
-    for (hook, name) in hooks(limits, record.ingress_by) {
-        if !host_end::has_filter(at.ifindex, hook, at.filter)? {
-            let text = format!(
-                "the program {name} has been taken off the host's end of {} of {}: podshaper put it there",
-                record.ifname,
-                record.netns.as_deref().unwrap_or_default()
-            );
-            return Err(Error::new(Code::Mismatch, text));
-        }
-    }
-    Ok(())
 }
 
 /// Gives what is at the host's end of an attachment new programs, and the waiting room with it.
@@ -234,7 +220,7 @@ pub fn leave(pins: &LockedPins, ended: &Record, slot: u32, now: Option<HeldAt>) 
 }
 
 /// Has the next oldest limit of an interface hold its other paths, where the one that ended did. `staying`: the attachments in its namespace.
-pub fn hand_over(ended: &Record, staying: &[Present]) {
+pub fn hand_over(pins: &Pins, ended: &Record, staying: &[Present]) {
     let waits = |present: &&Present| {
         let record = &present.owner.interface;
         record.takes_over && record.shares_interface(ended) && pins::shares(&present.directory)
@@ -242,19 +228,19 @@ pub fn hand_over(ended: &Record, staying: &[Present]) {
     let mut waiting: Vec<&Present> = staying.iter().filter(waits).collect();
     waiting.sort_by_key(|present| pins::made_at(&present.directory));
     if let Some((next, others)) = waiting.split_first().filter(|_| ended.held_at.is_some()) {
-        let taken = next.take_over(!others.is_empty());
+        let taken = next.take_over(pins, !others.is_empty());
         interface::warn("what passes by other paths than pods' sockets is not held any more", taken);
     }
 }
 
 impl Present {
     /// Holds what passes its interface by other paths. `is_shared`: another limit stays there beside it.
-    fn take_over(&self, is_shared: bool) -> Result<()> {
+    fn take_over(&self, pins: &Pins, is_shared: bool) -> Result<()> {
         let Self { owner, limits: Some(limits), directory, .. } = self else { return Ok(()) };
         let Some(mut interface) = Interface::of(&owner.interface)? else { return Ok(()) };
         let set = Pinned::at(directory).set()?;
         let (slot, list) = (owner.slot, owner.list);
-        let wanted = Wanted { set: &set, node: None, slot, list, limits, taken: None, before: None };
+        let wanted = Wanted { pins, set: &set, node: None, slot, list, limits, taken: None, before: None };
         let Some(held) = Held::begin(&wanted, owner.interface.ingress_by, &mut interface)? else { return Ok(()) };
         let record = Record { held_at: Some(held.at()), takes_over: false, ..owner.interface.clone() };
         self.write(limits, &Owner { interface: record, ..owner.clone() })?;
@@ -301,6 +287,6 @@ fn take_filters(at: HeldAt, hooks: &[Hook]) {
 /// Before what could not be taken off.
 const LEFT: &str = "not all that held other paths of a pod could be taken off";
 
-fn writing(cause: std::io::Error) -> Error {
+pub(super) fn writing(cause: std::io::Error) -> Error {
     Error::because(Code::Kernel, "write what is known of the host's end of the pod's interface", cause)
 }

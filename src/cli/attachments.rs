@@ -3,6 +3,8 @@
 //! A reading takes no lock of podshaper's: an attachment that comes or goes meanwhile is there or is not. Of each it takes some ten
 //! system calls, so that 500 are read in milliseconds.
 
+mod held;
+
 use std::{
     fs,
     iter::Peekable,
@@ -29,6 +31,7 @@ use crate::{
     shaper::{self, Pinned, Set, Settings},
     units::{Burst, Rate},
 };
+pub use held::look_whether_held;
 
 /// One attachment as it was found.
 pub struct Attachment {
@@ -46,6 +49,8 @@ pub struct Attachment {
     pub egress: Option<Measured>,
     /// What the pod receives.
     pub ingress: Option<Measured>,
+    /// Why it is not held as it was made, where that was looked at ([`look_whether_held`]).
+    pub not_held: Option<String>,
     /// What could not be read, and why.
     pub problem: Option<String>,
     read_at: Instant,
@@ -71,6 +76,8 @@ pub struct Measured {
 pub enum OtherPaths {
     /// It is held to the limit, and counted.
     Held(Others),
+    /// It was, and is not any more: somebody has taken off what held it.
+    Lost(Others),
     /// It is held to the limit by tbf, which does not tell it from the rest.
     ByTbf,
     /// It is not held, though it comes by the same interface.
@@ -209,19 +216,21 @@ impl Attachment {
         let links = Links::read(&pinned, &names, Path::new(&owner.cgroup));
         let made_at = pins::made_at(&directory);
         let read_at = Instant::now();
-        Self { place, directory, owner, made_at, links, egress, ingress, problem, read_at }
+        Self { place, directory, owner, made_at, links, egress, ingress, not_held: None, problem, read_at }
     }
 
     /// Reads limits and counters anew, if it is still the same attachment.
     fn read_again(&self, sets: &mut Sets) -> Option<Self> {
-        let Self { place, directory, owner, made_at, links, egress: _, ingress: _, problem, read_at: _ } = self;
+        let Self { place, directory, owner, made_at, links, egress: _, ingress: _, not_held: _, problem, read_at: _ } =
+            self;
         if problem.is_some() || made_at.is_none() || *made_at != pins::made_at(directory) {
             return None;
         }
         let [egress, ingress] = read_directions(&Pinned::at(directory), owner, sets.of(directory).ok()?).ok()?;
         let (place, directory, owner, links) = (place.clone(), directory.clone(), owner.clone(), links.clone());
         let read_at = Instant::now();
-        Some(Self { place, directory, owner, made_at: *made_at, links, egress, ingress, problem: None, read_at })
+        let (made_at, not_held, problem) = (*made_at, None, None);
+        Some(Self { place, directory, owner, made_at, links, egress, ingress, not_held, problem, read_at })
     }
 
     /// How long it has been there.
@@ -450,6 +459,7 @@ impl Serialize for Attachment {
         map.serialize_entry("maxIngressBitsPerS", max_ingress)?;
         map.serialize_entry("changed", changed)?;
         map.serialize_entry("pins", &self.directory)?;
+        map.serialize_entry("notHeld", &self.not_held)?;
         map.serialize_entry("problem", &self.problem)?;
         map.serialize_entry("egress", &self.egress)?;
         map.serialize_entry("ingress", &self.ingress)?;
@@ -462,7 +472,7 @@ impl OtherPaths {
     pub fn are_held(&self) -> Option<bool> {
         match self {
             Self::Held(_) | Self::ByTbf => Some(true),
-            Self::Free => Some(false),
+            Self::Free | Self::Lost(_) => Some(false),
             Self::OfNone => None,
         }
     }
@@ -470,7 +480,7 @@ impl OtherPaths {
     /// What passed that way, as far as it is known.
     pub fn counted(&self) -> Option<&Others> {
         match self {
-            Self::Held(others) => Some(others),
+            Self::Held(others) | Self::Lost(others) => Some(others),
             Self::ByTbf | Self::Free | Self::OfNone => None,
         }
     }

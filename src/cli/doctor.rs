@@ -144,7 +144,8 @@ fn unlimited(conf_dir: &Path, cache_dir: &Path) -> Vec<Finding> {
 
 /// What is attached, and what should not be there any more.
 fn pinned() -> Result<Vec<Finding>> {
-    let (all, unfinished) = attachments::read_all()?;
+    let (mut all, unfinished) = attachments::read_all()?;
+    attachments::look_whether_held(&mut all);
     let old = all.iter().filter(|attachment| !pins::is_current(&attachment.directory)).count();
     let (dead, live): (Vec<_>, Vec<_>) = all.iter().partition(|attachment| attachment.links.are_dead());
     let partial = live.iter().filter(|attachment| !attachment.links.faults().is_empty()).count();
@@ -159,6 +160,9 @@ fn pinned() -> Result<Vec<Finding>> {
         partial,
         "with programs that are not attached, which do not limit as they should: podshaper show says which; restart the pod",
     );
+    let not_held: Vec<_> = live.iter().filter_map(|attachment| attachment.not_held.as_deref()).collect();
+    let first = not_held.first().copied().unwrap_or_default();
+    warn(not_held.len(), &format!("not held as they were made: podshaper sync puts back what is gone: {first}"));
     let moved: Vec<_> = live.iter().filter(|attachment| attachment.has_lost_namespace()).collect();
     warn(
         moved.len(),

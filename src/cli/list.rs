@@ -25,8 +25,9 @@ pub struct Arguments {
 
 impl Arguments {
     pub fn run(self) -> Result<()> {
-        let found = attachments::read_for(self.sample)?;
-        self.output.print(&found, || table(&found).text())
+        let mut found = attachments::read_for(self.sample)?;
+        attachments::look_whether_held(&mut found);
+        self.output.print(&found, || table(&found).text() + &not_held(&found))
     }
 }
 
@@ -60,6 +61,15 @@ pub fn table(found: &[Attachment]) -> Table {
         }
     }
     table
+}
+
+/// A line for each that is not held, with the reason.
+fn not_held(found: &[Attachment]) -> String {
+    let line = |found: &Attachment| {
+        let (name, interface) = (found.name(), &found.place.interface);
+        Some(format!("{name} {interface}: not held: {}\n", found.not_held.as_ref()?))
+    };
+    found.iter().filter_map(line).collect()
 }
 
 fn row(attachment: &Attachment, direction: &str, numbers: [String; 10]) -> Vec<String> {
@@ -103,7 +113,7 @@ pub fn other_paths(others: &OtherPaths) -> String {
     match others {
         OtherPaths::Held(others) => chart::short(others.bytes as f64),
         OtherPaths::ByTbf => "tbf".to_owned(),
-        OtherPaths::Free => "not held".to_owned(),
+        OtherPaths::Free | OtherPaths::Lost(_) => "not held".to_owned(),
         OtherPaths::OfNone => NOTHING.to_owned(),
     }
 }

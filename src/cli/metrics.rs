@@ -38,7 +38,8 @@ pub struct Arguments {
 
 impl Arguments {
     pub fn run(self) -> Result<()> {
-        let found = attachments::read()?;
+        let mut found = attachments::read()?;
+        attachments::look_whether_held(&mut found);
         for attachment in &found {
             if let Some(problem) = &attachment.problem {
                 log::warn!("leave out {} {}: {problem}", attachment.place.pod, attachment.place.interface);
@@ -110,6 +111,12 @@ fn text(found: &[Attachment]) -> String {
     for attachment in found {
         let is_live = u8::from(attachment.is_whole() && !attachment.has_lost_namespace());
         text += &format!("podshaper_attachment_live{{{}}} {is_live}\n", labels(attachment));
+    }
+    let help = "0 where somebody has taken off a filter or a queue that holds the attachment.";
+    head(&mut text, "attachment_held", "gauge", help);
+    for attachment in found {
+        let is_held = u8::from(attachment.not_held.is_none());
+        text += &format!("podshaper_attachment_held{{{}}} {is_held}\n", labels(attachment));
     }
     for (name, kind, help, value) in METRICS {
         head(&mut text, name, kind, help);

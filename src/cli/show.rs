@@ -37,6 +37,7 @@ impl Arguments {
             found = self.pod.select(attachments::read()?)?;
             attachments::compare(&before, &mut found);
         }
+        attachments::look_whether_held(&mut found);
         self.output.print(&found, || found.iter().map(text).collect::<Vec<_>>().join("\n"))
     }
 }
@@ -60,6 +61,7 @@ fn text(attachment: &Attachment) -> String {
     line("Age", &attachment.age().map(chart::age).unwrap_or_default());
     line("Links", &attachment.links.text());
     attachment.links.faults().iter().for_each(|fault| line("", fault));
+    line("Not held", attachment.not_held.as_deref().unwrap_or_default());
     line("Problem", attachment.problem.as_deref().unwrap_or_default());
     line("Limits", if *changed { "changed by podshaper set; a new sandbox has the pod's own again" } else { "" });
     for (direction, measured) in attachment.directions() {
@@ -85,7 +87,9 @@ fn direction_text(direction: Direction, measured: &Measured, max: Option<Rate>) 
         OtherPaths::ByTbf => {
             "  others    what passes by other paths than the pod's sockets is held by tbf, too\n".to_owned()
         }
-        OtherPaths::Free => "  others    what passes by other paths than the pod's sockets is not held\n".to_owned(),
+        OtherPaths::Free | OtherPaths::Lost(_) => {
+            "  others    what passes by other paths than the pod's sockets is not held\n".to_owned()
+        }
         OtherPaths::OfNone => String::new(),
     };
     text += &format!("  backlog   {} at most; packets by what they found:\n", chart::time(*max_backlog_ns));

@@ -38,7 +38,7 @@ use answer::Answer;
 use decide::{InForce, Step, decide};
 pub use memory::{Failure, LastRun};
 use networks::Networks;
-use report::{Done, Report};
+use report::{Done, HOLD, Report};
 use task::{Interface, Target, Task, perform};
 
 /// Where libcni has its results, unless a runtime says otherwise.
@@ -75,6 +75,7 @@ One run, a line for each change. It
     a default that was changed in the conflist;
   - leaves what `podshaper set` has set until something else is asked for;
   - limits pods in the node's own network namespace (hostNetwork) that carry the annotation (with a kubeconfig);
+  - puts back filters, queues and the waiting room that somebody has taken off (podshaper list: not held);
   - removes what no pod has any more, as `podshaper gc` does.
 
     podshaper sync --dry-run --kubeconfig /etc/kubernetes/kubelet.conf
@@ -103,7 +104,9 @@ impl Arguments {
         let networks = Networks::read(&Directories::of_this_node(self.conf_dir.as_deref(), None).conf)?;
         let (sandboxes, unreadable) = sandboxes::read(&self.cache_dir)?;
         unreadable.iter().for_each(|error| report.know_less(error));
-        let (found, unfinished) = attachments::read_all()?;
+        let (mut found, unfinished) = attachments::read_all()?;
+        attachments::look_whether_held(&mut found);
+        self.hold_again(&found, &mut report);
         let kubeconfig = self.kubeconfig.as_deref().or(networks.kubeconfig());
         let mut answer = Answer::about_pods(kubeconfig, self.node.as_deref(), &mut report);
         let (candidates, mut others) = candidates(&networks, &answer, sandboxes, found, &mut report);
@@ -122,6 +125,17 @@ impl Arguments {
         }
         self.clear(others.iter().filter(|other| gc::is_stale(other)), unfinished > 0, &mut report);
         self.end(report)
+    }
+
+    /// Puts back what somebody has taken off of what holds attachments.
+    fn hold_again(&self, found: &[Attachment], report: &mut Report) {
+        for found in found.iter().filter(|found| found.not_held.is_some()) {
+            match if self.dry_run { Ok(true) } else { attachment::hold_again(&found.place) } {
+                Ok(true) => report.changes.push(Done::to(HOLD, found, &found.limits())),
+                Ok(false) => {}
+                Err(error) => report.fail(Failure::of(found, &error)),
+            }
+        }
     }
 
     /// Removes what no pod has any more, and what killed calls left.
@@ -255,7 +269,8 @@ impl Candidate {
 fn in_force(found: &Attachment, Interface { request, endpoint, .. }: &Interface) -> InForce {
     let Owner { asked, changed, list, interface: record, .. } = &found.owner;
     // Where they cannot be held, though they are to be, the attachment is as good as it gets.
-    let are_others_as_wanted = request.config.other_paths || record.held_at.is_none();
+    let are_others_as_wanted =
+        if request.config.other_paths { !record.leaves_others } else { record.held_at.is_none() };
     InForce {
         limits: found.problem.is_none().then(|| found.limits()),
         asked: *asked,

@@ -3,6 +3,8 @@
 //!
 //! The waiting room is one veth for all pods of the node. Its one end has the queue, its other end sends back what has waited.
 
+mod seen;
+
 use std::{
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
@@ -27,6 +29,7 @@ use crate::{
     request::Limits,
     sys,
 };
+pub use seen::{Room, leads_to};
 
 /// The program on what comes out of a pod.
 pub const OUT_OF_POD: &str = "out_of_pod";
@@ -92,13 +95,16 @@ pub struct WaitingRoom {
     back_ifindex: u32,
     /// Whether its queue is fq, and htb otherwise.
     has_fq: bool,
+    /// Whether this call has made it, or put back what was gone of it: then other pods may wait elsewhere still.
+    pub is_new: bool,
 }
 
 impl WaitingRoom {
     /// The one of the calling thread's namespace, made if there is none. Its ends are up when it is complete.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says: it has no veth, or neither fq nor htb. Those of `program`, which has the programs by name.
+    /// [`Code::Kernel`] with what the kernel says: it has no veth, or neither fq nor htb; or somebody else's qdisc is on it. Those of `program`,
+    /// which has the programs by name.
     pub fn open(program: impl Fn(&str) -> Result<OwnedFd>) -> Result<Self> {
         let failed = |cause: io::Error| {
             Error::because(Code::Kernel, format!("make the waiting room {WAITING} on the node"), cause)
@@ -112,18 +118,29 @@ impl WaitingRoom {
         let link = found.ok_or_else(missing)?;
         let ifindex = link.header.index;
         let back_ifindex = qdisc::linked_to(&link).ok_or_else(missing)?;
-        if link.header.flags.contains(LinkFlags::Up) {
-            let has_fq = link.attributes.contains(&LinkAttribute::Qdisc("fq".to_owned()));
-            return Ok(Self { ifindex, back_ifindex, has_fq });
+        let is_up = link.header.flags.contains(LinkFlags::Up);
+        if let Some(has_fq) = seen::has_fq(&link).filter(|_| is_up) {
+            return Ok(Self { ifindex, back_ifindex, has_fq, is_new: false });
         }
         let made = Self::complete(ifindex, back_ifindex, program);
-        if made.is_err() {
+        // Other pods may wait in one that was up.
+        if made.is_err() && !is_up {
             super::warn("an unfinished waiting room is left", remove_room());
         }
         made
     }
 
+    /// The same with all that it needs, whatever of it somebody has taken away.
+    ///
+    /// # Errors
+    /// Those of [`Self::open`].
+    pub fn mend(program: impl Fn(&str) -> Result<OwnedFd>) -> Result<Self> {
+        let room = Self::open(&program)?;
+        if room.is_new { Ok(room) } else { Self::complete(room.ifindex, room.back_ifindex, program) }
+    }
+
     fn complete(ifindex: u32, back_ifindex: u32, program: impl Fn(&str) -> Result<OwnedFd>) -> Result<Self> {
+        seen::refuse_foreign_queue(ifindex)?;
         let has_fq = match qdisc::put_room_fq(ifindex) {
             Ok(()) => true,
             Err(no_fq) => {
@@ -132,7 +149,7 @@ impl WaitingRoom {
                 false
             }
         };
-        let room = Self { ifindex, back_ifindex, has_fq };
+        let room = Self { ifindex, back_ifindex, has_fq, is_new: true };
         room.equip(program)?;
         let raised = raise(back_ifindex).and_then(|()| raise(ifindex));
         raised.map_err(|cause| Error::because(Code::Kernel, format!("raise the waiting room {WAITING}"), cause))?;
@@ -166,6 +183,20 @@ impl WaitingRoom {
             qdisc::put_room_classes_into(self.ifindex, class, limit)
                 .inspect_err(|_| take_classes(self.ifindex, class))?;
         }
+        Ok(class)
+    }
+
+    /// The place of a pod that had one, in a room that may be another one by now: the class that it has from here on.
+    ///
+    /// # Errors
+    /// [`Code::Kernel`] with what the kernel says.
+    pub fn keep_place(&self, class: u16, slot: u32, limits: &Limits, ingress_by: Option<IngressBy>) -> Result<u16> {
+        if self.has_fq || class == 0 {
+            return self.make_place(slot, limits, ingress_by);
+        }
+        let limits = waiting(limits, ingress_by);
+        // That of what goes out is there in any case: by it a place is known to be taken.
+        put_classes(self.ifindex, class, &Limits { egress: limits.egress.or(limits.ingress), ..limits })?;
         Ok(class)
     }
 }

@@ -38,6 +38,9 @@ pub struct Record {
     /// Whether another limit of the interface held them when this one came: when that one goes, this one does.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub takes_over: bool,
+    /// Whether nothing was to hold them (`otherPaths` in the configuration).
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub leaves_others: bool,
     /// What was there before.
     #[serde(flatten)]
     pub found: Found,
@@ -167,6 +170,7 @@ mod tests {
             ingress_by: Some(IngressBy::HeldAcks),
             held_at: None,
             takes_over: false,
+            leaves_others: false,
             found,
         };
         assert_eq!(serde_json::from_str::<Record>(earlier).unwrap(), expected);

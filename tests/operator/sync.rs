@@ -20,7 +20,7 @@ use crate::harness::meter;
 use crate::harness::pod::{INTERFACE, container_id};
 use crate::kernel::mounts;
 use crate::plain::{HOSTILE, assert_printable};
-use crate::sandbox::{RATE, Sandbox, netns_with, netns_with_host_end, ok};
+use crate::sandbox::{RATE, Sandbox, netns_with_host_end, ok};
 
 /// The network that podshaper is in, or is to be in.
 const NETWORK: &str = "cbr0";
@@ -487,9 +487,8 @@ fn a_node_of_250_pods_costs_little() {
     const PODS: usize = 250;
     let _alone = measure::alone();
     on_a_node(|| {
-        let netns = Arc::new(netns_with(&["eth0"]));
         let mut node = Node::new(json!({}));
-        let pods: Vec<Sandbox> = (0..PODS).map(|_| Sandbox::with_netns(Arc::clone(&netns))).collect();
+        let pods: Vec<Sandbox> = (0..PODS).map(|_| pod()).collect();
         // What a pod has on it, beside what podshaper reads.
         let applied = "x".repeat(1500);
         let annotations = json!({ EGRESS: "10M", "kubectl.kubernetes.io/last-applied-configuration": applied });

@@ -16,6 +16,9 @@ use crate::{
     sandboxes::Sandbox,
 };
 
+/// That filters and queues which hold it were put back.
+pub const HOLD: &str = "hold";
+
 /// What was done.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -95,6 +98,9 @@ impl Done {
         let name = format!("{name} {}", self.interface);
         if self.action == "clear" {
             return format!("{name}: cleared, its cgroup is gone\n");
+        }
+        if self.action == HOLD {
+            return format!("{name}: held again\n");
         }
         let lines = [(Direction::Egress, &self.egress), (Direction::Ingress, &self.ingress)];
         let lines = lines.into_iter().filter(|(_, Difference { was, is })| was != is);
