@@ -204,7 +204,8 @@ fn a_full_pod_answers_like_an_idle_one() {
     assert!(queue.p50_us > LEAST_GAIN * ours.p50_us, "podshaper {ours:?}, the bandwidth plugin {queue:?}");
 }
 
-/// A limit that nothing reaches costs nothing that this machine could measure.
+/// A limit that nothing reaches costs nothing that this machine could measure. With cubic it does on two CPUs (README, "Compared"): whichever CPU
+/// empties the interface's queue sends what the other one has put there, and tens of gigabits arrive in disorder, which bbr does not mind.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn a_limit_above_the_link_leaves_it_alone() {
@@ -215,7 +216,8 @@ fn a_limit_above_the_link_leaves_it_alone() {
     let (mut rates, mut retransmits) = ([0.0f64; 2], [0; 2]);
     for _ in 0..3 {
         for (index, pod) in [&bare, &limited].into_iter().enumerate() {
-            let result = measure::bulk(pod, &Bulk { flows: 2, seconds: 1.2, ..Bulk::default() }).unwrap();
+            let bulk = Bulk { flows: 2, seconds: 1.2, congestion: Some("bbr".into()), ..Bulk::default() };
+            let result = measure::bulk(pod, &bulk).unwrap();
             rates[index] = rates[index].max(result.timeline.wire_rate(0.2, 1.2));
             retransmits[index] += result.retransmits;
         }
