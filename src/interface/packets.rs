@@ -257,15 +257,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_packet_is_two_segments_or_ten_milliseconds_of_the_limit() {
+    fn a_packet_is_two_segments_or_twenty_milliseconds_of_the_limit() {
         let megabit = |megabits: u64| Rate::bits_per_s(megabits * 1_000_000).unwrap();
         for (limit, mtu, bytes) in [
             (Rate::bits_per_s(1_000).unwrap(), 1500, 3_000 + 512),
             (megabit(1), 1500, 3_000 + 512),
-            (megabit(10), 1500, 12_500 + 512),
-            (megabit(10), 9000, 18_000 + 512),
-            (megabit(100), 1500, 125_000 + 512),
-            (megabit(1_000), 1500, 1_250_000 + 512),
+            (megabit(10), 1500, 25_000 + 512),
+            (megabit(5), 9000, 18_000 + 512),
+            (megabit(100), 1500, 250_000 + 512),
+            (megabit(1_000), 1500, 2_500_000 + 512),
             (Rate::MAX, 1500, u32::MAX),
         ] {
             assert_eq!(largest(limit, mtu), bytes, "{limit}bit/s with an MTU of {mtu}");
