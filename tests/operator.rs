@@ -35,7 +35,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use crate::kernel::mounts;
-use crate::sandbox::{RATE, Sandbox, netns_with_host_end};
+use crate::sandbox::{RATE, Sandbox, netns_with, netns_with_host_end};
 
 /// podshaper as a person calls it.
 pub fn podshaper(arguments: &[&str]) -> Command {
@@ -84,10 +84,14 @@ pub fn limited_both_ways(max: Option<u64>) -> Sandbox {
     pod
 }
 
-/// Runs `work` where nothing is attached but by it.
+/// Runs `work` where nothing is attached but by it, in a network namespace of its own: a node has one waiting room, and who finds no pod beside its
+/// own takes it away.
 pub fn alone<T: Send>(work: impl FnOnce() -> T + Send) -> T {
-    mounts::with_own(|| {
-        mounts::without(Path::new("/sys/fs/bpf"));
-        work()
-    })
+    let with_own = || {
+        mounts::with_own(|| {
+            mounts::without(Path::new("/sys/fs/bpf"));
+            work()
+        })
+    };
+    netns_with(&[]).inside(with_own).unwrap()
 }

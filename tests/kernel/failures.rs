@@ -11,6 +11,7 @@ use crate::harness::cgroup::{self, PodCgroup};
 use crate::harness::cni::Cni;
 use crate::harness::pod::uuid;
 use crate::harness::{process, unique};
+use crate::operator::alone;
 use crate::sandbox::{RATE, Sandbox, bpftool, netns_with_host_end, ok, own_qdiscs, refused};
 
 const NETNS: u64 = 8;
@@ -179,13 +180,12 @@ fn a_failed_add_leaves_the_limit_before_it_in_force() {
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn an_add_that_does_not_get_the_lock_leaves_the_limit_before_it_in_force() {
-    let (netns, host_end) = netns_with_host_end();
-    let mut pod = Sandbox::with_netns(Arc::new(netns));
-    let limit = |ingress| json!({ "egressRate": RATE, "ingressRate": ingress });
-    pod.stdin["runtimeConfig"]["bandwidth"] = limit(RATE);
     // Of a bpffs of its own: this lock is every other test's, too.
-    mounts::with_own(|| {
-        mounts::without(Path::new(BPFFS));
+    alone(|| {
+        let (netns, host_end) = netns_with_host_end();
+        let mut pod = Sandbox::with_netns(Arc::new(netns));
+        let limit = |ingress| json!({ "egressRate": RATE, "ingressRate": ingress });
+        pod.stdin["runtimeConfig"]["bandwidth"] = limit(RATE);
         pod.call("ADD");
         let qdiscs = || process::run(Command::new("tc").args(["qdisc", "show", "dev", &host_end])).unwrap();
         let before = (own_qdiscs(&pod.netns, &host_end), qdiscs());
@@ -202,9 +202,9 @@ fn an_add_that_does_not_get_the_lock_leaves_the_limit_before_it_in_force() {
         pod.assert_rates([RATE, RATE]);
         pod.call("CHECK");
         pod.call("DEL");
+        pod.assert_unlimited();
+        assert_eq!(own_qdiscs(&pod.netns, &host_end), 0);
     });
-    pod.assert_unlimited();
-    assert_eq!(own_qdiscs(&pod.netns, &host_end), 0);
 }
 
 #[test]

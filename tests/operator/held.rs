@@ -8,17 +8,12 @@ use serde_json::{Value, json};
 use super::sync::{Node, on_a_node};
 use super::{call, listed, says};
 use crate::harness::process;
-use crate::sandbox::{Sandbox, netns_with, netns_with_host_end, ok, refused};
+use crate::sandbox::{Sandbox, netns_with_host_end, ok, refused};
 
 const AGAIN: &str = "default/web eth0: held again\n";
 const ROOM: &str = "podshaper-wait";
 /// A datagram of 1400 bytes takes eleven milliseconds at this rate.
 const RATE: u64 = 1_000_000;
-
-/// In a network namespace of its own, since a node has one waiting room.
-fn on_a_node_of_its_own(work: impl FnOnce() + Send) {
-    netns_with(&[]).inside(|| on_a_node(work)).unwrap();
-}
 
 fn run(program: &str, words: &str) -> String {
     process::run(Command::new(program).args(words.split(' '))).unwrap()
@@ -126,7 +121,7 @@ fn doctor() -> String {
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn filters_that_somebody_took_off_are_put_back() {
-    on_a_node_of_its_own(|| {
+    on_a_node(|| {
         let node = Node::new(json!({}));
         let pod = Pod::new(&node);
         let before = pod.filters();
@@ -173,7 +168,7 @@ fn filters_that_somebody_took_off_are_put_back() {
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn a_waiting_room_that_is_gone_is_made_anew_for_all() {
-    on_a_node_of_its_own(|| {
+    on_a_node(|| {
         let node = Node::new(json!({}));
         let pods = [Pod::new(&node), Pod::new(&node)];
         let classes = || run("tc", &format!("class show dev {ROOM}")).lines().count();
@@ -226,7 +221,7 @@ fn a_waiting_room_that_is_gone_is_made_anew_for_all() {
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn a_queue_that_the_pod_took_off_is_put_back() {
-    on_a_node_of_its_own(|| {
+    on_a_node(|| {
         let node = Node::new(json!({}));
         let pod = Pod::new(&node);
         // Without the numbers that the kernel gives.
@@ -272,7 +267,7 @@ fn a_queue_that_the_pod_took_off_is_put_back() {
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn an_interface_that_was_made_anew_is_held_by_the_next_add() {
-    on_a_node_of_its_own(|| {
+    on_a_node(|| {
         let node = Node::new(json!({}));
         let pod = Pod::new(&node);
         pod.sandbox.netns.run("ip", &["link", "del", "eth0"]).unwrap();
@@ -289,7 +284,7 @@ fn an_interface_that_was_made_anew_is_held_by_the_next_add() {
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn whether_other_paths_are_held_follows_the_configuration() {
-    on_a_node_of_its_own(|| {
+    on_a_node(|| {
         let node = Node::new(json!({ "otherPaths": false }));
         let mut pod = Pod::new(&node);
         pod.sandbox.call("DEL");
