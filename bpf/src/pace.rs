@@ -23,7 +23,7 @@ use crate::{
     flow::Flow,
     packet, tcp,
     turn::Packet,
-    window::MAX_PACKET_BYTES,
+    window::LARGEST_PACKET_BYTES,
 };
 
 const NANOS_PER_SECOND: u64 = 1_000_000_000;
@@ -52,8 +52,6 @@ const RAISE: u64 = 2;
 /// .. or, if that is more, to this many packets of the least size a second: up to there the pace does not change how large TCP builds them.
 const MIN_RAISE_PACKETS_PER_S: u64 = 1_000;
 
-/// How long the packets of all bulk flows together may take at the limit, as far as packets of the least size allow it.
-const PACKETS_NS: u64 = 20_000_000;
 /// The kernel builds a packet of what a flow sends at its pace in 2^-10 s (`sk_pacing_shift`, `tcp_tso_autosize`).
 const PACKET_SHIFT: u64 = 10;
 /// Each time that a round trip is longer by 2^19 ns, packets are half as large (as by `tcp_tso_rtt_log`): on a long path are buffers for less.
@@ -150,7 +148,7 @@ fn is_opening(ctx: &SockOpsContext, link: &Link, mss: u64) -> bool {
     }
     let Some(window_segments) = tcp::opening_window_segments(ctx) else { return false };
     let least_bytes = link.limit().min_tso_segs * mss;
-    let wanted_bytes = packet_bytes(link, tcp::shortest_rtt_ns(ctx)).max(least_bytes).min(MAX_PACKET_BYTES);
+    let wanted_bytes = packet_bytes(link, tcp::shortest_rtt_ns(ctx)).max(least_bytes).min(LARGEST_PACKET_BYTES);
     window_segments * mss < 2 * wanted_bytes
 }
 
@@ -161,9 +159,9 @@ fn packet_bytes(link: &Link, rtt_ns: u64) -> u64 {
     let usual_bytes = link.usual_bytes();
     let usual_ns = link.transmit_ns(usual_bytes, 1).max(1);
     let backlog_ns = link.backlog_ns(clock::now_ns(), 0, false).max(usual_ns);
-    let all_bytes = (usual_bytes * PACKETS_NS).checked_div(backlog_ns).unwrap_or(0);
-    let most_bytes = (usual_bytes * MAX_PACKET_NS).checked_div(usual_ns).unwrap_or(0);
-    all_bytes.min(most_bytes) >> (rtt_ns >> RTT_SHIFT).min(16)
+    // All of them together take as long as one that is alone may: the backlog is at least a packet.
+    let bytes = (usual_bytes * MAX_PACKET_NS).checked_div(backlog_ns).unwrap_or(0);
+    bytes >> (rtt_ns >> RTT_SHIFT).min(16)
 }
 
 /// The pace, in bytes/s, at which a sender waits so long after so many bytes of payload.

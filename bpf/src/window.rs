@@ -67,8 +67,8 @@ const MAX_INITIAL_RWND: u64 = 10;
 const WAITING_NS: u64 = 1_000_000;
 /// The same of MPTCP.
 const MULTIPATH_NS: u64 = 10_000_000;
-/// Neither is more than this: a sender builds no larger packets.
-pub const MAX_PACKET_BYTES: u64 = 1 << 16;
+/// A sender builds no larger packets (GSO without BIG TCP), and neither of these windows is more than this.
+pub const LARGEST_PACKET_BYTES: u64 = 1 << 16;
 /// Beyond this backlog such windows become smaller than that.
 const LONG_AT_HOST_NS: u64 = 100_000_000;
 /// How long a first flight may wait at the host's end: its sender sends it again after so long (`TCP_RTO_MIN`).
@@ -171,7 +171,7 @@ pub fn acknowledge(ctx: &SockOpsContext) {
         }
         if flow.waiting.is_multipath != 0 || !is_long {
             let least_ns = if flow.waiting.is_multipath != 0 { MULTIPATH_NS } else { WAITING_NS };
-            flow.window.bytes = flow.window.bytes.max(link_bytes(link.limit(), least_ns).min(MAX_PACKET_BYTES));
+            flow.window.bytes = flow.window.bytes.max(link_bytes(link.limit(), least_ns).min(LARGEST_PACKET_BYTES));
         }
         flow.waiting.has_windows = advertise(ctx, flow).into();
         return;

@@ -175,7 +175,8 @@ pub const ROOM_INTO_QUEUE: u16 = 3;
 /// How many a pod has. The first one's number is a multiple of it.
 pub const ROOM_CLASSES: u16 = 4;
 
-/// How long the packet of a bulk flow may take at the limit that is alone, as far as TCP's least size is no more.
+/// How long the packets of all bulk flows together may take at the limit, and so the packet of one that is alone, as far as TCP's least size is
+/// no more.
 pub const MAX_PACKET_NS: u64 = 20_000_000;
 
 /// Largest packet the arithmetic is exact for. A GSO packet is at most 512 KiB (`GSO_MAX_SIZE`, 8 * 65535 with BIG TCP), and
