@@ -6,6 +6,7 @@ use super::{BUSY, Bed, GBIT, MBIT, assert_rate};
 use crate::harness::limiter::{Limiter, Limits};
 use crate::harness::measure::{self, Bulk, Latency, Way};
 use crate::harness::pod::{INTERFACE, Pod};
+use crate::harness::remote::Remote;
 
 const STEADY_TOLERANCE: f64 = 0.05;
 const FIRST_SECOND_TOLERANCE: f64 = 0.15;
@@ -204,8 +205,29 @@ fn a_full_pod_answers_like_an_idle_one() {
     assert!(queue.p50_us > LEAST_GAIN * ours.p50_us, "podshaper {ours:?}, the bandwidth plugin {queue:?}");
 }
 
-/// A limit that nothing reaches costs nothing that this machine could measure. With cubic it does on two CPUs (README, "Compared"): whichever CPU
-/// empties the interface's queue sends what the other one has put there, and tens of gigabits arrive in disorder, which bbr does not mind.
+/// Behind a link that is slower than the limit, flows have the link, as they have it without a limit.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn behind_a_slower_link_flows_have_what_it_carries() {
+    const LINK: u64 = 1_000 * MBIT;
+    const LEAST_SHARE: f64 = 0.95;
+    let bed = Bed::new();
+    let rate = |limiter, limit| {
+        let mut pod = bed.pod(limiter, limit);
+        pod.remote = Some(Remote::behind_a_link(LINK, &pod).unwrap());
+        let result = measure::bulk(&pod, &Bulk { flows: 2, seconds: 3.0, ..Bulk::default() }).unwrap();
+        eprintln!("{limiter:?}: {} retransmits", result.retransmits);
+        result.timeline.wire_rate(1.0, 3.0)
+    };
+    let (without, with) = (rate(Limiter::Bare, 0), rate(Limiter::Podshaper, 100 * GBIT));
+    let text = format!("{:.1} Mbit/s of {:.1}", with / 1e6, without / 1e6);
+    eprintln!("{text}");
+    assert!(with >= LEAST_SHARE * without, "{text}");
+}
+
+/// A limit that nothing reaches costs nothing that this machine could measure. With cubic, where only the CPUs are slower than the limit, it does
+/// (README, "Compared"): whichever CPU empties the interface's queue sends what the other one has put there, and tens of gigabits arrive in
+/// disorder, which bbr does not mind.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn a_limit_above_the_link_leaves_it_alone() {

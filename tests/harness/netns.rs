@@ -23,8 +23,7 @@ impl Netns {
         let netns = Self { name: name.to_owned(), path: Path::new("/run/netns").join(name) };
         // Without it an IPv6 address is of no use for its first second, and the bridge plugin waits for that.
         netns.run("sh", &["-c", "echo 0 >/proc/sys/net/ipv6/conf/default/accept_dad || true"])?;
-        // What pods run by Linux's default. This machine's own may be another one, and each namespace has it from the machine.
-        netns.run("sh", &["-c", "echo cubic >/proc/sys/net/ipv4/tcp_congestion_control"])?;
+        netns.set_cubic()?;
         netns.run("ip", &["link", "set", "lo", "up"])?;
         Ok(netns)
     }
@@ -52,6 +51,24 @@ impl Netns {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net={}", self.path.display())).arg("--").arg(program);
         command
+    }
+
+    /// Gives it cubic, which pods have by Linux's default. The machine's own default may be another one, and each namespace has it from the machine.
+    /// Where cubic is not that default, the kernel may keep it from all namespaces but the machine's own (`tcp_set_default_congestion_control`).
+    /// The machine, in whose namespace this runs, then allows cubic for a moment.
+    fn set_cubic(&self) -> Result<()> {
+        const SET: &str = "echo cubic >/proc/sys/net/ipv4/tcp_congestion_control";
+        const ALLOW_AND_SET: &str = r#"list=/proc/sys/net/ipv4/tcp_allowed_congestion_control
+            exec 9<$list && flock 9
+            before=$(cat $list) && echo "$before cubic" >$list
+            nsenter --net="$0" sh -c "$1"
+            code=$?
+            echo "$before" >$list
+            exit "$code""#;
+        if self.run("sh", &["-c", SET]).is_ok() {
+            return Ok(());
+        }
+        process::run(Command::new("sh").args(["-c", ALLOW_AND_SET]).arg(&self.path).arg(SET)).map(drop)
     }
 
     /// Runs a program in this namespace and returns its stdout.

@@ -54,6 +54,15 @@ impl Remote {
         Ok(remote)
     }
 
+    /// One behind a link that carries so many bits per second of what the pod sends, and has a queue of 2 ms.
+    pub fn behind_a_link(bits_per_s: u64, pod: &Pod) -> Result<Self> {
+        let remote = Self::new(pod)?;
+        let rate = format!("{bits_per_s}bit");
+        let link = ["qdisc", "add", "dev", LINK, "root", "tbf", "rate", &rate, "burst", "256k", "latency", "2ms"];
+        pod.host.netns.run("tc", &link)?;
+        Ok(remote)
+    }
+
     pub fn address(&self) -> IpAddr {
         ADDRESS.into()
     }
