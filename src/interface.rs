@@ -11,6 +11,7 @@
 pub mod host_end;
 mod mechanism;
 mod packets;
+mod peer;
 mod record;
 
 use std::{
@@ -24,13 +25,14 @@ use crate::{
     error::{self, Code, Error, Result},
     netlink,
     netns::{self, Entered, Namespace},
-    qdisc::{self, HostsEnd, Peer},
+    qdisc::{self, htb},
     request::{Limit, Limits},
 };
 
 pub use mechanism::{IngressBy, Queue};
 use packets::Sysctls;
 pub use packets::min_tso_segs;
+use peer::{HostsEnd, Peer};
 use record::Found;
 pub use record::{HeldAt, Need, Record, is_zero};
 
@@ -174,7 +176,7 @@ impl Interface {
     /// [`Code::Kernel`]: the kernel has no fq, or there is a qdisc of somebody else's.
     pub fn prepare(&mut self) -> Result<()> {
         let (index, there, inode) = (self.index, self.inside.there(), self.netns_inode);
-        let (named, fq) = self.inside.run(|| (qdisc::name_namespace(there, inode), qdisc::put_fq(index)));
+        let (named, fq) = self.inside.run(|| (peer::name_namespace(there, inode), qdisc::put_fq(index)));
         // Without it what a namespace made in the pod sends may be charged twice: not worth a pod.
         self.namespace = named.unwrap_or_else(|cause| {
             log::warn!("the pod's namespace cannot be told from those that are made in the pod: {cause}");
@@ -376,7 +378,7 @@ fn settle_inside(index: u32, own: &Record, needs: &[Need]) -> Inside {
         fq = keep_fq(index);
     } else if let Some(need) = here().find(|need| need.record.htb) {
         // One of another layout has what it needs.
-        htb = need.limits.and_then(|limits| limits.egress).map(|limit| qdisc::put_htb(index, &limit));
+        htb = need.limits.and_then(|limits| limits.egress).map(|limit| htb::put(index, &limit));
     } else if own.fq || own.htb {
         fq = qdisc::take_off(index);
     }
@@ -389,7 +391,7 @@ fn put_htb(index: u32, own: &Record, limit: &Limit, others: &[Need]) -> Result<(
         let text = "another limit of this interface has its queue, which leaves drops: there is room for one";
         return Err(Error::new(Code::Kernel, text));
     }
-    let put = qdisc::put_htb(index, limit);
+    let put = htb::put(index, limit);
     if put.is_err() {
         // Without its classes it is of no use, and no record would tell that it is there.
         warn(LEFT, qdisc::take_off(index));

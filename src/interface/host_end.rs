@@ -3,31 +3,34 @@
 //!
 //! The waiting room is one veth for all pods of the node. Its one end has the queue, its other end sends back what has waited.
 
+mod filters;
 mod seen;
 
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, OwnedFd},
 };
 
-use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     link::{
         AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo,
         LinkMessage,
     },
-    tc::{TcAttribute, TcHandle, TcMessage, TcOption},
 };
 use nix::net::if_::if_nametoindex;
 use podshaper_abi::{QDISC_MAJOR, ROOM_CLASSES};
 
-use super::IngressBy;
+use super::{IngressBy, peer};
 use crate::{
     error::{Code, Error, Result},
-    netlink, qdisc,
+    netlink,
+    qdisc::{self, htb},
     request::Limits,
-    sys,
+};
+pub use filters::{
+    Hook, OF_NODE, has_filter, put_clsact, put_filter, refuse_ingress, refuse_tcx, take_clsact_if_unused, take_filter,
 };
 pub use seen::{Room, leads_to};
 
@@ -48,43 +51,6 @@ const GOING_BACK: &str = "podshaper-back";
 const ROOM_MTU: u32 = 65_535;
 /// The most that newer kernels (7.3 is one) take as the length of an interface's queue. It is that of each class of htb in the room.
 const ROOM_PACKETS: u32 = 32_767;
-
-/// uapi/linux/pkt_cls.h.
-const TCA_BPF_FD: u16 = 6;
-const TCA_BPF_NAME: u16 = 7;
-const TCA_BPF_FLAGS: u16 = 8;
-const TCA_BPF_FLAG_ACT_DIRECT: u32 = 1;
-/// All protocols (uapi/linux/if_ether.h).
-const ETH_P_ALL: u16 = 3;
-/// Before the filters of others, whose verdict may be the last: what they see has been charged.
-const PRIORITY: u16 = 1;
-/// The number of filters whose programs are the node's. It is their handle, by which they are known again: filters of others may stand beside
-/// them. The kernel has a tree of handles for each pod and direction, with a node of 576 bytes for each six bits (`idr_alloc_u32`,
-/// include/linux/radix-tree.h), and what asks for no handle gets the lowest that is free, from 1 on.
-pub const OF_NODE: u16 = 60;
-
-const fn handle(number: u16) -> TcHandle {
-    TcHandle { major: 0, minor: number }
-}
-
-/// Which packets of an interface a filter sees.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Hook {
-    /// What comes in by it.
-    Ingress,
-    /// What goes out by it, before its queue.
-    Egress,
-}
-
-impl Hook {
-    fn parent(self) -> TcHandle {
-        let minor = match self {
-            Self::Ingress => TcHandle::MIN_INGRESS,
-            Self::Egress => TcHandle::MIN_EGRESS,
-        };
-        TcHandle { major: TcHandle::CLSACT.major, minor }
-    }
-}
 
 /// The node's waiting room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,7 +83,7 @@ impl WaitingRoom {
         }
         let link = found.ok_or_else(missing)?;
         let ifindex = link.header.index;
-        let back_ifindex = qdisc::linked_to(&link).ok_or_else(missing)?;
+        let back_ifindex = peer::linked_to(&link).ok_or_else(missing)?;
         let is_up = link.header.flags.contains(LinkFlags::Up);
         if let Some(has_fq) = seen::has_fq(&link).filter(|_| is_up) {
             return Ok(Self { ifindex, back_ifindex, has_fq, is_new: false });
@@ -145,7 +111,7 @@ impl WaitingRoom {
             Ok(()) => true,
             Err(no_fq) => {
                 log::debug!("{no_fq}");
-                qdisc::put_room_htb(ifindex)?;
+                htb::put_room(ifindex)?;
                 false
             }
         };
@@ -178,9 +144,9 @@ impl WaitingRoom {
     pub fn make_place(&self, slot: u32, limits: &Limits, ingress_by: Option<IngressBy>) -> Result<u16> {
         let limits = waiting(limits, ingress_by);
         let Some(limit) = limits.egress.or(limits.ingress).filter(|_| !self.has_fq) else { return Ok(0) };
-        let class = qdisc::add_room_class(self.ifindex, slot, &limit)?;
+        let class = htb::add_room_class(self.ifindex, slot, &limit)?;
         if let Some(limit) = &limits.ingress {
-            qdisc::put_room_classes_into(self.ifindex, class, limit)
+            htb::put_room_classes_into(self.ifindex, class, limit)
                 .inspect_err(|_| take_classes(self.ifindex, class))?;
         }
         Ok(class)
@@ -226,10 +192,10 @@ pub fn leave_place(class: u16) {
 pub fn keep_places(classes: &[u16]) -> Result<()> {
     let Some(ifindex) = index_of(WAITING) else { return Ok(()) };
     let is_left = |class: &u16| !classes.contains(&(class - class % ROOM_CLASSES));
-    let mut left: Vec<u16> = qdisc::room_classes(ifindex)?.into_iter().filter(is_left).collect();
+    let mut left: Vec<u16> = htb::room_classes(ifindex)?.into_iter().filter(is_left).collect();
     // Those below others have higher numbers, and go first.
     left.sort_unstable_by(|one, other| other.cmp(one));
-    left.into_iter().try_for_each(|class| qdisc::take_room_class(ifindex, class))
+    left.into_iter().try_for_each(|class| htb::take_room_class(ifindex, class))
 }
 
 /// The name of a class of the waiting room in `skb->priority`.
@@ -260,170 +226,16 @@ fn waiting(limits: &Limits, ingress_by: Option<IngressBy>) -> Limits {
 
 fn put_classes(ifindex: u32, class: u16, limits: &Limits) -> Result<()> {
     if let Some(limit) = &limits.egress {
-        qdisc::put_room_class_out(ifindex, class, limit)?;
+        htb::put_room_class_out(ifindex, class, limit)?;
     }
-    limits.ingress.as_ref().map_or(Ok(()), |limit| qdisc::put_room_classes_into(ifindex, class, limit))
+    limits.ingress.as_ref().map_or(Ok(()), |limit| htb::put_room_classes_into(ifindex, class, limit))
 }
 
 fn take_classes(ifindex: u32, first: u16) {
     // Those below others go first.
     for class in (first..first + ROOM_CLASSES).rev() {
-        super::warn("a pod's place in the waiting room is left", qdisc::take_room_class(ifindex, class));
+        super::warn("a pod's place in the waiting room is left", htb::take_room_class(ifindex, class));
     }
-}
-
-/// Puts a program on an interface that has a place for filters, before those of others and in the place of an earlier one of this number.
-///
-/// # Errors
-/// [`Code::Kernel`] with what the kernel says.
-pub fn put_filter(ifindex: u32, hook: Hook, number: u16, name: &str, program: BorrowedFd<'_>) -> Result<()> {
-    let failed = |cause: io::Error| {
-        let what = format!("put the eBPF program {name} on the interface {ifindex}");
-        let text = if cause.raw_os_error() == Some(libc::EINVAL) && is_taken(ifindex, hook) {
-            format!(
-                "{what}: another filter has preference {PRIORITY} there, as the bandwidth plugin's has (tc filter show dev ..)"
-            )
-        } else {
-            what
-        };
-        Error::because(Code::Kernel, text, cause)
-    };
-    let mut message = filter(ifindex, hook, number);
-    let options = vec![
-        option(TCA_BPF_FD, &program.as_raw_fd().to_ne_bytes()),
-        option(TCA_BPF_NAME, format!("podshaper/{name}\0").as_bytes()),
-        option(TCA_BPF_FLAGS, &TCA_BPF_FLAG_ACT_DIRECT.to_ne_bytes()),
-    ];
-    message.attributes = vec![TcAttribute::Kind("bpf".to_owned()), TcAttribute::Options(options)];
-    netlink::change(RouteNetlinkMessage::NewTrafficFilter(message), NLM_F_CREATE | NLM_F_REPLACE).map_err(failed)
-}
-
-/// Whether our preference is taken. One preference has one kind of filter, of one protocol (`tc_new_tfilter`, net/sched/cls_api.c).
-fn is_taken(ifindex: u32, hook: Hook) -> bool {
-    let ours = filter(ifindex, hook, 0).header.info;
-    let is_other = |answer: &RouteNetlinkMessage| match answer {
-        RouteNetlinkMessage::NewTrafficFilter(filter) => {
-            let is_bpf = filter.attributes.contains(&TcAttribute::Kind("bpf".to_owned()));
-            filter.header.info >> 16 == u32::from(PRIORITY) && (!is_bpf || filter.header.info != ours)
-        }
-        _ => false,
-    };
-    filters(ifindex, hook).is_ok_and(|found| found.iter().any(is_other))
-}
-
-/// Takes the program of this number off an interface. What others have put there stays.
-///
-/// # Errors
-/// [`Code::Kernel`] with what the kernel says.
-pub fn take_filter(ifindex: u32, hook: Hook, number: u16) -> Result<()> {
-    match netlink::change(RouteNetlinkMessage::DelTrafficFilter(filter(ifindex, hook, number)), 0) {
-        Err(cause) if !matches!(cause.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::EINVAL)) => {
-            Err(Error::because(Code::Kernel, format!("take podshaper's filter off the interface {ifindex}"), cause))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// `tc qdisc del dev IFINDEX clsact`, if nobody has a filter there.
-///
-/// # Errors
-/// [`Code::Kernel`] with what the kernel says.
-pub fn take_clsact_if_unused(ifindex: u32) -> Result<()> {
-    for hook in [Hook::Ingress, Hook::Egress] {
-        let is_filter = |answer: &RouteNetlinkMessage| matches!(answer, RouteNetlinkMessage::NewTrafficFilter(_));
-        if filters(ifindex, hook)?.iter().any(is_filter) {
-            return Ok(());
-        }
-    }
-    match netlink::change(RouteNetlinkMessage::DelQueueDiscipline(clsact(ifindex)), 0) {
-        Err(cause) if !matches!(cause.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::EINVAL)) => {
-            Err(Error::because(Code::Kernel, format!("take podshaper's clsact off the interface {ifindex}"), cause))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Whether the program of this number is on an interface.
-///
-/// # Errors
-/// [`Code::Kernel`] with what the kernel says.
-pub fn has_filter(ifindex: u32, hook: Hook, number: u16) -> Result<bool> {
-    Ok(filters(ifindex, hook)?.iter().any(|answer| match answer {
-        RouteNetlinkMessage::NewTrafficFilter(filter) => filter.header.handle == handle(number),
-        _ => false,
-    }))
-}
-
-/// Refuses the place of a filter for what goes out by an interface that has plain `ingress`, and not clsact: the kernel would put the filter among
-/// those for what comes in (`ingress_tcf_block`, net/sched/sch_ingress.c), in the place of ours.
-///
-/// # Errors
-/// [`Code::Kernel`]: it has none, or with what the kernel says.
-pub fn refuse_ingress(ifindex: u32) -> Result<()> {
-    let what = format!("put eBPF programs on both ways of the interface {ifindex}");
-    match qdisc::qdisc_at(ifindex, TcHandle::CLSACT) {
-        Ok(Some((kind, _))) if kind == "ingress" => {
-            let text = format!(
-                "{what}: it has the qdisc ingress, where clsact would have room for both (tc qdisc show dev ..)"
-            );
-            Err(Error::new(Code::Kernel, text))
-        }
-        Ok(_) => Ok(()),
-        Err(cause) => Err(Error::because(Code::Kernel, what, cause)),
-    }
-}
-
-/// Refuses a place behind programs of tcx: they come before all filters, and the verdict of one may be the last (`sch_handle_ingress`,
-/// net/core/dev.c).
-///
-/// # Errors
-/// [`Code::Kernel`]: there are some, or with what the kernel says.
-pub fn refuse_tcx(ifindex: u32, hook: Hook) -> Result<()> {
-    let what = format!("put an eBPF program on the interface {ifindex}");
-    match sys::programs_before_filters(ifindex, hook == Hook::Ingress) {
-        Ok(0) => Ok(()),
-        Ok(_) => {
-            let text = format!("{what}: it has programs of tcx, as Cilium's are, which come first (bpftool net show)");
-            Err(Error::new(Code::Kernel, text))
-        }
-        Err(cause) => Err(Error::because(Code::Kernel, what, cause)),
-    }
-}
-
-fn filters(ifindex: u32, hook: Hook) -> Result<Vec<RouteNetlinkMessage>> {
-    let mut message = TcMessage::with_index(ifindex as i32);
-    message.header.parent = hook.parent();
-    let all = netlink::dump(RouteNetlinkMessage::GetTrafficFilter(message));
-    all.map_err(|cause| Error::because(Code::Kernel, "list the filters at the host's end", cause))
-}
-
-fn filter(ifindex: u32, hook: Hook, number: u16) -> TcMessage {
-    let mut message = TcMessage::with_index(ifindex as i32);
-    message.header.parent = hook.parent();
-    message.header.handle = handle(number);
-    message.header.info = u32::from(PRIORITY) << 16 | u32::from(ETH_P_ALL.to_be());
-    message.attributes = vec![TcAttribute::Kind("bpf".to_owned())];
-    message
-}
-
-/// The place for filters: `tc qdisc add dev IFINDEX clsact`, unless there is one, or `ingress`. It queues nothing. Whether there was none.
-///
-/// # Errors
-/// [`Code::Kernel`] with what the kernel says.
-pub fn put_clsact(ifindex: u32) -> Result<bool> {
-    match netlink::change(RouteNetlinkMessage::NewQueueDiscipline(clsact(ifindex)), NLM_F_CREATE | NLM_F_EXCL) {
-        Ok(()) => Ok(true),
-        Err(cause) if cause.raw_os_error() == Some(libc::EEXIST) => Ok(false),
-        Err(cause) => Err(Error::because(Code::Kernel, format!("put clsact on the interface {ifindex}"), cause)),
-    }
-}
-
-fn clsact(ifindex: u32) -> TcMessage {
-    let mut message = TcMessage::with_index(ifindex as i32);
-    message.header.parent = TcHandle::CLSACT;
-    message.header.handle = TcHandle { major: TcHandle::CLSACT.major, minor: 0 };
-    message.attributes = vec![TcAttribute::Kind("clsact".to_owned())];
-    message
 }
 
 /// `ip link add podshaper-wait mtu 65535 txqueuelen 32767 type veth peer name podshaper-back ..`
@@ -462,8 +274,4 @@ fn raise(ifindex: u32) -> io::Result<()> {
 
 fn index_of(name: &str) -> Option<u32> {
     if_nametoindex(name).ok()
-}
-
-fn option(kind: u16, value: &[u8]) -> TcOption {
-    TcOption::Other(DefaultNla::new(kind, value.to_vec()))
 }

@@ -11,7 +11,9 @@ use podshaper_abi::QDISC_MAJOR;
 use super::{GO_BACK, Hook, OF_NODE, WAIT_HERE, WAITING, has_filter};
 use crate::{
     error::{Code, Error, Result},
-    netlink, qdisc,
+    interface::peer,
+    netlink,
+    qdisc::{self, htb},
 };
 
 /// The waiting room, with all that podshaper has put there for all pods.
@@ -31,7 +33,7 @@ impl Room {
         let gone = |what: &str| Error::new(Code::Mismatch, format!("the waiting room {WAITING} of the node {what}"));
         let link = netlink::link_by_name(WAITING).map_err(looking)?.ok_or_else(|| gone("is gone"))?;
         let ifindex = link.header.index;
-        let back = qdisc::linked_to(&link)
+        let back = peer::linked_to(&link)
             .map_or(Ok(None), netlink::link)
             .map_err(looking)?
             .ok_or_else(|| gone("has lost its other end"))?;
@@ -44,7 +46,7 @@ impl Room {
                 return Err(gone(&format!("has lost the program {name}")));
             }
         }
-        let classes = if has_fq { None } else { Some(qdisc::room_classes(ifindex)?) };
+        let classes = if has_fq { None } else { Some(htb::room_classes(ifindex)?) };
         Ok(Self { ifindex, classes })
     }
 
