@@ -1,4 +1,4 @@
-//! The pins, which are all the state there is, and the only file that knows how they lie:
+//! The pins, which are all the state there is. This file and the folder beside it are the only ones that know how the pins lie:
 //!
 //! ```text
 //! /sys/fs/bpf/podshaper/            locked (flock) by whoever changes anything below
@@ -20,8 +20,10 @@
 //! process.
 
 mod bpffs;
+mod layout;
 mod names;
 mod sharing;
+mod staged;
 
 use std::{
     fs::{self, File},
@@ -35,7 +37,7 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{AT_FDCWD, Flock, FlockArg, RenameFlags, renameat2},
+    fcntl::{Flock, FlockArg},
 };
 use podshaper_abi::LAYOUT;
 
@@ -43,7 +45,10 @@ use crate::error::{self, Code, Error, Result};
 
 use bpffs::{directories, make_directory, refuse_strangers, remove_if_empty};
 pub use bpffs::{is_bpffs, mount_bpffs};
+use layout::{has_own_maps, layouts, pods};
+pub use layout::{is_current, layout_of, links, links_of, made_at, maps_of, shares};
 use names::{decode, encode};
+pub use staged::{Staged, StagedNode};
 
 /// Where bpffs is mounted on every distribution (systemd, libbpf, bpftool).
 pub const BPFFS: &str = "/sys/fs/bpf";
@@ -104,16 +109,6 @@ impl Deref for LockedPins {
     fn deref(&self) -> &Pins {
         &self.pins
     }
-}
-
-/// A directory in which an attachment is being made. Removed when dropped, unless it was committed.
-pub struct Staged<'a> {
-    pins: &'a LockedPins,
-    place: &'a Place,
-    directory: PathBuf,
-    target: PathBuf,
-    /// Whether something is in it that is not to stay: what is being made, or then what was replaced.
-    is_left: bool,
 }
 
 impl Pins {
@@ -341,174 +336,10 @@ impl LockedPins {
     }
 }
 
-/// The node's programs and maps while they are being pinned. Removed when dropped, unless they were committed.
-pub struct StagedNode {
-    directory: PathBuf,
-    target: PathBuf,
-}
-
-impl StagedNode {
-    /// Where to pin.
-    pub fn directory(&self) -> &Path {
-        &self.directory
-    }
-
-    /// Puts them in their place.
-    ///
-    /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
-    pub fn commit(self) -> Result<()> {
-        fs::rename(&self.directory, &self.target).map_err(|cause| {
-            let text = format!("rename {} to {}", self.directory.display(), self.target.display());
-            Error::because(Code::Kernel, text, cause)
-        })
-    }
-}
-
-impl Drop for StagedNode {
-    fn drop(&mut self) {
-        let layout = self.target.parent();
-        let removed = remove_directory(&self.directory).and_then(|()| layout.map_or(Ok(()), remove_if_empty));
-        if let Err(error) = removed {
-            log::warn!("{error}");
-        }
-    }
-}
-
-impl Staged<'_> {
-    /// Where to pin.
-    pub fn directory(&self) -> &Path {
-        &self.directory
-    }
-
-    /// Puts the finished attachment in its place, all at once, and removes what was there `before`. The old links are live until the
-    /// new ones are, so the pod is never unshaped.
-    ///
-    /// # Errors
-    /// [`Code::Kernel`] with what the kernel says; the old attachment is then still in place.
-    pub fn commit(mut self, before: Option<&Path>) -> Result<()> {
-        self.is_left = self.swap()?;
-        // Pins that an older podshaper made for this attachment, in its own layout, limited it until now.
-        if before.is_some_and(|before| !is_current(before))
-            && let Err(error) = self.pins.remove_others(&layouts(&self.pins.root), self.place)
-        {
-            log::warn!("what the new limit replaced is still there, until the next call for the pod: {error}");
-        }
-        Ok(())
-    }
-
-    /// Whether the old attachment is in the directory now, to be dropped with it.
-    fn swap(&self) -> Result<bool> {
-        let renamed = |result: nix::Result<()>, to: &Path| {
-            result.map_err(|cause| {
-                Error::because(Code::Kernel, format!("rename {} to {}", self.directory.display(), to.display()), cause)
-            })
-        };
-        let rename = |from: &Path, to: &Path, flags| renameat2(AT_FDCWD, from, AT_FDCWD, to, flags);
-        match rename(&self.directory, &self.target, RenameFlags::RENAME_EXCHANGE) {
-            Ok(()) => Ok(true),
-            Err(Errno::ENOENT) => {
-                renamed(rename(&self.directory, &self.target, RenameFlags::empty()), &self.target).map(|()| false)
-            }
-            // bpffs exchanges names since Linux 5.17 (simple_rename, fs/libfs.c). Before that the old attachment steps aside
-            // first; killed between the two renames, it goes on limiting from there until the next call for the pod settles it.
-            Err(Errno::EINVAL) => {
-                let aside = with_suffix(&self.target, OLD);
-                remove_directory(&aside)?;
-                renamed(rename(&self.target, &aside, RenameFlags::empty()), &aside)?;
-                renamed(rename(&self.directory, &self.target, RenameFlags::empty()), &self.target)?;
-                if let Err(error) = remove_directory(&aside) {
-                    log::warn!("what the new limit replaced is still there, until the next call for the pod: {error}");
-                }
-                Ok(false)
-            }
-            Err(cause) => renamed(Err(cause), &self.target).map(|()| false),
-        }
-    }
-}
-
-impl Drop for Staged<'_> {
-    fn drop(&mut self) {
-        if !self.is_left {
-            return;
-        }
-        let removed = remove_directory(&self.directory)
-            .and_then(|()| self.directory.parent().map_or(Ok(()), remove_pod_if_unused));
-        if let Err(error) = removed {
-            log::warn!("{error}");
-        }
-    }
-}
-
 /// The key of what is pinned for a cgroup that is not a pod's. An id is not given to another cgroup before the next boot, and a path may be
 /// longer than the name of a directory.
 pub fn key_of_cgroup(id: u64) -> String {
     format!("cgroup-{id}")
-}
-
-/// The layout an attachment is pinned in: `v1`.
-pub fn layout_of(directory: &Path) -> &str {
-    let layout = directory.ancestors().nth(2).and_then(Path::file_name);
-    layout.and_then(|name| name.to_str()).unwrap_or_default()
-}
-
-/// Whether an attachment's maps are laid out as this podshaper knows them.
-pub fn is_current(directory: &Path) -> bool {
-    layout_of(directory) == format!("v{LAYOUT}")
-}
-
-/// Whether an attachment has maps and programs of its own, as it had in all layouts before the sixth.
-fn has_own_maps(directory: &Path) -> bool {
-    directory.join(LIMITS).exists()
-}
-
-/// Where the maps of an attachment's programs are.
-pub fn maps_of(directory: &Path) -> PathBuf {
-    match directory.ancestors().nth(2) {
-        Some(layout) if shares(directory) => layout.join(NODE),
-        _ => directory.to_path_buf(),
-    }
-}
-
-/// Where the links of an attachment's programs are.
-pub fn links_of(directory: &Path) -> PathBuf {
-    match directory.parent() {
-        Some(pod) if shares(directory) => pod.join(LINKS),
-        _ => directory.to_path_buf(),
-    }
-}
-
-/// Whether an attachment shares the node's programs.
-pub fn shares(directory: &Path) -> bool {
-    is_current(directory) && !has_own_maps(directory)
-}
-
-/// The links of an attachment of any layout, by name.
-pub fn links(directory: &Path) -> Vec<String> {
-    let names = fs::read_dir(links_of(directory)).into_iter().flatten().flatten();
-    let names = names.filter_map(|pin| pin.file_name().into_string().ok());
-    let maps = [OWNER, FLOWS, LIMITS, METERS, SCOPES, OTHERS, HOST_ENDS];
-    let mut links: Vec<_> = names.filter(|name| !maps.contains(&name.as_str())).collect();
-    links.sort();
-    links
-}
-
-/// When an attachment was made: a pin bears the time of its making, and OWNER's is made with it.
-pub fn made_at(directory: &Path) -> Option<std::time::SystemTime> {
-    fs::metadata(directory.join(OWNER)).and_then(|pin| pin.modified()).ok()
-}
-
-/// The directories of the layouts, this podshaper's first: a call that was killed may have left an older one beside it.
-fn layouts(root: &Path) -> Vec<PathBuf> {
-    let current = format!("v{LAYOUT}");
-    let mut layouts: Vec<_> = directories(root).into_iter().filter(|(name, _)| name.starts_with('v')).collect();
-    layouts.sort_by_key(|(name, _)| *name != current);
-    layouts.into_iter().map(|(_, path)| path).collect()
-}
-
-/// The directories of pods in a layout, by their encoded names.
-fn pods(layout: &Path) -> Vec<(String, PathBuf)> {
-    directories(layout).into_iter().filter(|(name, _)| decode(name).is_some()).collect()
 }
 
 /// Removes a pod's directory, with its links, if there is no attachment in it, finished or not; and with the last pod what it shared.
