@@ -12,6 +12,8 @@
 #![feature(asm_experimental_arch)]
 
 mod clock;
+mod coming;
+mod covered;
 mod flow;
 mod maps;
 mod namespace;
@@ -19,6 +21,7 @@ mod other_paths;
 mod pace;
 mod packet;
 mod requests;
+mod room;
 mod subnets;
 mod tcp;
 mod turn;
@@ -208,13 +211,13 @@ pub fn into_pod(ctx: TcContext) -> i32 {
 /// tc, egress of the waiting room: gives a packet its departure time.
 #[classifier]
 pub fn wait_here(ctx: TcContext) -> i32 {
-    other_paths::wait_here(&ctx)
+    room::wait_here(&ctx)
 }
 
 /// tc, ingress of the waiting room's other end: the packet has waited, and goes on from where it came.
 #[classifier]
 pub fn go_back(ctx: TcContext) -> i32 {
-    other_paths::go_back(&ctx)
+    room::go_back(&ctx)
 }
 
 /// What a packet is to the hook.

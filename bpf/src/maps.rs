@@ -135,7 +135,7 @@ pub fn host_end<'a>(ifindex: u32) -> Option<&'a HostEnd> {
 pub fn others<'a>(slot: u32, direction: u32) -> Option<&'a mut Others> {
     let paths = OTHERS.get_ptr_mut(slot)?;
     // SAFETY: the verifier checked the pointer to the map's value, and the direction is one of two. What is not added at once (see
-    // `other_paths::add`) is stored whole.
+    // `covered::add`) is stored whole.
     unsafe { (&raw mut (*paths).of).cast::<Others>().add(direction as usize).as_mut() }
 }
 

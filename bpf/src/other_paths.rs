@@ -20,47 +20,32 @@
 //! of the clock, so while some of it waits, whatever else goes into the pod passes another class of the same htb, which never waits and takes its
 //! part of the limit.
 
-use core::{arch::asm, ptr::NonNull};
+use core::ptr::NonNull;
 
 use aya_ebpf::{
-    bindings::{__sk_buff, BPF_F_INGRESS, bpf_sock},
-    helpers::{bpf_redirect, bpf_set_hash, bpf_sk_fullsock, bpf_skb_ecn_set_ce, bpf_tcp_sock},
+    bindings::{__sk_buff, bpf_sock},
+    helpers::{bpf_set_hash, bpf_sk_fullsock, bpf_skb_ecn_set_ce},
     programs::{SkBuffContext, TcContext},
 };
 use podshaper_abi::{
-    DATAGRAM, EGRESS, FRESH, HELD_DATAGRAM, HostEnd, INGRESS, MAX_HORIZON_NS, ORDERED, OTHER, OTHER_FRESH, Others,
-    ROOM_INTO_AT_ONCE, ROOM_INTO_QUEUE, ROOM_OUT, STREAM, WAITED,
+    DATAGRAM, EGRESS, FRESH, HELD_DATAGRAM, HostEnd, INGRESS, ORDERED, OTHER, OTHER_FRESH, Others, ROOM_INTO_AT_ONCE,
+    ROOM_INTO_QUEUE, ROOM_OUT, STREAM, WAITED,
 };
 
 use crate::{
     clock::{self, Link},
-    flow::{Covered, Flow, Waiting},
+    coming::{Coming, Stretch, coming},
+    covered::add,
+    flow::{Flow, Waiting},
     maps,
-    packet::{self, IPPROTO_TCP, Segment, Wire},
+    packet::{self, ETHERNET_HEADER_BYTES, IPPROTO_TCP, Segment, TC_ACT_SHOT, TC_ACT_UNSPEC, Wire},
     requests,
+    room::{IS_BACK, IS_BACK_TO_BE_CHARGED, IS_REQUEST_BACK, PLACE, wait},
     subnets::{self, Remote},
-    tcp::FIRST_FLIGHT_BYTES,
     turn::Packet,
     waited::Client,
 };
 
-/// Go on with the filters of others (uapi/linux/pkt_cls.h).
-const TC_ACT_UNSPEC: i32 = -1;
-const TC_ACT_SHOT: i32 = 2;
-const ETHERNET_HEADER_BYTES: u64 = 14;
-/// Of a packet that comes back from the waiting room: `skb->mark` of one that comes out of the pod, which has none before, since marks do not
-/// pass from one namespace into another; `skb->cb[PLACE]` of one that goes into it, whose mark is the node's.
-const IS_BACK: u32 = 0x7064_6261;
-/// The same in `skb->cb[PLACE]`, of a packet that its socket's hook charges.
-const IS_BACK_TO_BE_CHARGED: u32 = 0x7064_6262;
-/// The same, of a request for a connection.
-const IS_REQUEST_BACK: u32 = 0x7064_6263;
-/// In `skb->mark` in the waiting room, beside the interface to go back to: it goes into the pod.
-const INTO_POD: u32 = 1 << 31;
-/// Words of `skb->cb`: the departure time, which fq then overwrites, and what it does not.
-const EDT: usize = 0;
-const MARK: usize = 3;
-const PLACE: usize = 4;
 /// How late fq or htb may be with a packet. After so long what waited has left for sure, and the next one may pass without overtaking it.
 const LATE_NS: u64 = 50_000_000;
 /// What the others count as of the backlog: a first flight of TCP.
@@ -72,8 +57,6 @@ const AHEAD_NS: u64 = 5_000_000;
 const REQUEST_BOUND_NS: u64 = 500_000_000;
 /// How long after the answer to such a request the hook leaves the next one to be charged here.
 const ANSWERS_HERE_NS: u64 = 1_000_000_000;
-/// What may be on the way from the host's end to a socket of the pod. No more passes for it until the hook has seen that.
-const ON_THE_WAY_BYTES: u64 = 1 << 20;
 
 impl Waiting {
     /// Whether a packet is a copy of what waits here, for which its sender did not wait long enough.
@@ -82,66 +65,6 @@ impl Waiting {
         let ahead = segment.sequence.wrapping_add(segment.payload).wrapping_sub(self.next_sequence as u32) as i32;
         segment.payload != 0 && ahead <= 0 && now_ns + LATE_NS < self.waits_until_ns
     }
-}
-
-impl Covered {
-    /// Notes a packet of the socket that was charged at the host's end: the next ones need not be.
-    #[inline(always)]
-    pub fn open(&mut self, slot: u32) {
-        if self.slot != slot.into() {
-            *self = Self { slot: slot.into(), charged_bytes: 0, passed_bytes: 0, older_bytes: 0, next_look_ns: 0 };
-        }
-    }
-
-    /// Notes a packet that was charged to an attachment. What was charged to another one is of no use for its host's end.
-    #[inline(always)]
-    pub fn charge(&mut self, wire: &Wire, slot: u32, link: &Link, now_ns: u64) {
-        /// A datagram of more than this may be cut into fragments, each with a header of its own.
-        const UNCUT_BYTES: u64 = 1500;
-        const MIN_MTU: u64 = 1280;
-        const FRAGMENT_HEADER_BYTES: u64 = 48;
-        self.open(slot);
-        if now_ns >= self.next_look_ns {
-            self.forfeit();
-            self.next_look_ns = now_ns + link.limit().horizon_ns.min(MAX_HORIZON_NS);
-        }
-        let is_cut = wire.segments == 1 && wire.bytes > UNCUT_BYTES;
-        let headers = if is_cut { wire.bytes / MIN_MTU * FRAGMENT_HEADER_BYTES } else { 0 };
-        add(&mut self.charged_bytes, wire.bytes + headers);
-    }
-
-    /// What was charged and has not come by for so long was dropped in the pod. A pod could else save it up, and send all of it at once.
-    #[inline(always)]
-    fn forfeit(&mut self) {
-        // SAFETY: as in `passes`. What a packet adds meanwhile may be lost: it is then one that may pass once more.
-        unsafe {
-            if (&raw const self.passed_bytes).read_volatile() < self.older_bytes {
-                (&raw mut self.passed_bytes).write_volatile(self.older_bytes);
-            }
-            self.older_bytes = (&raw const self.charged_bytes).read_volatile();
-        }
-    }
-
-    /// Whether a packet passes for what was charged, or may be charged later: `ahead_bytes` at most. Notes it then.
-    #[inline(always)]
-    fn passes(&mut self, end: &HostEnd, bytes: u64, ahead_bytes: u64) -> bool {
-        // SAFETY: the verifier checked the pointers; an aligned u64 is loaded whole. Volatile: other CPUs write it.
-        let (charged, passed) = unsafe {
-            ((&raw const self.charged_bytes).read_volatile(), (&raw const self.passed_bytes).read_volatile())
-        };
-        let passes = (self.slot == end.slot.into() || end.is_shared != 0) && passed + bytes <= charged + ahead_bytes;
-        if passes {
-            add(&mut self.passed_bytes, bytes);
-        }
-        passes
-    }
-}
-
-/// Adds, all CPUs at once.
-#[inline(always)]
-fn add(to: &mut u64, bytes: u64) {
-    // SAFETY: an aligned u64 of a map's value, which is what this instruction takes, from the first set on.
-    unsafe { asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) &raw mut *to, in(reg) bytes) };
 }
 
 /// See [`crate::out_of_pod`].
@@ -409,60 +332,6 @@ fn pass_on(skb: *mut __sk_buff, end: &HostEnd) -> i32 {
     verdict
 }
 
-/// Sends a packet into the waiting room, with its time and the place to come back to.
-#[inline(always)]
-fn wait(skb: *mut __sk_buff, end: &HostEnd, direction: u32, class: u16, edt_ns: u64) -> i32 {
-    let into = if direction == INGRESS { INTO_POD } else { 0 };
-    // SAFETY: tc programs may write cb, mark and priority, and read ifindex. bpf_redirect clears tstamp before Linux 5.18, and cb not.
-    unsafe {
-        (*skb).cb[EDT] = edt_ns as u32;
-        (*skb).cb[EDT + 1] = (edt_ns >> 32) as u32;
-        (*skb).cb[MARK] = (*skb).mark;
-        if direction == INGRESS {
-            (*skb).cb[PLACE] = IS_BACK;
-        }
-        (*skb).mark = (*skb).ifindex | into;
-        (*skb).priority = match end.waiting_class {
-            0 => 0,
-            first => first + u32::from(class),
-        };
-        bpf_redirect(end.waiting_ifindex, 0) as i32
-    }
-}
-
-/// See [`crate::wait_here`].
-#[inline(always)]
-pub fn wait_here(ctx: &TcContext) -> i32 {
-    // SAFETY: tc programs may read cb and write tstamp.
-    unsafe {
-        let skb = ctx.skb.skb;
-        (*skb).tstamp = u64::from((*skb).cb[EDT]) | u64::from((*skb).cb[EDT + 1]) << 32;
-    }
-    TC_ACT_UNSPEC
-}
-
-/// See [`crate::go_back`].
-#[inline(always)]
-pub fn go_back(ctx: &TcContext) -> i32 {
-    // SAFETY: tc programs may read and write mark, cb, priority and tstamp.
-    unsafe {
-        let skb = ctx.skb.skb;
-        let mark = (*skb).mark;
-        if mark == 0 {
-            // Of the node itself: nobody has business here.
-            return TC_ACT_SHOT;
-        }
-        (*skb).priority = 0;
-        (*skb).tstamp = 0;
-        if mark & INTO_POD == 0 {
-            (*skb).mark = IS_BACK;
-            return bpf_redirect(mark, BPF_F_INGRESS.into()) as i32;
-        }
-        (*skb).mark = (*skb).cb[MARK];
-        bpf_redirect(mark & !INTO_POD, 0) as i32
-    }
-}
-
 /// Whether a process of the node has sent a packet on its way into the pod: it has come by no interface.
 #[inline(always)]
 fn is_of_node(skb: *mut __sk_buff) -> bool {
@@ -486,113 +355,4 @@ fn is_charged(skb: *mut __sk_buff, end: &HostEnd, bytes: u64) -> bool {
         Some(socket) => unsafe { maps::flow(socket) }.is_some_and(|flow| flow.out_covered.passes(end, bytes, 0)),
         None => has_socket,
     }
-}
-
-/// A segment of a connection, and what its socket knows.
-struct Stretch {
-    /// It is none, but a datagram. Not a variant of [`Coming`] beside this: the compiler would copy the fields that the variant has not, and the
-    /// verifier refuses to read what was never written.
-    is_datagram: bool,
-    segment: Segment,
-    /// The socket has all that came before.
-    has_arrived: bool,
-    /// Windows slow its sender down. Else nothing but drops does.
-    has_windows: bool,
-}
-
-impl Stretch {
-    const DATAGRAM: Self = Self { is_datagram: true, segment: Segment::NONE, has_arrived: false, has_windows: false };
-}
-
-/// What a packet is that goes into the pod.
-enum Coming<'a> {
-    /// A socket of the pod gets it, whose hook charges its bytes.
-    ToBeCharged,
-    /// It is of a connection whose acknowledgements cannot be held, or a datagram.
-    ToBeHeld(&'a mut Flow, Stretch),
-    /// It asks for a connection, or is of one that is not open yet.
-    ToListener(Client),
-    /// No hook charges it.
-    Other,
-}
-
-/// A socket is known to the hook by its first packet, which is charged here, as new.
-#[inline(always)]
-fn coming<'a>(packet: &SkBuffContext, end: &HostEnd, bytes: u64) -> Coming<'a> {
-    let Some(mut peers) = packet::peers(packet, ETHERNET_HEADER_BYTES) else { return Coming::Other };
-    // SAFETY: what is found is released, and not used after that. Its storage stays as long as the program runs (RCU).
-    unsafe {
-        let Some((socket, is_request)) = peers.socket(packet, end.namespace.into()) else { return Coming::Other };
-        let full = NonNull::new(bpf_sk_fullsock(socket.as_ptr()));
-        let flow = full.and_then(|socket| maps::flow(socket));
-        let listens = full.is_some_and(packet::listens);
-        let is_connection = peers.are_of_tcp && full.is_some() && !listens;
-        let is_held = is_connection && flow.as_deref().is_some_and(|flow| is_held(flow, end));
-        let tcp = full.filter(|_| is_held).and_then(|socket| bpf_tcp_sock(socket.as_ptr()).as_ref());
-        let (next_sequence, received_bytes) = tcp.map_or((0, 0), |tcp| (tcp.rcv_nxt, tcp.bytes_received));
-        packet::release(socket);
-        match flow {
-            Some(flow) if is_held => {
-                let segment = Segment::of(packet, ETHERNET_HEADER_BYTES);
-                if segment.is_acknowledgement() {
-                    return covered(flow, end, bytes);
-                }
-                if end.holds_streams != 0 && segment.is_multipath(packet) {
-                    flow.waiting.is_multipath = 1;
-                }
-                // Acknowledgements that ride on data are known by the callback that sets windows.
-                let has_windows =
-                    end.holds_streams == 0 || flow.waiting.has_windows != 0 || received_bytes < FIRST_FLIGHT_BYTES;
-                Coming::ToBeHeld(
-                    flow,
-                    Stretch {
-                        is_datagram: false,
-                        segment,
-                        has_arrived: segment.sequence == next_sequence,
-                        has_windows,
-                    },
-                )
-            }
-            _ if peers.are_of_tcp && listens && waits_for_listener(packet, end) => {
-                Coming::ToListener(Client::new(peers.sender()))
-            }
-            Some(flow)
-                if !peers.are_of_tcp && end.waiting_ifindex != 0 && flow.into_covered.slot == end.slot.into() =>
-            {
-                Coming::ToBeHeld(flow, Stretch::DATAGRAM)
-            }
-            Some(flow) => covered(flow, end, bytes),
-            // Of a connection that is being opened, or in the place of one in TIME-WAIT: its listener's hook sees it.
-            None if full.is_none() && waits_for_listener(packet, end) => {
-                Coming::ToListener(Client::new(peers.sender()))
-            }
-            None if full.is_none() && is_request => Coming::ToBeCharged,
-            None => Coming::Other,
-        }
-    }
-}
-
-/// Whether what comes to a listener, or before a connection is open, is charged here and waits. Where acknowledgements are held it is the request
-/// alone; the hook charges what follows.
-#[inline(always)]
-fn waits_for_listener(packet: &SkBuffContext, end: &HostEnd) -> bool {
-    end.holds_streams != 0 || end.paces_requests() && Segment::of(packet, ETHERNET_HEADER_BYTES).is_request
-}
-
-/// Whether what comes to a connection waits here, and not at the remote for its acknowledgements.
-#[inline(always)]
-fn is_held(flow: &Flow, end: &HostEnd) -> bool {
-    end.holds_streams != 0 && flow.into_covered.slot == end.slot.into() || rides(flow, end)
-}
-
-/// Whether the hook will charge a packet of a flow, as it has charged those before.
-#[inline(always)]
-fn covered<'a>(flow: &mut Flow, end: &HostEnd, bytes: u64) -> Coming<'a> {
-    if flow.into_covered.passes(end, bytes, ON_THE_WAY_BYTES) { Coming::ToBeCharged } else { Coming::Other }
-}
-
-/// Whether a flow's acknowledgements ride on data, so that what comes to it is to be held here, or some of that waits here still.
-#[inline(always)]
-fn rides(flow: &Flow, end: &HostEnd) -> bool {
-    flow.slot == end.slot.into() && flow.waiting.is_on(clock::now_ns())
 }

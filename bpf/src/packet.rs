@@ -14,6 +14,10 @@ use aya_ebpf::{
     programs::SkBuffContext,
 };
 
+/// Go on with the filters of others (uapi/linux/pkt_cls.h).
+pub const TC_ACT_UNSPEC: i32 = -1;
+pub const TC_ACT_SHOT: i32 = 2;
+pub const ETHERNET_HEADER_BYTES: u64 = 14;
 const IPV4_HEADER_BYTES: u64 = 20;
 const IPV6_HEADER_BYTES: u64 = 40;
 const UDP_HEADER_BYTES: u64 = 8;
