@@ -1,7 +1,7 @@
 //! Named network namespaces, and threads inside them.
 
 use std::ffi::OsStr;
-use std::fs::File;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
@@ -21,10 +21,14 @@ impl Netns {
     pub fn new(name: &str) -> Result<Self> {
         process::run(Command::new("ip").args(["netns", "add", name]))?;
         let netns = Self { name: name.to_owned(), path: Path::new("/run/netns").join(name) };
-        // Without it an IPv6 address is of no use for its first second, and the bridge plugin waits for that.
-        netns.run("sh", &["-c", "echo 0 >/proc/sys/net/ipv6/conf/default/accept_dad || true"])?;
-        // What pods run by Linux's default. This machine's own may be another one, and each namespace has it from the machine.
-        netns.run("sh", &["-c", "echo cubic >/proc/sys/net/ipv4/tcp_congestion_control"])?;
+        // /proc/sys/net is that of the namespace of whoever looks it up.
+        netns.inside(|| {
+            // Without it an IPv6 address is of no use for its first second, and the bridge plugin waits for that. A kernel may have no IPv6.
+            let _ = fs::write("/proc/sys/net/ipv6/conf/default/accept_dad", "0");
+            // What pods run by Linux's default. This machine's own may be another one, and each namespace has it from the machine.
+            let control = "/proc/sys/net/ipv4/tcp_congestion_control";
+            fs::write(control, "cubic").context(format_args!("write {control} of {name}"))
+        })??;
         netns.run("ip", &["link", "set", "lo", "up"])?;
         Ok(netns)
     }
