@@ -28,6 +28,8 @@ pub enum Limiter {
     BandwidthAsKubelet,
     /// The plugin of a newer version, as [`Programs::newer_bandwidth`] has it.
     BandwidthNewer,
+    /// The same with the burst of a pod that asks for none.
+    BandwidthNewerAsKubelet,
     /// Cilium's bandwidth manager: departure times and fq; what comes in is dropped beyond a bucket.
     Edt,
     /// htb with fq_codel below.
@@ -51,12 +53,13 @@ impl Limiter {
     pub const ALL: [Self; 3] = [Self::Bare, Self::Podshaper, Self::Bandwidth];
 
     /// All that are compared.
-    pub const PEERS: [Self; 10] = [
+    pub const PEERS: [Self; 11] = [
         Self::Bare,
         Self::Podshaper,
         Self::Bandwidth,
         Self::BandwidthAsKubelet,
         Self::BandwidthNewer,
+        Self::BandwidthNewerAsKubelet,
         Self::Edt,
         Self::FqCodel,
         Self::Cake,
@@ -73,6 +76,7 @@ impl Limiter {
             Self::Bandwidth => "bandwidth plugin, burst 1 Mbit",
             Self::BandwidthAsKubelet => "bandwidth plugin, no burst given",
             Self::BandwidthNewer => "bandwidth plugin of Debian sid, burst 1 Mbit",
+            Self::BandwidthNewerAsKubelet => "bandwidth plugin of Debian sid, no burst given",
             Self::Edt => "Cilium's scheme: departure times, fq",
             Self::FqCodel => "htb + fq_codel",
             Self::Cake => "cake",
@@ -86,7 +90,9 @@ impl Limiter {
         match self {
             Self::Bare | Self::Senders | Self::Edt | Self::FqCodel | Self::Cake | Self::Policer => None,
             Self::Podshaper | Self::OwnSockets => Some("podshaper"),
-            Self::Bandwidth | Self::BandwidthAsKubelet | Self::BandwidthNewer => Some("bandwidth"),
+            Self::Bandwidth | Self::BandwidthAsKubelet | Self::BandwidthNewer | Self::BandwidthNewerAsKubelet => {
+                Some("bandwidth")
+            }
         }
     }
 
@@ -104,7 +110,9 @@ impl Limiter {
                 bridge.then(plugin).with_dir(programs.directory()?)
             }
             Self::Bandwidth | Self::BandwidthAsKubelet => bridge.then(bandwidth_plugin()),
-            Self::BandwidthNewer => bridge.then(bandwidth_plugin()).with_dir(programs.newer_bandwidth()?),
+            Self::BandwidthNewer | Self::BandwidthNewerAsKubelet => {
+                bridge.then(bandwidth_plugin()).with_dir(programs.newer_bandwidth()?)
+            }
         };
         pod.add(&chain)?;
         peers::limit(self, pod, limits)
@@ -113,7 +121,9 @@ impl Limiter {
     /// What it needs and this machine has not.
     pub fn missing(self, programs: &Programs) -> Option<String> {
         match self {
-            Self::BandwidthNewer => programs.newer_bandwidth().err().map(|error| error.to_string()),
+            Self::BandwidthNewer | Self::BandwidthNewerAsKubelet => {
+                programs.newer_bandwidth().err().map(|error| error.to_string())
+            }
             _ => peers::missing(self),
         }
     }

@@ -198,9 +198,11 @@ pub struct UdpResult {
     pub overtaken: u64,
 }
 
+/// What a request of 100 bytes is on the wire.
+pub const REQUEST_WIRE_BITS: u64 = (100 + 52) * 8;
+
 /// A pause that keeps requests small beside a limit: a millisecond, or what makes them a twentieth of it.
 pub fn ask_pause(limit_bits_per_s: u64) -> Duration {
-    const REQUEST_WIRE_BITS: u64 = (100 + 52) * 8;
     let twentieth = Duration::from_micros(REQUEST_WIRE_BITS * 1_000_000 / (limit_bits_per_s / 20).max(1));
     twentieth.max(Duration::from_millis(1))
 }

@@ -1,7 +1,7 @@
 //! Named network namespaces, and threads inside them.
 
 use std::ffi::OsStr;
-use std::fs::File;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
@@ -21,8 +21,9 @@ impl Netns {
     pub fn new(name: &str) -> Result<Self> {
         process::run(Command::new("ip").args(["netns", "add", name]))?;
         let netns = Self { name: name.to_owned(), path: Path::new("/run/netns").join(name) };
-        // Without it an IPv6 address is of no use for its first second, and the bridge plugin waits for that.
-        netns.run("sh", &["-c", "echo 0 >/proc/sys/net/ipv6/conf/default/accept_dad || true"])?;
+        // /proc/sys/net is that of the namespace of whoever looks it up. Without this an IPv6 address is of no use for its first second, and the
+        // bridge plugin waits for that. A kernel may have no IPv6.
+        netns.inside(|| fs::write("/proc/sys/net/ipv6/conf/default/accept_dad", "0"))?.unwrap_or_default();
         netns.set_cubic()?;
         netns.run("ip", &["link", "set", "lo", "up"])?;
         Ok(netns)
@@ -57,18 +58,17 @@ impl Netns {
     /// Where cubic is not that default, the kernel may keep it from all namespaces but the machine's own (`tcp_set_default_congestion_control`).
     /// The machine, in whose namespace this runs, then allows cubic for a moment.
     fn set_cubic(&self) -> Result<()> {
-        const SET: &str = "echo cubic >/proc/sys/net/ipv4/tcp_congestion_control";
         const ALLOW_AND_SET: &str = r#"list=/proc/sys/net/ipv4/tcp_allowed_congestion_control
             exec 9<$list && flock 9
             before=$(cat $list) && echo "$before cubic" >$list
-            nsenter --net="$0" sh -c "$1"
+            nsenter --net="$0" sh -c 'echo cubic >/proc/sys/net/ipv4/tcp_congestion_control'
             code=$?
             echo "$before" >$list
             exit "$code""#;
-        if self.run("sh", &["-c", SET]).is_ok() {
+        if self.inside(|| fs::write("/proc/sys/net/ipv4/tcp_congestion_control", "cubic"))?.is_ok() {
             return Ok(());
         }
-        process::run(Command::new("sh").args(["-c", ALLOW_AND_SET]).arg(&self.path).arg(SET)).map(drop)
+        process::run(Command::new("sh").args(["-c", ALLOW_AND_SET]).arg(&self.path)).map(drop)
     }
 
     /// Runs a program in this namespace and returns its stdout.

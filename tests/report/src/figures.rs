@@ -58,6 +58,7 @@ const LESS: Option<Better> = Some(Better::Less);
 const MORE: Option<Better> = Some(Better::More);
 
 const PERCENT: Column = column("percent", "of the limit", Unit::Percent, LIMIT);
+const REQUESTS: Column = column("requests_percent", "requests in it", Unit::Percent, None);
 const FIRST_SECOND: Column = column("first_second_percent", "first second", Unit::Percent, LIMIT);
 const MOST: Column = column("most_second_percent", "largest later second", Unit::Percent, LIMIT);
 const LEAST: Column = column("least_second_percent", "least later second", Unit::Percent, LIMIT);
@@ -79,23 +80,39 @@ pub const ALL: &[Figure] = &[
         workload: "replies",
         title: "Replies beside bulk TCP",
         says: "Bulk TCP flows fill the limit. Meanwhile a request of 100 bytes is sent every millisecond on a connection of its own, \
-               the same way as they. The plot shows which part of the replies came within which time.",
+               the same way as they. The plot shows which part of the replies came within which time. A request is a packet of the pod like \
+               any other, which the limit counts, and so does the part of the limit: \"requests in it\" is what they are of it. Who \
+               answers sooner is asked more often.",
         plots: &[
             Plot::Cdf { series: PERCENTILES, title: "Replies beside bulk TCP" },
             Plot::Steps { series: "percent_by_step", title: "How bulk TCP begins" },
         ],
-        columns: &[REPLY_P50, REPLY_P99, REPLY_LONGEST, PERCENT, FIRST_SECOND, LEAST, MOST, RETRANSMITS, JAIN, CPU],
+        columns: &[
+            REPLY_P50,
+            REPLY_P99,
+            REPLY_LONGEST,
+            PERCENT,
+            REQUESTS,
+            FIRST_SECOND,
+            LEAST,
+            MOST,
+            RETRANSMITS,
+            JAIN,
+            CPU,
+        ],
     },
     Figure {
         workload: "by-limit",
         title: "Four flows of bulk TCP, by limit",
-        says: "All bytes on the wire at layer 3, after the first second, as a part of the limit; and replies beside them.",
+        says: "All bytes on the wire at layer 3, after the first second, as a part of the limit; and replies beside them. \
+               Their requests are in that part, at most a twentieth of the limit and at most one each millisecond. 100 Mbit/s out of the \
+               pod is in the section before.",
         plots: &[
             Plot::Over { parameter: "limit", metric: "percent", title: "After the first second" },
             Plot::Over { parameter: "limit", metric: "first_second_percent", title: "The first second" },
             Plot::Over { parameter: "limit", metric: "reply_p99_ms", title: "Replies beside them, p99" },
         ],
-        columns: &[PERCENT, FIRST_SECOND, LEAST, MOST, RETRANSMITS, JAIN, REPLY_P50, REPLY_P99],
+        columns: &[PERCENT, REQUESTS, FIRST_SECOND, LEAST, MOST, RETRANSMITS, JAIN, REPLY_P50, REPLY_P99],
     },
     Figure {
         workload: "by-flows",
@@ -119,7 +136,7 @@ pub const ALL: &[Figure] = &[
     Figure {
         workload: "mptcp",
         title: "MPTCP",
-        says: "Four flows of MPTCP from the pod, and replies by MPTCP beside them.",
+        says: "Four flows of MPTCP out of the pod or into it, and replies by MPTCP beside them.",
         plots: &[Plot::Cdf { series: PERCENTILES, title: "Replies beside bulk MPTCP" }],
         columns: &[PERCENT, FIRST_SECOND, MOST, RETRANSMITS, REPLY_P50, REPLY_P99],
     },
@@ -152,7 +169,8 @@ pub const ALL: &[Figure] = &[
     Figure {
         workload: "voice",
         title: "Voice beside bulk TCP",
-        says: "Four calls of 64 kbit/s each way, from the pod, beside four bulk flows from the pod that fill the limit. The delay is one way.",
+        says: "Four calls of 64 kbit/s each way, beside four bulk flows that fill the limit of one direction. The numbers are of that \
+               direction. Out: the pod calls, from a socket for each call. In: it is called, and has one socket for all.",
         plots: &[],
         columns: &[
             column("lost_percent", "lost", Unit::Percent, LESS),
@@ -165,21 +183,23 @@ pub const ALL: &[Figure] = &[
     Figure {
         workload: "names",
         title: "Look-ups of names beside bulk TCP",
-        says: "One after the other, each by a datagram from a socket of its own, beside four bulk flows from the pod that fill the limit.",
+        says: "One after the other, each by a datagram from a socket of its own, beside four bulk flows that fill the limit of one \
+               direction. Out: the pod asks. In: it is asked.",
         plots: &[Plot::Cdf { series: PERCENTILES, title: "Look-ups beside bulk TCP" }],
         columns: &[REPLY_P50, REPLY_P99, REPLY_LONGEST, column("lost", "lost", Unit::Count, LESS), PERCENT],
     },
     Figure {
         workload: "quic",
         title: "QUIC",
-        says: "Four bulk transfers by QUIC from the pod, and a small request every 2 ms on another connection by QUIC.",
+        says: "Four bulk transfers by QUIC out of the pod or into it, and a small request every 2 ms on another connection by QUIC, the same way.",
         plots: &[Plot::Cdf { series: PERCENTILES, title: "Replies by QUIC beside bulk by QUIC" }],
         columns: &[REPLY_P50, REPLY_P99, PERCENT, MOST, column("lost_percent", "lost", Unit::Percent, LESS)],
     },
     Figure {
         workload: "servers",
         title: "Servers in the pod",
-        says: "nginx with wrk, nghttpd with h2load, redis with its benchmark (GET). Responses have 10 kB, those of redis 100 bytes.",
+        says: "nginx with wrk, nghttpd with h2load, redis with its benchmark. Out: they get 10 kB with each response, of redis 100 bytes. \
+               In: they post as much, and set it.",
         plots: &[Plot::Bars { parameter: "server", metric: "response_p99_ms", title: "Responses, p99" }],
         columns: &[
             column("responses_per_s", "responses a second", Unit::Count, MORE),
@@ -207,9 +227,10 @@ pub const ALL: &[Figure] = &[
         workload: "other-paths",
         title: "Other paths",
         says: "What passes the pod's interface and no socket of its cgroup: two TCP flows, or UDP at 1.3 times the limit (AF_PACKET: \
-               as fast as it goes). Counted on the wire behind the limiter, after the first second.",
-        plots: &[Plot::Bars { parameter: "path", metric: "percent", title: "Other paths out of the pod" }],
-        columns: &[PERCENT],
+               as fast as it goes, and out of the pod alone). Counted on the wire behind the limiter, after the first second: the mean, and \
+               the busiest second wherever it begins. Multicast into the pod is what its socket gets.",
+        plots: &[Plot::Bars { parameter: "path", metric: "percent", title: "Other paths" }],
+        columns: &[PERCENT, MOST],
     },
     Figure {
         workload: "pods-at-once",
@@ -256,7 +277,8 @@ pub const ALL: &[Figure] = &[
         workload: "calls",
         title: "ADD and DEL, beside so many limited pods",
         says: "The whole process, as a runtime calls it, both directions limited. The memory is what the kernel's grew by (slab, \
-        per-CPU, vmalloc).",
+        per-CPU, vmalloc). Beside 1000 pods one version of the bandwidth plugin is measured, and beside 5000 none: its ADDs and DELs \
+        of so many would take minutes. Where making the pods, which is not measured, takes more than 45 s, there is no number.",
         plots: &[
             Plot::Over { parameter: "pods", metric: "add_p50_ms", title: "ADD, p50" },
             Plot::Over { parameter: "pods", metric: "del_p50_ms", title: "DEL, p50" },

@@ -103,6 +103,18 @@ pub struct Verdict {
     pub has_one_round: bool,
 }
 
+/// The numbers of those that limit.
+fn of_limiters(rows: &[&Row], metric: &str) -> Vec<(Limiter, Spread)> {
+    let limits = |row: &&&Row| !matches!(row.limiter, Limiter::Bare | Limiter::Senders);
+    rows.iter().filter(limits).filter_map(|row| Some((row.limiter, *row.values.get(metric)?))).collect()
+}
+
+/// Whether podshaper has somebody to be compared with.
+pub fn are_compared(rows: &[&Row], metric: &str) -> bool {
+    let values = of_limiters(rows, metric);
+    values.len() > 1 && values.iter().any(|(limiter, _)| *limiter == Limiter::Podshaper)
+}
+
 /// Compares what limits, by values as they are written. None where podshaper is the first, or was not measured.
 pub fn judge(rows: &[&Row], metric: &str, better: Better, digits: i32) -> Option<Verdict> {
     let factor = 10f64.powi(digits);
@@ -111,9 +123,7 @@ pub fn judge(rows: &[&Row], metric: &str, better: Better, digits: i32) -> Option
         Better::More => -(value * factor).round(),
         Better::Near(wanted) => ((value - wanted).abs() * factor).round(),
     };
-    let limits = |row: &&&Row| !matches!(row.limiter, Limiter::Bare | Limiter::Senders);
-    let values: Vec<(Limiter, Spread)> =
-        rows.iter().filter(limits).filter_map(|row| Some((row.limiter, *row.values.get(metric)?))).collect();
+    let values = of_limiters(rows, metric);
     let (_, own) = values.iter().find(|(limiter, _)| *limiter == Limiter::Podshaper)?;
     let rank = 1 + values.iter().filter(|(_, value)| distance(value.median) < distance(own.median)).count();
     if rank == 1 {
@@ -145,6 +155,7 @@ mod tests {
             limiter,
             round: 0,
             stolen: 0.0,
+            seconds: 90.0,
             outcome: Outcome::Found(found),
         }
     }
@@ -168,6 +179,16 @@ mod tests {
         let rows =
             rows_of(&[(Limiter::Bare, 0.1), (Limiter::Senders, 0.1), (Limiter::Podshaper, 1.0), (Limiter::Cake, 2.0)]);
         assert_eq!(judge(&rows.iter().collect::<Vec<_>>(), "time", Better::Less, 1), None);
+    }
+
+    #[test]
+    fn alone_podshaper_is_not_the_first() {
+        use Limiter::{Bare, Cake, Edt, Podshaper};
+        for (limiters, compared) in [(&[Podshaper, Bare][..], false), (&[Cake, Edt], false), (&[Podshaper, Cake], true)]
+        {
+            let rows = rows_of(&limiters.iter().map(|limiter| (*limiter, 1.0)).collect::<Vec<_>>());
+            assert_eq!(are_compared(&rows.iter().collect::<Vec<_>>(), "time"), compared, "{limiters:?}");
+        }
     }
 
     #[test]

@@ -70,6 +70,15 @@ impl Machine {
         format!("Linux {}, {place}", self.release())
     }
 
+    /// User Mode Linux as it is where nothing is missing, for what is going to be measured there.
+    pub fn as_uml(&self) -> Self {
+        let is_of_any_kernel =
+            |limiter: &Limiter| matches!(limiter, Limiter::BandwidthNewer | Limiter::BandwidthNewerAsKubelet);
+        let missing = self.missing.iter().filter(|(limiter, _)| is_of_any_kernel(limiter));
+        let missing = missing.map(|(limiter, why)| (*limiter, why.clone())).collect();
+        Self { is_uml: true, congestion_controls: "reno cubic bbr".to_owned(), missing, ..self.clone() }
+    }
+
     /// "6.18.44" of "6.18.44-more".
     pub fn release(&self) -> &str {
         self.kernel.split('-').next().unwrap_or_default()

@@ -35,6 +35,9 @@ pub fn measure(options: &Measure) -> Result<bool> {
         note(format_args!("without {}: {why}", limiter.title()));
     }
     note(format_args!("{}: {} measurements, about {}", machine.title(), turns.len(), progress.left()));
+    if !machine.is_uml {
+        say_what_follows(&machine, options, progress.seconds.iter().sum());
+    }
     if options.plan {
         return Ok(true);
     }
@@ -44,17 +47,29 @@ pub fn measure(options: &Measure) -> Result<bool> {
     for turn in turns {
         check_stop()?;
         progress.say(&turn);
-        let before = Cpus::now()?;
+        let (start, before) = (Instant::now(), Cpus::now()?);
         let found = turn.workload.measure(turn.limiter, &programs);
         // A stop shows up as a failure of whatever was running.
         check_stop()?;
         complete &= found.is_ok() || turn.limiter != Limiter::Podshaper;
         let stolen = Cpus::now()?.stolen_since(before);
-        sink.put(&Line::Measurement(turn.measurement(&machine.kernel, stolen, found)))?;
+        let seconds = start.elapsed().as_secs_f64();
+        sink.put(&Line::Measurement(turn.measurement(&machine.kernel, stolen, seconds, found)))?;
         progress.done();
     }
     note(format_args!("{}: measured in {}", machine.title(), minutes(progress.start.elapsed().as_secs_f64())));
     Ok(complete)
+}
+
+/// `tests/run report` measures in User Mode Linux after this.
+fn say_what_follows(machine: &Machine, options: &Measure, seconds_here: f64) {
+    let there = workloads::all(&machine.as_uml(), options.quick);
+    let seconds_there: f64 = there.iter().map(Workload::seconds_in_all).sum();
+    note(format_args!(
+        "User Mode Linux after it: about {}, and both together {}",
+        minutes(seconds_there),
+        minutes(seconds_here + seconds_there)
+    ));
 }
 
 /// One measurement that is to be made.
@@ -65,7 +80,7 @@ struct Turn<'a> {
 }
 
 impl Turn<'_> {
-    fn measurement(&self, kernel: &str, stolen: f64, found: Result<Found>) -> Measurement {
+    fn measurement(&self, kernel: &str, stolen: f64, seconds: f64, found: Result<Found>) -> Measurement {
         let outcome = found.map_or_else(
             |error| {
                 note(format_args!("failed: {error}"));
@@ -80,6 +95,7 @@ impl Turn<'_> {
             limiter: self.limiter,
             round: self.round,
             stolen,
+            seconds,
             outcome,
         }
     }

@@ -189,6 +189,7 @@ pub fn colour(limiter: Option<Limiter>) -> RGBColor {
         Some(Limiter::Bandwidth) => RGBColor(230, 85, 13),
         Some(Limiter::BandwidthAsKubelet) => RGBColor(244, 170, 90),
         Some(Limiter::BandwidthNewer) => RGBColor(140, 45, 4),
+        Some(Limiter::BandwidthNewerAsKubelet) => RGBColor(200, 130, 150),
         Some(Limiter::Edt) => RGBColor(35, 150, 70),
         Some(Limiter::FqCodel) => RGBColor(117, 90, 177),
         Some(Limiter::Cake) => RGBColor(222, 70, 170),

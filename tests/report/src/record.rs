@@ -37,6 +37,9 @@ pub struct Measurement {
     pub round: usize,
     /// The part of the CPUs' time that the host of a virtual machine took meanwhile.
     pub stolen: f64,
+    /// How long it took, with what had to be made for it; lines of earlier versions do not say.
+    #[serde(default)]
+    pub seconds: f64,
     #[serde(flatten)]
     pub outcome: Outcome,
 }
@@ -138,6 +141,7 @@ mod tests {
                 limiter: Limiter::FqCodel,
                 round: 1,
                 stolen: 0.0,
+                seconds: 4.7,
                 outcome,
             };
             let text = serde_json::to_string(&Line::Measurement(measurement)).unwrap();

@@ -29,6 +29,17 @@ struct Data {
     measurements: Vec<Measurement>,
 }
 
+impl Data {
+    /// How long it took to measure.
+    fn seconds(&self) -> f64 {
+        self.measurements.iter().map(|one| one.seconds).sum()
+    }
+}
+
+fn minutes(seconds: f64) -> String {
+    format!("{:.1} minutes", seconds / 60.0)
+}
+
 /// Makes the report; false if podshaper has failed somewhere in it.
 pub fn draw(directory: &Path) -> Result<bool> {
     let all = data(record::read(directory)?)?;
@@ -98,6 +109,10 @@ fn introduction(all: &[Data], failed: usize) -> String {
     if all.iter().any(|data| data.machine.is_quick) {
         text += "\n**This was a quick run** (`--quick`): few workloads, one round, short. Its numbers are not to be trusted.\n";
     }
+    let all_seconds: f64 = all.iter().map(Data::seconds).sum();
+    if all_seconds > 0.0 {
+        let _ = write!(text, "\nThe measurements took {}.\n", minutes(all_seconds));
+    }
     if failed > 0 {
         let _ = write!(text, "\n**Measurements that failed: {failed}**; the tables say which.\n");
     }
@@ -106,11 +121,12 @@ fn introduction(all: &[Data], failed: usize) -> String {
         let apps: String = apps.iter().map(|(name, version)| format!("; {name} {version}")).collect();
         let stolen: Vec<f64> = data.measurements.iter().map(|one| one.stolen * 100.0).collect();
         let mean = stolen.iter().sum::<f64>() / stolen.len().max(1) as f64;
+        let took = if data.seconds() > 0.0 { format!(" in {}", minutes(data.seconds())) } else { String::new() };
         let most = stolen.iter().copied().fold(0.0, f64::max);
         let _ = write!(
             text,
             "\n**{}**: {date}; {cpus} CPUs ({cpu}), {memory_mib} MiB; podshaper of commit {podshaper}; {iproute2}{apps}; congestion controls: \
-             {congestion_controls}. {} measurements; the host of this virtual machine took {mean:.1} % of the CPUs' time, and {most:.1} % \
+             {congestion_controls}. {} measurements{took}; the host of this virtual machine took {mean:.1} % of the CPUs' time, and {most:.1} % \
              in the worst of them.",
             data.machine.title(),
             data.measurements.len(),
@@ -129,13 +145,13 @@ fn introduction(all: &[Data], failed: usize) -> String {
 /// As plots and tables call it: with the version of what has several.
 fn label(limiter: Limiter, machine: &Machine) -> String {
     let release = |version: &str| version.split('+').next().unwrap_or_default().to_owned();
+    let has_newer = !machine.newer_bandwidth_plugin.is_empty();
     let plugin = |version: &str, burst| format!("bandwidth plugin {}, {burst}", release(version));
     match limiter {
         Limiter::Bandwidth => plugin(&machine.bandwidth_plugin, "1 Mbit"),
         Limiter::BandwidthAsKubelet => plugin(&machine.bandwidth_plugin, "no burst"),
-        Limiter::BandwidthNewer if !machine.newer_bandwidth_plugin.is_empty() => {
-            plugin(&machine.newer_bandwidth_plugin, "1 Mbit")
-        }
+        Limiter::BandwidthNewer if has_newer => plugin(&machine.newer_bandwidth_plugin, "1 Mbit"),
+        Limiter::BandwidthNewerAsKubelet if has_newer => plugin(&machine.newer_bandwidth_plugin, "no burst"),
         Limiter::Edt => "Cilium's scheme".to_owned(),
         Limiter::Senders => "senders pace themselves".to_owned(),
         limiter => limiter.title().to_owned(),
@@ -219,6 +235,7 @@ fn verdicts(figure: &Figure, rows: &[Row], machine: &Machine) -> Verdicts {
     }
     let Verdicts { compared, not_first, .. } = verdicts;
     verdicts.text = match not_first {
+        _ if compared == 0 => String::new(),
         0 => format!("podshaper is the first in all {compared} comparisons of this table.\n"),
         _ => {
             format!("podshaper is not the first in {not_first} of the {compared} comparisons of this table:\n\n{list}")
@@ -232,8 +249,7 @@ fn verdicts_of(column: &Column, rows: &[Row], machine: &Machine, compared: &mut 
     let mut places = vec![];
     for parameters in combinations(rows, "") {
         let rows: Vec<&Row> = rows.iter().filter(|row| row.parameters == parameters).collect();
-        let is_there = rows.iter().any(|row| row.values.contains_key(column.metric));
-        let Some(better) = column.better.filter(|_| is_there) else { continue };
+        let Some(better) = column.better.filter(|_| judge::are_compared(&rows, column.metric)) else { continue };
         *compared += 1;
         if let Some(verdict) = judge(&rows, column.metric, better, column.unit.digits()) {
             places.push(write_verdict(&parameters, column, &verdict, &rows, machine));
@@ -491,6 +507,7 @@ mod tests {
             limiter,
             round: 0,
             stolen: 0.0,
+            seconds: 90.0,
             outcome: Outcome::Found(found),
         }
     }
@@ -515,6 +532,8 @@ mod tests {
             draw_all(vec![measurement(Limiter::Podshaper, 99.0), measurement(Limiter::Cake, 98.0)]);
         assert!(passed);
         assert!(report.contains("not the first in 1 of the 2 comparisons"), "{report}");
+        assert!(report.contains("The measurements took 3.0 minutes."), "{report}");
+        assert!(report.contains("2 measurements in 3.0 minutes; the host"), "{report}");
         assert!(report.contains("iproute2-6; wrk 4.1.0-3; congestion controls"), "{report}");
         assert!(
             report.contains("- reply p99: out, 4 flows, 100 Mbit/s 2nd of 2 (0.99 ms; cake 0.98 ms, one round)"),

@@ -26,16 +26,11 @@ pub const GBIT: u64 = 1000 * MBIT;
 
 /// Plugins that stand in a chain: whose calls take time.
 const PLUGINS: &[Limiter] = &[Limiter::Podshaper, Limiter::Bandwidth, Limiter::BandwidthNewer];
-/// What holds a pod, and could be used by somebody who knows what he wants.
-const GOOD: &[Limiter] = &[
-    Limiter::Podshaper,
-    Limiter::Bandwidth,
-    Limiter::BandwidthNewer,
-    Limiter::Edt,
-    Limiter::FqCodel,
-    Limiter::Cake,
-    Limiter::Policer,
-];
+/// What holds a pod, and could be used by somebody who knows what he wants. Of the bandwidth plugin the newer version, see [`all`].
+const GOOD: &[Limiter] =
+    &[Limiter::Podshaper, Limiter::BandwidthNewer, Limiter::Edt, Limiter::FqCodel, Limiter::Cake, Limiter::Policer];
+/// What differs from others by its first seconds alone.
+const AS_KUBELET: &[Limiter] = &[Limiter::BandwidthAsKubelet, Limiter::BandwidthNewerAsKubelet];
 
 /// One thing that is measured, behind each of the limiters.
 pub struct Workload {
@@ -92,6 +87,11 @@ impl Workload {
         Self { name, parameters, peers: GOOD.to_vec(), rounds: 1, seconds, measure: Box::new(measure) }
     }
 
+    /// In all its rounds, behind each limiter.
+    pub fn seconds_in_all(&self) -> f64 {
+        self.seconds * (self.rounds * self.peers.len()) as f64
+    }
+
     fn peers(self, peers: &[Limiter]) -> Self {
         Self { peers: peers.to_vec(), ..self }
     }
@@ -109,9 +109,15 @@ fn limits(way: Way, limit: u64) -> Limits {
     }
 }
 
-/// All limiters; with bulk TCP alone also senders that pace themselves.
-fn everybody(with_senders: bool) -> Vec<Limiter> {
-    Limiter::PEERS.into_iter().filter(|limiter| with_senders || *limiter != Limiter::Senders).collect()
+/// All limiters without those of some kinds.
+fn everybody_but(left_out: &[&[Limiter]]) -> Vec<Limiter> {
+    let is_left_out = |limiter: &Limiter| left_out.iter().any(|some| some.contains(limiter));
+    Limiter::PEERS.into_iter().filter(|limiter| !is_left_out(limiter)).collect()
+}
+
+/// Senders that pace themselves are the pod's alone.
+fn who_replies(way: Way) -> Vec<Limiter> {
+    everybody_but(if way == Way::Out { &[] } else { &[&[Limiter::Senders]] })
 }
 
 /// What is measured on a machine.
@@ -122,10 +128,17 @@ pub fn all(machine: &Machine, is_quick: bool) -> Vec<Workload> {
         (true, false) => of_user_mode_linux(machine),
         (true, true) => quickly_in_uml(),
     };
-    list.iter_mut().for_each(|workload| workload.peers.retain(|limiter| !machine.missing.contains_key(limiter)));
-    if machine.is_uml {
-        // Its one CPU takes longer to make a pod.
-        list.iter_mut().for_each(|workload| workload.seconds += 2.0);
+    for workload in &mut list {
+        // Where one bandwidth plugin is enough, it is the newer one if that is there.
+        if machine.missing.contains_key(&Limiter::BandwidthNewer) && !workload.peers.contains(&Limiter::Bandwidth) {
+            let newer = workload.peers.iter_mut().filter(|limiter| **limiter == Limiter::BandwidthNewer);
+            newer.for_each(|limiter| *limiter = Limiter::Bandwidth);
+        }
+        workload.peers.retain(|limiter| !machine.missing.contains_key(limiter));
+        if machine.is_uml {
+            // Its one CPU takes longer to make a pod.
+            workload.seconds += 1.0;
+        }
     }
     list
 }
@@ -134,25 +147,34 @@ pub fn all(machine: &Machine, is_quick: bool) -> Vec<Workload> {
 fn of_a_machine(machine: &Machine) -> Vec<Workload> {
     use Way::{In, Out};
     let mut list = vec![bulk::idle(3.0)];
-    for (way, limit, flows, rounds) in [(Out, 100, 4, 3), (In, 100, 4, 2), (Out, 100, 128, 2)] {
-        list.push(bulk::replies(way, limit * MBIT, flows, 4.0).peers(&everybody(way == Out)).rounds(rounds));
-    }
-    list.extend([MBIT, 10 * MBIT, 100 * MBIT, GBIT, 10 * GBIT].map(|limit| {
-        let seconds = if limit == MBIT { 5.0 } else { 3.0 };
-        bulk::by_limit(Out, limit, seconds).peers(&everybody(true)).rounds(2)
+    list.push(bulk::replies(Out, 100 * MBIT, 4, 4.0).peers(&who_replies(Out)).rounds(3));
+    list.push(bulk::replies(In, 100 * MBIT, 4, 4.0).peers(&who_replies(In)).rounds(2));
+    list.push(bulk::replies(Out, 100 * MBIT, 128, 4.0).peers(&everybody_but(&[AS_KUBELET])).rounds(2));
+    // 100 Mbit/s out of the pod is in the section before.
+    list.extend([MBIT, 10 * MBIT, GBIT, 10 * GBIT].map(|limit| {
+        let seconds = if limit == MBIT { 4.0 } else { 3.0 };
+        let repeated = [Limiter::Bare, Limiter::Bandwidth, Limiter::BandwidthNewerAsKubelet];
+        bulk::by_limit(Out, limit, seconds).peers(&everybody_but(&[&repeated])).rounds(2)
     }));
-    list.extend([MBIT, 10 * MBIT, GBIT].map(|limit| bulk::by_limit(In, limit, 3.0)));
+    list.extend([10 * MBIT, GBIT].map(|limit| bulk::by_limit(In, limit, 3.0)));
     list.extend([1, 16, 128, 1024].map(|flows| bulk::by_flows(100 * MBIT, flows, 3.0)));
-    list.extend([1, 4, 16, 64, 128].map(|flows| bulk::by_flows(GBIT, flows, 3.0).rounds(2)));
+    list.extend([1, 16, 128].map(|flows| bulk::by_flows(GBIT, flows, 3.0).rounds(2)));
     let controls = ["reno", "bbr"].into_iter().filter(|name| machine.has_congestion_control(name));
     list.extend(controls.map(|name| bulk::by_congestion_control(name, 3.0)));
-    list.extend([Out, In].map(|way| short::connections(way, 10 * MBIT, 64, 5.0).rounds(2)));
-    list.extend([bulk::with_ecn(3.0), bulk::mptcp(100 * MBIT, 3.0), bulk::unlimited(3.0).peers(&everybody(false))]);
-    list.extend([apps::voice(10 * MBIT, 4.0), apps::names(10 * MBIT, 4.0), apps::by_quic(100 * MBIT, 4.0)]);
-    list.extend(apps::servers(10 * MBIT, 4.0));
-    list.extend(others::paths(10 * MBIT, 2.5));
-    list.extend([1, 10, 100].map(|pods| node::pods(pods, 10 * MBIT, 4.0).rounds(if pods > 10 { 1 } else { 3 })));
-    list.extend([0, 50, 200].map(node::calls));
+    list.push(bulk::with_ecn(3.0));
+    list.extend([Out, In].map(|way| short::connections(way, 10 * MBIT, 64, 4.0).rounds(2)));
+    let repeated = [Limiter::Senders, Limiter::Bandwidth];
+    list.push(bulk::unlimited(3.0).peers(&everybody_but(&[&repeated, AS_KUBELET])));
+    for way in [Out, In] {
+        list.extend([bulk::mptcp(way, 100 * MBIT, 3.0), apps::by_quic(way, 100 * MBIT, 3.0)]);
+        list.extend([apps::voice(way, 10 * MBIT, 3.0), apps::names(way, 10 * MBIT, 3.0)]);
+        list.extend(apps::servers(way, 10 * MBIT, 3.0));
+        list.extend(others::paths(way, 10 * MBIT, 3.0));
+    }
+    list.extend([(10, 2), (100, 1)].map(|(pods, rounds)| node::pods(pods, 10 * MBIT, 4.0).rounds(rounds)));
+    list.extend([0, 50, 200].map(|pods| node::calls(pods).peers(PLUGINS)));
+    list.push(node::calls(1000).peers(&[Limiter::Podshaper, Limiter::BandwidthNewer]));
+    list.push(node::calls(5000));
     list.extend([1, 8, 32].map(node::calls_at_once));
     list.push(node::programs(100 * MBIT, 3.0));
     list
@@ -162,45 +184,49 @@ fn of_a_machine(machine: &Machine) -> Vec<Workload> {
 fn of_user_mode_linux(machine: &Machine) -> Vec<Workload> {
     use Way::{In, Out};
     let mut list = vec![bulk::idle(3.0)];
-    for (way, limit, flows, rounds) in [(Out, 100, 4, 2), (In, 100, 4, 1), (Out, 100, 128, 1)] {
-        list.push(bulk::replies(way, limit * MBIT, flows, 4.0).peers(&everybody(way == Out)).rounds(rounds));
-    }
-    list.extend([MBIT, 10 * MBIT].map(|limit| bulk::by_limit(Out, limit, 4.0)));
-    list.push(bulk::by_limit(In, 10 * MBIT, 4.0));
+    list.push(bulk::replies(Out, 100 * MBIT, 4, 3.0).peers(&who_replies(Out)));
+    list.push(bulk::replies(In, 100 * MBIT, 4, 3.0).peers(&everybody_but(&[&[Limiter::Senders], AS_KUBELET])));
+    list.push(bulk::replies(Out, 100 * MBIT, 128, 3.0).peers(&everybody_but(&[&[Limiter::Bare], AS_KUBELET])));
+    list.push(bulk::by_limit(Out, 10 * MBIT, 3.0));
     if machine.has_congestion_control("bbr") {
-        list.push(bulk::by_congestion_control("bbr", 4.0));
+        list.push(bulk::by_congestion_control("bbr", 3.0));
     }
-    list.extend([Out, In].map(|way| short::connections(way, 10 * MBIT, 64, 4.0)));
-    list.extend([apps::voice(10 * MBIT, 4.0), apps::names(10 * MBIT, 4.0)]);
-    let paths = [(10, 0.0), (40, 0.0), (100, 0.0), (40, 0.1), (100, 0.1)];
-    list.extend(paths.map(|(rtt_ms, loss_percent)| bulk::far(50 * MBIT, rtt_ms, loss_percent, 5.0)));
-    list
+    for way in [Out, In] {
+        list.push(short::connections(way, 10 * MBIT, 64, 3.0));
+        list.extend([apps::voice(way, 10 * MBIT, 3.0), apps::names(way, 10 * MBIT, 3.0)]);
+    }
+    for (rtt_ms, seconds) in [(10, 3.0), (40, 4.0), (100, 4.0)] {
+        list.extend([0.0, 0.1].map(|loss_percent| bulk::far(50 * MBIT, rtt_ms, loss_percent, seconds)));
+    }
+    list.into_iter().map(|workload| workload.rounds(2)).collect()
 }
 
 fn quickly() -> Vec<Workload> {
     use Way::{In, Out};
-    const FEW: &[Limiter] = &[Limiter::Podshaper, Limiter::Bandwidth];
+    const FEW: &[Limiter] = &[Limiter::Podshaper, Limiter::BandwidthNewer];
+    let paths = [Out, In].into_iter().filter_map(|way| others::paths(way, 10 * MBIT, 3.0).into_iter().next());
     vec![
         bulk::idle(1.0),
-        bulk::replies(Out, 100 * MBIT, 4, 2.0).peers(&everybody(true)),
+        bulk::replies(Out, 100 * MBIT, 4, 2.0).peers(&who_replies(Out)),
         bulk::by_limit(Out, 10 * MBIT, 2.0),
         bulk::by_limit(Out, GBIT, 2.0),
         bulk::by_limit(In, 10 * MBIT, 2.0).peers(FEW),
         short::connections(Out, 10 * MBIT, 16, 2.0).peers(FEW),
+        apps::voice(In, 10 * MBIT, 2.0).peers(FEW),
         node::pods(4, 10 * MBIT, 3.0).peers(FEW),
         node::calls(0).peers(PLUGINS),
         node::calls(20).peers(FEW),
     ]
     .into_iter()
-    .chain(others::paths(10 * MBIT, 2.0).into_iter().take(1).map(|workload| workload.peers(FEW)))
+    .chain(paths.map(|workload| workload.peers(FEW)))
     .collect()
 }
 
 fn quickly_in_uml() -> Vec<Workload> {
-    const FEW: &[Limiter] = &[Limiter::Podshaper, Limiter::Bandwidth, Limiter::Edt, Limiter::Cake];
+    const FEW: &[Limiter] = &[Limiter::Podshaper, Limiter::BandwidthNewer, Limiter::Edt, Limiter::Cake];
     vec![
         bulk::idle(1.0),
-        bulk::replies(Way::Out, 100 * MBIT, 4, 2.0).peers(&everybody(false)),
+        bulk::replies(Way::Out, 100 * MBIT, 4, 2.0).peers(&everybody_but(&[&[Limiter::Senders], AS_KUBELET])),
         bulk::far(50 * MBIT, 40, 0.0, 3.0).peers(FEW),
     ]
 }

@@ -3,7 +3,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::bulk::replies_of;
-use super::{Workload, limits};
+use super::{Workload, limits, towards};
 use crate::harness::apps::{self, App, Http, Http2, Redis};
 use crate::harness::beside::{self, Calls, Flows, Names};
 use crate::harness::measure::Way;
@@ -11,20 +11,26 @@ use crate::harness::quic::{self, Quic};
 use crate::harness::seen::Seen;
 use crate::record::Found;
 
-/// Bulk flows from the pod, beside what may not wait for them.
-const BESIDE: Flows = Flows { out: 4, into: 0 };
 /// Of a response.
 const BYTES: usize = 10_000;
 const CLIENTS: usize = 16;
-const WAY: Way = Way::Out;
+
+/// Bulk flows the same way, beside what may not wait for them.
+fn flows(way: Way) -> Flows {
+    match way {
+        Way::In => Flows { out: 0, into: 4 },
+        Way::Out | Way::Within => Flows { out: 4, into: 0 },
+    }
+}
 
 /// Calls by telephone beside bulk flows.
-pub fn voice(limit: u64, seconds: f64) -> Workload {
-    let calls = Calls { way: WAY, calls: 4, beside: BESIDE, seconds };
-    Workload::of_pod("voice", json!({ "limit": limit }), limits(WAY, limit), seconds + 1.0, move |pod, _| {
+pub fn voice(way: Way, limit: u64, seconds: f64) -> Workload {
+    let calls = Calls { way, calls: 4, beside: flows(way), seconds };
+    let parameters = json!({ "direction": towards(way), "limit": limit });
+    Workload::of_pod("voice", parameters, limits(way, limit), seconds + 1.0, move |pod, _| {
         let result = beside::calls(pod, &calls)?;
         let mut found = Found::default();
-        let sent = result.out;
+        let sent = if way == Way::In { result.into } else { result.out };
         found.put("lost_percent", sent.lost as f64 / sent.sent.max(1) as f64 * 100.0);
         found.put("delay_p50_ms", sent.delay.p50_us / 1e3);
         found.put("delay_p99_ms", sent.delay.p99_us / 1e3);
@@ -35,9 +41,10 @@ pub fn voice(limit: u64, seconds: f64) -> Workload {
 }
 
 /// Names that are looked up beside bulk flows.
-pub fn names(limit: u64, seconds: f64) -> Workload {
-    let names = Names { way: WAY, pause: Duration::from_millis(5), beside: BESIDE, seconds };
-    Workload::of_pod("names", json!({ "limit": limit }), limits(WAY, limit), seconds + 1.0, move |pod, _| {
+pub fn names(way: Way, limit: u64, seconds: f64) -> Workload {
+    let names = Names { way, pause: Duration::from_millis(5), beside: flows(way), seconds };
+    let parameters = json!({ "direction": towards(way), "limit": limit });
+    Workload::of_pod("names", parameters, limits(way, limit), seconds + 1.0, move |pod, _| {
         let result = beside::names(pod, &names)?;
         let mut found = Found::default();
         found.put("lost", result.answers.lost as f64);
@@ -48,9 +55,10 @@ pub fn names(limit: u64, seconds: f64) -> Workload {
 }
 
 /// Bulk by QUIC, and requests by QUIC beside it.
-pub fn by_quic(limit: u64, seconds: f64) -> Workload {
-    let quic = Quic { way: WAY, connections: 4, seconds, ask: Some(Duration::from_millis(2)) };
-    Workload::of_pod("quic", json!({ "limit": limit }), limits(WAY, limit), seconds, move |pod, _| {
+pub fn by_quic(way: Way, limit: u64, seconds: f64) -> Workload {
+    let quic = Quic { way, connections: 4, seconds, ask: Some(Duration::from_millis(2)) };
+    let parameters = json!({ "direction": towards(way), "limit": limit });
+    Workload::of_pod("quic", parameters, limits(way, limit), seconds, move |pod, _| {
         let result = quic::quic(pod, &quic)?;
         let mut found = Found::default();
         let sum = |number: fn(&quic::Transfer) -> u64| result.transfers.iter().map(number).sum::<u64>() as f64;
@@ -62,32 +70,33 @@ pub fn by_quic(limit: u64, seconds: f64) -> Workload {
     })
 }
 
-/// Servers in the pod and their usual clients.
-pub fn servers(limit: u64, seconds: f64) -> Vec<Workload> {
+/// Servers in the pod and their usual clients. Out: they get. In: they post and set.
+pub fn servers(way: Way, limit: u64, seconds: f64) -> Vec<Workload> {
     let ask = Some(Duration::from_millis(2));
-    let http = move |keep| Http { way: WAY, clients: CLIENTS, bytes: BYTES, keep, seconds, ask };
-    let http2 = Http2 { way: WAY, clients: 4, streams: 10, bytes: BYTES, seconds, ask };
-    let redis = Redis { way: WAY, clients: 8, bytes: 100, pipeline: 1, bulk_flows: 1, seconds, ask: None };
+    let http = move |keep| Http { way, clients: CLIENTS, bytes: BYTES, keep, seconds, ask };
+    let http2 = Http2 { way, clients: 4, streams: 10, bytes: BYTES, seconds, ask };
+    // It measures for so long twice, SET and GET, and has tried before how many requests that is.
+    let redis = Redis { way, clients: 8, bytes: 100, pipeline: 1, bulk_flows: 1, seconds: seconds / 2.0, ask: None };
     let of = |server: &'static str, seconds: f64, measure: Box<Server>| {
-        let parameters = json!({ "limit": limit, "server": server });
-        Workload::of_pod("servers", parameters, limits(WAY, limit), seconds, move |pod, _| {
-            Ok(served(&measure(pod)?, limit))
+        let parameters = json!({ "direction": towards(way), "limit": limit, "server": server });
+        Workload::of_pod("servers", parameters, limits(way, limit), seconds, move |pod, _| {
+            Ok(served(&measure(pod)?, way, limit))
         })
     };
     vec![
         of("nginx, connections kept", seconds, Box::new(move |pod| apps::http(pod, &http(true)))),
         of("nginx, connections closed", seconds, Box::new(move |pod| apps::http(pod, &http(false)))),
         of("HTTP/2", seconds, Box::new(move |pod| apps::http2(pod, &http2))),
-        of("redis beside a bulk flow", 2.0 * seconds + 2.0, Box::new(move |pod| apps::redis(pod, &redis))),
+        of("redis beside a bulk flow", seconds + 2.5, Box::new(move |pod| apps::redis(pod, &redis))),
     ]
 }
 
 type Server = dyn Fn(&crate::harness::pod::Pod) -> crate::harness::Result<App>;
 
-fn served(app: &App, limit: u64) -> Found {
+fn served(app: &App, way: Way, limit: u64) -> Found {
     let mut found = Found::default();
-    // The last of what a client does: redis gets after it has set.
-    if let Some(served) = app.served.last() {
+    // Of redis' client, which sets and then gets, what goes the way of the limit.
+    if let Some(served) = if way == Way::In { app.served.first() } else { app.served.last() } {
         found.put("responses_per_s", served.per_second);
         found.put("response_p50_ms", served.p50_us / 1e3);
         found.put("response_p99_ms", served.p99_us / 1e3);

@@ -84,9 +84,9 @@ pub fn unlimited(seconds: f64) -> Workload {
     Workload::of_node("unlimited", json!({}), seconds + 1.5, measure)
 }
 
-pub fn mptcp(limit: u64, seconds: f64) -> Workload {
-    let bulk = Bulk { flows: 4, seconds, mptcp: true, ask: Some(measure::ask_pause(limit)), ..Bulk::default() };
-    of_bulk("mptcp", json!({ "limit": limit }), limit, bulk)
+pub fn mptcp(way: Way, limit: u64, seconds: f64) -> Workload {
+    let bulk = Bulk { way, flows: 4, seconds, mptcp: true, ask: Some(measure::ask_pause(limit)), ..Bulk::default() };
+    of_bulk("mptcp", json!({ "direction": towards(way), "limit": limit }), limit, bulk)
 }
 
 /// To a machine behind a long path.
@@ -118,6 +118,8 @@ fn found(pod: &Pod, limiter: Limiter, limit: u64, bulk: &Bulk) -> Result<Found> 
     }
     if let Some(latency) = &result.latency {
         replies_of(&mut found, latency);
+        let requests = latency.count as f64 * measure::REQUEST_WIRE_BITS as f64 / bulk.seconds;
+        found.put("requests_percent", requests / limit as f64 * 100.0);
     }
     Ok(found)
 }

@@ -1,6 +1,6 @@
 use serde_json::json;
 
-use super::{Workload, limits};
+use super::{Workload, limits, towards};
 use crate::harness::measure::Way;
 use crate::harness::paths::{Load, Path};
 use crate::record::Found;
@@ -15,17 +15,18 @@ const PATHS: [(Path, bool); 5] = [
 ];
 
 /// What passes the pod's interface and no socket of its cgroup, on the wire behind the limiter.
-pub fn paths(limit: u64, seconds: f64) -> Vec<Workload> {
+pub fn paths(way: Way, limit: u64, seconds: f64) -> Vec<Workload> {
     let workload = |(path, is_udp): (Path, bool)| {
-        let load = Load { way: Way::Out, is_udp, limit, seconds };
-        let parameters = json!({ "limit": limit, "path": path.title() });
-        Workload::of_pod("other-paths", parameters, limits(Way::Out, limit), seconds, move |pod, _| {
+        let load = Load { way, is_udp, limit, seconds };
+        let parameters = json!({ "direction": towards(way), "limit": limit, "path": path.title() });
+        Workload::of_pod("other-paths", parameters, limits(way, limit), seconds, move |pod, _| {
             let timeline = path.with(pod, |pod, ends| path.send(pod, ends, &load))?;
-            let percent = |from: f64, to: f64| timeline.wire_rate(from, to) / limit as f64 * 100.0;
+            let percent = |rate: f64| rate / limit as f64 * 100.0;
             let mut found = Found::default();
-            found.put("percent", percent(1.0, seconds));
+            found.put("percent", percent(timeline.wire_rate(1.0, seconds)));
+            found.put("most_second_percent", percent(timeline.busiest_second(seconds)));
             Ok(found)
         })
     };
-    PATHS.into_iter().map(workload).collect()
+    PATHS.into_iter().filter(|(path, is_udp)| path.carries(way, *is_udp)).map(workload).collect()
 }
