@@ -56,7 +56,7 @@ pub fn add<'a>(delegation: &Delegation, request: &'a Request, endpoint: &'a Endp
         list.leave_out(BANDWIDTH);
     }
     // Before anything is made: podshaper may be killed, and then the DEL that follows knows what to undo.
-    record::keep(endpoint, &list)?;
+    record::keep(endpoint, request.netns.as_deref(), &list)?;
     let mut result: Option<Box<RawValue>> = None;
     for number in 0..list.plugins.len() {
         let call = Call { verb: Cmd::Add, list: &list, offers: offers(request)?, prev_result: result.as_deref() };

@@ -6,7 +6,7 @@
 
 use std::{
     collections::BTreeMap,
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
     fs,
     io::{self, Read},
     path::{Path, PathBuf},
@@ -89,6 +89,34 @@ struct Interface {
 /// Where a runtime's library keeps them below its directory.
 pub fn directories(directory: &Path) -> [PathBuf; 2] {
     RESULTS.map(|results| directory.join(results))
+}
+
+/// The names of the files in which a runtime's library keeps results, of sandboxes that are gone as well.
+pub struct Results(Vec<OsString>);
+
+impl Results {
+    /// Those that are there now.
+    ///
+    /// # Errors
+    /// [`Code::Io`]: the directory is there and cannot be listed.
+    pub fn list(directory: &Path) -> Result<Self> {
+        let mut names = Vec::new();
+        for results in directories(directory) {
+            names.extend(files(&results)?.iter().filter_map(|file| file.file_name().map(OsStr::to_owned)));
+        }
+        Ok(Self(names))
+    }
+
+    /// Whether there is one of this interface of this container, by whichever network: its DEL has not ended then.
+    pub fn has(&self, container_id: &str, ifname: &str) -> bool {
+        let end = format!("-{container_id}-{ifname}");
+        self.0.iter().any(|name| name.as_encoded_bytes().ends_with(end.as_bytes()))
+    }
+}
+
+/// Whether there is a namespace at a path. What a reboot leaves there is an empty file.
+pub fn is_namespace(path: &Path) -> bool {
+    statfs(path).is_ok_and(|found| found.filesystem_type() == NSFS_MAGIC)
 }
 
 /// Every sandbox whose namespace is there, of each interface of a container the newest, and why files could not be read.
@@ -174,7 +202,7 @@ impl Sandbox {
     }
 
     fn has_namespace(&self) -> bool {
-        statfs(&self.netns).is_ok_and(|found| found.filesystem_type() == NSFS_MAGIC)
+        is_namespace(&self.netns)
     }
 
     /// A value of `CNI_ARGS`.
@@ -276,6 +304,23 @@ mod tests {
         assert_eq!(found[0].config(), br#"{"name": "cbr0"}"#);
         assert_eq!(found[0].offers["bandwidth"].get(), r#"{"EgressRate":1000}"#);
         assert!(read(Path::new("/nowhere")).unwrap().0.is_empty());
+    }
+
+    #[test]
+    fn a_result_is_of_its_container_and_interface_whichever_network_it_is_of() {
+        let names = ["results/cbr0-c1-eth0", "results/a-b-c2-eth0", "multus/results/mv-c3-net1"];
+        let directory = directory(&names.map(|name| (name, String::new())));
+        let results = Results::list(directory.path()).unwrap();
+        for (container_id, ifname, has) in [
+            ("c1", "eth0", true),
+            ("c2", "eth0", true),
+            ("c3", "net1", true),
+            ("c1", "net1", false),
+            ("1", "eth0", false),
+        ] {
+            assert_eq!(results.has(container_id, ifname), has, "{container_id} {ifname}");
+        }
+        assert!(!Results::list(Path::new("/nowhere")).unwrap().has("c1", "eth0"));
     }
 
     #[test]

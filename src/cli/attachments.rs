@@ -4,6 +4,8 @@
 //! system calls, so that 500 are read in milliseconds.
 
 mod held;
+mod json;
+mod links;
 
 use std::{
     fs,
@@ -17,9 +19,7 @@ use std::{
 };
 
 use podshaper_abi::{Counters, Limit as AbiLimit, Others};
-use serde::{Serialize, Serializer, ser::SerializeMap};
 
-use super::chart;
 use crate::{
     cgroup::Hierarchies,
     direction::Direction,
@@ -32,6 +32,7 @@ use crate::{
     units::{Burst, Rate},
 };
 pub use held::look_whether_held;
+pub use links::Links;
 
 /// One attachment as it was found.
 pub struct Attachment {
@@ -92,15 +93,6 @@ pub struct Passing {
     pub bits_per_s: f64,
     /// The packets by the backlog they found.
     pub backlog: [u64; podshaper_abi::BACKLOG_BUCKETS],
-}
-
-/// Whether an attachment's programs are on its cgroup.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Links {
-    live: usize,
-    /// Whose cgroup the kernel itself says is gone.
-    dead: usize,
-    faults: Vec<String>,
 }
 
 /// Everything that is attached on this node.
@@ -310,50 +302,6 @@ impl Measured {
     }
 }
 
-impl Links {
-    fn read(pinned: &Pinned<'_>, names: &[String], cgroup: &Path) -> Self {
-        let wanted = fs::metadata(cgroup).map(|directory| directory.ino()).ok();
-        let mut links = Self::default();
-        for name in names {
-            match pinned.linked_cgroup(name) {
-                Ok(Some(id)) if Some(id) == wanted => links.live += 1,
-                Ok(Some(_)) if wanted.is_none() => links.faults.push(format!("{name}: its cgroup is gone")),
-                Ok(Some(id)) => links.faults.push(format!("{name}: on another cgroup, with id {id}")),
-                Ok(None) => {
-                    links.dead += 1;
-                    links.faults.push(format!("{name}: dead, its cgroup is gone"));
-                }
-                Err(error) => links.faults.push(format!("{name}: {error}")),
-            }
-        }
-        links
-    }
-
-    /// Whether not one is live.
-    pub fn are_dead(&self) -> bool {
-        self.live == 0
-    }
-
-    /// Whether none can ever be again: a cgroup of the same name is not the same.
-    pub fn are_dead_for_good(&self) -> bool {
-        self.live == 0 && self.dead > 0 && self.dead == self.faults.len()
-    }
-
-    /// What is wrong, of each that is not live.
-    pub fn faults(&self) -> &[String] {
-        &self.faults
-    }
-
-    /// `live`, `dead`, or how many are.
-    pub fn text(&self) -> String {
-        match (self.live, self.faults.len()) {
-            (0, _) => "dead".to_owned(),
-            (_, 0) => "live".to_owned(),
-            (live, faults) => format!("{live} of {} live", live + faults),
-        }
-    }
-}
-
 /// The maps of the attachments, each opened once: those of a node share theirs.
 #[derive(Default)]
 struct Sets(Vec<(PathBuf, Set)>);
@@ -425,48 +373,6 @@ pub fn below_mount(cgroup: &str) -> String {
     below.map_or_else(|| cgroup.to_owned(), |below| format!("/{}", below.display()))
 }
 
-impl Serialize for Attachment {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        // The interface is in `place`, the mechanisms are in the directions.
-        let Owner {
-            container_id,
-            network,
-            interface: Record { netns, .. },
-            pod_namespace,
-            pod_name,
-            uid,
-            cgroup,
-            max_egress,
-            max_ingress,
-            changed,
-            ..
-        } = &self.owner;
-        let mut map = serializer.serialize_map(None)?;
-        map.serialize_entry("name", &self.name())?;
-        map.serialize_entry("namespace", pod_namespace)?;
-        map.serialize_entry("pod", pod_name)?;
-        map.serialize_entry("uid", uid)?;
-        map.serialize_entry("key", &self.place.pod)?;
-        map.serialize_entry("interface", &self.place.interface)?;
-        map.serialize_entry("containerId", container_id)?;
-        map.serialize_entry("network", network)?;
-        map.serialize_entry("netns", netns)?;
-        map.serialize_entry("cgroup", cgroup)?;
-        map.serialize_entry("ageSeconds", &self.age().map(|age| age.as_secs()))?;
-        map.serialize_entry("links", &self.links.text())?;
-        map.serialize_entry("linkFaults", self.links.faults())?;
-        map.serialize_entry("maxEgressBitsPerS", max_egress)?;
-        map.serialize_entry("maxIngressBitsPerS", max_ingress)?;
-        map.serialize_entry("changed", changed)?;
-        map.serialize_entry("pins", &self.directory)?;
-        map.serialize_entry("notHeld", &self.not_held)?;
-        map.serialize_entry("problem", &self.problem)?;
-        map.serialize_entry("egress", &self.egress)?;
-        map.serialize_entry("ingress", &self.ingress)?;
-        map.end()
-    }
-}
-
 impl OtherPaths {
     /// Whether it is held; `None` where there is no interface by which anything else could come.
     pub fn are_held(&self) -> Option<bool> {
@@ -483,38 +389,5 @@ impl OtherPaths {
             Self::Held(others) | Self::Lost(others) => Some(others),
             Self::ByTbf | Self::Free | Self::OfNone => None,
         }
-    }
-}
-
-impl Serialize for OtherPaths {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(None)?;
-        map.serialize_entry("held", &self.are_held())?;
-        let counted = self.counted();
-        map.serialize_entry("bytes", &counted.map(|others| others.bytes))?;
-        map.serialize_entry("packets", &counted.map(|others| others.packets))?;
-        map.serialize_entry("drops", &counted.map(|others| others.drops))?;
-        map.end()
-    }
-}
-
-impl Serialize for Measured {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let Counters { bytes, packets, drops, marks, max_backlog_ns, backlog } = &self.counters;
-        let mut map = serializer.serialize_map(None)?;
-        map.serialize_entry("limitBitsPerS", &self.rate.as_bits_per_s())?;
-        map.serialize_entry("burstBits", &self.burst.as_bytes().saturating_mul(8))?;
-        map.serialize_entry("by", &self.by)?;
-        map.serialize_entry("currentBitsPerS", &self.passing.as_ref().map(|passing| passing.bits_per_s.round()))?;
-        map.serialize_entry("utilisation", &self.used())?;
-        map.serialize_entry("bytes", bytes)?;
-        map.serialize_entry("packets", packets)?;
-        map.serialize_entry("drops", drops)?;
-        map.serialize_entry("marks", marks)?;
-        map.serialize_entry("otherPaths", &self.others)?;
-        map.serialize_entry("maxBacklogNs", max_backlog_ns)?;
-        map.serialize_entry("backlogP99Ns", &chart::percentile_ns(backlog, 0.99))?;
-        map.serialize_entry("backlogPackets", backlog)?;
-        map.end()
     }
 }

@@ -1,18 +1,20 @@
 //! `podshaper gc`: removes what no DEL will come for. A runtime's own GC, which names what is in use, is a CNI verb.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
+use serde::Serialize;
 
 use super::{
     attachments::{self, Attachment},
     output::Output,
-    run,
+    run, sync,
     table::{Left, Table},
 };
 use crate::{
     attachment::{self, End},
     cgroup,
+    delegate::record::{self, Stale},
     error::{self, Result},
     owner::Owner,
 };
@@ -22,32 +24,59 @@ pub struct Arguments {
     /// Say what would be removed, and remove nothing
     #[arg(long)]
     dry_run: bool,
+    /// Directory in which the runtime's CNI library keeps the results of its calls
+    #[arg(long, value_name = "DIR", default_value = sync::CACHE_DIR)]
+    cache_dir: PathBuf,
     #[command(flatten)]
     output: Output,
+}
+
+/// What is removed.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Removed<'a> {
+    Attachment(&'a Attachment),
+    Record(&'a Stale),
 }
 
 impl Arguments {
     pub fn run(self) -> Result<()> {
         let mut stale: Vec<_> = attachments::read()?.into_iter().filter(is_stale).collect();
+        let mut records = record::stale(&self.cache_dir)?;
         let mut results = Vec::new();
         if !self.dry_run {
-            stale.retain(|attachment| {
-                remove(attachment).unwrap_or_else(|error| {
+            let mut is_done = |done: Result<bool>| {
+                done.unwrap_or_else(|error| {
                     results.push(Err(error));
                     false
                 })
-            });
+            };
+            stale.retain(|attachment| is_done(remove(attachment)));
+            records.retain(|record| is_done(record.remove().map(|()| true)));
             results.push(attachment::lock().and_then(|pins| pins.map_or(Ok(()), |pins| attachment::settle_all(&pins))));
         }
-        self.output.print(&stale, || {
+        let attachments = stale.iter().map(Removed::Attachment);
+        let removed: Vec<Removed<'_>> = attachments.chain(records.iter().map(Removed::Record)).collect();
+        self.output.print(&removed, || {
             let done = if self.dry_run { "WOULD REMOVE" } else { "REMOVED" };
-            let mut table = Table::new(&[(done, Left), ("INTERFACE", Left), ("PINS", Left)]);
-            for Attachment { place, directory, .. } in &stale {
-                table.row(vec![place.pod.clone(), place.interface.clone(), directory.display().to_string()]);
-            }
+            let mut table = Table::new(&[(done, Left), ("INTERFACE", Left), ("WHERE", Left)]);
+            removed.iter().for_each(|removed| table.row(removed.cells()));
             table.text()
         })?;
         error::all(results)
+    }
+}
+
+impl Removed<'_> {
+    fn cells(&self) -> Vec<String> {
+        match self {
+            Self::Attachment(Attachment { place, directory, .. }) => {
+                vec![place.pod.clone(), place.interface.clone(), directory.display().to_string()]
+            }
+            Self::Record(Stale { container_id, interface, record }) => {
+                vec![container_id.clone(), interface.clone(), record.display().to_string()]
+            }
+        }
     }
 }
 

@@ -9,6 +9,7 @@
 mod conflist;
 mod delegating;
 mod diff;
+mod edit;
 mod files;
 mod multus;
 mod place;
@@ -32,6 +33,7 @@ use super::{output, sync};
 use crate::error::{Code, Error, Result};
 use crate::request::Request;
 use conflist::{BANDWIDTH, CAPABILITIES, Conflist, Entry, PODSHAPER};
+use edit::{Edit, What};
 pub use files::networks;
 pub use multus::is as is_multus;
 use place::{Place, Target};
@@ -81,28 +83,6 @@ pub struct Install {
     /// Do it only if something came, went or changed since the last --and-sync looked. This is what the units call after that one
     #[arg(long, requires = "and_sync")]
     if_changed: bool,
-}
-
-/// A file as it is to be.
-struct Edit {
-    path: PathBuf,
-    /// What is there; nothing, if there is no such file.
-    before: Option<String>,
-    after: String,
-    /// Whose mode and owner it has.
-    like: PathBuf,
-    what: What,
-}
-
-/// What a file is that podshaper is put into.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum What {
-    /// The network's. What is there is kept for uninstall.
-    Network,
-    /// Ours, made of a lone configuration.
-    OwnList,
-    /// Ours, which delegates to the network's.
-    Delegating,
 }
 
 impl Install {
@@ -355,36 +335,6 @@ impl Install {
             command.extend(value.into_iter().flat_map(|value| [option.to_owned(), value]));
         }
         command
-    }
-}
-
-impl Edit {
-    /// The backup first, then the file.
-    fn perform(&self, report: &mut Report) -> Result<()> {
-        let Self { path, before, after, like, what } = self;
-        report.change(path, before.as_deref().unwrap_or_default(), after);
-        if before.as_ref() == Some(after) {
-            report.unchanged(format!("{} has podshaper already", path.display()));
-            return Ok(());
-        }
-        if report.dry_run {
-            return Ok(());
-        }
-        // What has podshaper in it is not what uninstall is to bring back.
-        let backup = before.as_ref().filter(|before| *what == What::Network && !place::has_podshaper(before));
-        if let Some(before) = backup {
-            files::replace(&files::backup(path), before.as_bytes(), path)?;
-        }
-        files::replace(path, after.as_bytes(), like)?;
-        let (path, of, like) = (path.display(), files::backup(path), like.display());
-        report.say(match what {
-            What::Network => format!("{path}: podshaper is in it; as it was: {}", of.display()),
-            What::OwnList => format!("{path}: what {like} says, and podshaper"),
-            What::Delegating => {
-                format!("{path}: podshaper, which calls the plugins of {like} as it stands at each call")
-            }
-        });
-        Ok(())
     }
 }
 

@@ -28,6 +28,7 @@ use super::{
 };
 use crate::{
     attachment, cni,
+    delegate::record,
     error::{Code, Error, Result},
     owner::Owner,
     pins::Place,
@@ -38,7 +39,7 @@ use answer::Answer;
 use decide::{InForce, Step, decide};
 pub use memory::{Failure, LastRun};
 use networks::Networks;
-use report::{Done, HOLD, Report};
+use report::{Done, FORGET, HOLD, Report};
 use task::{Interface, Target, Task, perform};
 
 /// Where libcni has its results, unless a runtime says otherwise.
@@ -124,6 +125,7 @@ impl Arguments {
             perform(tasks, &mut report);
         }
         self.clear(others.iter().filter(|other| gc::is_stale(other)), unfinished > 0, &mut report);
+        self.forget(&mut report).unwrap_or_else(|error| report.know_less(&error));
         self.end(report)
     }
 
@@ -151,6 +153,18 @@ impl Arguments {
             let settled = attachment::lock().and_then(|pins| pins.map_or(Ok(()), |pins| attachment::settle_all(&pins)));
             settled.unwrap_or_else(|error| report.know_less(&error));
         }
+    }
+
+    /// Removes what `install --delegate` has left of sandboxes that are gone.
+    fn forget(&self, report: &mut Report) -> Result<()> {
+        for stale in record::stale(&self.cache_dir)? {
+            if !self.dry_run {
+                stale.remove()?;
+            }
+            let place = Place { pod: stale.container_id, interface: stale.interface };
+            report.changes.push(Done::at(FORGET, &place, &Limits::default(), &Limits::default()));
+        }
+        Ok(())
     }
 
     fn end(&self, report: Report) -> Result<ExitCode> {

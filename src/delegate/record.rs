@@ -2,8 +2,8 @@
 //!
 //! The network's list may be another one by then, or be called otherwise. What the runtime keeps of an ADD holds podshaper's list and not
 //! the network's, and podshaper's own pins are there for limited pods alone and go with a reboot, after which IPAM still has to be told.
-//! A file that cannot be read is as good as none. One whose DEL never comes here, because podshaper was taken out meanwhile, stays until a
-//! GC or `uninstall --remove-binary`, as libcni's own does.
+//! A DEL takes a file that cannot be read for none. A file whose DEL never comes here, because podshaper was taken out meanwhile, stays until
+//! the runtime's GC or `uninstall --remove-binary`, or until sync or `podshaper gc` finds its sandbox gone ([`stale`]).
 
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{self, Write};
@@ -11,38 +11,62 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rscni_plugin::types::GcAttachment;
+use serde::{Deserialize, Serialize};
 
 use super::list::List;
 use crate::error::{self, Code, Error, Result};
 use crate::request::Endpoint;
+use crate::sandboxes::{Results, is_namespace};
 
 /// Beside libcni's own (its `CacheDir`), which is on every node that has a runtime, and lasting.
 pub const DIRECTORY: &str = "/var/lib/cni/podshaper";
 
-/// Neither name can hold a colon.
+/// What stands between container and interface in a file's name. Neither can hold a colon.
+const BETWEEN: char = ':';
+
+/// What is written.
+#[derive(Serialize)]
+struct Kept<'a> {
+    #[serde(flatten)]
+    list: &'a List,
+    netns: Option<&'a Path>,
+}
+
+/// The file of a sandbox that is gone.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Stale {
+    /// `CNI_CONTAINERID` of its ADD.
+    pub container_id: String,
+    /// `CNI_IFNAME`.
+    pub interface: String,
+    /// Where it is.
+    pub record: PathBuf,
+}
+
 fn name(container_id: &str, ifname: &str) -> String {
-    format!("{container_id}:{ifname}")
+    format!("{container_id}{BETWEEN}{ifname}")
 }
 
 fn file(endpoint: &Endpoint) -> PathBuf {
     Path::new(DIRECTORY).join(name(&endpoint.container_id, &endpoint.ifname))
 }
 
-/// Leaves the list of an ADD.
+/// Leaves the list of an ADD into a network namespace.
 ///
 /// # Errors
 /// [`Code::Io`]: a pod whose network nobody could remove is not made.
-pub(super) fn keep(endpoint: &Endpoint, list: &List) -> Result<()> {
+pub(super) fn keep(endpoint: &Endpoint, netns: Option<&Path>, list: &List) -> Result<()> {
     let path = file(endpoint);
     let text = || format!("write {}, by which DEL knows the network's plugins", path.display());
-    write(&path, list).map_err(|cause| Error::because(Code::Io, text(), cause))
+    write(&path, &Kept { list, netns }).map_err(|cause| Error::because(Code::Io, text(), cause))
 }
 
-fn write(path: &Path, list: &List) -> io::Result<()> {
+fn write(path: &Path, kept: &Kept<'_>) -> io::Result<()> {
     // A list may hold a token.
     DirBuilder::new().recursive(true).mode(0o700).create(DIRECTORY)?;
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
-    file.write_all(&serde_json::to_vec(list)?)
+    file.write_all(&serde_json::to_vec(kept)?)
 }
 
 /// The list of an ADD; `None` if none was left.
@@ -69,12 +93,58 @@ pub(super) fn forget(endpoint: &Endpoint) -> Result<()> {
 /// Removes what is of none of these attachments.
 pub(super) fn forget_all_but(valid: &[GcAttachment]) -> Result<()> {
     let kept: Vec<String> = valid.iter().map(|valid| name(&valid.container_id, &valid.ifname)).collect();
-    let entries = match fs::read_dir(DIRECTORY) {
-        Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(()),
-        entries => entries.map_err(|cause| Error::because(Code::Io, format!("list {DIRECTORY}"), cause))?,
-    };
-    let stale = entries.flatten().filter(|entry| !kept.iter().any(|kept| entry.file_name() == kept.as_str()));
-    error::all(stale.map(|entry| remove(&entry.path())))
+    let is_kept = |path: &PathBuf| kept.iter().any(|kept| path.file_name().is_some_and(|name| name == kept.as_str()));
+    error::all(files()?.iter().filter(|path| !is_kept(path)).map(|path| remove(path)))
+}
+
+fn files() -> Result<Vec<PathBuf>> {
+    match fs::read_dir(DIRECTORY) {
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(cause) => Err(Error::because(Code::Io, format!("list {DIRECTORY}"), cause)),
+        Ok(entries) => Ok(entries.flatten().map(|entry| entry.path()).collect()),
+    }
+}
+
+/// What sandboxes have left of which the runtime keeps no result in this directory, and whose network namespace is gone. A result without a
+/// namespace is what a reboot leaves, and its DEL is still to come; a namespace without a result has an ADD at work in it, or one that
+/// could not be undone. A DEL that comes all the same goes by the list of now.
+///
+/// # Errors
+/// [`Code::Io`]: a directory that cannot be listed.
+pub fn stale(cache_dir: &Path) -> Result<Vec<Stale>> {
+    // Before the results: a DEL that ends between the two takes its record with it.
+    let records = files()?;
+    if records.is_empty() {
+        return Ok(Vec::new());
+    }
+    let results = Results::list(cache_dir)?;
+    Ok(records.into_iter().filter_map(|record| Stale::of(record, &results)).collect())
+}
+
+impl Stale {
+    fn of(record: PathBuf, results: &Results) -> Option<Self> {
+        #[derive(Deserialize)]
+        struct Place {
+            #[serde(default)]
+            netns: Option<PathBuf>,
+        }
+        let (container_id, interface) = record.file_name()?.to_str()?.split_once(BETWEEN)?;
+        if results.has(container_id, interface) {
+            return None;
+        }
+        // One that is just being written says nothing yet.
+        let Place { netns } = serde_json::from_slice(&fs::read(&record).ok()?).ok()?;
+        let (container_id, interface) = (container_id.to_owned(), interface.to_owned());
+        netns.is_some_and(|netns| !is_namespace(&netns)).then_some(Self { container_id, interface, record })
+    }
+
+    /// Removes it.
+    ///
+    /// # Errors
+    /// [`Code::Io`].
+    pub fn remove(&self) -> Result<()> {
+        remove(&self.record)
+    }
 }
 
 /// Removes all, with the directory.

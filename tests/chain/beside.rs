@@ -9,14 +9,14 @@ const RATE: u64 = 10 * MBIT;
 const LIMITS: Limits = Limits { egress: Some(RATE), ingress: Some(RATE) };
 /// Each way. A packet of each of them takes 10 ms of the link.
 const FLOWS: Flows = Flows { out: 8, into: 8 };
-/// A tenth of what the queue of a token bucket costs at this rate.
-const MOST_P99_US: f64 = 12_000.0;
 
 /// The sound of a call is a packet each 20 ms, both ways.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn calls_beside_bulk_flows_are_neither_lost_nor_late() {
     const MOST_JITTER_US: f64 = 5_000.0;
+    // A tenth of what the queue of a token bucket costs at this rate.
+    const MOST_P99_US: f64 = 12_000.0;
     for way in [Way::Out, Way::In] {
         let bed = Bed::new();
         let pod = bed.limited(LIMITS);
@@ -34,7 +34,7 @@ fn calls_beside_bulk_flows_are_neither_lost_nor_late() {
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn names_are_answered_at_once_beside_bulk_flows() {
-    const MOST_P50_US: f64 = 5_000.0;
+    const MOST_P99_US: f64 = 5_000.0;
     const EACH: Duration = Duration::from_millis(10);
     for way in [Way::Out, Way::In] {
         let bed = Bed::new();
@@ -43,6 +43,6 @@ fn names_are_answered_at_once_beside_bulk_flows() {
         let (text, answers) = (format!("{way:?}: {result:?}"), result.answers);
         eprintln!("{text}");
         assert!(answers.count > 100 && answers.lost == 0, "{text}");
-        assert!(answers.p50_us < MOST_P50_US && answers.p99_us < MOST_P99_US, "{text}");
+        assert!(answers.p99_us < MOST_P99_US, "{text}");
     }
 }

@@ -99,6 +99,33 @@ below_systemd() {
     exit "$(cat "$run/status")"
 }
 
+kubectl() {
+    "$parts/kubectl/kubectl" --kubeconfig "$run/kubeconfig" "$@"
+}
+
+# start_api_server WITHOUT: etcd and an API server, whose admin $run/kubeconfig is; without that admission plugin, if one is named.
+start_api_server() {
+    openssl genrsa -out "$run/sa.key" 2048 2>/dev/null
+    openssl rsa -in "$run/sa.key" -pubout -out "$run/sa.pub" 2>/dev/null
+    echo 'secret,admin,1,"system:masters"' >"$run/tokens"
+    cat >"$run/kubeconfig" <<YAML
+apiVersion: v1
+kind: Config
+clusters: [{name: cluster, cluster: {server: "https://127.0.0.1:6443", certificate-authority: "$run/certificates/apiserver.crt"}}]
+users: [{name: admin, user: {token: secret}}]
+contexts: [{name: cluster, context: {cluster: cluster, user: admin}}]
+current-context: cluster
+YAML
+    "$parts/etcd/usr/bin/etcd" --data-dir "$run/etcd" --listen-client-urls http://127.0.0.1:2379 \
+        --advertise-client-urls http://127.0.0.1:2379 --listen-peer-urls http://127.0.0.1:2380 >"$run/etcd.log" 2>&1 &
+    "$parts/kube-apiserver/kube-apiserver" --etcd-servers=http://127.0.0.1:2379 --bind-address=127.0.0.1 \
+        --advertise-address=10.99.0.1 --secure-port=6443 --cert-dir="$run/certificates" --service-account-issuer=https://cluster \
+        --service-account-signing-key-file="$run/sa.key" --service-account-key-file="$run/sa.pub" --token-auth-file="$run/tokens" \
+        --authorization-mode=RBAC --service-cluster-ip-range=10.96.0.0/16 --allow-privileged=true \
+        --kubelet-preferred-address-types=InternalIP --disable-admission-plugins="$1" >"$run/kube-apiserver.log" 2>&1 &
+    until_true "$PATIENCE" kubectl get --raw /readyz
+}
+
 # What the node's network is made of: the uplink with its address, and its own place beside pods of macvlan on that uplink.
 make_uplink() {
     ip link set lo up
@@ -264,6 +291,15 @@ YAML
 mbit() {
     printf '%.2f' "$(jq --argjson mtu "$1" '([.sample_us[] | select(. < 1000000)] | length) as $from |
         (.payload_bytes[-1] - .payload_bytes[$from]) * 8 / (.sample_us[-1] - .sample_us[$from]) * $mtu / ($mtu - 52)' "$run/report.json")"
+}
+
+milliseconds() { echo $(($(date +%s%N) / 1000000)); }
+
+# rate_between FROM TO: Mbit/s on the wire between two times of the flow in report.json, in milliseconds.
+rate_between() {
+    jq --argjson from "$1" --argjson to "$2" '[.sample_us, .payload_bytes] | transpose
+        | map(select(.[0] >= $from * 1000 and .[0] <= $to * 1000))
+        | (last[1] - first[1]) * 8 / (last[0] - first[0]) * 1500 / 1448' "$run/report.json"
 }
 
 # within RATE LIMIT

@@ -15,10 +15,10 @@ use super::sync::on_a_node;
 use super::{call, says};
 use crate::chain::MBIT;
 use crate::harness::cni::{Call, Chain};
-use crate::harness::host::Host;
-use crate::harness::meter;
+use crate::harness::host::{Host, podshaper_plugin};
 use crate::harness::pod::{INTERFACE, Pod};
 use crate::harness::{PLUGIN_DIR, podshaper_program};
+use crate::harness::{measure, meter};
 use crate::kernel::mounts;
 use crate::sandbox::{RATE, Sandbox, ok, refused, within};
 
@@ -474,6 +474,112 @@ fn a_gc_goes_to_the_plugins_with_the_attachments() {
         ok(&node.cni(&stays, "GC"));
         node.assert_asked(&[]);
         stays.assert_limited(&stays.container_id, RATE);
+    });
+}
+
+/// A pod whose DEL did not come here, since podshaper was taken out of the conflist in between.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn what_is_left_of_a_sandbox_that_is_gone_is_cleared() {
+    on_own_node(|| {
+        let node = Node::new(&network("0.4.0", json!([{ "type": "first" }])));
+        node.plugin("first", &result("0.4.0", "10.1.0.2/24"));
+        let results = Path::new("/var/lib/cni/results");
+        fs::create_dir(results).unwrap();
+        let conf = node.path("net.d").display().to_string();
+        let sync = |option: &[&str]| says(&[&["sync", "--conf-dir", &conf], option].concat());
+        let cleared_by_gc = |option: &[&str]| {
+            let found: Value = serde_json::from_str(&says(&[&["gc", "-o", "json"], option].concat())).unwrap();
+            found
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|entry| entry["record"].as_str().unwrap().to_owned())
+                .collect::<Vec<_>>()
+        };
+        let stays = node.sandbox();
+        ok(&node.cni(&stays, "ADD"));
+        for by_sync in [true, false] {
+            let (pod, netns) = (node.sandbox(), node.path("netns"));
+            fs::write(&netns, "").unwrap();
+            mounts::bind(&pod.netns.path(), &netns);
+            ok(&node.cni(&pod, "ADD").env("CNI_NETNS", netns.display().to_string()));
+            let (id, record) = (&pod.container_id, format!("{RECORDS}/{}:eth0", pod.container_id));
+            // An ADD may be at work in a namespace.
+            assert_eq!((cleared_by_gc(&[]), sync(&[])), (vec![], String::new()));
+            // The runtime still has to call DEL for a result.
+            let kept = results.join(format!("podshaper-{id}-eth0"));
+            fs::write(&kept, json!({ "kind": "else", "containerId": "", "ifName": "", "networkName": "" }).to_string())
+                .unwrap();
+            mounts::without(&netns);
+            assert_eq!((cleared_by_gc(&[]), sync(&[])), (vec![], String::new()));
+            assert_eq!(records(), 2);
+            fs::remove_file(kept).unwrap();
+            let line = format!("{id} eth0: the network's list at its ADD is cleared, the sandbox is gone\n");
+            assert_eq!(sync(&["--dry-run"]), format!("would be: {line}"));
+            assert_eq!(cleared_by_gc(&["--dry-run"]), [record.as_str()]);
+            assert_eq!(records(), 2);
+            if by_sync {
+                assert_eq!(sync(&[]), line);
+            } else {
+                assert_eq!(cleared_by_gc(&[]), [record]);
+            }
+            assert_eq!(records(), 1);
+            // A DEL that comes all the same goes by the list of now.
+            node.asked();
+            ok(&node.cni(&pod, "DEL"));
+            node.assert_asked(&["DEL first"]);
+        }
+        ok(&node.cni(&stays, "DEL"));
+        assert_eq!(records(), 0);
+    });
+}
+
+/// Beside the same plugins as a runtime calls them one after the other. The node has another limited pod all the time.
+#[test]
+#[ignore = "needs root, cgroup2, bpffs and the CNI plugins"]
+fn what_delegation_costs_a_call_is_little() {
+    const PODS: usize = 30;
+    const MOST: Duration = Duration::from_millis(10);
+    let _alone = measure::alone();
+    on_own_node(|| {
+        let host = Host::new().unwrap();
+        let node = Node::new(&bridge(&host));
+        let own = podshaper_program().unwrap();
+        let chained = Chain::new(&bridge(&host), &[PLUGIN_DIR]).unwrap();
+        let chained = chained.then(podshaper_plugin()).with_dir(own.parent().unwrap());
+        node.installs(&["--delegate"]);
+        let delegating = node.chain("1.0.0");
+        let add = |chain: &Chain| {
+            let mut pod = Pod::new(&host, "cost").unwrap();
+            pod.offer_bandwidth(Some(LIMIT), Some(LIMIT), None);
+            pod.add(chain).unwrap();
+            pod
+        };
+        let _first = add(&chained);
+        // ADD and DEL of each, in turn: a slow moment of the machine is everybody's.
+        let mut times = [[const { Vec::new() }; 2], [const { Vec::new() }; 2]];
+        for _ in 0..PODS {
+            for (chain, times) in [&chained, &delegating].into_iter().zip(&mut times) {
+                let mut pod = add(chain);
+                pod.del().unwrap();
+                for (verb, times) in ["ADD", "DEL"].into_iter().zip(times) {
+                    times.push(pod.calls.iter().filter(|call| call.verb() == verb).map(|call| call.elapsed).sum());
+                }
+            }
+        }
+        let median = |times: &[Duration]| {
+            let mut times = times.to_vec();
+            times.sort();
+            times[times.len() / 2]
+        };
+        for (number, verb) in ["ADD", "DEL"].into_iter().enumerate() {
+            let [chained, delegating] = times.each_ref().map(|times| median(&times[number]));
+            eprintln!(
+                "{verb} of bridge, portmap and podshaper: {chained:?} one after the other, {delegating:?} delegated to"
+            );
+            assert!(delegating < chained + MOST, "{verb}: {chained:?}, {delegating:?}");
+        }
     });
 }
 

@@ -231,6 +231,13 @@ fn a_pod_of_the_nodes_own_network_is_limited_by_its_annotation_alone() {
             (&found["interface"], &found["name"], &found["ingress"]["by"]),
             (&json!("*"), &json!("default/web"), &json!("drops"))
         );
+        // So does the table say: on every interface, and what comes is dropped above the limit.
+        let table = says(&["list", "--sample", "0"]);
+        let line = table.lines().find(|line| line.contains(" ingress ")).unwrap();
+        assert_eq!(
+            line.split_whitespace().collect::<Vec<_>>()[..6],
+            ["default/web", "*", "ingress", "20M", "120k", "drops"]
+        );
         assert_eq!(node.syncs(), "");
         // Every interface but loopback.
         let procs = host_pod.cgroup.path().join("c1/cgroup.procs");

@@ -491,7 +491,8 @@ fn a_node_of_250_pods_costs_little() {
         let pods: Vec<Sandbox> = (0..PODS).map(|_| pod()).collect();
         // What a pod has on it, beside what podshaper reads.
         let applied = "x".repeat(1500);
-        let annotations = json!({ EGRESS: "10M", "kubectl.kubernetes.io/last-applied-configuration": applied });
+        let annotations =
+            json!({ EGRESS: "10M", INGRESS: "20M", "kubectl.kubernetes.io/last-applied-configuration": applied });
         for pod in &pods {
             let mut offers = pod.stdin["runtimeConfig"].clone();
             offers["io.kubernetes.cri.pod-annotations"] = annotations.clone();
@@ -499,7 +500,7 @@ fn a_node_of_250_pods_costs_little() {
         }
         let asked: Vec<(&str, Value)> = pods.iter().map(|pod| (pod.uid.as_str(), annotations.clone())).collect();
         node.ask(&asked);
-        assert_eq!(node.syncs().lines().count(), PODS);
+        assert_eq!(node.syncs().lines().count(), 2 * PODS);
         let cpu_time = || {
             let usage = getrusage(UsageWho::RUSAGE_CHILDREN).unwrap();
             (usage.user_time() + usage.system_time()).num_microseconds() as f64 / 1e3

@@ -18,6 +18,8 @@ use crate::{
 
 /// That filters and queues which hold it were put back.
 pub const HOLD: &str = "hold";
+/// That what a delegated ADD has left for its DEL was removed.
+pub const FORGET: &str = "forget";
 
 /// What was done.
 #[derive(Debug, Serialize)]
@@ -98,6 +100,9 @@ impl Done {
         let name = format!("{name} {}", self.interface);
         if self.action == "clear" {
             return format!("{name}: cleared, its cgroup is gone\n");
+        }
+        if self.action == FORGET {
+            return format!("{name}: the network's list at its ADD is cleared, the sandbox is gone\n");
         }
         if self.action == HOLD {
             return format!("{name}: held again\n");
