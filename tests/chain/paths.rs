@@ -26,18 +26,23 @@ const LEAST: f64 = 0.92;
 const LARGEST_PACKET_BITS: f64 = 65_536.0 * 8.0;
 /// A busy machine takes from a rate and adds nothing to it: what is too slow is measured again, and what is too fast is not.
 const TRIES: usize = 3;
-/// A sender of UDP in packets of 1428 bytes has no CPU left for more than this.
-const MOST_OF_UDP: u64 = 100 * MBIT;
+/// UDP costs CPU time by the packet, of 1428 bytes here. Above this rate a busy machine is what limits.
+const MOST_OF_UDP: u64 = 10 * MBIT;
 
 fn both(rate: u64) -> Limits {
     Limits { egress: Some(rate), ingress: Some(rate) }
 }
 
-/// The limits that a path is measured with. Where the CPU is software, it is what limits above 10 Mbit/s.
-fn limits() -> &'static [u64] {
+/// The limits that a path is measured with. Where the CPU is software, it is what limits above 10 Mbit/s. User Mode Linux can do more, and
+/// what this machine's kernel lacks is measured there at 100 Mbit/s as well.
+fn limits(path: Path) -> &'static [u64] {
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap();
-    let is_software = ["User Mode Linux", "QEMU TCG"].iter().any(|name| cpu.contains(name));
-    if is_software { &[10 * MBIT] } else { &[10 * MBIT, 100 * MBIT, GBIT] }
+    let is_elsewhere = matches!(path, Path::Gre | Path::Ipip | Path::Ipvlan);
+    match cpu.contains("User Mode Linux") {
+        true if is_elsewhere => &[10 * MBIT, 100 * MBIT],
+        false if !cpu.contains("QEMU TCG") => &[10 * MBIT, 100 * MBIT, GBIT],
+        _ => &[10 * MBIT],
+    }
 }
 
 /// What was on the wire, as parts of the limit.
@@ -136,7 +141,7 @@ fn assert_path_is_held(path: Path, limit: u64, and_then: impl FnOnce(&Pod)) {
 /// At each limit, by paths whose traffic is counted apart from that of the pod's sockets.
 #[track_caller]
 fn assert_held_and_counted(paths: &[Path]) {
-    for (path, limit) in paths.iter().flat_map(|path| limits().iter().map(move |limit| (*path, *limit))) {
+    for (path, limit) in paths.iter().flat_map(|path| limits(*path).iter().map(move |limit| (*path, *limit))) {
         assert_path_is_held(path, limit, assert_counted);
     }
 }
@@ -144,7 +149,7 @@ fn assert_held_and_counted(paths: &[Path]) {
 /// At each limit.
 #[track_caller]
 fn assert_paths_are_held(paths: &[Path]) {
-    for (path, limit) in paths.iter().flat_map(|path| limits().iter().map(move |limit| (*path, *limit))) {
+    for (path, limit) in paths.iter().flat_map(|path| limits(*path).iter().map(move |limit| (*path, *limit))) {
         assert_path_is_held(path, limit, |_| ());
     }
 }
