@@ -222,7 +222,7 @@ pub fn some_traffic_in_uml(session: &Session, lane: &mut Lane) {
 
 pub fn all_in_uml(session: &Session, lane: &mut Lane) {
     let lacking = lacking(lane, &["tests/lab/uml", "--"]);
-    let skipped = [SAME_EVERYWHERE, MANY_PODS, &[ALTERS_THE_KERNEL], &lacking].concat();
+    let skipped = [SAME_EVERYWHERE, MANY_PODS, &[ALTERS_THE_KERNEL], &lacking[..]].concat();
     let name = format!("User Mode Linux{}", without(&lacking));
     in_uml(session, lane, &name, "2400", &skipping(&skipped));
 }
