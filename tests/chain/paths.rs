@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::{Bed, MBIT, assert_rate};
+use super::{Bed, GBIT, MBIT, assert_rate};
 use crate::harness::host::{BRIDGE, bandwidth_plugin, podshaper_plugin};
 use crate::harness::limiter::Limits;
 use crate::harness::measure::{self, Bulk, Timeline, Udp, Way};
@@ -17,47 +17,117 @@ use crate::harness::pod::{INTERFACE, Pod};
 use crate::harness::{podshaper_program, process};
 
 const SECONDS: f64 = 3.0;
-/// What all seconds after the first may have, as a part of the limit at layer 3.
+/// What a second after the first may have, as a part of the limit at layer 3, and what all of them may.
 const MOST: f64 = 1.03;
-/// What one of them may: a packet of 64 KiB, which is a twentieth of a second at 10 Mbit/s, is in one of two.
-const MOST_OF_A_SECOND: f64 = MOST + 0.05;
 /// TCP has to find its rate.
 const LEAST: f64 = 0.92;
+/// The largest packet that a sender gives to its interface. It is on the wire at one moment, and so wholly in one of two seconds: at
+/// 10 Mbit/s it is a twentieth of each.
+const LARGEST_PACKET_BITS: f64 = 65_536.0 * 8.0;
+/// A busy machine takes from a rate and adds nothing to it: what is too slow is measured again, and what is too fast is not.
+const TRIES: usize = 3;
+/// UDP costs CPU time by the packet, of 1428 bytes here. Above this rate a busy machine is what limits.
+const MOST_OF_UDP: u64 = 10 * MBIT;
 
 fn both(rate: u64) -> Limits {
     Limits { egress: Some(rate), ingress: Some(rate) }
 }
 
+/// The limits that a path is measured with. Where the CPU is software, it is what limits above 10 Mbit/s. User Mode Linux can do more, and
+/// what this machine's kernel lacks is measured there at 100 Mbit/s as well.
+fn limits(path: Path) -> &'static [u64] {
+    let cpu = fs::read_to_string("/proc/cpuinfo").unwrap();
+    let is_elsewhere = matches!(path, Path::Gre | Path::Ipip | Path::Ipvlan);
+    match cpu.contains("User Mode Linux") {
+        true if is_elsewhere => &[10 * MBIT, 100 * MBIT],
+        false if !cpu.contains("QEMU TCG") => &[10 * MBIT, 100 * MBIT, GBIT],
+        _ => &[10 * MBIT],
+    }
+}
+
+/// What was on the wire, as parts of the limit.
+struct Parts {
+    /// Each second after the first.
+    seconds: Vec<f64>,
+    mean: f64,
+}
+
+impl Parts {
+    fn of(timeline: &Timeline, rate: u64) -> Self {
+        let part = |from: f64, to: f64| timeline.wire_rate(from, to) / rate as f64;
+        let seconds = (1..SECONDS as u32).map(|second| part(second.into(), f64::from(second + 1))).collect();
+        Self { seconds, mean: part(1.0, SECONDS) }
+    }
+
+    /// Panics if it is above the limit, in any second after the first or in their mean.
+    #[track_caller]
+    fn assert_not_above(&self, what: &str, rate: u64) {
+        let most_of_a_second = MOST + LARGEST_PACKET_BITS / rate as f64;
+        let is_held = self.mean <= MOST && self.seconds.iter().all(|part| *part <= most_of_a_second);
+        assert!(is_held, "{}", self.said(what, rate));
+    }
+
+    fn said(&self, what: &str, rate: u64) -> String {
+        let Self { seconds, mean } = self;
+        format!("{what}: {mean:.3} of {} Mbit/s after the first second, {seconds:.3?}", rate / MBIT)
+    }
+
+    /// For a table: the mean and the largest second.
+    fn cell(&self) -> String {
+        format!("{:.3} ({:.2})", self.mean, self.seconds.iter().copied().fold(0.0, f64::max))
+    }
+}
+
 /// On the wire: in every second after the first no more than the limit, and in their mean no less.
 #[track_caller]
 fn assert_held(what: &str, timeline: &Timeline, rate: u64) {
-    let part = |from: f64, to: f64| timeline.wire_rate(from, to) / rate as f64;
-    let seconds: Vec<f64> = (1..SECONDS as u32).map(|second| part(second.into(), f64::from(second + 1))).collect();
-    let mean = part(1.0, SECONDS);
-    let text = format!("{what}: {mean:.3} of {} Mbit/s after the first second, {seconds:.3?}", rate / MBIT);
-    eprintln!("{text}");
-    // A machine that is busy takes from a rate.
-    let is_held = mean <= MOST && seconds.iter().all(|part| *part <= MOST_OF_A_SECOND);
-    assert!(is_held && mean >= LEAST - super::BUSY, "{text}");
+    let parts = Parts::of(timeline, rate);
+    eprintln!("{}", parts.said(what, rate));
+    parts.assert_not_above(what, rate);
+    assert!(parts.mean >= LEAST - super::BUSY, "{}", parts.said(what, rate));
 }
 
-/// TCP and UDP, the latter at more than the limit, as far as the path carries them.
+/// The same of one load, which is sent again where it was too slow.
 #[track_caller]
-fn assert_all_held(path: Path, pod: &Pod, ends: Ends, ways: &[Way], limit: u64) {
-    for (way, is_udp) in ways.iter().flat_map(|way| [(*way, false), (*way, true)]) {
-        if path.carries(way, is_udp) {
-            let timeline = path.send(pod, ends, &Load { way, is_udp, limit, seconds: SECONDS }).unwrap();
-            let protocol = if is_udp { "UDP" } else { "TCP" };
-            assert_held(&format!("{}, {way:?}, {protocol}", path.title()), &timeline, limit);
+fn assert_load_is_held(path: Path, pod: &Pod, ends: Ends, load: &Load) -> Parts {
+    let Load { way, is_udp, limit, .. } = *load;
+    let what = format!("{}, {way:?}, {}", path.title(), if is_udp { "UDP" } else { "TCP" });
+    let least = match is_udp {
+        false => LEAST,
+        true if limit <= MOST_OF_UDP => LEAST - super::BUSY,
+        true => 0.0,
+    };
+    let mut parts = Parts { seconds: vec![], mean: 0.0 };
+    for _ in 0..TRIES {
+        parts = Parts::of(&path.send(pod, ends, load).unwrap(), limit);
+        eprintln!("{}", parts.said(&what, limit));
+        parts.assert_not_above(&what, limit);
+        if parts.mean >= least {
+            return parts;
         }
     }
+    panic!("{} is less than {least} in each of {TRIES} tries", parts.said(&what, limit));
+}
+
+/// TCP and UDP, the latter at more than the limit, as far as the path carries them: a row of the table.
+#[track_caller]
+fn assert_all_held(path: Path, pod: &Pod, ends: Ends, ways: &[Way], limit: u64) {
+    let mut row = format!("| {} | {} Mbit/s |", path.title(), limit / MBIT);
+    for (way, is_udp) in BOTH_WAYS.into_iter().flat_map(|way| [(way, false), (way, true)]) {
+        let is_sent = ways.contains(&way) && path.carries(way, is_udp);
+        let cell = is_sent
+            .then(|| assert_load_is_held(path, pod, ends, &Load { way, is_udp, limit, seconds: SECONDS }).cell());
+        row += &format!(" {} |", cell.unwrap_or_default());
+    }
+    eprintln!("| path | limit | out, TCP | out, UDP | in, TCP | in, UDP |\n{row}");
 }
 
 const BOTH_WAYS: [Way; 2] = [Way::Out, Way::In];
 
 /// The same of a fresh pod whose traffic takes a path.
 #[track_caller]
-fn assert_path_is_held(path: Path, limit: u64) {
+fn assert_path_is_held(path: Path, limit: u64, and_then: impl FnOnce(&Pod)) {
+    path.must_be_had().unwrap();
     let bed = Bed::new();
     let mut pod = bed.limited(both(limit));
     let held = path.with(&mut pod, |pod, ends| {
@@ -65,7 +135,23 @@ fn assert_path_is_held(path: Path, limit: u64) {
         Ok(())
     });
     held.unwrap();
-    assert_counted(&pod);
+    and_then(&pod);
+}
+
+/// At each limit, by paths whose traffic is counted apart from that of the pod's sockets.
+#[track_caller]
+fn assert_held_and_counted(paths: &[Path]) {
+    for (path, limit) in paths.iter().flat_map(|path| limits(*path).iter().map(move |limit| (*path, *limit))) {
+        assert_path_is_held(path, limit, assert_counted);
+    }
+}
+
+/// At each limit.
+#[track_caller]
+fn assert_paths_are_held(paths: &[Path]) {
+    for (path, limit) in paths.iter().flat_map(|path| limits(*path).iter().map(move |limit| (*path, *limit))) {
+        assert_path_is_held(path, limit, |_| ());
+    }
 }
 
 /// It was counted apart.
@@ -80,23 +166,32 @@ fn assert_counted(pod: &Pod) {
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn a_tunnel_made_in_the_pod_is_held() {
-    for limit in [10 * MBIT, 100 * MBIT] {
-        assert_path_is_held(Path::Vxlan, limit);
-    }
+    assert_held_and_counted(&[Path::Vxlan]);
+}
+
+#[test]
+#[ignore = "needs root, the CNI plugins and a kernel with ip_gre"]
+fn a_tunnel_by_gre_is_held() {
+    assert_held_and_counted(&[Path::Gre]);
+}
+
+#[test]
+#[ignore = "needs root, the CNI plugins and a kernel with ipip"]
+fn a_tunnel_by_ipip_is_held() {
+    assert_held_and_counted(&[Path::Ipip]);
+}
+
+#[test]
+#[ignore = "needs root, the CNI plugins and a kernel with WireGuard"]
+fn a_tunnel_by_wireguard_is_held() {
+    assert_held_and_counted(&[Path::Wireguard]);
 }
 
 /// What a VPN's program sends and gets is the pod's own: it waits at that program's socket, or at the host's end, and TCP within it has the limit.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn a_tunnel_of_a_program_in_the_pod_is_held() {
-    const RATE: u64 = 10 * MBIT;
-    let bed = Bed::new();
-    let mut pod = bed.limited(both(RATE));
-    let held = Path::Tun.with(&mut pod, |pod, ends| {
-        assert_all_held(Path::Tun, pod, ends, &[Way::Out, Way::In], RATE);
-        Ok(())
-    });
-    held.unwrap();
+    assert_path_is_held(Path::Tun, 10 * MBIT, |_| ());
 }
 
 /// One clock for both: the sum is the limit, and neither starves.
@@ -129,36 +224,57 @@ fn other_paths_and_the_pods_sockets_share_the_limit() {
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn a_socket_of_another_cgroup_is_held() {
-    for limit in [10 * MBIT, 100 * MBIT] {
-        assert_path_is_held(Path::AnotherCgroup, limit);
-    }
+    assert_held_and_counted(&[Path::AnotherCgroup]);
 }
 
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn frames_are_held() {
-    let xdp = paths::has_xdp().unwrap().then_some(Path::AfXdp);
-    let paths = [Path::AfPacket, Path::AfPacketPastTheQueue].into_iter().chain(xdp);
-    for path in paths {
-        let bed = Bed::new();
-        let pod = bed.limited(both(10 * MBIT));
-        assert_all_held(path, &pod, Ends::of(&pod), &BOTH_WAYS, 10 * MBIT);
-    }
+    assert_paths_are_held(&[Path::AfPacket, Path::AfPacketPastTheQueue]);
+}
+
+#[test]
+#[ignore = "needs root, the CNI plugins and a kernel with AF_XDP"]
+fn frames_of_af_xdp_are_held() {
+    assert_paths_are_held(&[Path::AfXdp]);
 }
 
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn what_a_pod_forwards_is_held() {
-    for path in [Path::Forwarded, Path::ForwardedWithNat, Path::Macvlan] {
-        assert_path_is_held(path, 10 * MBIT);
-    }
+    assert_held_and_counted(&[Path::Forwarded, Path::ForwardedWithNat]);
+}
+
+#[test]
+#[ignore = "needs root, the CNI plugins and a kernel with macvlan"]
+fn a_macvlan_above_the_pods_interface_is_held() {
+    assert_held_and_counted(&[Path::Macvlan]);
+}
+
+#[test]
+#[ignore = "needs root, the CNI plugins and a kernel with ipvlan"]
+fn an_ipvlan_above_the_pods_interface_is_held() {
+    assert_held_and_counted(&[Path::Ipvlan]);
+}
+
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn multicast_is_held() {
+    assert_paths_are_held(&[Path::Multicast]);
+}
+
+/// What the pod's kernel says is no socket's of the pod.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn answers_of_the_pods_kernel_are_held() {
+    assert_paths_are_held(&[Path::Answers]);
 }
 
 /// To the hook of the cgroup it looks as what the pod sends: it must not be charged there and at the host's end.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn a_nested_interface_with_the_number_of_the_pods_is_charged_once() {
-    assert_path_is_held(Path::SameNumber, 10 * MBIT);
+    assert_held_and_counted(&[Path::SameNumber]);
 }
 
 /// What a process sends in another pod's namespace is that pod's, and not charged to its own for the like numbers of their interfaces.
@@ -181,10 +297,7 @@ fn a_daemon_in_another_pods_namespace_is_charged_to_that_pod() {
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn datagrams_that_come_in_fragments_are_charged_once() {
-    const RATE: u64 = 10 * MBIT;
-    let bed = Bed::new();
-    let pod = bed.limited(both(RATE));
-    assert_all_held(Path::Fragments, &pod, Ends::of(&pod), &BOTH_WAYS, RATE);
+    assert_paths_are_held(&[Path::Fragments]);
 }
 
 #[test]
@@ -205,7 +318,7 @@ fn what_comes_to_a_raw_socket_is_charged_once() {
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn a_bridge_above_the_pods_interface_is_held() {
-    assert_path_is_held(Path::Bridge, 10 * MBIT);
+    assert_held_and_counted(&[Path::Bridge]);
 }
 
 /// What the pod's own sockets send and receive passes the host's end as if nothing were there: next to nothing of it is charged there. (ARP and

@@ -120,6 +120,7 @@ pub struct Udp {
     pub ipv6: bool,
     /// As of [`Bulk`].
     pub to: Option<IpAddr>,
+    pub by: Option<IpAddr>,
     /// ECN-capable packets.
     pub ecn: bool,
     /// Packets that the kernel gets in one piece and cuts.
@@ -143,6 +144,7 @@ impl Default for Udp {
             seconds: 5.0,
             ipv6: false,
             to: None,
+            by: None,
             ecn: false,
             at_once: 1,
             size: 1400,
@@ -306,12 +308,12 @@ pub fn load(pod: &Pod, way: Way, flows: usize) -> Result<[Running; 2]> {
 
 /// UDP at a steady rate.
 pub fn udp(pod: &Pod, options: &Udp) -> Result<UdpResult> {
-    let Udp { way, rate, seconds, ipv6, to, ecn, at_once, size, fresh_sockets, mark, large_buffer } = *options;
-    let ends = Ends::new(pod, way, ipv6, to)?;
+    let Udp { way, rate, seconds, ipv6, to, by, ecn, at_once, size, fresh_sockets, mark, large_buffer } = *options;
+    let ends = Ends { by, ..Ends::new(pod, way, ipv6, to)? };
     let (sink, address) = Running::start_server(ends.receiver("udp-sink")?.args(["--seconds", &seconds.to_string()]))?;
     let mut send = ends.sender("udp-send")?;
     let sending = seconds + 0.2;
-    send.args(["--to", &address.to_string(), "--rate", &rate.to_string(), "--seconds", &sending.to_string()]);
+    send.args(["--to", &ends.reach(address), "--rate", &rate.to_string(), "--seconds", &sending.to_string()]);
     send.args(["--at-once", &at_once.to_string(), "--size", &size.to_string()]).args(ecn.then_some("--ecn"));
     send.args(fresh_sockets.then_some("--fresh-sockets"));
     if let Some(mark) = mark {

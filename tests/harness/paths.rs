@@ -74,13 +74,15 @@ pub struct Load {
 pub struct Ends<'a> {
     pub node: Option<IpAddr>,
     pub pod: Option<IpAddr>,
+    /// The address by which the node reaches the pod's end, where that is translated.
+    by: Option<IpAddr>,
     /// The namespace of the interface that is limited.
     limited: &'a Netns,
 }
 
 impl<'a> Ends<'a> {
     pub fn of(pod: &'a Pod) -> Self {
-        Self { node: None, pod: None, limited: &pod.netns }
+        Self { node: None, pod: None, by: None, limited: &pod.netns }
     }
 
     fn of_tunnel(pod: &'a Pod) -> Self {
@@ -90,6 +92,11 @@ impl<'a> Ends<'a> {
     /// That of the receiving one.
     fn reached(self, way: Way) -> Option<IpAddr> {
         if way == Way::Out { self.node } else { self.pod }
+    }
+
+    /// By which address, if by another one.
+    fn reached_by(self, way: Way) -> Option<IpAddr> {
+        if way == Way::Out { None } else { self.by }
     }
 }
 
@@ -121,10 +128,27 @@ impl Path {
     pub fn carries(self, way: Way, is_udp: bool) -> bool {
         match self {
             Self::AfPacket | Self::AfPacketPastTheQueue | Self::AfXdp | Self::Answers => way == Way::Out && is_udp,
-            Self::ForwardedWithNat => way == Way::Out,
             Self::Multicast | Self::Fragments => is_udp,
             _ => true,
         }
+    }
+
+    /// Fails where the kernel that this runs on does not have it.
+    pub fn must_be_had(self) -> Result<()> {
+        let link = match self {
+            Self::AfXdp if !has_xdp()? => return Err(Failure::new("this kernel has no AF_XDP")),
+            Self::Vxlan => "type vxlan id 7 dstport 4789",
+            Self::Wireguard => "type wireguard",
+            Self::Gre => "type gre remote 192.0.2.1",
+            Self::Ipip => "type ipip remote 192.0.2.1",
+            Self::Ipvlan => "link v0 type ipvlan mode l2",
+            Self::Macvlan => "link v0 type macvlan mode bridge",
+            _ => return Ok(()),
+        };
+        let netns = Netns::new(&unique("asked"))?;
+        run(&netns, "ip link add v0 type veth peer name v1")?;
+        let made = run(&netns, &format!("ip link add name t0 {link}"));
+        made.map(drop).context(format_args!("this kernel cannot make what {} takes", self.title()))
     }
 
     /// Makes the way, and does `work` on it, with a pod whose processes use it.
@@ -139,14 +163,19 @@ impl Path {
                 let _programs = vpn(pod)?;
                 work(pod, Ends::of_tunnel(pod))
             }
-            Self::Forwarded => in_nested(pod, nest(pod, OTHER_NUMBER)?, NESTED, work),
-            Self::SameNumber => in_nested(pod, nest(pod, number(pod)?)?, NESTED, work),
+            Self::Forwarded => in_nested(pod, nest(pod, OTHER_NUMBER)?, NESTED, None, work),
+            Self::SameNumber => in_nested(pod, nest(pod, number(pod)?)?, NESTED, None, work),
             Self::ForwardedWithNat => {
                 let nested = nest(pod, OTHER_NUMBER)?;
                 run(&pod.netns, "iptables -t nat -A POSTROUTING -o eth0 -j MASQUERADE")?;
-                in_nested(pod, nested, NESTED, work)
+                run(
+                    &pod.netns,
+                    &format!("iptables -t nat -A PREROUTING -i eth0 -j DNAT --to {}", IpAddr::from(NESTED)),
+                )?;
+                let by = address(pod)?;
+                in_nested(pod, nested, NESTED, Some(by), work)
             }
-            Self::Ipvlan | Self::Macvlan => in_nested(pod, self.above(pod)?, FREE, work),
+            Self::Ipvlan | Self::Macvlan => in_nested(pod, self.above(pod)?, FREE, None, work),
             Self::Bridge => {
                 bridge(pod)?;
                 work(pod, Ends::of(pod))
@@ -178,7 +207,8 @@ impl Path {
         let Load { way, limit, seconds, .. } = *load;
         let size = if self == Self::Fragments { 4000 } else { 1400 };
         let rate = limit / 10 * 13;
-        Udp { way, to: ends.reached(way), rate, seconds, size, large_buffer: true, ..Udp::default() }
+        let (to, by) = (ends.reached(way), ends.reached_by(way));
+        Udp { way, to, by, rate, seconds, size, large_buffer: true, ..Udp::default() }
     }
 
     fn load(self, pod: &Pod, ends: Ends, load: &Load) -> Result<()> {
@@ -190,7 +220,8 @@ impl Path {
             Self::Answers => measure::pings(pod, seconds),
             _ if is_udp => measure::udp(pod, &self.udp(ends, load)).map(drop),
             _ => {
-                let bulk = Bulk { way, to: ends.reached(way), flows: 2, seconds, ..Bulk::default() };
+                let (to, by) = (ends.reached(way), ends.reached_by(way));
+                let bulk = Bulk { way, to, by, flows: 2, seconds, ..Bulk::default() };
                 measure::bulk(pod, &bulk).map(drop)
             }
         }
@@ -256,10 +287,11 @@ fn in_nested<T>(
     pod: &mut Pod,
     nested: Netns,
     address: [u8; 4],
+    by: Option<IpAddr>,
     work: impl FnOnce(&Pod, Ends) -> Result<T>,
 ) -> Result<T> {
     let own = mem::replace(&mut pod.netns, nested);
-    let done = work(pod, Ends { node: None, pod: Some(address.into()), limited: &own });
+    let done = work(pod, Ends { node: None, pod: Some(address.into()), by, limited: &own });
     pod.netns = own;
     done
 }

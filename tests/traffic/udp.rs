@@ -262,7 +262,8 @@ fn receive(socket: &UdpSocket, order: &mut Order) -> io::Result<(u64, u64)> {
     let mut headers = MultiHeaders::<()>::preallocate(AT_ONCE, None);
     let lengths: Vec<usize> = match recvmmsg(socket.as_raw_fd(), &mut headers, &mut slices, flags, None) {
         Ok(packets) => packets.map(|packet| packet.bytes).collect(),
-        Err(Errno::EAGAIN) => vec![],
+        // A process that was stopped and goes on is interrupted where its socket has a time limit.
+        Err(Errno::EAGAIN | Errno::EINTR) => vec![],
         Err(error) => return Err(context("receive")(error.into())),
     };
     let numbered = lengths.iter().zip(starts).filter(|(length, _)| **length >= size_of::<u64>());

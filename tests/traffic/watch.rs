@@ -165,7 +165,7 @@ fn receive(socket: &OwnedFd) -> io::Result<Vec<Received>> {
                 Ok((time.unwrap_or_default(), packet.bytes))
             })
             .collect::<io::Result<Vec<_>>>()?,
-        Err(Errno::EAGAIN) => vec![],
+        Err(Errno::EAGAIN | Errno::EINTR) => vec![],
         Err(error) => return Err(context("receive")(error.into())),
     };
     let whole = came.into_iter().zip(cuts.iter().zip(&heads));

@@ -10,8 +10,8 @@ use serde_json::Value;
 use crate::lane::{Lane, Tests};
 use crate::output::last_line;
 use crate::plan::{
-    ALONE, ALTERS_THE_KERNEL, ASKED_OF_KERNELS, KERNEL_TO_ALTER, KERNELS, MANY_PODS, MANY_PODS_IN_UML, SAME_EVERYWHERE,
-    TRAFFIC_HERE, TRAFFIC_IN_UML,
+    ALONE, ALTERS_THE_KERNEL, ASKED_OF_KERNELS, KERNEL_TO_ALTER, KERNELS, MANY_PODS, MANY_PODS_IN_UML, MAY_BE_LACKING,
+    SAME_EVERYWHERE, TRAFFIC_HERE, TRAFFIC_IN_UML,
 };
 use crate::processes::{self, command};
 use crate::summary::Outcome;
@@ -179,21 +179,33 @@ pub fn some_traffic_here(_: &Session, lane: &mut Lane) {
     traffic_here(lane, TRAFFIC_HERE);
 }
 
+/// Those that the kernel lacks which `run_there` (`tests/lab/uml --`, or nothing) leads to.
+fn lacking(lane: &mut Lane, run_there: &[&str]) -> Vec<&'static str> {
+    const LACKS: &str = "this kernel has not what it takes for ";
+    let question = |(tests, script): &(&str, &str)| {
+        let script = format!("ip link add v0 type veth peer name v1 && {script}");
+        format!("unshare --net sh -ec '{script}' >/dev/null 2>&1 || echo '{LACKS}{tests}'; ")
+    };
+    let questions: String = MAY_BE_LACKING.iter().map(question).collect();
+    let words = [run_there, &["sh", "-c", &questions]].concat();
+    let Some((program, arguments)) = words.split_first() else { return vec![] };
+    let (_, said) = lane.run(command(program).args(arguments));
+    let is_lacking = |tests: &str| said.lines().any(|line| line.trim_end().strip_prefix(LACKS) == Some(tests));
+    MAY_BE_LACKING.iter().map(|(tests, _)| *tests).filter(|tests| is_lacking(tests)).collect()
+}
+
+/// As the name of a stage goes on: a test that is left out is no pass, and the summary says so.
+fn without(tests: &[&str]) -> String {
+    if tests.is_empty() { String::new() } else { format!(", without {}, which it cannot", tests.join(", ")) }
+}
+
 fn traffic_here(lane: &mut Lane, names: &[&str]) {
-    const OTHER_LINKS: &str = "interfaces_that_are_no_veth_are_limited";
-    // Whether this kernel can make the interfaces that are no veth. User Mode Linux can.
-    let script = "ip link add a type veth peer name b && ip link add link a name m type macvlan &&
-        ip link add link b name i type ipvlan mode l2";
-    let has_other_links = printed_by(command("unshare").args(["--net", "sh", "-ec", script])).is_ok();
-    let mut arguments = vec!["--include-ignored", "--test-threads=1"];
-    let mut without = String::new();
-    if !has_other_links && names.contains(&"chain::") {
-        arguments.extend(["--skip", OTHER_LINKS]);
-        without = format!(" (without {OTHER_LINKS}: it has no ipvlan or macvlan)");
-    }
-    arguments.extend(names);
+    // No choice has any of them.
+    let lacking = if names.contains(&"chain::") { lacking(lane, &[]) } else { vec![] };
+    let arguments = [&["--include-ignored", "--test-threads=1"], &skipping(&lacking)[..], names].concat();
     let command = ["cargo", "test", "--locked", "--test", "tests", "--"];
-    lane.tests(&Tests { name: format!("this machine's kernel, traffic{without}"), command: &command, arguments });
+    let name = format!("this machine's kernel, traffic{}", without(&lacking));
+    lane.tests(&Tests { name, command: &command, arguments });
 }
 
 /// Tests in User Mode Linux, which may take that long.
@@ -209,19 +221,9 @@ pub fn some_traffic_in_uml(session: &Session, lane: &mut Lane) {
 }
 
 pub fn all_in_uml(session: &Session, lane: &mut Lane) {
-    /// Tests of what its kernel may not have, and how that is known. This machine's has both.
-    const WANTED: [(&str, &str); 2] = [
-        ("chain::mptcp::", "test -e /proc/sys/net/mptcp/enabled"),
-        ("a_tunnel_of_a_program", "grep -q tun /proc/misc"),
-    ];
-    let mut skipped = [SAME_EVERYWHERE, MANY_PODS, &[ALTERS_THE_KERNEL]].concat();
-    let mut name = "User Mode Linux".to_owned();
-    for (tests, asked) in WANTED {
-        if lane.run(command("tests/lab/uml").args(["--", "sh", "-c", asked])).0 != 0 {
-            skipped.push(tests);
-            name += &format!(", without {tests}, which it cannot");
-        }
-    }
+    let lacking = lacking(lane, &["tests/lab/uml", "--"]);
+    let skipped = [SAME_EVERYWHERE, MANY_PODS, &[ALTERS_THE_KERNEL], &lacking[..]].concat();
+    let name = format!("User Mode Linux{}", without(&lacking));
     in_uml(session, lane, &name, "2400", &skipping(&skipped));
 }
 
