@@ -502,7 +502,7 @@ fn what_is_left_of_a_sandbox_that_is_gone_is_cleared() {
         for by_sync in [true, false] {
             let (pod, netns) = (node.sandbox(), node.path("netns"));
             fs::write(&netns, "").unwrap();
-            mounts::bind(&pod.netns.path(), &netns);
+            mounts::bind(pod.netns.path(), &netns);
             ok(&node.cni(&pod, "ADD").env("CNI_NETNS", netns.display().to_string()));
             let (id, record) = (&pod.container_id, format!("{RECORDS}/{}:eth0", pod.container_id));
             // An ADD may be at work in a namespace.
