@@ -50,7 +50,7 @@ pub enum Wanted<'a> {
 /// The cgroup v2 directory of a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PodCgroup {
-    /// Absolute, below the cgroup2 mount.
+    /// The path, absolute, below the cgroup2 mount.
     pub path: PathBuf,
     /// Whether the directory did not exist when the pod was looked up (hybrid hosts only). [`PodCgroup::open`] would
     /// make it.

@@ -168,8 +168,7 @@ pub fn status(delegation: &Delegation) -> Result<()> {
     list.plugins.iter().try_for_each(|plugin| call.make(plugin).map(drop))
 }
 
-/// Calls GC of the plugins for all attachments except those that the runtime names, and forgets the records of these
-/// attachments.
+/// Calls the plugins' GC with the attachments that the runtime names, and forgets the records of all others.
 ///
 /// # Errors
 /// The errors of all plugins.

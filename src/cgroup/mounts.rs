@@ -46,7 +46,7 @@ impl Hierarchies {
         Self::from_mounts(mountinfo.lines().filter_map(Mount::parse).collect())
     }
 
-    /// The hierarchies of the mount namespace podshaper runs in.
+    /// The hierarchies of the mount namespace in which podshaper runs.
     ///
     /// # Errors
     /// [`Code::Cgroup`] if mountinfo cannot be read or no cgroup2 is mounted.

@@ -1,7 +1,7 @@
 //! The part of a pod's labels or annotations that is kept in memory. A tenant may write a quarter of a megabyte of
 //! annotations on each pod, and a node has hundreds of pods. Values that cannot be a limit are not kept.
 //!
-//! A long value cannot be a rate. Only as much of it is kept as the error text shows.
+//! A long value cannot be a rate. Only its beginning is kept, for the error text.
 
 use std::collections::BTreeMap;
 use std::fmt;

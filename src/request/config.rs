@@ -12,7 +12,7 @@
 //! | `cgroupPath` | below the cgroup2 mount, for runtimes that pass no UID; `{containerID}` is replaced | none |
 //! | `kubeconfig` | API server to ask for annotations and labels: absolute path | none is asked |
 //! | `onApiError` | what an ADD does if the API server does not answer: fail, ignore | fail |
-//! | `delegate` | written by `install --delegate`: [`Delegation`] | none: podshaper is one plugin of the network's list |
+//! | `delegate` | written by `install --delegate`: [`Delegation`] | none: one plugin of the network's list |
 //! | `logFile`, `logLevel` | absolute path; off, error, warn, info, debug, trace | stderr, info |
 //!
 //! An unknown key is an error for `install` and `doctor`, and a warning at each ADD ([`UnknownKey`]): most often it is
