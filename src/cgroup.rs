@@ -37,7 +37,7 @@ const STICKY: u32 = 0o1000;
 /// moment. Two pods that come and go together need one or two attempts.
 const OPEN_ATTEMPTS: u32 = 64;
 
-/// What is known of the pod's cgroup.
+/// How to find the pod's cgroup.
 #[derive(Clone, Copy, Debug)]
 pub enum Wanted<'a> {
     /// A path below the cgroup2 mount, with or without a leading slash, as runtimes and the configuration give it in

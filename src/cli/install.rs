@@ -5,7 +5,7 @@
 //! list that names it, and an edited list keeps every other byte. A lone configuration (`.conf`), which other programs
 //! may watch, stays, too: a list of ours that sorts before it has its plugin as the first one. A program that rewrites
 //! a conflist (the network's own pod, at its start) takes podshaper out; the node's systemd, if there is one, then
-//! installs again. A delegating list of ours is not rewritten ([`delegating`]).
+//! installs again. The network does not rewrite a delegating list of ours ([`delegating`]).
 
 mod conflist;
 mod delegating;

@@ -17,7 +17,7 @@ use crate::{
 };
 
 const CHECK: &str = "conflist";
-/// The capability through which limits reach podshaper, unless another one does.
+/// The two capabilities through which limits reach podshaper. At least one of them is needed.
 const BANDWIDTH: &str = "bandwidth";
 const ANNOTATIONS: &str = "io.kubernetes.cri.pod-annotations";
 /// The capability that saves the search for the cgroup.
