@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     attachment::{self, Directory, EVERY_INTERFACE, Interfaces, Plan},
-    cgroup::Hierarchies,
+    cgroup::{Hierarchies, network_namespace_of, network_namespaces},
     direction::Direction,
     error::{Code, Error, Result},
     interface::Record,
@@ -197,13 +197,12 @@ impl Target {
     }
 }
 
-/// The index of an interface on this node. Fails if the cgroup's processes are in another namespace, where the index
-/// would mean another interface.
+/// The index of an interface on this node. Fails if the processes of the cgroup, and of those below it, are all in other
+/// network namespaces, where the index would mean another interface.
 fn index_on_this_node(cgroup: &Path, name: &str) -> Result<u32> {
-    let processes = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
-    let namespace = |process: &str| fs::metadata(format!("/proc/{process}/ns/net")).map(|file| file.ino()).ok();
-    let is_elsewhere = |process: &&str| namespace(process).is_some_and(|there| Some(there) != namespace("self"));
-    if let Some(process) = processes.lines().find(is_elsewhere) {
+    let namespaces = network_namespaces(cgroup);
+    let is_here = network_namespace_of("self").is_some_and(|own| namespaces.contains_key(&own));
+    if let Some(process) = namespaces.values().next().filter(|_| !is_here) {
         let text = format!(
             "limit the interface {name:?}: process {process} of {} is in a network namespace of its own; name it with \
              --netns /proc/{process}/ns/net, or leave --interface out",

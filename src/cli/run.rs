@@ -171,7 +171,9 @@ fn kill_all(path: &Path) -> io::Result<()> {
     if fs::write(path.join("cgroup.kill"), "1").is_ok() {
         return Ok(());
     }
-    for id in fs::read_to_string(path.join("cgroup.procs"))?.lines().filter_map(|line| line.parse().ok()) {
+    let processes = fs::read_to_string(path.join("cgroup.procs"))?;
+    // A process of another PID namespace is 0 there, and kill() takes 0 for podshaper's own process group.
+    for id in processes.lines().filter_map(|line| line.parse().ok()).filter(|id| *id > 0) {
         match kill(Pid::from_raw(id), Signal::SIGKILL) {
             Ok(()) | Err(Errno::ESRCH) => {}
             Err(errno) => return Err(errno.into()),

@@ -5,7 +5,7 @@
 //! Only a pod with the annotation gets a limit. The `max` and the defaults of the configuration apply to the pod
 //! network: pods in the node's namespace are most often needed by the node itself.
 
-use std::{collections::BTreeSet, fs, io, os::unix::fs::MetadataExt, path::Path};
+use std::{collections::BTreeSet, path::Path};
 
 use super::{
     super::{attachments::Attachment, gc},
@@ -18,19 +18,14 @@ use super::{
 };
 use crate::{
     attachment::{self, Directory, EVERY_INTERFACE, Interfaces, Plan},
-    cgroup::{self, Hierarchies, PodCgroup, Wanted},
-    error::{Code, Error, Result},
+    cgroup::{self, Hierarchies, PodCgroup, Wanted, network_namespace_of, network_namespaces},
+    error::{Error, Result},
     interface::Record,
     kube::Metadata,
     owner::Owner,
     pins::Place,
     request::{Limits, Request},
 };
-
-/// The namespace of this process, which is the node's.
-const OWN_NAMESPACE: &str = "/proc/self/ns/net";
-/// How far below the pod's cgroup the containers' cgroups may be.
-const MAX_DEPTH: u32 = 4;
 
 /// A host-network pod that asks for a limit, or has one.
 pub struct HostPod {
@@ -77,7 +72,7 @@ fn task(
         return Ok(None);
     }
     let Ok(cgroup) = cgroup::find(hierarchies, Wanted::Uid(uid)) else { return Ok(None) };
-    if found.is_none() && !is_of_host(&cgroup.path)? {
+    if found.is_none() && !is_of_host(&cgroup.path) {
         return Ok(None);
     }
     let in_force = found.as_ref().map(|found| InForce {
@@ -93,27 +88,10 @@ fn task(
     Ok((step != Step::Keep).then_some(Task { target, place, found, asked, step }))
 }
 
-/// Whether the processes of a pod are in the node's own network namespace. A pod that is starting or ending may have no
-/// process.
-fn is_of_host(cgroup: &Path) -> Result<bool> {
-    let failed = |cause| Error::because(Code::Netns, format!("look at {OWN_NAMESPACE}"), cause);
-    let own = fs::metadata(OWN_NAMESPACE).map_err(failed)?.ino();
-    let process = a_process(cgroup, MAX_DEPTH);
-    // A process that has just ended is in no namespace.
-    let namespace = process.and_then(|process| fs::metadata(format!("/proc/{process}/ns/net")).ok());
-    Ok(namespace.is_some_and(|namespace| namespace.ino() == own))
-}
-
-/// A process in a cgroup, or in one below it.
-fn a_process(cgroup: &Path, depth: u32) -> Option<String> {
-    let read = |directory: &Path| -> io::Result<Option<String>> {
-        Ok(fs::read_to_string(directory.join("cgroup.procs"))?.lines().next().map(str::to_owned))
-    };
-    if let Ok(Some(process)) = read(cgroup) {
-        return Some(process);
-    }
-    let below = fs::read_dir(cgroup).ok()?.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-    below.filter(|_| depth > 0).find_map(|entry| a_process(&entry.path(), depth - 1))
+/// Whether a pod has processes in the node's own network namespace, which is that of this process. A pod that is
+/// starting or ending may have no process.
+fn is_of_host(cgroup: &Path) -> bool {
+    network_namespace_of("self").is_some_and(|own| network_namespaces(cgroup).contains_key(&own))
 }
 
 fn failure(uid: &str, pod: &Metadata, error: &Error) -> Failure {
