@@ -194,8 +194,8 @@ pub fn acknowledge(ctx: &SockOpsContext) {
         return;
     }
     // The remote's estimate of the round trip includes the time for which its acknowledgements were held, and the
-    // remote waits for at least twice the estimate. The pod's own packets may wait for long in either direction, and
-    // the remote's estimate does not include that wait: hence the shortest round trip.
+    // remote waits for at least twice the estimate. The pod's own packets may wait for long, for the egress or for the
+    // ingress limit, and the remote's estimate does not include that wait: hence the shortest round trip.
     let two_rtt_ns = 2 * (tcp::shortest_rtt_ns(ctx) + flow.window.held_ns);
     // The remote of a sparse flow may need the acknowledgement before it sends the rest of a request. But where one
     // packet of each flow is a long backlog already, the first packets of a flow must be held as well.

@@ -31,7 +31,8 @@ pub const LOOPBACK_IFINDEX: u32 = 1;
 
 /// Number of buckets of the backlog histogram.
 pub const BACKLOG_BUCKETS: usize = 32;
-/// The first bucket of the histogram counts backlogs below 2^10 ns (a microsecond); each further one reaches twice as far.
+/// The first bucket of the histogram counts backlogs below 2^10 ns (a microsecond); each further bucket reaches twice
+/// as far.
 pub const BACKLOG_FIRST_BUCKET_LOG2_NS: u32 = 10;
 
 /// Most subnets that a configuration can list, of both kinds together.
