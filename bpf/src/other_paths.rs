@@ -10,9 +10,9 @@
 //! there it returns to the interface from which it was taken, and to the filters of other tools there.
 //!
 //! ```text
-//!   pod eth0 ─► host end, ingress: out_of_pod ─┬─ covered, or its turn ─► filters of other tools, bridge, routes
-//!                           ▲                  └─ else ─► podshaper-wait: wait_here, fq or htb ─► podshaper-back: go_back ─┐
-//!                           └──────────────────────────────────────────────────────────────────────────────────────────────┘
+//!   eth0 ─► host end, ingress: out_of_pod ─┬─ covered, or its turn ─► filters of other tools, bridge, routes
+//!                       ▲                  └─ else ─► podshaper-wait: wait_here, fq/htb ─► podshaper-back: go_back ─┐
+//!                       └───────────────────────────────────────────────────────────────────────────────────────────┘
 //!   packets that enter the pod take the same path, from the egress of the host end: into_pod
 //! ```
 //!

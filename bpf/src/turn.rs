@@ -4,7 +4,7 @@
 //! ```text
 //!   there is no backlog                                     the packet leaves at once
 //!   its flow is *sparse*, and sparse flows have share left  the packet leaves at once
-//!   its sender has waited since the packet before           the packet leaves at once, if the backlog is not a long one
+//!   its sender has waited since the packet before           the packet leaves at once, unless the backlog is long
 //!   else                                                    the packet waits, in order, until the backlog has drained
 //! ```
 //!
