@@ -110,8 +110,8 @@ pub struct Waiting {
     pub held_ns: u64,
     /// The sequence number behind the last byte that waits.
     pub next_sequence: u64,
-    /// Not 0: the connection is MPTCP. MPTCP senders stall at a small window, since one more window covers all their
-    /// connections.
+    /// Not 0: the connection is MPTCP. MPTCP senders stall at a small window, since another window covers all subflows
+    /// together.
     pub is_multipath: u64,
     /// Not 0: the programs set the connection's window with each acknowledgement. 0 for a connection that is older than
     /// the limit, and for every connection on Linux 5.10.

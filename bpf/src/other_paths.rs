@@ -3,11 +3,12 @@
 //! kernel's own. The programs here are at the host end of the pod's veth, where the pod cannot detach them.
 //!
 //! For each socket the cgroup's hooks count the bytes that they have charged, and the host end counts the bytes that it
-//! has let pass for those ([`Covered`]). A packet that leaves the pod still knows its socket: `skb->sk` outlives a
-//! veth. For a packet that enters the pod, the socket is looked up in the pod's namespace. A packet that is not covered
-//! has taken another path, whatever its addresses, marks or headers: the programs look at nothing that a pod can forge.
-//! Such a packet is charged to the pod clock, and waits in the *waiting room*, a veth of the node with fq or htb. From
-//! there it returns to the interface from which it was taken, and to the filters of other tools there.
+//! has let pass for that charge ([`Covered`](crate::flow::Covered)). A packet that leaves the pod still knows its
+//! socket: `skb->sk` outlives a veth. For a packet that enters the pod, the socket is looked up in the pod's namespace.
+//! A packet that is not covered has taken another path, whatever its addresses, marks or headers: the programs look at
+//! nothing that a pod can forge. Such a packet is charged to the pod clock, and waits in the *waiting room*, a veth of
+//! the node with fq or htb. From there the packet returns to the interface from which it was taken, and to the filters
+//! of other tools there.
 //!
 //! ```text
 //!   eth0 ─► host end, ingress: out_of_pod ─┬─ covered, or its turn ─► filters of other tools, bridge, routes
@@ -20,7 +21,8 @@
 //! cannot be held ([`hold`]): acknowledgements that ride on data, and all acknowledgements of a pod without fq. So do
 //! datagrams for the pod's sockets ([`hold_datagram`]). A packet in fq leaves at its departure time, which is taken
 //! from the clock. htb does not know the clock. So while packets wait in htb, every other packet that enters the pod
-//! passes another class of the same htb, which never delays packets but takes their part of the limit.
+//! passes another class of the same htb, which never delays packets but takes their part of the limit from those that
+//! wait.
 
 use core::ptr::NonNull;
 
@@ -270,8 +272,9 @@ fn hold_datagram(skb: *mut __sk_buff, end: &HostEnd, wire: &Wire, flow: &mut Flo
 }
 
 /// Charges a SYN, or another packet that comes before a connection is open, as one of a new flow. If new flows have
-/// used up their part of the rate, the packet waits, and beyond [`REQUEST_BOUND_NS`] it is dropped: an endless stream
-/// of SYNs is a flood.
+/// used up their part of the rate, the packet counts as [`STREAM`], and beyond [`REQUEST_BOUND_NS`] it is dropped: an
+/// endless stream of SYNs is a flood. Where acknowledgements are held, the packet is a SYN and waits as long as
+/// [`requests::edt_ns`] says. Otherwise the packet waits for the backlog, unless new flows have room.
 #[inline(always)]
 fn queue_request(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, client: Client) -> i32 {
     let (Some(link), Some(others)) = (Link::of(end.slot, INGRESS), maps::others(end.slot, INGRESS)) else {
@@ -305,7 +308,8 @@ fn queue_request(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, client: Cli
     wait(skb, end, INGRESS, ROOM_INTO_QUEUE, now_ns + before_ns - AHEAD_NS)
 }
 
-/// A packet for a socket of the pod waits. The pod's state says until when, for packets that leave at once meanwhile.
+/// A packet for a socket of the pod waits. The pod's state notes until when, so that packets that leave at once
+/// meanwhile take the path of [`at_once`] through htb.
 #[inline(always)]
 fn wait_for_turn(skb: *mut __sk_buff, end: &HostEnd, others: &mut Others, edt_ns: u64) -> i32 {
     // SAFETY: as in `charge`.
@@ -313,8 +317,8 @@ fn wait_for_turn(skb: *mut __sk_buff, end: &HostEnd, others: &mut Others, edt_ns
     wait(skb, end, INGRESS, ROOM_INTO_QUEUE, edt_ns)
 }
 
-/// A packet goes on. While other packets wait in htb, the packet passes htb as well, so that htb takes its part of the
-/// limit from those. With fq the packet need not: departure times come from the clock.
+/// A packet goes on. While other packets wait in htb, the packet passes htb as well, so that htb takes the packet's
+/// part of the limit from the others. With fq the packet need not: departure times come from the clock.
 #[inline(always)]
 fn at_once(skb: *mut __sk_buff, end: &HostEnd, direction: u32, others: &Others, now_ns: u64) -> i32 {
     // SAFETY: as in `charge`.

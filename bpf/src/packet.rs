@@ -80,8 +80,8 @@ impl Wire {
 /// as long as the others.
 ///
 /// Like `network_headers` this is a global function: the verifier checks it by itself, once, and not together with each
-/// branch of the code that follows. That check took half of the time of an ADD. Both functions take numbers and not the
-/// packet, since a kernel without BTF of its own would not know the packet's type.
+/// branch of the code that follows. The check with each branch took half of the time of an ADD. Both functions take
+/// numbers and not the packet, since a kernel without BTF of its own would not know the packet's type.
 #[inline(never)]
 #[unsafe(no_mangle)]
 pub extern "C" fn bytes_with_headers(bytes: u64, segments: u64, headers: u64, data_offset: u64, payload: u64) -> u64 {

@@ -51,7 +51,7 @@ const MIN_ROUND_NS: u64 = 1_000_000;
 /// (`tcp_schedule_loss_probe`). Kernels have 250 to 1000 ticks a second. The remote's retransmission timer is later.
 const LOSS_PROBE_NS: u64 = 2_000_000;
 /// For a single packet in flight the remote's probe waits 200 ms more, for a delayed acknowledgement (`TCP_RTO_MIN`).
-/// Some of the 200 ms belong to the network.
+/// The value leaves some of the 200 ms to the network.
 const LOSS_PROBE_OF_ONE_NS: u64 = 150_000_000;
 /// Beyond this backlog a remote that has more to send is to pause for its persist timer. A few dozen requests that
 /// arrive at once are a shorter backlog, and their answers wait for that backlog anyway.
@@ -125,7 +125,7 @@ fn usual_rwnd(limit: &Limit, is_answered: bool) -> u64 {
 }
 
 /// Bytes that a connection opened by a remote is assumed to bring before any connection has been measured: the size of
-/// the first window, but at most what few requests exceed.
+/// the first window, but at most a size that few requests exceed.
 #[inline(always)]
 pub fn usual_first_bytes(limit: &Limit) -> u64 {
     usual_rwnd(limit, true).min(USUAL_REQUEST_SEGMENTS) * USUAL_MSS

@@ -12,17 +12,17 @@ pub mod requests;
 /// Version of the structures below and of the set of maps and programs that are pinned.
 pub const LAYOUT: u32 = 7;
 
-/// Index of the egress direction in an attachment's limits and meters: what the pod sends.
+/// Index of the egress direction in an attachment's limits and meters: packets that the pod sends.
 pub const EGRESS: u32 = 0;
-/// Index of the ingress direction in an attachment's limits and meters: what the pod receives.
+/// Index of the ingress direction in an attachment's limits and meters: packets that the pod receives.
 pub const INGRESS: u32 = 1;
 /// Number of directions.
 pub const DIRECTIONS: usize = 2;
 
-/// Most attachments that share one set of programs and maps. The table of a hash map of this size takes 128 KiB, even
-/// when the map is empty.
+/// Maximum number of attachments that share one set of programs and maps. The table of a hash map of this size takes
+/// 128 KiB, even when the map is empty.
 pub const MAX_ATTACHMENTS: usize = 1 << 13;
-/// Most interfaces of one cgroup that share one set of programs.
+/// Maximum number of interfaces of one cgroup that share one set of programs.
 pub const MAX_SCOPES: usize = 4;
 
 /// Interfaces are numbered from 2 in a network namespace that has `lo`, which is always 1 (net/core/dev.c,
@@ -35,9 +35,9 @@ pub const BACKLOG_BUCKETS: usize = 32;
 /// as far.
 pub const BACKLOG_FIRST_BUCKET_LOG2_NS: u32 = 10;
 
-/// Most subnets that a configuration can list, of both kinds together.
+/// Maximum number of subnets in a configuration, of both kinds together.
 pub const MAX_SUBNETS: usize = 1 << 14;
-/// Most subnets of all lists of a node.
+/// Maximum number of subnets in all lists of a node.
 pub const MAX_LISTED_SUBNETS: usize = 1 << 18;
 /// Value in the `SUBNETS` map: traffic of this subnet is limited and counted.
 pub const SUBNET_SHAPED: u32 = 0;
