@@ -188,8 +188,7 @@ fn charge(skb: *mut __sk_buff, end: &HostEnd, direction: u32, wire: &Wire) -> i3
     let is_alone = now_ns >= unsafe { (&raw const others.waits_until_ns).read_volatile() };
     let is_fresh = is_alone && link.has_room(FRESH, now_ns);
     if !link.admits(wire.bytes, wire.segments, if is_fresh { OTHER_FRESH } else { OTHER }, false) {
-        add(&mut others.drops, wire.segments);
-        return TC_ACT_SHOT;
+        return refuse(others, wire);
     }
     add(&mut others.bytes, wire.bytes);
     add(&mut others.packets, wire.segments);
@@ -221,8 +220,7 @@ fn hold(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, flow: &mut Flow, str
         return TC_ACT_SHOT;
     }
     if !has_windows && before_ns > link.limit().others_bound_ns {
-        add(&mut others.drops, wire.segments);
-        return TC_ACT_SHOT;
+        return refuse(others, wire);
     }
     let class =
         flow.into.decide(&link, &Packet { has_arrived, queue: end.queue(), ..Packet::received(wire, true) }).class;
@@ -272,8 +270,8 @@ fn hold_datagram(skb: *mut __sk_buff, end: &HostEnd, wire: &Wire, flow: &mut Flo
 }
 
 /// Charges a SYN, or another packet that comes before a connection is open, as one of a new flow. If new flows have
-/// used up their part of the rate, the packet counts as [`STREAM`], and beyond [`REQUEST_BOUND_NS`] it is dropped: an
-/// endless stream of SYNs is a flood. Where acknowledgements are held, the packet is a SYN and waits as long as
+/// used up their part of the rate, the packet counts as [`WAITED`], and beyond [`REQUEST_BOUND_NS`] it is dropped: an
+/// endless stream of SYNs is a flood. A dropped packet is not charged. Where acknowledgements are held, the packet is a SYN and waits as long as
 /// [`requests::edt_ns`] says. Otherwise the packet waits for the backlog, unless new flows have room.
 #[inline(always)]
 fn queue_request(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, client: Client) -> i32 {
@@ -285,13 +283,15 @@ fn queue_request(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, client: Cli
     let before_ns = link.backlog_ns(now_ns, 0, false);
     let is_fresh = link.has_room(FRESH, now_ns);
     if !is_fresh && before_ns > REQUEST_BOUND_NS {
-        return TC_ACT_SHOT;
+        return refuse(others, wire);
     }
-    link.admits(wire.bytes, wire.segments, if is_fresh { FRESH } else { STREAM }, false);
+    // No bound is in force for either class: the packet passes.
+    let class = if is_fresh { FRESH } else { WAITED };
     if end.holds_streams == 0 {
         let Some(edt_ns) = requests::edt_ns(&link, others, now_ns, before_ns, is_of_node(skb)) else {
-            return TC_ACT_SHOT;
+            return refuse(others, wire);
         };
+        link.admits(wire.bytes, wire.segments, class, false);
         client.note(end.slot, edt_ns - now_ns);
         if edt_ns == now_ns {
             requests::note_entry(end.slot);
@@ -302,10 +302,18 @@ fn queue_request(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, client: Cli
         unsafe { (*skb).cb[PLACE] = IS_REQUEST_BACK };
         return verdict;
     }
+    link.admits(wire.bytes, wire.segments, class, false);
     if is_fresh || end.waiting_ifindex == 0 || before_ns <= AHEAD_NS {
         return at_once(skb, end, INGRESS, others, now_ns);
     }
     wait(skb, end, INGRESS, ROOM_INTO_QUEUE, now_ns + before_ns - AHEAD_NS)
+}
+
+/// Drops a packet that was not charged, and counts it.
+#[inline(always)]
+fn refuse(others: &mut Others, wire: &Wire) -> i32 {
+    add(&mut others.drops, wire.segments);
+    TC_ACT_SHOT
 }
 
 /// A packet for a socket of the pod waits. The pod's state notes until when, so that packets that leave at once
