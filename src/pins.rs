@@ -11,8 +11,8 @@
 //!         count_egress  ..
 //!       <interface>/                one attachment, complete: it is made under another name and renamed
 //!         OWNER                     a map: whose the attachment is
-//!         LIMITS  ..  count_egress  only of an attachment that cannot share: its own maps and links; the last of its
-//!                                   links takes the program along
+//!         LIMITS  ..  count_egress  only of an attachment that cannot share: its own maps and links; a program goes
+//!                                   with its last link
 //!       <interface>%new             being made, or (%old) being replaced: left only by a killed call
 //!   netns/<inode>/<pod>%on%<interface>   an empty directory for each attachment in that network namespace: see
 //!                                        `pins/sharing.rs`
