@@ -39,8 +39,8 @@ pub struct Owner {
     pub uid: Option<String>,
     /// The cgroup directory the programs are attached to.
     pub cgroup: String,
-    /// The numbers by which the programs know the attachment (`podshaper_abi::Scope`) are this and the next three. This
-    /// is the interface's number in the pod's network namespace. 0: every interface.
+    /// The first of four numbers by which the programs know the attachment (`podshaper_abi::Scope`): the interface's
+    /// number in the pod's network namespace. 0: every interface.
     #[serde(skip_serializing_if = "is_zero")]
     pub ifindex: u32,
     /// The key of its limits and meters.

@@ -362,7 +362,8 @@ fn remove_if_unused(layout: &Path) -> Result<()> {
     /// The link count of a layout without pods: two for the directory itself, one for the finished directory of the
     /// node's programs, one for the unfinished directory. Each pod's directory adds one.
     const LINKS_WITHOUT_PODS: u64 = 4;
-    // A node may have thousands of pods, and reading the directory gets hundreds at a time.
+    // The count is looked at first: a node may have thousands of pods, and reading the directory gets hundreds at a
+    // time.
     if fs::metadata(layout).is_ok_and(|found| found.nlink() > LINKS_WITHOUT_PODS) {
         return Ok(());
     }

@@ -116,7 +116,7 @@ fn counts(written: SystemTime, installed: SystemTime, now: SystemTime) -> bool {
 /// Makes the directory that [`MEMORY`] names, if it is not there.
 ///
 /// # Errors
-/// The kernel's.
+/// The kernel's error.
 pub fn make_memory(memory: &Path) -> io::Result<()> {
     match fs::DirBuilder::new().mode(0o700).create(memory) {
         Err(cause) if cause.kind() != io::ErrorKind::AlreadyExists => Err(cause),

@@ -217,7 +217,7 @@ pub fn link_to_cgroup(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, hook: Cgr
     bpf_fd(BPF_LINK_CREATE, &mut attr)
 }
 
-/// Makes a link run another program from now on. No packet passes between the two programs unseen.
+/// Makes a link run another program from now on. Every packet runs the old program or the new one.
 ///
 /// # Errors
 /// The kernel's error; ENOLINK where the cgroup is gone.

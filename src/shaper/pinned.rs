@@ -118,7 +118,7 @@ impl<'a> Pinned<'a> {
     /// has changed them to what was asked for later.
     ///
     /// # Errors
-    /// [`Code::Mismatch`] naming the first difference.
+    /// [`Code::Mismatch`] names the first difference. [`Code::Kernel`]: the record or the maps cannot be read.
     pub fn check(&self, cgroup: &Path, settings: &Settings) -> Result<()> {
         let cgroup_id = fs::metadata(cgroup)
             .map_err(|cause| Error::because(Code::Mismatch, format!("find the cgroup {}", cgroup.display()), cause))?
