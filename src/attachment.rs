@@ -1,9 +1,10 @@
-//! One attachment, from nothing to pinned and back. Whoever limits something or ends a limit does it through here: the CNI verbs and
-//! the commands for a person alike.
+//! One attachment, from nothing to pinned and back. The CNI verbs and the operator's commands both make, change and end
+//! limits through this module.
 //!
-//! An attachment is programs on a cgroup (`shaper`), changes on an interface (`interface`) and pins (`pins`), which come, change and
-//! go together, under the lock of the pins. What takes long, loading the programs, comes before the lock. So whoever holds the lock
-//! reads again what is there: an attachment that was seen without it may have been replaced since.
+//! An attachment consists of programs on a cgroup (`shaper`), changes on an interface (`interface`) and pins (`pins`).
+//! All three come, change and go together, under the lock of the pins. Loading programs takes long, so an attachment on
+//! a cgroup that is not a pod's loads its own programs before it takes the lock. A call that holds the lock reads the
+//! attachment again: another call may have replaced the one that was seen before the lock.
 
 mod attach;
 mod end;
@@ -42,54 +43,54 @@ pub use end::{Change, End, change, lift, remove, remove_locked, settle_all};
 pub use held::{Node, hold_again};
 pub use upgrade::{Upgrade, upgrade};
 
-/// What stands for the interface of an attachment that is on all but loopback.
+/// The interface name of an attachment that limits every interface but loopback.
 pub const EVERY_INTERFACE: &str = "*";
 
 /// An attachment to be made.
 pub struct Plan<'a> {
     /// Where it is pinned.
     pub place: Place,
-    /// The cgroup its programs are put on.
+    /// The cgroup that gets its programs.
     pub cgroup: Directory<'a>,
-    /// What of the cgroup's traffic is limited.
+    /// The interfaces whose traffic is limited.
     pub interfaces: Interfaces<'a>,
-    /// To what.
+    /// The limits.
     pub limits: Limits,
-    /// Which remote addresses that is for.
+    /// The remote addresses for which the limits hold.
     pub subnets: &'a Subnets,
-    /// Whether what comes by other paths than the cgroup's sockets is held as well.
+    /// Whether packets by other paths than the cgroup's sockets are held as well.
     pub other_paths: bool,
-    /// Whose it is. What is changed on the interface is added to it.
+    /// The record of whose it is. The changes on the interface are added to it.
     pub owner: Owner,
 }
 
 /// Which interfaces are limited.
 #[derive(Clone, Copy)]
 pub enum Interfaces<'a> {
-    /// One of a network namespace of its own. podshaper may change it.
+    /// An interface in a network namespace of its own. podshaper may change it.
     One { netns: &'a Path, name: &'a str },
-    /// One of the node's, by number, or with 0 every one but loopback. It is left as it is.
+    /// An interface of the node, by number, or with 0 every interface but loopback. podshaper leaves it as it is.
     OfNode { index: u32 },
 }
 
 /// The cgroup of an attachment.
 #[derive(Clone, Copy)]
 pub enum Directory<'a> {
-    /// A pod's, which podshaper may have to make, and then removes with the pod's last attachment.
+    /// A pod's cgroup. podshaper may have to make it, and then removes it with the pod's last attachment.
     Pod(&'a PodCgroup),
-    /// Somebody else's.
+    /// A cgroup that is not a pod's.
     Other(&'a File),
 }
 
-/// An attachment as it is pinned.
+/// An attachment that is pinned.
 pub struct Present {
-    /// Where.
+    /// Its place.
     pub place: Place,
     /// Its directory of pins.
     pub directory: PathBuf,
     /// Whose it is.
     pub owner: Owner,
-    /// Its limits; `None` where they cannot be read, being of another layout.
+    /// Its limits. `None`: its maps have another layout, so the limits cannot be read.
     pub limits: Option<Limits>,
 }
 
@@ -130,7 +131,7 @@ impl Present {
         Settings::of(&self.owner, self.limits.unwrap_or_default()).program_names().collect()
     }
 
-    /// Its connections, as they can be let go of.
+    /// Its connections, to take their pace and window off.
     fn connections(&self) -> Option<Connections> {
         let_go::connections(&self.directory, &self.owner)
     }
@@ -139,7 +140,7 @@ impl Present {
         Need { record: self.owner.interface.clone(), limits: self.limits }
     }
 
-    /// Its limits with another rate in the directions that `to` has.
+    /// Its limits, with those of `to` in the directions that `to` has.
     fn limits_with(&self, to: &Limits) -> Limits {
         let now = self.limits.unwrap_or_default();
         let limit = |direction: Direction| to.of(direction).or(now.of(direction)).copied();
@@ -147,21 +148,21 @@ impl Present {
     }
 }
 
-/// podshaper's pins, locked; `None` if nothing was ever attached since boot.
+/// podshaper's pins, locked. `None`: nothing has been attached since boot.
 ///
 /// # Errors
-/// [`Code::Kernel`]: somebody else holds the lock and does not let go of it.
+/// [`Code::Kernel`]: another process holds the lock and does not release it.
 pub fn lock() -> Result<Option<LockedPins>> {
     Pins::existing(Path::new(BPFFS)).map(|pins| pins.lock()).transpose()
 }
 
-/// The other attachments of a pod that share the node's programs with that of a place.
+/// The other attachments of a pod that share the node's programs with the attachment at a place.
 fn sharing(pins: &Pins, place: &Place) -> Vec<Present> {
     let others = pins.sharing(&place.pod).into_iter().filter(|(other, _)| other != place);
     others.filter_map(|(other, directory)| Present::read(other, directory).ok()).collect()
 }
 
-/// What the programs are to find of them on the pod's cgroup.
+/// The entries by which the programs find these attachments on the pod's cgroup.
 fn scopes(sharing: &[Present]) -> Vec<Scope> {
     sharing.iter().map(|present| present.owner.scope()).collect()
 }
@@ -177,13 +178,14 @@ fn there(pins: &Pins, place: &Place, own: &Record) -> Vec<Present> {
     there.filter(|other| other.owner.interface.shares_namespace(own) && is_there(&other.owner, inode)).collect()
 }
 
-/// What they need there.
+/// The needs of the other attachments in the namespace of `own`, which is the record of `place`.
 fn others(pins: &Pins, place: &Place, own: &Record) -> Vec<Need> {
     there(pins, place, own).iter().map(Present::need).collect()
 }
 
-/// Whether an attachment is still in the namespace of this number, which the kernel gives to another one when it is gone. A path in
-/// /proc goes with its process, and its namespace may stay: then the cgroup says whether the attachment lives.
+/// Whether an attachment is still in the namespace with this inode number. When a namespace is gone, the kernel gives
+/// its number to another one. A path in /proc goes with its process, but the namespace may stay: then the cgroup tells
+/// whether the attachment lives.
 fn is_there(owner: &Owner, inode: u64) -> bool {
     match owner.interface.path().map(fs::metadata) {
         Some(Ok(found)) => found.ino() == inode,
@@ -192,7 +194,7 @@ fn is_there(owner: &Owner, inode: u64) -> bool {
     }
 }
 
-/// Removes a pod's cgroup2 directory on a hybrid host, if that is left to podshaper and nothing is in it.
+/// Removes a pod's cgroup2 directory on a hybrid host, if podshaper is to remove it and it is empty.
 pub fn remove_cgroup_if_ours(path: &Path) {
     let removed = Hierarchies::of_this_host().and_then(|hierarchies| cgroup::remove_if_ours(&hierarchies, path));
     if let Err(error) = removed {
@@ -200,7 +202,7 @@ pub fn remove_cgroup_if_ours(path: &Path) {
     }
 }
 
-/// A limit that limits nothing, in those of the directions that have one.
+/// Limits without effect, in those of the directions that have a limit.
 fn unlimited(limits: &Limits, directions: &[Direction]) -> Limits {
     let lifted = |direction| {
         let is_limited = directions.contains(&direction) && limits.of(direction).is_some();

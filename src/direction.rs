@@ -1,4 +1,5 @@
-//! The two directions of a limit, seen from the pod, and what each is called: in the maps, to a person, and by Kubernetes.
+//! The two directions of a limit, seen from the pod, and the name of each: in the maps, for a person, and in
+//! Kubernetes.
 
 use std::fmt;
 
@@ -7,14 +8,14 @@ use podshaper_abi::{EGRESS, INGRESS};
 /// A direction, seen from the pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
-    /// What the pod sends.
+    /// Packets that the pod sends.
     Egress,
-    /// What it receives.
+    /// Packets that the pod receives.
     Ingress,
 }
 
 impl Direction {
-    /// Both, in the order of their indices.
+    /// Both directions, in the order of their indices.
     pub const BOTH: [Self; 2] = [Self::Egress, Self::Ingress];
 
     /// The key of its entry in the `LIMITS` and `METERS` maps.
@@ -33,7 +34,7 @@ impl Direction {
         }
     }
 
-    /// Kubernetes' annotation for it.
+    /// Kubernetes' annotation for the limit.
     pub fn annotation(self) -> &'static str {
         match self {
             Self::Egress => "kubernetes.io/egress-bandwidth",
@@ -41,7 +42,7 @@ impl Direction {
         }
     }
 
-    /// The annotation for its burst, in bits: Kubernetes has none.
+    /// podshaper's annotation for the burst, in bits: Kubernetes has none.
     pub fn burst_annotation(self) -> &'static str {
         match self {
             Self::Egress => "podshaper.io/egress-burst",

@@ -1,12 +1,13 @@
-//! The one owner of what podshaper changes on a pod's interface and in its network namespace: fq or htb, tbf at the host's end, the
-//! sizes and sysctls that decide how large packets are.
+//! Owns everything that podshaper changes on a pod's interface and in its network namespace: fq or htb, tbf at the host
+//! end, and the sizes and sysctls that decide how large packets are.
 //!
-//! How an interface is to be follows from the attachments that are on it: each brings what it needs ([`Need`]), and
-//! [`Interface::settle`] makes the interface so. What no attachment needs is put back as it was before podshaper. So an ADD counts
-//! its own needs among the others', a DEL leaves its own out, and an ADD that failed counts those of the attachment that stays.
+//! The state of an interface follows from the attachments on it. Each attachment brings its needs ([`Need`]), and
+//! [`Interface::settle`] makes the interface so. A setting that no attachment needs is put back as it was before
+//! podshaper. So an ADD adds its needs to those of the other attachments, a DEL leaves its needs out, and a failed ADD
+//! counts the needs of the attachment that stays.
 //!
-//! A namespace is entered once for all of it. The steps in it are those of `qdisc` and `packets`; which attachments share an
-//! interface is known to `attachment`.
+//! A namespace is entered once for all changes. `qdisc` and `packets` have the steps in the namespace. `attachment`
+//! knows which attachments share an interface.
 
 pub mod host_end;
 mod mechanism;
@@ -41,18 +42,18 @@ pub struct Interface {
     inside: Entered,
     /// Its number in its namespace.
     pub index: u32,
-    /// The number that its namespace has for itself, once it has one. 0: none.
+    /// The number (nsid) that its namespace has for itself. 0: none yet.
     pub namespace: u64,
     netns: PathBuf,
     netns_inode: u64,
     ifname: String,
-    /// Its other end, if it is a veth's.
+    /// Its other end, if it is a veth.
     peer: Option<Peer>,
-    /// Its end on the host, once it was looked for.
+    /// Its host end, once that has been looked for.
     host_end: Option<Option<HostsEnd>>,
 }
 
-/// What came of bringing an interface to what is needed. Each part is tried, whatever became of the others.
+/// The result of [`Interface::settle`]. Each part is tried, even if the other one fails.
 #[must_use]
 pub struct Settled {
     /// The sizes of packets.
@@ -62,20 +63,20 @@ pub struct Settled {
 }
 
 impl Settled {
-    /// Every error.
+    /// All errors together.
     ///
     /// # Errors
-    /// What the kernel refused, all of it.
+    /// Everything that the kernel refused.
     pub fn all(self) -> Result<()> {
         error::all([self.packets, self.qdiscs])
     }
 }
 
-/// What was done and found in the namespace.
+/// The results of the steps in the namespace.
 struct Inside {
     packets: Result<()>,
     fq: Result<()>,
-    /// `None` where it is not wanted.
+    /// `None`: htb is not wanted.
     htb: Option<Result<()>>,
 }
 
@@ -88,8 +89,8 @@ impl Interface {
         Self::find(Namespace::open(netns)?, netns, ifname)?
     }
 
-    /// The same by an attachment's record. `None` where there is nothing to put back any more: the interface is gone, or the path
-    /// names another namespace by now.
+    /// Enters the namespace of an attachment's record and finds the interface. `None`: there is nothing to put back any
+    /// more, because the interface is gone, or the path names another namespace now.
     ///
     /// # Errors
     /// [`Code::Netns`]: the namespace is there and cannot be entered.
@@ -102,11 +103,11 @@ impl Interface {
             Ok(_) => Err(another(netns)),
             Err(error) => Err(error),
         };
-        // Most often the namespace is gone, and with it all that was done there.
+        // Most often the namespace is gone, and with it all changes in it.
         Ok(found.inspect_err(|error| log::debug!("{error}")).ok())
     }
 
-    /// The inner error: it was entered, and has no such interface.
+    /// Enters the namespace. The inner error: the namespace has no such interface.
     fn find(opened: Namespace, netns: &Path, ifname: &str) -> Result<Result<Self>> {
         let netns_inode = opened.inode;
         let (inside, link) = opened.enter(|| netns::link(ifname, netns))?;
@@ -123,7 +124,7 @@ impl Interface {
         }))
     }
 
-    /// The record of an attachment that has not changed anything.
+    /// The record of an attachment that has changed nothing yet.
     pub fn record(&self) -> Record {
         Record {
             ifname: self.ifname.clone(),
@@ -133,10 +134,10 @@ impl Interface {
         }
     }
 
-    /// The host's end of the interface, if it has one in podshaper's own namespace.
+    /// The host end of the interface, if it has one in podshaper's own namespace.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with the kernel's error.
     pub fn host_end(&mut self) -> Result<Option<HostsEnd>> {
         if let Some(known) = self.host_end {
             return Ok(known);
@@ -150,11 +151,12 @@ impl Interface {
         Ok(found)
     }
 
-    /// Whether it is the one that the attachment of a record was made on, whose number in the namespace is `index`. A pod that may configure its
-    /// network can give that one's name to another interface. One that is gone keeps its name from nobody.
+    /// Whether this is the interface on which the attachment of a record was made, whose number in the namespace was
+    /// `index`. A pod that may configure its network can give the name of that interface to another one. If the
+    /// recorded interface is gone, the interface that has its name now is accepted.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with the kernel's error.
     pub fn is_that_of(&mut self, record: &Record, index: u32) -> Result<bool> {
         let is_there = |index: u32| {
             let found = netlink::link(index).map(|link| link.is_some());
@@ -167,17 +169,18 @@ impl Interface {
         }
     }
 
-    /// Gives the namespace its number, and puts fq on, which decides which programs are loaded. fq is of use to both directions: it lets
-    /// acknowledgements leave when
-    /// they should, and what the pod sends without having waited. htb, which [`Interface::change`] puts on, is for the latter, where
-    /// there is no fq.
+    /// Gives the namespace its number and puts fq on the interface. Whether fq is there decides which mechanisms hold
+    /// the limits. fq serves both directions: held acknowledgements leave it at their departure time, and so do egress
+    /// packets whose senders have not waited. Where there is no fq, the latter wait in htb, which [`Interface::change`]
+    /// puts on.
     ///
     /// # Errors
-    /// [`Code::Kernel`]: the kernel has no fq, or there is a qdisc of somebody else's.
+    /// [`Code::Kernel`]: the kernel has no fq, or the interface has another tool's qdisc.
     pub fn prepare(&mut self) -> Result<()> {
         let (index, there, inode) = (self.index, self.inside.there(), self.netns_inode);
         let (named, fq) = self.inside.run(|| (peer::name_namespace(there, inode), qdisc::put_fq(index)));
-        // Without it what a namespace made in the pod sends may be charged twice: not worth a pod.
+        // Without the number, packets of a namespace that is made in the pod may be charged twice. The pod is not made
+        // to fail for this.
         self.namespace = named.unwrap_or_else(|cause| {
             log::warn!("the pod's namespace cannot be told from those that are made in the pod: {cause}");
             0
@@ -185,9 +188,9 @@ impl Interface {
         fq
     }
 
-    /// Makes the interface what an attachment with these limits needs of it, beside those that are `there`; `others` are those of
-    /// them that it does not replace, and `fq` is what [`Interface::prepare`] answered. What is changed is in `record`, also after an
-    /// error.
+    /// Makes the interface what an attachment with these limits needs, beside the attachments that are `there`.
+    /// `others` are those of them that it does not replace, and `fq` is the result of [`Interface::prepare`]. The
+    /// changes are in `record`, also after an error.
     ///
     /// # Errors
     /// [`Code::Kernel`]: fq is gone again, and another one cannot be put on.
@@ -207,15 +210,15 @@ impl Interface {
         if let (Err(no_fq), Some(Err(no_htb))) = (fq, &inside.htb) {
             log::warn!("what the pod sends without having waited has no queue: {no_fq}; {no_htb}");
         }
-        // Without it the rate holds and the latency does not: not worth a pod.
+        // If this fails, the rate holds and the latency does not. The pod is not made to fail for this.
         warn("TCP may send large packets in bursts", inside.packets);
         inside.fq?;
         record.ingress_by = limits.ingress.map(|_| if has_fq { IngressBy::HeldAcks } else { IngressBy::HeldData });
         Ok(())
     }
 
-    /// Holds ingress where there is no fq, and nothing at the host's end in which what comes can wait its turn. Says in the log why it is not
-    /// tbf. `others`: those on the interface.
+    /// Holds ingress where there is no fq and packets cannot wait at the host end: by tbf, or else by drops. If it is
+    /// not tbf, the log says why. `others`: the other attachments in the namespace.
     pub fn hold_ingress(&mut self, record: &Record, limit: &Limit, others: &[Need], all_traffic: bool) -> IngressBy {
         let here = |other: &&Need| other.record.shares_interface(record);
         let is_taken = others.iter().filter(here).any(|other| other.record.ingress_by.is_some());
@@ -228,7 +231,8 @@ impl Interface {
         }
     }
 
-    /// A queue is for all that the interface receives: it is none if the limit is for a part.
+    /// Puts tbf on the host end. tbf queues everything that the interface receives, so it cannot hold a limit on a part
+    /// of the traffic.
     fn hold_by_tbf(&mut self, limit: &Limit, is_taken: bool, all_traffic: bool) -> Result<()> {
         let no = |why| Err(Error::new(Code::Kernel, why));
         match self.host_end()? {
@@ -241,12 +245,13 @@ impl Interface {
         }
     }
 
-    /// Brings the interface, on which `own` tells what was changed, to what is needed, and to what it was before where nothing is.
+    /// Brings the interface to what the attachments of `needs` need. Changes in the record `own` that no attachment
+    /// needs are undone.
     pub fn settle(&mut self, own: &Record, needs: &[Need]) -> Settled {
         let index = self.index;
         let Inside { packets, fq, htb } = self.inside.run(|| settle_inside(index, own, needs));
         let tbf = match needs.iter().find(|need| need.record.has_tbf() && need.record.shares_interface(own)) {
-            // Of another layout: it has what it needs.
+            // Its limits have another layout: its tbf stays as it is.
             Some(Need { limits: None, .. }) => Ok(()),
             Some(Need { limits: Some(limits), .. }) => self.host_end().and_then(|end| match (end, &limits.ingress) {
                 (Some(end), Some(limit)) => qdisc::put_tbf(end.ifindex, limit),
@@ -265,8 +270,8 @@ impl Interface {
     }
 }
 
-/// Brings the interface of an attachment that ends to what those that stay need. All errors are in the log: what is left does not
-/// keep a pod.
+/// Brings the interface of an attachment that ends to what the attachments that stay need. Errors go to the log:
+/// changes that are left must not keep the pod from ending.
 pub fn undo(ended: &Record, staying: &[Need]) {
     if ended.is_unchanged() {
         return;
@@ -278,21 +283,21 @@ pub fn undo(ended: &Record, staying: &[Need]) {
     }
 }
 
-/// Before what could not be put back.
+/// The warning before the error, where something could not be put back.
 pub const LEFT: &str = "not all that was changed on the pod's interface could be put back";
 
-/// Notes an error that is not worth a pod.
+/// Logs an error for which a pod is not made to fail.
 pub fn warn(what: &str, result: Result<()>) {
     if let Err(error) = result {
         log::warn!("{what}: {error}");
     }
 }
 
-/// Checks that what was put on the interfaces for an attachment is still there. `index`: the number of its interface in its namespace, where the
-/// pod can give it another name; 0 where that is not known.
+/// Checks that the queues that were put on the interfaces for an attachment are still there. `index`: the number of the
+/// pod's interface in its namespace, where the pod can rename the interface; 0: not known.
 ///
 /// # Errors
-/// [`Code::Mismatch`] naming what is gone; [`Code::Netns`] or [`Code::Kernel`] where it cannot be looked at.
+/// [`Code::Mismatch`] names the queue that is gone. [`Code::Netns`] or [`Code::Kernel`]: it cannot be looked at.
 pub fn check(record: &Record, index: u32) -> Result<()> {
     let Some(netns) = record.path() else { return Ok(()) };
     let gone = |what: &str| {
@@ -329,7 +334,7 @@ fn looking(record: &Record, netns: &Path, cause: io::Error) -> Error {
     Error::because(code, format!("look at the qdiscs of {} in {}", record.ifname, netns.display()), cause)
 }
 
-/// The namespace of a record, if its path names none but that.
+/// The namespace of a record, if the path still names that namespace.
 fn open(record: &Record, netns: &Path) -> Result<Namespace> {
     let opened = Namespace::open(netns)?;
     if record.netns_inode.is_some_and(|inode| inode != opened.inode) {
@@ -343,7 +348,7 @@ fn another(netns: &Path) -> Error {
     Error::new(Code::Mismatch, text)
 }
 
-/// In the namespace: what [`Interface::change`] does there, and the settings as they were before.
+/// The steps of [`Interface::change`] in the namespace. Also returns the settings from before podshaper.
 fn change_inside(
     index: u32,
     mut mine: Record,
@@ -366,10 +371,10 @@ fn change_inside(
     (mine.found, Inside { packets, fq, htb })
 }
 
-/// In the namespace: what [`Interface::settle`] does there.
+/// The steps of [`Interface::settle`] in the namespace.
 fn settle_inside(index: u32, own: &Record, needs: &[Need]) -> Inside {
     let here = || needs.iter().filter(|need| need.record.shares_interface(own));
-    // What was not found is not put back, and need not be read.
+    // A size that was not recorded is not put back, and need not be read.
     let sysctls = Sysctls::here();
     let sizes = own.found.gso_max_size.map_or(Ok(None), |_| packets::Sizes::read(index, &sysctls));
     let packets = packets::settle(index, own, needs, sizes, sysctls);
@@ -377,7 +382,7 @@ fn settle_inside(index: u32, own: &Record, needs: &[Need]) -> Inside {
     if here().any(|need| need.record.fq) {
         fq = keep_fq(index);
     } else if let Some(need) = here().find(|need| need.record.htb) {
-        // One of another layout has what it needs.
+        // The htb of an attachment of another layout stays as it is.
         htb = need.limits.and_then(|limits| limits.egress).map(|limit| htb::put(index, &limit));
     } else if own.fq || own.htb {
         fq = qdisc::take_off(index);
@@ -385,7 +390,7 @@ fn settle_inside(index: u32, own: &Record, needs: &[Need]) -> Inside {
     Inside { packets, fq, htb }
 }
 
-/// Puts htb on, with this limit, where it is not another attachment's.
+/// Puts htb with this limit on the interface, unless the queue is another attachment's.
 fn put_htb(index: u32, own: &Record, limit: &Limit, others: &[Need]) -> Result<()> {
     if others.iter().any(|other| (other.record.htb || other.record.fq) && other.record.shares_interface(own)) {
         let text = "another limit of this interface has its queue, which leaves drops: there is room for one";
@@ -393,13 +398,13 @@ fn put_htb(index: u32, own: &Record, limit: &Limit, others: &[Need]) -> Result<(
     }
     let put = htb::put(index, limit);
     if put.is_err() {
-        // Without its classes it is of no use, and no record would tell that it is there.
+        // htb without its classes is of no use, and no record would name it.
         warn(LEFT, qdisc::take_off(index));
     }
     put
 }
 
-/// Puts fq on where it is not: a DEL that came in between may have taken it off.
+/// Puts fq on the interface if it is not there: a DEL may have taken it off in between.
 fn keep_fq(index: u32) -> Result<()> {
     if qdisc::has(index, "fq")? { Ok(()) } else { qdisc::put_fq(index) }
 }

@@ -1,5 +1,5 @@
-//! One rtnetlink request and its answer, synchronously: podshaper asks for a few things and exits. A thread asks by one socket as long as
-//! it stays in a network namespace, and `netns` changes both.
+//! One rtnetlink request and its answer, synchronously: podshaper makes a few requests and exits. A thread uses one
+//! socket as long as it stays in a network namespace. `netns` changes both.
 
 use std::{cell::RefCell, io};
 
@@ -12,10 +12,10 @@ use netlink_packet_route::{
 };
 use netlink_sys::{Socket, protocols::NETLINK_ROUTE};
 
-/// A request that changes something: `flags` beside REQUEST and ACK.
+/// A request that changes something, with `flags` beside REQUEST and ACK.
 ///
 /// # Errors
-/// What the kernel says.
+/// The kernel's error.
 pub fn change(message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
     exchange(message, NLM_F_REQUEST | NLM_F_ACK | flags).map(drop)
 }
@@ -23,7 +23,7 @@ pub fn change(message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
 /// A request for everything of a kind in the calling thread's network namespace.
 ///
 /// # Errors
-/// What the kernel says.
+/// The kernel's error.
 pub fn dump(message: RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
     exchange(message, NLM_F_REQUEST | NLM_F_DUMP)
 }
@@ -31,38 +31,39 @@ pub fn dump(message: RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>
 /// A request for one thing, which the kernel answers with one message.
 ///
 /// # Errors
-/// What the kernel says.
+/// The kernel's error.
 pub fn get(message: RouteNetlinkMessage) -> io::Result<Option<RouteNetlinkMessage>> {
     exchange(message, NLM_F_REQUEST).map(|answers| answers.into_iter().next())
 }
 
-/// A request for one thing, of which the kernel notifies whoever listens, and the caller if it asks for that. It may have nothing to say.
+/// A request for one thing that the kernel answers by a notification to all listeners, and to the caller if it asks for
+/// that. The kernel may have nothing to report.
 ///
 /// # Errors
-/// What the kernel says.
+/// The kernel's error.
 pub fn get_notified(message: RouteNetlinkMessage) -> io::Result<Option<RouteNetlinkMessage>> {
     exchange(message, NLM_F_REQUEST | NLM_F_ECHO | NLM_F_ACK).map(|answers| answers.into_iter().next())
 }
 
-/// An interface of the calling thread's network namespace; `None` where there is none of this number.
+/// An interface of the calling thread's network namespace, by its number. `None`: there is no such interface.
 ///
 /// # Errors
-/// What the kernel says.
+/// The kernel's error.
 pub fn link(ifindex: u32) -> io::Result<Option<LinkMessage>> {
     get_link(link_message(ifindex))
 }
 
-/// The same by its name.
+/// An interface of the calling thread's network namespace, by its name. `None`: there is no such interface.
 ///
 /// # Errors
-/// What the kernel says.
+/// The kernel's error.
 pub fn link_by_name(name: &str) -> io::Result<Option<LinkMessage>> {
     let mut message = LinkMessage::default();
     message.attributes.push(LinkAttribute::IfName(name.to_owned()));
     get_link(message)
 }
 
-/// Its counters, which are more than all the rest of the answer, are of no use here.
+/// Asks for an interface without its counters. These would be more than the rest of the answer, and are of no use here.
 fn get_link(mut message: LinkMessage) -> io::Result<Option<LinkMessage>> {
     message.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
     match get(RouteNetlinkMessage::GetLink(message)) {
@@ -72,10 +73,10 @@ fn get_link(mut message: LinkMessage) -> io::Result<Option<LinkMessage>> {
     }
 }
 
-/// Changes attributes of such an interface.
+/// Changes attributes of an interface in the calling thread's network namespace.
 ///
 /// # Errors
-/// What the kernel says.
+/// The kernel's error.
 pub fn set_link(ifindex: u32, attributes: Vec<LinkAttribute>) -> io::Result<()> {
     let mut message = link_message(ifindex);
     message.attributes = attributes;
@@ -88,7 +89,7 @@ fn link_message(ifindex: u32) -> LinkMessage {
     message
 }
 
-/// A socket, which belongs to the network namespace that it was made in.
+/// A netlink socket, which belongs to the network namespace in which it was made.
 pub struct Connection {
     socket: Socket,
     datagram: Vec<u8>,
@@ -98,8 +99,8 @@ thread_local! {
     static CONNECTION: RefCell<Option<Connection>> = const { RefCell::new(None) };
 }
 
-/// Gives the calling thread another connection and returns its own, since it goes to another namespace. Without one it makes one when it
-/// asks for something.
+/// Gives the calling thread another connection, because it goes to another namespace, and returns the old connection. A
+/// thread without a connection makes one for its next request.
 pub fn replace_connection(connection: Option<Connection>) -> Option<Connection> {
     CONNECTION.replace(connection)
 }
@@ -108,7 +109,7 @@ fn exchange(message: RouteNetlinkMessage, flags: u16) -> io::Result<Vec<RouteNet
     CONNECTION.with_borrow_mut(|open| {
         let mut connection = open.take().map_or_else(Connection::open, Ok)?;
         let answers = connection.exchange(message, flags)?;
-        // After an error something may be left to be read.
+        // After an error the rest of an answer may be left in the socket, so the connection is not used again.
         *open = Some(connection);
         Ok(answers)
     })
@@ -118,7 +119,7 @@ impl Connection {
     /// More than the kernel puts into one datagram (`netlink_dump`).
     const DATAGRAM_BYTES: usize = 1 << 16;
 
-    /// The kernel gives it an address with the first message (`netlink_autobind`).
+    /// Opens a socket. The kernel gives it an address with the first message (`netlink_autobind`).
     fn open() -> io::Result<Self> {
         Ok(Self { socket: Socket::new(NETLINK_ROUTE)?, datagram: Vec::with_capacity(Self::DATAGRAM_BYTES) })
     }
@@ -146,7 +147,7 @@ impl Connection {
     }
 }
 
-/// Reads the messages of a datagram; whether the last of the answer was among them.
+/// Reads the messages of a datagram. Returns whether the last message of the answer was among them.
 fn collect(mut datagram: &[u8], answers: &mut Vec<RouteNetlinkMessage>) -> io::Result<bool> {
     while !datagram.is_empty() {
         let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(datagram).map_err(io::Error::other)?;

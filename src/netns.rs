@@ -1,7 +1,8 @@
-//! A pod's network namespace, entered once, and what is found there.
+//! A pod's network namespace, which is entered once, and the interfaces in it.
 //!
-//! A namespace belongs to a thread. The calling thread goes there and comes back, whether the work returns, fails or panics. A thread of
-//! its own for it would cost an ADD a millisecond on a busy node, which has to run that thread several times.
+//! A namespace belongs to a thread. The calling thread goes there and comes back, whether the work returns, fails or
+//! panics. A separate thread would cost an ADD a millisecond on a busy node, which has to schedule that thread several
+//! times.
 
 use std::fmt;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -19,7 +20,7 @@ use crate::{
     netlink::{self, Connection},
 };
 
-/// /proc/self would be the main thread's namespace.
+/// Not /proc/self, which would be the main thread's namespace.
 const OWN: &str = "/proc/thread-self/ns/net";
 
 /// A pod's network namespace, not entered yet.
@@ -27,7 +28,7 @@ pub struct Namespace {
     path: PathBuf,
     home: OwnedFd,
     file: OwnedFd,
-    /// Its number, by which it is told from others as long as it lives.
+    /// Its inode number, which tells it from other namespaces as long as it lives.
     pub inode: u64,
 }
 
@@ -35,14 +36,14 @@ pub struct Namespace {
 pub struct Entered {
     home: OwnedFd,
     there: OwnedFd,
-    /// With the kernel, about what is there.
+    /// The netlink connection in the namespace.
     connection: Option<Connection>,
 }
 
 /// The calling thread in another namespace, until this is dropped.
 struct Away<'a> {
     entered: &'a mut Entered,
-    /// The thread's connection at home.
+    /// The thread's netlink connection at home.
     connection: Option<Connection>,
 }
 
@@ -50,15 +51,15 @@ impl Namespace {
     /// The network namespace at `path` (`CNI_NETNS`).
     ///
     /// # Errors
-    /// [`Code::Netns`] if `path` is not a network namespace, or is the caller's own: such a pod uses the host's network, and what
-    /// is meant for the pod would be done to the node.
+    /// [`Code::Netns`]: `path` is not a network namespace, or it is the caller's own. A pod in the caller's namespace
+    /// uses the host's network, and changes for the pod would be made on the node.
     pub fn open(path: &Path) -> Result<Self> {
         let failed = |cause: Errno, what: &str| failed(path, what, cause);
         let read = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
         let home = open(OWN, read, Mode::empty())
             .map_err(|errno| failed(errno, "open its own at /proc/thread-self/ns/net"))?;
         let file = open(path, read, Mode::empty()).map_err(|errno| failed(errno, "open (the sandbox may be gone)"))?;
-        // Left behind by a reboot or an unmount, the file is an empty one on tmpfs.
+        // After a reboot or an unmount an empty file on tmpfs may be left.
         if fstatfs(&file).map_err(|errno| failed(errno, "statfs"))?.filesystem_type() != NSFS_MAGIC {
             return Err(refused(path, "not a namespace, perhaps the leftover of a sandbox of a former boot"));
         }
@@ -70,10 +71,10 @@ impl Namespace {
         Ok(Self { path: path.to_path_buf(), home, file, inode: there.st_ino })
     }
 
-    /// Enters it, runs `work` inside and leaves it.
+    /// Enters the namespace, runs `work` inside and leaves it.
     ///
     /// # Errors
-    /// [`Code::Netns`]: it is a namespace of another kind, or podshaper may not.
+    /// [`Code::Netns`]: it is a namespace of another kind, or podshaper may not enter it.
     pub fn enter<T>(self, work: impl FnOnce() -> T) -> Result<(Entered, T)> {
         let Self { path, home, file: there, inode: _ } = self;
         let mut entered = Entered { home, there, connection: None };
@@ -87,25 +88,26 @@ impl Namespace {
 }
 
 impl Entered {
-    /// Runs `work` inside and returns what it returned. If it panics, so does this.
+    /// Runs `work` inside and returns its result. If `work` panics, so does this.
     ///
     /// # Panics
-    /// Where the kernel has let the thread in before and does not now.
+    /// The kernel has let the thread in before and does not now.
     #[expect(clippy::panic, reason = "the kernel let it in before: nobody could go on from here")]
     pub fn run<T>(&mut self, work: impl FnOnce() -> T) -> T {
         match self.go() {
             Ok(_away) => work(),
-            // What was meant for the pod must not be done to the node.
+            // Changes for the pod must not be made on the node.
             Err(errno) => panic!("enter the pod's netns again: {errno}"),
         }
     }
 
-    /// The caller's own namespace, by a descriptor that lives as long as this: by its process the kernel finds where the thread is now.
+    /// The caller's own namespace, as a descriptor that lives as long as this. By a process id the kernel would find
+    /// the namespace in which the thread is now.
     pub fn home(&self) -> RawFd {
         self.home.as_raw_fd()
     }
 
-    /// The namespace itself, in the same way.
+    /// The namespace itself, as a descriptor that lives as long as this.
     pub fn there(&self) -> RawFd {
         self.there.as_raw_fd()
     }
@@ -119,7 +121,8 @@ impl Entered {
 
 impl Drop for Away<'_> {
     /// # Panics
-    /// Where there is no way back: what is meant for the node must not be done to the pod. The next call clears what this one leaves.
+    /// There is no way back: changes for the node must not be made in the pod. The next call clears what this one
+    /// leaves.
     #[expect(clippy::panic, reason = "nobody may go on in the wrong namespace")]
     fn drop(&mut self) {
         if let Err(errno) = setns(&self.entered.home, CloneFlags::CLONE_NEWNET) {
@@ -141,12 +144,12 @@ fn entering(path: &Path, what: impl fmt::Display) -> String {
     format!("enter the pod's netns {}: {what}", path.display())
 }
 
-/// The interface `ifname` of the calling thread's namespace; `netns` is only named in the error.
+/// The interface `ifname` of the calling thread's namespace. `netns` is only named in the error.
 ///
 /// # Errors
 /// [`Code::Netns`] if there is none of that name.
 pub fn link(ifname: &str, netns: &Path) -> Result<LinkMessage> {
-    /// The kernel's IFNAMSIZ, without the zero at the end.
+    /// The kernel's IFNAMSIZ, without the zero byte at the end.
     const MAX_NAME_BYTES: usize = 15;
     let text = || {
         format!(
@@ -173,7 +176,7 @@ mod tests {
 
     use super::*;
 
-    /// A network namespace with nothing but `lo`, which the kernel takes back when the file is closed.
+    /// A network namespace with nothing but `lo`. The kernel removes it when the file is closed.
     struct Netns(File);
 
     impl Netns {

@@ -1,4 +1,4 @@
-//! What is written down of an attachment, and read by another call: whose it is, what was changed for it, what was asked for.
+//! The record of an attachment, which other calls read: whose it is, what was changed for it, what was asked for.
 
 use std::path::Path;
 
@@ -16,8 +16,8 @@ use crate::{
 
 /// Who made an attachment, as recorded beside it.
 ///
-/// Another version of podshaper may read what this one wrote: it ignores keys it does not know, and one that is missing is
-/// empty. So keys are only ever added.
+/// Another version of podshaper may read a record of this one. It ignores keys that it does not know, and a key that is
+/// missing reads as empty. So keys are only ever added.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct Owner {
@@ -39,43 +39,45 @@ pub struct Owner {
     pub uid: Option<String>,
     /// The cgroup directory the programs are attached to.
     pub cgroup: String,
-    /// How the programs know it (`podshaper_abi::Scope`): the interface's number in the pod's network namespace. 0: every interface.
+    /// The first of four numbers by which the programs know the attachment (`podshaper_abi::Scope`): the interface's
+    /// number in the pod's network namespace. 0: every interface.
     #[serde(skip_serializing_if = "is_zero")]
     pub ifindex: u32,
-    /// .. the key of its limits and meters ..
+    /// The key of its limits and meters.
     #[serde(skip_serializing_if = "is_zero")]
     pub slot: u32,
-    /// .. the number of its list of subnets ..
+    /// The number of its list of subnets.
     #[serde(skip_serializing_if = "is_zero")]
     pub list: u64,
-    /// .. and that of the namespace.
+    /// The number (nsid) that the pod's network namespace has for itself.
     #[serde(skip_serializing_if = "is_zero")]
     pub namespace: u64,
-    /// The administrator's `max` at ADD, in bits per second: what `set` does not go beyond.
+    /// The administrator's `max` for egress at ADD, in bits per second. `set` does not go beyond it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_egress: Option<u64>,
-    /// The same for ingress.
+    /// The administrator's `max` for ingress at ADD, in bits per second.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_ingress: Option<u64>,
-    /// What was asked for when the limits last followed it, at ADD or by `sync`. An earlier version recorded nothing.
+    /// The limits that were asked for when the attachment last followed them, at ADD or by `sync`. Earlier versions
+    /// recorded nothing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub asked: Option<Asked>,
-    /// Whether `set` has changed the limits since: they are not what the pod asked for any more.
+    /// Whether `set` has changed the limits since: they are no longer those that the pod asked for.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub changed: bool,
-    /// Whether `sync` has made the limits what was asked for later than at ADD.
+    /// Whether `sync` has changed the limits to those that were asked for after the ADD.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub followed: bool,
 }
 
-/// What was asked for, as it is written down and compared.
+/// The limits that are asked for, in a form to be recorded and compared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Asked {
-    /// From the pod.
+    /// For egress.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub egress: Option<Amount>,
-    /// To the pod.
+    /// For ingress.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ingress: Option<Amount>,
 }
@@ -86,17 +88,17 @@ pub struct Asked {
 pub struct Amount {
     /// Bits per second.
     pub rate_bits_per_s: u64,
-    /// How long the burst takes at that rate.
+    /// The time that the burst takes at that rate, in nanoseconds.
     pub burst_ns: u64,
 }
 
 impl Asked {
-    /// What these limits ask for.
+    /// The amounts of these limits.
     pub fn of(limits: &Limits) -> Self {
         Self { egress: limits.egress.map(Amount::of), ingress: limits.ingress.map(Amount::of) }
     }
 
-    /// What is asked for in a direction.
+    /// The amount for a direction.
     pub fn in_direction(&self, direction: Direction) -> Option<Amount> {
         match direction {
             Direction::Egress => self.egress,
@@ -106,7 +108,7 @@ impl Asked {
 }
 
 impl Amount {
-    /// That of a limit.
+    /// The amount of a limit.
     pub fn of(limit: Limit) -> Self {
         Self { rate_bits_per_s: limit.rate.as_bits_per_s(), burst_ns: limit.burst.as_ns_at(limit.rate) }
     }
@@ -131,7 +133,7 @@ impl Owner {
         }
     }
 
-    /// What the programs find on the cgroup.
+    /// The entry by which the programs find the attachment on its cgroup.
     pub fn scope(&self) -> Scope {
         Scope { ifindex: self.ifindex, slot: self.slot, list: self.list, namespace: self.namespace }
     }
@@ -145,28 +147,30 @@ impl Owner {
         max.and_then(|max| Rate::bits_per_s(max).ok())
     }
 
-    /// The record of an attachment that follows what is asked for.
+    /// The record of an attachment whose limits follow what is asked for.
     pub fn asked_for(self, asked: &Limits) -> Self {
         let max = |limit: Option<Limit>| limit.and_then(|limit| limit.max).map(Rate::as_bits_per_s);
         let (max_egress, max_ingress) = (max(asked.egress), max(asked.ingress));
         Self { asked: Some(Asked::of(asked)), max_egress, max_ingress, ..self }
     }
 
-    /// The record after `set`. What was asked for stays known, so that the limits set by hand stay until something else is asked for.
+    /// The record after `set`. It keeps what was asked for, so that limits that were set by hand stay until something
+    /// else is asked for.
     pub fn by_hand(&self, now: &Limits) -> Self {
         Self { asked: self.asked.or(Some(Asked::of(now))), changed: true, ..self.clone() }
     }
 
-    /// Whether a call for this container and interface speaks of the attachment recorded here. A DEL that does not is a late one
-    /// for a sandbox that has been replaced, and must remove nothing.
+    /// Whether a call for this container and interface means the attachment recorded here. A DEL that means another one
+    /// is a late DEL for a sandbox that has been replaced, and must remove nothing.
     ///
-    /// The network's name is not asked for: containerd deletes by the configuration it has then, whose name may be another one
-    /// than at ADD, and no two networks can give a container an interface of the same name.
+    /// The network's name is not compared: containerd deletes by the configuration that it has at that time, in which
+    /// the network may have another name than at ADD. No two networks can give a container an interface of the same
+    /// name.
     pub fn is_of(&self, container_id: &ContainerId, ifname: &InterfaceName) -> bool {
         self.container_id == **container_id && self.interface.ifname == **ifname
     }
 
-    /// The same, and by the network of that name.
+    /// Like [`Self::is_of`], and for the network of that name.
     pub fn is(&self, network: &NetworkName, container_id: &ContainerId, ifname: &InterfaceName) -> bool {
         self.network == network.as_str() && self.is_of(container_id, ifname)
     }

@@ -1,23 +1,25 @@
-//! The pins, which are all the state there is. This file and the folder beside it are the only ones that know how the pins lie:
+//! The pins, which are all the state of the attachments. Only this file and the folder beside it know how the pins lie:
 //!
 //! ```text
-//! /sys/fs/bpf/podshaper/            locked (flock) by whoever changes anything below
-//!   v<LAYOUT>/                      layout of what follows: podshaper_abi::LAYOUT
-//!     %node/                        the node's programs and maps, which its pods share; goes with the last of them
+//! /sys/fs/bpf/podshaper/            locked (flock) by each call that changes anything below
+//!   v<LAYOUT>/                      layout of everything below: podshaper_abi::LAYOUT
+//!     %node/                        the node's programs and maps, which its pods share; removed with the last pod
 //!       LIMITS  METERS  ..          maps
 //!       count_egress  ..            programs
 //!     <pod uid or container id>/
 //!       %links/                     the links of the node's programs on this pod's cgroup
 //!         count_egress  ..
-//!       <interface>/                one attachment, whole: it is made under another name and renamed
-//!         OWNER                     a map: whose it is
-//!         LIMITS  ..  count_egress  only of one that cannot share: its own maps and links; the last one that goes takes its program along
-//!       <interface>%new             being made, or (%old) being replaced: left only by a call that was killed
-//!   netns/<inode>/<pod>%on%<interface>   an empty directory for each attachment in that network namespace: see `pins/sharing.rs`
+//!       <interface>/                one attachment, complete: it is made under another name and renamed
+//!         OWNER                     a map: whose the attachment is
+//!         LIMITS  ..  count_egress  only of an attachment that cannot share: its own maps and links; a program goes
+//!                                   with its last link
+//!       <interface>%new             being made, or (%old) being replaced: left only by a killed call
+//!   netns/<inode>/<pod>%on%<interface>   an empty directory for each attachment in that network namespace: see
+//!                                        `pins/sharing.rs`
 //! ```
 //!
-//! bpffs has no files but pins. A lock file cannot be made there, but a directory can be locked; the kernel lets go of it with the
-//! process.
+//! bpffs has no files but pins, so there can be no lock file. But a directory can be locked; the kernel releases the
+//! lock when the process ends.
 
 mod bpffs;
 mod layout;
@@ -53,33 +55,33 @@ pub use staged::{Staged, StagedNode};
 /// Where bpffs is mounted on every distribution (systemd, libbpf, bpftool).
 pub const BPFFS: &str = "/sys/fs/bpf";
 const DIRECTORY: &str = "podshaper";
-/// The map whose pin is removed last: as long as it is there, the attachment can be found again and removed.
+/// The map whose pin is removed last. As long as this pin is there, the attachment can be found again and removed.
 pub const OWNER: &str = "OWNER";
-/// The map of limits, which a change on a live pod writes.
+/// The map of limits. A change of the limits of a live pod writes it.
 pub const LIMITS: &str = "LIMITS";
 /// The map of clocks and counters.
 pub const METERS: &str = "METERS";
 /// The map that says which attachments a cgroup has.
 pub const SCOPES: &str = "SCOPES";
-/// The map of what came by other paths than the cgroups' sockets.
+/// The map of traffic by other paths than the cgroups' sockets.
 pub const OTHERS: &str = "OTHERS";
-/// The map of the host's ends of the pods' interfaces.
+/// The map of the host ends of the pods' interfaces.
 pub const HOST_ENDS: &str = "HOST_ENDS";
 /// The map of how long requests for connections have waited.
 pub const REQUESTS: &str = "REQUESTS";
 /// The map of subnets.
 pub const SUBNETS: &str = "SUBNETS";
-/// The map of what the programs know of each socket.
+/// The map of the programs' state of each socket.
 pub const FLOWS: &str = "FLOWS";
-/// How long a call waits for another one. All of a node's pods may start at once, and each needs a few milliseconds; a runtime gives
-/// up after minutes, without a word of why.
+/// How long a call waits for the lock. All pods of a node may start at once, and each call needs a few milliseconds. A
+/// runtime gives up after minutes, without saying why.
 const LOCK_WAIT: Duration = Duration::from_secs(30);
 const LOCK_RETRY: Duration = Duration::from_millis(1);
 
-/// Name parts of unfinished attachments. Neither can come out of [`encode`]: '%' is followed by two hexadecimal digits there.
+/// Name parts of unfinished attachments. [`encode`] never returns them: there, two hexadecimal digits follow each '%'.
 const NEW: &str = "%new";
 const OLD: &str = "%old";
-/// Directories of what pods and interfaces share. Neither can come out of [`encode`].
+/// Directories that pods and interfaces share. [`encode`] never returns these names.
 const NODE: &str = "%node";
 const LINKS: &str = "%links";
 
@@ -97,7 +99,7 @@ pub struct Pins {
     root: PathBuf,
 }
 
-/// The same, locked against every other call until dropped.
+/// podshaper's directory, locked against every other call until dropped.
 pub struct LockedPins {
     pins: Pins,
     _lock: Flock<File>,
@@ -112,16 +114,16 @@ impl Deref for LockedPins {
 }
 
 impl Pins {
-    /// podshaper's directory, if anything was ever attached since boot.
+    /// podshaper's directory. `None`: nothing has been attached since boot.
     pub fn existing(bpffs: &Path) -> Option<Self> {
         let root = bpffs.join(DIRECTORY);
         (is_bpffs(bpffs) && root.is_dir()).then_some(Self { root })
     }
 
-    /// podshaper's directory, made if need be; bpffs is mounted if it is not.
+    /// podshaper's directory, made if it is missing. bpffs is mounted if it is not.
     ///
     /// # Errors
-    /// [`Code::Kernel`] where bpffs is neither there nor allowed to be mounted.
+    /// [`Code::Kernel`]: bpffs is not mounted and cannot be mounted, or the directory is not root's alone.
     pub fn ensure(bpffs: &Path) -> Result<Self> {
         mount_bpffs(bpffs)?;
         let root = bpffs.join(DIRECTORY);
@@ -133,7 +135,7 @@ impl Pins {
     /// Waits for the lock, up to [`LOCK_WAIT`].
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says, or that somebody does not let go of it.
+    /// [`Code::Kernel`] with the kernel's error, or because another process does not release the lock.
     pub fn lock(&self) -> Result<LockedPins> {
         let failed = |cause: io::Error| Error::because(Code::Kernel, format!("lock {}", self.root.display()), cause);
         let mut directory = File::open(&self.root).map_err(failed)?;
@@ -154,7 +156,8 @@ impl Pins {
         }
     }
 
-    /// Directory of an attachment, if there is one: of this podshaper's layout, or else of another.
+    /// The directory of an attachment: in this podshaper's layout, or else in another one. `None`: there is no such
+    /// attachment.
     pub fn find(&self, place: &Place) -> Option<PathBuf> {
         find(&layouts(&self.root), place)
     }
@@ -169,7 +172,7 @@ impl Pins {
         self.layout().join(encode(pod)).join(LINKS)
     }
 
-    /// The links of the node's programs, of all pods.
+    /// The links of the node's programs on the cgroups of all pods.
     pub fn all_links(&self) -> Vec<PathBuf> {
         let links = pods(&self.layout()).into_iter().flat_map(|(_, pod)| fs::read_dir(pod.join(LINKS)));
         links.flatten().flatten().map(|link| link.path()).collect()
@@ -188,23 +191,23 @@ impl Pins {
         self.root.join(format!("v{LAYOUT}"))
     }
 
-    /// All attachments, of every layout. Unlocked: one may go before it is looked at.
+    /// All attachments, of every layout. This takes no lock: an attachment may go before the caller looks at it.
     pub fn list(&self) -> Vec<(Place, PathBuf)> {
         list(&self.root).0
     }
 
-    /// Whether this process may look into it; where not, there seems to be nothing.
+    /// Fails if this process may not read podshaper's directory, which would then seem to be empty.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with the kernel's error.
     pub fn check_readable(&self) -> Result<()> {
         let failed =
             |cause| Error::because(Code::Kernel, format!("look into {} (it takes root)", self.root.display()), cause);
         fs::read_dir(&self.root).map(drop).map_err(failed)
     }
 
-    /// The same, and how many directories are of unfinished ones, in one walk: calls that were killed have left them, or calls at work need
-    /// them just now.
+    /// All attachments like [`Self::list`], and the number of directories of unfinished ones, in one walk. Such
+    /// directories are left from killed calls, or are in use by calls at work.
     pub fn list_all(&self) -> (Vec<(Place, PathBuf)>, usize) {
         list(&self.root)
     }
@@ -216,18 +219,18 @@ impl LockedPins {
         self.with_any_of([pod.to_owned()].into_iter()).next().is_some()
     }
 
-    /// Those of these pods of which an attachment is there.
+    /// Those of these pods that have an attachment.
     pub fn with_any_of(&self, pods: impl Iterator<Item = String>) -> impl Iterator<Item = String> {
         let layouts = layouts(&self.root);
         pods.filter(move |pod| layouts.iter().any(|layout| layout.join(encode(pod)).exists()))
     }
 
-    /// Clears what killed calls left of an attachment: the lock is ours, so nobody is at work on it. One that was being
-    /// replaced is put back, and one of an older layout whose replacement is in its place is removed. Returns where it is then, if there
-    /// is one.
+    /// Clears the remains of killed calls for an attachment. No other call is at work on it, because the lock is ours.
+    /// An attachment that was being replaced is put back. An attachment of another layout is removed if its replacement
+    /// is in place. Returns the directory of the attachment, if there is one.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with the kernel's error.
     pub fn settle(&self, place: &Place) -> Result<Option<PathBuf>> {
         let layouts = layouts(&self.root);
         error::all(layouts.iter().map(|layout| {
@@ -245,10 +248,10 @@ impl LockedPins {
         Ok(found)
     }
 
-    /// The same for every attachment. Goes on after an error.
+    /// Like [`Self::settle`], for every attachment. Goes on after an error.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says, of each that could not be cleared.
+    /// [`Code::Kernel`] with the kernel's error for each attachment that could not be cleared.
     pub fn settle_all(&self) -> Result<()> {
         let mut results = Vec::new();
         for (_, pod) in layouts(&self.root).iter().flat_map(|layout| pods(layout)) {
@@ -263,10 +266,11 @@ impl LockedPins {
         error::all(results)
     }
 
-    /// Makes the directory in which an attachment is then pinned. What killed calls left of it is cleared.
+    /// Makes the directory in which an attachment is then pinned. [`Self::settle`] must have cleared the remains of
+    /// killed calls.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with the kernel's error.
     pub fn stage<'a>(&'a self, place: &'a Place) -> Result<Staged<'a>> {
         let layout = self.layout();
         let pod = layout.join(encode(&place.pod));
@@ -278,36 +282,37 @@ impl LockedPins {
         Ok(Staged { pins: self, place, directory, target, is_left: true })
     }
 
-    /// Removes an attachment, finished or not, and the pod's directory with its last. The kernel detaches with the last pin.
-    /// Nothing there is no error.
+    /// Removes an attachment, finished or not, and the pod's directory with its last attachment. The kernel detaches a
+    /// program when its last pin is gone. It is no error if there is no such attachment.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with the kernel's error.
     pub fn remove(&self, place: &Place) -> Result<()> {
         error::all(layouts(&self.root).iter().map(|layout| remove_from(layout, place)))
     }
 
-    /// Removes an attachment from every one of these layouts but this podshaper's.
+    /// Removes an attachment from every one of these layouts except this podshaper's.
     fn remove_others(&self, layouts: &[PathBuf], place: &Place) -> Result<()> {
         let current = self.layout();
         let others = layouts.iter().filter(|layout| **layout != current);
         error::all(others.map(|layout| remove_from(layout, place)))
     }
 
-    /// Makes the directory of the links on a pod's cgroup. The pod's directory is there.
+    /// Makes the directory of the links on a pod's cgroup. The pod's directory must exist.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with the kernel's error.
     pub fn make_links(&self, pod: &str) -> Result<PathBuf> {
         let links = self.links(pod);
         make_directory(&links)?;
         Ok(links)
     }
 
-    /// Removes the links of the node's programs on a pod's cgroup that are not named: the kernel takes the programs off.
+    /// Removes the links of the node's programs on a pod's cgroup whose names are not given. The kernel then detaches
+    /// the programs.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with the kernel's error.
     pub fn keep_links(&self, pod: &str, names: &[&str]) -> Result<()> {
         let links = self.links(pod);
         if names.is_empty() {
@@ -324,7 +329,7 @@ impl LockedPins {
     /// Makes the directory in which the node's programs and maps are then pinned.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with the kernel's error.
     pub fn stage_node(&self) -> Result<StagedNode> {
         let target = self.node();
         let directory = with_suffix(&target, NEW);
@@ -336,13 +341,14 @@ impl LockedPins {
     }
 }
 
-/// The key of what is pinned for a cgroup that is not a pod's. An id is not given to another cgroup before the next boot, and a path may be
-/// longer than the name of a directory.
+/// The key of the pins for a cgroup that is not a pod's. It has the cgroup's id: the kernel does not give an id to
+/// another cgroup before the next boot, and a path may be too long for the name of a directory.
 pub fn key_of_cgroup(id: u64) -> String {
     format!("cgroup-{id}")
 }
 
-/// Removes a pod's directory, with its links, if there is no attachment in it, finished or not; and with the last pod what it shared.
+/// Removes a pod's directory with its links, if it has no attachment, finished or not. The shared programs and maps go
+/// with the last pod.
 fn remove_pod_if_unused(pod: &Path) -> Result<()> {
     if directories(pod).iter().all(|(name, _)| name == LINKS) {
         remove_directory(&pod.join(LINKS))?;
@@ -351,11 +357,13 @@ fn remove_pod_if_unused(pod: &Path) -> Result<()> {
     pod.parent().map_or(Ok(()), remove_if_unused)
 }
 
-/// Removes what the pods of a layout shared, if there are none.
+/// Removes the programs and maps that the pods of a layout share, if the layout has no pods.
 fn remove_if_unused(layout: &Path) -> Result<()> {
-    /// A directory's own, and one for the node's programs, finished, and one, unfinished. Each pod's directory is another one.
+    /// The link count of a layout without pods: two for the directory itself, one for the finished directory of the
+    /// node's programs, one for the unfinished directory. Each pod's directory adds one.
     const LINKS_WITHOUT_PODS: u64 = 4;
-    // A node may have thousands, and reading the directory gets hundreds at a time.
+    // The count is looked at first: a node may have thousands of pods, and reading the directory gets hundreds at a
+    // time.
     if fs::metadata(layout).is_ok_and(|found| found.nlink() > LINKS_WITHOUT_PODS) {
         return Ok(());
     }
@@ -371,14 +379,14 @@ fn remove_if_unused(layout: &Path) -> Result<()> {
 
 fn find(layouts: &[PathBuf], place: &Place) -> Option<PathBuf> {
     let below = Path::new(&encode(&place.pod)).join(encode(&place.interface));
-    // Without OWNER it is what a killed DEL left.
+    // A directory without OWNER is the rest of a killed DEL.
     layouts.iter().map(|layout| layout.join(&below)).find(|path| path.join(OWNER).exists())
 }
 
-/// The attachments, and how many directories are of unfinished ones.
+/// All attachments, and the number of directories of unfinished ones.
 fn list(root: &Path) -> (Vec<(Place, PathBuf)>, usize) {
     let (mut found, mut unfinished) = (Vec::new(), 0);
-    // In the order of their names, as readings of attachments are compared.
+    // In the order of their names, because callers compare two readings.
     let mut layouts = layouts(root);
     layouts.sort();
     for layout in layouts {
@@ -394,7 +402,7 @@ fn list(root: &Path) -> (Vec<(Place, PathBuf)>, usize) {
     (found, unfinished)
 }
 
-/// Leaves of an attachment what is finished: its own directory, or nothing.
+/// Leaves only a finished attachment: the one in its directory, else the one that was being replaced, else none.
 fn settle(pod: &Path, interface: &str) -> Result<()> {
     let [target, new, old] = ["", NEW, OLD].map(|suffix| pod.join(interface.to_owned() + suffix));
     remove_directory(&new)?;
@@ -417,7 +425,7 @@ fn remove_from(layout: &Path, place: &Place) -> Result<()> {
     remove_pod_if_unused(&pod)
 }
 
-/// Removes a directory of pins, OWNER last; not being there is no error.
+/// Removes a directory of pins, OWNER last. It is no error if there is no such directory.
 fn remove_directory(path: &Path) -> Result<()> {
     let failed =
         |cause: io::Error| Error::because(Code::Kernel, format!("remove the pins in {}", path.display()), cause);

@@ -1,8 +1,8 @@
-//! What this node can do: the answer to STATUS, and the first lines of `podshaper doctor`. Features are tried, not deduced from the
-//! kernel's version, which distributions patch.
+//! What this node can do: the answer to STATUS, and the first lines of `podshaper doctor`. Features are tried, not
+//! deduced from the kernel's version, because distributions patch their kernels.
 //!
-//! STATUS is asked about the node, and a node that answers no gets no pods at all. A pod without a limit takes nothing of what is
-//! checked here, so what is missing is for the log, unless the configuration limits every pod.
+//! STATUS is about the node, and a node that fails it gets no pods. A pod without a limit needs nothing that is checked
+//! here. So a missing feature goes to the log, unless the configuration limits every pod.
 
 mod sockets;
 
@@ -22,30 +22,31 @@ use crate::{
     pins, qdisc, shaper,
 };
 
-/// Where STATUS and `sync` remember what they have found. A tmpfs: what another boot found is forgotten.
+/// Where STATUS and `sync` remember their findings. It is on a tmpfs, so that a finding of another boot is forgotten.
 pub const MEMORY: &str = "/run/podshaper";
-/// The file there. It holds [`FIT`], or what is missing.
+/// The file of STATUS in that directory. It holds [`FIT`], or what is missing.
 const FOUND: &str = "status";
 const FIT: &str = "fit";
-/// How long that counts. A check loads all the programs, and containerd asks every 5 s; a warning must still be in a log that is rotated.
+/// How long a finding counts. A check loads all the programs, and containerd asks every 5 s. But a log that is rotated
+/// must still have the warning.
 const REMEMBERED: Duration = Duration::from_secs(60 * 60);
 
-/// A check of one thing: its name, and what was found, or an error that says what to do.
+/// A check of one thing: its name, and the function that returns a finding, or an error that says what to do.
 pub type Check = (&'static str, fn(&Path) -> Result<String>);
 
-/// What an ADD with a limit cannot do without.
+/// What an ADD with a limit needs.
 pub const NEEDS: [Check; 3] = [("cgroup v2", cgroup), ("bpffs", bpffs), ("eBPF programs", programs)];
 
-/// What makes it better.
+/// What makes limits better.
 pub const WISHES: [Check; 2] = [("fq", fq), SOCKETS];
 
-/// Whether limits hold where they are paced.
+/// Whether programs on a cgroup see its sockets' packets, so that limits hold where they are paced.
 const SOCKETS: Check = ("sockets", sockets::check);
 
 /// The answer to STATUS.
 ///
 /// # Errors
-/// [`Code::Unavailable`] with the reason, where every pod has a limit and none can be had.
+/// [`Code::Unavailable`] with the reason: the configuration limits every pod, and this node cannot.
 pub fn status(bpffs: &Path, memory: &Path, is_every_pod_limited: bool) -> Result<()> {
     match recall(memory).as_deref() {
         Some(FIT) => return Ok(()),
@@ -53,12 +54,13 @@ pub fn status(bpffs: &Path, memory: &Path, is_every_pod_limited: bool) -> Result
             log::debug!("as STATUS has found before: {missing}");
             return Ok(());
         }
-        // Who waits for the node to be ready again is not told what was found an hour ago.
+        // Where every pod is limited, the node is checked again: it may be able to limit pods since, and a finding may
+        // be an hour old.
         _ => {}
     }
     let found = node(bpffs);
     let (_, sockets) = SOCKETS;
-    // Where no program can be loaded there is nothing to try.
+    // If no program can be loaded, there is nothing to try.
     if found.is_ok()
         && let Err(error) = sockets(bpffs)
     {
@@ -81,7 +83,7 @@ pub fn status(bpffs: &Path, memory: &Path, is_every_pod_limited: bool) -> Result
     }
 }
 
-/// Forgets what STATUS remembers, and leaves nothing of it on the node. What cannot be removed goes with the next boot.
+/// Removes the findings of STATUS from the node. A file that cannot be removed goes with the next boot.
 pub fn forget(memory: &Path) {
     if let Err(cause) = fs::remove_dir_all(memory) {
         log::debug!("remove {}: {cause}", memory.display());
@@ -93,19 +95,20 @@ fn node(bpffs: &Path) -> Result<()> {
     NEEDS.iter().try_for_each(|(_, check)| check(bpffs).map(drop))
 }
 
-/// What was found, as long as it counts.
+/// The finding of STATUS, as long as it counts.
 fn recall(memory: &Path) -> Option<String> {
     let path = memory.join(FOUND);
     let written = fs::metadata(&path).and_then(|file| file.modified()).ok()?;
-    // When it was put there; whoever copies a program may let it keep the time it was built.
+    // When the program was put there: a copy of a program may keep the modification time of the build.
     let program = fs::metadata("/proc/self/exe").ok()?;
     let installed = UNIX_EPOCH + Duration::new(program.ctime().try_into().ok()?, program.ctime_nsec().try_into().ok()?);
-    // One that is just being written is empty.
+    // A file that is just being written is empty.
     let text = || fs::read_to_string(&path).ok().filter(|text| !text.is_empty());
     if counts(written, installed, SystemTime::now()) { text() } else { None }
 }
 
-/// Whether it was found by this very program, and within [`REMEMBERED`]. A clock that was set back says nothing of its age.
+/// Whether this very program has written the finding, within [`REMEMBERED`]. After the clock was set back, the age is
+/// not known, and the finding does not count.
 fn counts(written: SystemTime, installed: SystemTime, now: SystemTime) -> bool {
     written > installed && now.duration_since(written).is_ok_and(|age| age < REMEMBERED)
 }
@@ -113,7 +116,7 @@ fn counts(written: SystemTime, installed: SystemTime, now: SystemTime) -> bool {
 /// Makes the directory that [`MEMORY`] names, if it is not there.
 ///
 /// # Errors
-/// The kernel's.
+/// The kernel's error.
 pub fn make_memory(memory: &Path) -> io::Result<()> {
     match fs::DirBuilder::new().mode(0o700).create(memory) {
         Err(cause) if cause.kind() != io::ErrorKind::AlreadyExists => Err(cause),
@@ -137,14 +140,14 @@ fn bpffs(path: &Path) -> Result<String> {
     Ok(format!("mounted on {}", path.display()))
 }
 
-/// Loads and drops them: the kernel checks each program and all it uses.
+/// Loads the programs and drops them: the kernel checks each program and everything that it uses.
 fn programs(_: &Path) -> Result<String> {
     shaper::try_programs()?;
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     Ok(format!("Linux {} takes them", release.trim()))
 }
 
-/// Puts fq on an interface that nobody else has: the loopback of a new namespace, which goes with the thread.
+/// Puts fq on an interface that nothing else uses: the loopback of a new namespace, which goes with the thread.
 fn fq(_: &Path) -> Result<String> {
     const LOOPBACK: u32 = 1;
     let tried = thread::spawn(|| {

@@ -1,5 +1,6 @@
-//! The queueing disciplines a pod may need: `fq` on its own interface, in which packets wait for their departure time; on a kernel without
-//! fq, `htb` in its place, and `tbf` on the host's end of its veth. Whatever somebody else has put there stays.
+//! The queueing disciplines that a pod may need. `fq` is for its own interface: packets wait in it for their departure
+//! time. On a kernel without fq, `htb` is there instead, and `tbf` may be on the host end of the veth. A qdisc of
+//! another tool stays.
 
 pub mod htb;
 
@@ -20,7 +21,7 @@ use crate::{
     units::Rate,
 };
 
-/// Handle of the qdiscs podshaper makes.
+/// The handle of the qdiscs that podshaper makes.
 const OURS: TcHandle = class(0);
 
 /// Attributes of fq (uapi/linux/pkt_sched.h).
@@ -29,16 +30,18 @@ const TCA_FQ_FLOW_PLIMIT: u16 = 2;
 const TCA_FQ_RATE_ENABLE: u16 = 5;
 const TCA_FQ_BUCKETS_LOG: u16 = 8;
 const TCA_FQ_HORIZON: u16 = 14;
-/// Packets one flow may have in fq. They are acknowledgements that are held: at 1 Gbit/s and without GRO, 40 in a millisecond.
+/// The most packets of one flow in fq. They are held acknowledgements: at 1 Gbit/s and without GRO, 40 in a
+/// millisecond.
 const FQ_FLOW_LIMIT: u32 = 10_000;
-/// Packets that may wait in all. The programs bound the time, and the senders' buffers the memory: this is for neither, and fq's own limit of
-/// 10000 would fill with small packets first and then drop everybody's.
+/// The most packets that wait in one qdisc. This is to bound neither time nor memory: the programs bound the time, and
+/// the senders' buffers the memory. fq's own limit of 10000 would fill with small packets first, and then drop packets
+/// of every flow.
 pub const QUEUE_PACKETS: u32 = 100_000;
 
-/// Trees of fq in which it looks for a packet's flow, as a power of two. The kernel's 1024 of them take 8 KiB of a pod that may have ten flows;
-/// of a thousand flows there are eight in each of 128.
+/// The number of trees in which fq looks for a packet's flow, as a power of two. The kernel's 1024 trees take 8 KiB for
+/// a pod that may have ten flows. With 128 trees, a thousand flows are eight in each.
 const FQ_BUCKETS_LOG: u32 = 7;
-/// Those of the waiting room, where packets of all pods are.
+/// The number of trees in the waiting room, which has packets of all pods.
 const FQ_ROOM_BUCKETS_LOG: u32 = 10;
 
 /// Attributes of tbf.
@@ -46,28 +49,29 @@ const TCA_TBF_PARMS: u16 = 1;
 const TCA_TBF_RATE64: u16 = 4;
 const TCA_TBF_BURST: u16 = 6;
 const TC_LINKLAYER_ETHERNET: u8 = 1;
-/// How long a packet may wait in tbf: it is latency, and the acknowledgements of what the pod sends wait too. bbr, which believes the
-/// round trip of its first packets for ten seconds, then sends little: half of 100 Mbit/s where they wait 20 ms.
+/// How long a packet may wait in tbf. This wait is latency, and the acknowledgements for packets that the pod sends
+/// wait, too. bbr believes the round trip of its first packets for ten seconds, and then sends too little: half of 100
+/// Mbit/s where acknowledgements wait 20 ms.
 const TBF_QUEUE_NS: u64 = 10_000_000;
-/// The least room in tbf: one GSO packet of 64 KiB.
+/// The least room in tbf, in bytes: one GSO packet of 64 KiB.
 const MIN_TBF_QUEUE_BYTES: u128 = 1 << 16;
-/// Ethernet headers, which tbf and htb count and podshaper does not.
+/// Bytes of an Ethernet header, which tbf and htb count and podshaper does not.
 pub const ETHERNET_HEADER_BYTES: u64 = 14;
-/// A full packet at layer 3.
+/// Bytes of a full packet at layer 3.
 const FULL_PACKET_BYTES: u64 = 1500;
 
-/// `tc qdisc replace dev IFINDEX root handle 7064: fq nopacing limit 100000 flow_limit 10000 horizon 60s buckets 128`, in the calling thread's
-/// namespace.
+/// `tc qdisc replace dev IFINDEX root handle 7064: fq nopacing limit 100000 flow_limit 10000 horizon 60s buckets 128`,
+/// in the calling thread's namespace.
 ///
-/// nopacing: TCP goes on pacing itself, which is finer than fq's; departure times are honoured all the same.
+/// nopacing: TCP goes on pacing itself, which is finer than fq's pacing. fq still honours departure times.
 ///
 /// # Errors
-/// [`Code::Kernel`]: the kernel has no fq (its text says so), or there is a qdisc of somebody else's.
+/// [`Code::Kernel`]: the kernel has no fq (the error says so), or the interface has another tool's qdisc.
 pub fn put_fq(ifindex: u32) -> Result<()> {
     put_fq_with(ifindex, FQ_BUCKETS_LOG)
 }
 
-/// The same on the waiting room.
+/// Puts fq on the waiting room, like [`put_fq`].
 ///
 /// # Errors
 /// Those of [`put_fq`].
@@ -85,9 +89,10 @@ fn put_fq_with(ifindex: u32, buckets_log: u32) -> Result<()> {
         return Ok(());
     }
     match root_qdisc(ifindex).map_err(failed)? {
-        // Somebody else's fq honours departure times as well.
+        // Another tool's fq honours departure times as well.
         Some((kind, handle)) if kind == "fq" && handle != OURS => Ok(()),
-        // The kernel does not put another kind in the place of a qdisc with the same handle, and there are programs that count on this one.
+        // The kernel does not replace a qdisc by one of another kind with the same handle, and programs count on the
+        // qdisc that is there.
         Some((kind, OURS)) if kind != "fq" => {
             Err(Error::new(Code::Kernel, format!("{WHAT}: it has podshaper's {kind} already")))
         }
@@ -107,11 +112,11 @@ fn fq_options(buckets_log: u32) -> Vec<TcOption> {
     ]
 }
 
-/// `tc qdisc replace dev IFINDEX root handle 7064: tbf rate .. burst .. limit ..`, in the calling thread's namespace, on the
-/// host's end of a pod's veth.
+/// `tc qdisc replace dev IFINDEX root handle 7064: tbf rate .. burst .. limit ..`, in the calling thread's namespace,
+/// on the host end of a pod's veth.
 ///
 /// # Errors
-/// [`Code::Kernel`]: it has a qdisc of somebody else's, or what the kernel says.
+/// [`Code::Kernel`]: the interface has another tool's qdisc; or the kernel's error.
 pub fn put_tbf(ifindex: u32, limit: &Limit) -> Result<()> {
     const WHAT: &str = "put tbf on the host's end of the pod's veth";
     let failed = |cause: io::Error| Error::because(Code::Kernel, WHAT, cause);
@@ -124,20 +129,20 @@ pub fn put_tbf(ifindex: u32, limit: &Limit) -> Result<()> {
     }
 }
 
-/// Whether the root qdisc of an interface, in the calling thread's namespace, is of this kind.
+/// Whether the root qdisc of an interface in the calling thread's namespace is of this kind.
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says.
+/// [`Code::Kernel`] with the kernel's error.
 pub fn has(ifindex: u32, kind: &str) -> Result<bool> {
     let root =
         root_qdisc(ifindex).map_err(|cause| Error::because(Code::Kernel, "list the qdiscs of the pod", cause))?;
     Ok(root.is_some_and(|(found, _)| found == kind))
 }
 
-/// `tc qdisc del dev IFINDEX root`, in the calling thread's namespace, if the qdisc is one that podshaper put there.
+/// `tc qdisc del dev IFINDEX root`, in the calling thread's namespace, if podshaper put the qdisc there.
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says.
+/// [`Code::Kernel`] with the kernel's error.
 pub fn take_off(ifindex: u32) -> Result<()> {
     let failed = |cause: io::Error| Error::because(Code::Kernel, "take podshaper's qdisc off", cause);
     if root_qdisc(ifindex).map_err(failed)?.is_none_or(|(_, handle)| handle != OURS) {
@@ -148,21 +153,23 @@ pub fn take_off(ifindex: u32) -> Result<()> {
     netlink::change(RouteNetlinkMessage::DelQueueDiscipline(message), 0).map_err(failed)
 }
 
-/// Of this minor number.
+/// The handle of podshaper's qdisc, or of one of its classes, by the minor number.
 const fn class(minor: u16) -> TcHandle {
     TcHandle { major: QDISC_MAJOR, minor }
 }
 
-/// struct tc_ratespec: cell_log, linklayer, overhead, cell_align, mpu, rate. What is beyond 32 bits is in an attribute of its own.
+/// struct tc_ratespec: cell_log, linklayer, overhead, cell_align, mpu, rate. A rate beyond 32 bits is in an attribute
+/// of its own.
 fn rate_spec(bytes_per_s: u64) -> Vec<u8> {
     let mut spec = vec![0, TC_LINKLAYER_ETHERNET, 0, 0, 0, 0, 0, 0];
     spec.extend(u32::try_from(bytes_per_s).unwrap_or(u32::MAX).to_ne_bytes());
     spec
 }
 
-/// The bits per second that full packets of this rate have with their Ethernet headers, as queueing disciplines count them.
+/// The rate, in bits per second, of full packets with their Ethernet headers, as queueing disciplines count it.
 pub fn with_ethernet(rate: Rate) -> u64 {
-    // Multiplied first: divided first, the lowest rates were none. The highest one (`Rate::MAX`, 10^15) times 1514 is below 2^61.
+    // Multiplied first: divided first, the lowest rates would be 0. The highest rate (`Rate::MAX`, 10^15) times 1514 is
+    // below 2^61.
     rate.as_bits_per_s() * (FULL_PACKET_BYTES + ETHERNET_HEADER_BYTES) / FULL_PACKET_BYTES
 }
 
@@ -188,14 +195,15 @@ fn root_qdisc(ifindex: u32) -> io::Result<Option<(String, TcHandle)>> {
     qdisc_at(ifindex, TcHandle::ROOT)
 }
 
-/// Kind and handle of the qdisc at a place of an interface.
+/// Kind and handle of the qdisc that an interface has at a parent.
 ///
 /// # Errors
-/// What the kernel says.
+/// The kernel's error.
 pub fn qdisc_at(ifindex: u32, parent: TcHandle) -> io::Result<Option<(String, TcHandle)>> {
     let mut message = TcMessage::with_index(ifindex as i32);
     message.header.parent = parent;
-    // Of a qdisc that does nothing it says nothing (`tc_qdisc_dump_ignore`). A node with many pods has too many to ask for all.
+    // The kernel reports no qdisc that does nothing (`tc_qdisc_dump_ignore`). The request is for one qdisc: a node with
+    // many pods has too many to list them all.
     let root = match netlink::get_notified(RouteNetlinkMessage::GetQueueDiscipline(message)) {
         Ok(Some(RouteNetlinkMessage::NewQueueDiscipline(qdisc))) => Some(qdisc),
         Err(cause) if cause.raw_os_error() != Some(libc::ENOENT) => return Err(cause),
@@ -215,7 +223,8 @@ fn is_ours_or_default(handle: TcHandle) -> bool {
     handle == OURS || handle.major == 0
 }
 
-/// Puts a root qdisc on an interface that has only what the kernel gives it; `false`: it has one, which is left as it is.
+/// Puts a root qdisc on an interface that only has the kernel's default qdisc. `false`: it has another one, which stays
+/// as it is.
 fn add_root(ifindex: u32, kind: &str, options: Vec<TcOption>) -> io::Result<bool> {
     match set_root(ifindex, kind, options, NLM_F_CREATE | NLM_F_EXCL) {
         Err(cause) if cause.raw_os_error() == Some(libc::EEXIST) => Ok(false),
@@ -235,7 +244,7 @@ fn set_root(ifindex: u32, kind: &str, options: Vec<TcOption>, flags: u16) -> io:
     netlink::change(RouteNetlinkMessage::NewQueueDiscipline(message), flags)
 }
 
-/// Somebody else's qdisc is where podshaper's would be.
+/// The error where another tool's qdisc has the place of podshaper's.
 fn taken(what: &str, kind: &str) -> Error {
     Error::new(Code::Kernel, format!("{what}: it has the qdisc {kind} already, which is left alone"))
 }

@@ -1,7 +1,8 @@
-//! The shaper of one attachment: what its programs are told, and which there are.
+//! The shaper of one attachment: the settings that its programs get, and which programs there are.
 //!
-//! `set` has the programs and their maps, which a node loads once. `attached` puts an attachment into the maps and programs on its cgroup.
-//! `pinned` reads, changes and checks one that is there. Where the pins lie is `pins`' affair; what the programs do is in `bpf/`.
+//! `set` has the programs and their maps, which a node loads once. `attached` puts an attachment into the maps and its
+//! programs on a cgroup. `pinned` reads, changes and checks an attachment that is there. `pins` knows where the pins
+//! lie. `bpf/` has the programs.
 
 mod attached;
 mod object;
@@ -34,12 +35,13 @@ pub use pinned::Pinned;
 pub use set::{Set, try_programs};
 pub use upgrade::NewPrograms;
 
-/// A program of the object, by the name that is also that of its link's pin, and where it is attached.
+/// A program of the object, by its name, and its hook. The pin of its link has the same name.
 type Hooked = (&'static str, CgroupHook);
-/// Those of cgroups, the largest first.
+/// The programs for cgroups, the largest first.
 const PROGRAMS: [Hooked; 5] = [COUNT_EGRESS, COUNT_INGRESS, PACE_TCP, HOLD_ACKS, NOTE_SETSOCKOPT];
 
-/// The hooks at which a cgroup above has programs that podshaper's displace there, for all below. They were attached so that they may be.
+/// The hooks at which the cgroup `above` has programs that podshaper's programs displace on the pod's cgroup, and so
+/// for everything below. Such programs were attached with the flag that allows this (`BPF_F_ALLOW_OVERRIDE`).
 #[must_use]
 pub fn displaced(above: BorrowedFd<'_>) -> Vec<CgroupHook> {
     let mut hooks = PROGRAMS.map(|(_, hook)| hook).to_vec();
@@ -54,7 +56,7 @@ const PACE_TCP: Hooked = ("pace_tcp", CgroupHook::SockOps);
 const HOLD_ACKS: Hooked = ("hold_acks", CgroupHook::SockOps);
 const NOTE_SETSOCKOPT: Hooked = ("note_setsockopt", CgroupHook::Setsockopt);
 
-/// Those at the host's end of a pod's interface, and in the waiting room.
+/// The programs at the host end of a pod's interface, and in the waiting room.
 const OTHER_PATHS: [&str; 4] = [INTO_POD, OUT_OF_POD, WAIT_HERE, GO_BACK];
 
 /// All programs by name, the largest first.
@@ -62,45 +64,51 @@ fn program_names() -> impl Iterator<Item = &'static str> {
     PROGRAMS.into_iter().map(|(name, _)| name).chain(OTHER_PATHS)
 }
 
-/// Backlog beyond which packets that are not TCP are dropped where there is no queue for them to wait in. Short, because all of it is
-/// latency that they add to everything else; longer than a tick of a 100 Hz kernel, so that a sender that is scheduled late loses nothing.
+/// Backlog beyond which packets that are not TCP are dropped if there is no queue for them to wait in. It is short,
+/// because all of it is latency for all other packets. It is a tick of a 100 Hz kernel, so that a sender that is
+/// scheduled late loses no packet.
 const DATAGRAM_BOUND_NS: u64 = 10_000_000;
-/// Backlog beyond which such packets are marked, where they can be ..
+/// Backlog beyond which packets that are not TCP are marked, if they are ECN-capable.
 const DATAGRAM_MARK_NS: u64 = DATAGRAM_BOUND_NS / 2;
-/// .. or so many full packets, if that is longer: a few connections by QUIC have two or three each on the way at least, and wait for
-/// acknowledgements where there are fewer.
+/// The least such backlog in full packets. A few QUIC connections have at least two or three packets each on the way;
+/// with fewer they would wait for acknowledgements.
 const DATAGRAM_MARK_PACKETS: u64 = 16;
-/// The same where they wait in a queue: their senders block before that, at what a socket's buffer holds ..
+/// Backlog beyond which packets that are not TCP are dropped where they wait in a queue. Their senders block before
+/// that, when their socket buffers are full.
 const QUEUED_DATAGRAM_BOUND_NS: u64 = 500_000_000;
-/// .. which is so many full packets (net.core.wmem_default, 208 KiB, counts what they take in memory).
+/// The least such backlog in full packets: a socket buffer holds so many (net.core.wmem_default, 208 KiB, counts the
+/// memory that the packets take).
 const QUEUED_DATAGRAMS: u64 = 100;
-/// Backlog beyond which what comes by other paths is dropped. It is the queue of TCP in a tunnel, and others wait for it ..
+/// Backlog beyond which packets of other paths are dropped. It is the queue of TCP in a tunnel, and other packets wait
+/// for it.
 const OTHERS_BOUND_NS: u64 = 100_000_000;
-/// .. and has room for so many full packets.
+/// The least such backlog in full packets.
 const OTHER_PACKETS: u64 = 30;
-/// Backlog beyond which TCP is marked where its acknowledgements are held: twice what its windows aim for.
+/// Backlog beyond which TCP is marked where its acknowledgements are held: twice the backlog for which windows aim.
 const HELD_MARK_NS: u64 = 10_000_000;
-/// Backlog beyond which TCP is dropped where nothing but drops holds it; a longer one lets it fall less far below the limit.
+/// Backlog beyond which TCP is dropped where only drops hold it. With a longer backlog TCP falls less far below the
+/// limit.
 const DROPS_BOUND_NS: u64 = 100_000_000;
-/// Backlog beyond which TCP is dropped whose sender has not waited: what comes without end. The horizon of Cilium's bandwidth manager (2 s) ..
+/// Backlog beyond which TCP is dropped if its sender has not waited: against packets that come without end. It is the
+/// horizon of Cilium's bandwidth manager (2 s).
 const HORIZON_NS: u64 = 2_000_000_000;
-/// .. or so many full packets, if that is longer, up to [`MAX_HORIZON_NS`]: ten of each of 300 flows, which TCP sends before it hears of
-/// anything.
+/// The least horizon in full packets, up to [`MAX_HORIZON_NS`]: ten packets of each of 300 flows, which TCP sends
+/// before it gets any feedback.
 const HORIZON_PACKETS: u64 = 3_000;
 const FULL_PACKET_BITS: u64 = 1500 * 8;
 
-/// What one attachment is to do.
+/// The settings of one attachment.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Settings {
     /// The limits.
     pub limits: Limits,
-    /// Where packets wait whose senders have not.
+    /// Where packets wait whose senders have not waited.
     pub queue: Queue,
-    /// What holds the ingress limit; `None` without one.
+    /// What holds the ingress limit; `None`: there is no ingress limit.
     pub ingress_by: Option<IngressBy>,
 }
 
-/// As the programs read it.
+/// The queue as the programs read it.
 fn queue_as_abi(queue: Queue) -> u64 {
     match queue {
         Queue::None => QUEUE_NONE,
@@ -112,7 +120,7 @@ fn queue_as_abi(queue: Queue) -> u64 {
 fn datagram_bound_ns(queue: Queue, rate: Rate) -> u64 {
     match queue {
         Queue::None => DATAGRAM_BOUND_NS,
-        // Well below the horizon, at any rate: others wait there.
+        // Well below the horizon at every rate, because other packets wait in the same queue.
         Queue::Fq | Queue::Htb => {
             full_packets_ns(QUEUED_DATAGRAMS, rate).clamp(QUEUED_DATAGRAM_BOUND_NS, horizon_ns(rate) / 4)
         }
@@ -120,7 +128,7 @@ fn datagram_bound_ns(queue: Queue, rate: Rate) -> u64 {
 }
 
 impl Settings {
-    /// Those of an attachment that is there.
+    /// The settings of an attachment that is there.
     pub fn of(owner: &Owner, limits: Limits) -> Self {
         let record = &owner.interface;
         Self { limits, queue: Queue::of(record), ingress_by: record.ingress_by }
@@ -136,7 +144,8 @@ impl Settings {
             programs.push(COUNT_INGRESS);
         }
         if matches!(self.ingress_by, Some(IngressBy::HeldAcks | IngressBy::HeldData)) {
-            // It is also what gives the acknowledgements their departure time, and tells whose a connection is.
+            // count_egress also gives the acknowledgements their departure time, and tells to which attachment a
+            // connection belongs.
             if self.limits.egress.is_none() {
                 programs.extend([COUNT_EGRESS, NOTE_SETSOCKOPT]);
             }
@@ -145,7 +154,7 @@ impl Settings {
         programs
     }
 
-    /// The programs by name, which are also the pins of their links.
+    /// The names of the programs, which the pins of their links have as well.
     pub fn program_names(&self) -> impl Iterator<Item = &'static str> {
         self.programs().into_iter().map(|(name, _)| name)
     }
@@ -171,7 +180,7 @@ impl Settings {
                 link_header_bytes: qdisc::ETHERNET_HEADER_BYTES,
                 ..abi_limit(limit, HELD_MARK_NS, horizon_ns(limit.rate))
             },
-            // tbf has held it already: this only counts.
+            // tbf has held the packets already: the programs only count them.
             IngressBy::Tbf => AbiLimit {
                 datagram_bound_ns: u64::MAX,
                 datagram_mark_ns: u64::MAX,
@@ -209,7 +218,8 @@ fn horizon_ns(rate: Rate) -> u64 {
     full_packets_ns(HORIZON_PACKETS, rate).clamp(HORIZON_NS, MAX_HORIZON_NS)
 }
 
-/// The limit that was written so, as if by an operator: who asked for it is not written. `None` where there is none.
+/// The limit that the maps have, as if an operator had asked for it: the maps do not say who asked. `None`: there is no
+/// limit.
 pub fn limit_of(limit: &AbiLimit) -> Option<Limit> {
     let rate = Rate::bits_per_s(limit.rate_bits_per_s).ok()?;
     Some(Limit { burst: Burst::of_ns_at(limit.burst_ns, rate), ..Limit::of(rate, Source::Operator) })

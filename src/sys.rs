@@ -1,7 +1,9 @@
-//! All the unsafe code of podshaper: cgroup links and array maps by bpf(2), descriptors of other processes, the signals of a command that is
-//! started and its end, and how names are looked up. aya 0.14 makes links, but lets none of a cgroup/setsockopt program out to be pinned, and says of none
-//! which cgroup it is on. Of maps it allocates and asks more than a list of 500 attachments can afford, and it takes a map for what another
-//! podshaper pinned only if every size is as it knows it.
+//! All unsafe code of podshaper: cgroup links and array maps by bpf(2), descriptors of other processes, the signals and
+//! the end of a command that podshaper starts, and how names are looked up.
+//!
+//! aya 0.14 makes links, but it does not let the link of a cgroup/setsockopt program out to be pinned, and tells for no
+//! link which cgroup it is on. For maps, aya allocates more memory and asks the kernel more often than a list of 500
+//! attachments can afford. It accepts a map that another podshaper pinned only if every size is the one that it knows.
 #![expect(unsafe_code, reason = "bpf(2) is a raw system call, and libc's functions are C")]
 
 mod maps;
@@ -135,7 +137,7 @@ pub struct CgroupLink {
 /// Opens a pinned object.
 ///
 /// # Errors
-/// What the kernel says; ENOENT where there is no pin.
+/// The kernel's error; ENOENT where there is no pin.
 pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     bpf_fd(BPF_OBJ_GET, &mut PinAttr { pathname: path.as_ptr() as u64, ..PinAttr::default() })
@@ -144,17 +146,17 @@ pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
 /// Pins an object.
 ///
 /// # Errors
-/// What the kernel says; EEXIST where there is a pin already.
+/// The kernel's error; EEXIST where there is a pin already.
 pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let bpf_fd = object.as_raw_fd() as u32;
     bpf(BPF_OBJ_PIN, &mut PinAttr { pathname: path.as_ptr() as u64, bpf_fd, file_flags: 0 }).map(drop)
 }
 
-/// A program for packets that the sockets of a cgroup send, which refuses each: sendto() says EPERM.
+/// A program that refuses every packet that the sockets of a cgroup send: sendto() fails with EPERM.
 ///
 /// # Errors
-/// What the kernel says.
+/// The kernel's error.
 pub fn refusing_program() -> io::Result<OwnedFd> {
     const BPF_PROG_TYPE_CGROUP_SKB: u32 = 8;
     /// r0 = 0; exit.
@@ -170,10 +172,11 @@ pub fn refusing_program() -> io::Result<OwnedFd> {
     bpf_fd(BPF_PROG_LOAD, &mut attr)
 }
 
-/// Whether a cgroup has programs that those below it displace: attached with `BPF_F_ALLOW_OVERRIDE`.
+/// Whether a cgroup has programs that a program on a cgroup below displaces: they were attached with
+/// `BPF_F_ALLOW_OVERRIDE`.
 ///
 /// # Errors
-/// What the kernel says.
+/// The kernel's error.
 pub fn has_displaceable(cgroup: BorrowedFd<'_>, hook: CgroupHook) -> io::Result<bool> {
     const BPF_F_ALLOW_OVERRIDE: u32 = 1;
     let mut attr = QueryAttr { target_fd: cgroup.as_raw_fd() as u32, attach_type: hook as u32, ..QueryAttr::default() };
@@ -181,10 +184,11 @@ pub fn has_displaceable(cgroup: BorrowedFd<'_>, hook: CgroupHook) -> io::Result<
     Ok(attr.prog_cnt > 0 && attr.attach_flags == BPF_F_ALLOW_OVERRIDE)
 }
 
-/// How many programs an interface of the calling thread's namespace has in front of its filters (tcx), on the way in or out. None before Linux 6.6.
+/// How many programs an interface of the calling thread's namespace runs before its filters (tcx), for ingress or
+/// egress. 0 before Linux 6.6.
 ///
 /// # Errors
-/// What the kernel says.
+/// The kernel's error.
 pub fn programs_before_filters(ifindex: u32, is_ingress: bool) -> io::Result<u32> {
     const BPF_TCX_INGRESS: u32 = 46;
     const BPF_TCX_EGRESS: u32 = 47;
@@ -192,17 +196,17 @@ pub fn programs_before_filters(ifindex: u32, is_ingress: bool) -> io::Result<u32
     let mut attr = QueryAttr { target_fd: ifindex, attach_type, ..QueryAttr::default() };
     match bpf(BPF_PROG_QUERY, &mut attr) {
         Ok(_) => Ok(attr.prog_cnt),
-        // It has none, or the kernel knows of none.
+        // The interface has no such program, or the kernel has no tcx.
         Err(cause) if matches!(cause.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)) => Ok(0),
         Err(cause) => Err(cause),
     }
 }
 
-/// Attaches a program to a cgroup, beside whatever is attached there (a link always is what is called "multi" otherwise). It is
-/// detached when the link's last descriptor and pin are gone.
+/// Attaches a program to a cgroup, beside the programs that are attached there (a link always is `BPF_F_ALLOW_MULTI`).
+/// The program is detached when the link's last descriptor and pin are gone.
 ///
 /// # Errors
-/// What the kernel says.
+/// The kernel's error.
 pub fn link_to_cgroup(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, hook: CgroupHook) -> io::Result<OwnedFd> {
     let mut attr = LinkCreateAttr {
         prog_fd: program.as_raw_fd() as u32,
@@ -213,19 +217,19 @@ pub fn link_to_cgroup(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, hook: Cgr
     bpf_fd(BPF_LINK_CREATE, &mut attr)
 }
 
-/// Has a link run another program from now on. No packet passes in between that neither program sees.
+/// Makes a link run another program from now on. Every packet runs the old program or the new one.
 ///
 /// # Errors
-/// What the kernel says; ENOLINK where the cgroup is gone.
+/// The kernel's error; ENOLINK where the cgroup is gone.
 pub fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     let (link_fd, new_prog_fd) = (link.as_raw_fd() as u32, program.as_raw_fd() as u32);
     bpf(BPF_LINK_UPDATE, &mut LinkUpdateAttr { link_fd, new_prog_fd, ..LinkUpdateAttr::default() }).map(drop)
 }
 
-/// What the kernel knows of a cgroup link.
+/// The kernel's information about a cgroup link.
 ///
 /// # Errors
-/// What the kernel says.
+/// The kernel's error.
 pub fn cgroup_link(link: BorrowedFd<'_>) -> io::Result<CgroupLink> {
     let mut info = CgroupLink::default();
     let mut attr = InfoAttr {
@@ -237,17 +241,17 @@ pub fn cgroup_link(link: BorrowedFd<'_>) -> io::Result<CgroupLink> {
     Ok(info)
 }
 
-/// A command that opens a descriptor.
+/// Runs a command that opens a descriptor.
 fn bpf_fd<T>(command: libc::c_long, attr: &mut T) -> io::Result<OwnedFd> {
     let fd = bpf(command, attr)?;
-    // SAFETY: the kernel just opened it for us (close-on-exec, as all of bpf(2)'s).
+    // SAFETY: the kernel has just opened this descriptor for us (close-on-exec, as all descriptors of bpf(2)).
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// bpf(2) itself.
 fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<i32> {
-    // SAFETY: `attr` is the command's part of `union bpf_attr`, and all it points to outlives the call; the kernel takes what is
-    // missing from the union as zero.
+    // SAFETY: `attr` is the command's part of `union bpf_attr`, and everything that it points to outlives the call. The
+    // kernel takes the missing rest of the union as zeros.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *attr, size_of::<T>()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as i32) }
 }

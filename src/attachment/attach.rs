@@ -1,4 +1,4 @@
-//! Makes an attachment, in the place of one that may be there, or leaves everything as it was.
+//! Makes an attachment, in the place of an earlier one if there is one, or leaves everything as it was.
 
 use std::{
     collections::BTreeMap,
@@ -28,10 +28,10 @@ use crate::{
 /// Makes an attachment and returns its record.
 ///
 /// # Errors
-/// What could not be found or made. Nothing of it is left then, and an attachment that was there before is as it was.
+/// What could not be found or made. Then nothing of the new attachment is left, and an earlier attachment is as it was.
 pub fn attach(plan: &Plan<'_>) -> Result<Owner> {
     let mut attaching = Attaching::prepare(plan)?;
-    // Not returned yet: what was changed on the interface is put back under the lock.
+    // Not returned before the lock: undoing the changes on the interface takes the lock.
     let own = attaching.own_set();
     attaching.lock()?;
     let own = own?;
@@ -40,16 +40,16 @@ pub fn attach(plan: &Plan<'_>) -> Result<Owner> {
     attaching.commit(own)
 }
 
-/// An attachment that is being made. Dropped before it is committed, it puts back what it has changed.
+/// An attachment that is being made. If it is dropped before the commit, it puts back what it has changed.
 struct Attaching<'a> {
     plan: &'a Plan<'a>,
     pins: Pins,
     interface: Option<Interface>,
     /// The interface's number in its namespace. 0: every interface but loopback.
     index: u32,
-    /// Whether fq could be put on the interface, and why not.
+    /// Whether fq could be put on the interface, and the error if not.
     fq: Option<Result<()>>,
-    /// What it has changed so far.
+    /// The record of the changes so far.
     record: Record,
     under_lock: Option<UnderLock>,
     is_committed: bool,
@@ -58,29 +58,30 @@ struct Attaching<'a> {
 /// The programs of an attachment that is being made.
 struct Programs {
     set: Set,
-    /// With whom it shares them; `None` where they are its own.
+    /// The attachments that share the set; `None` for a set of its own.
     sharing: Option<Sharing>,
 }
 
-/// Whom the node's programs are to find on the pod's cgroup beside an attachment that is being made.
+/// The attachments that the node's programs find on the pod's cgroup beside the one that is being made.
 #[derive(Default)]
 struct Sharing {
-    /// The pod's others.
+    /// The pod's other attachments.
     others: Vec<Present>,
-    /// The slot of the one in whose place it comes.
+    /// The slot of the attachment that is replaced.
     before: Option<u32>,
 }
 
-/// What was read again when the lock was ours.
+/// What was read again under the lock.
 struct UnderLock {
     pins: LockedPins,
-    /// Where an attachment is in whose place this one comes.
+    /// The directory of the attachment that is replaced.
     found: Option<PathBuf>,
     /// That attachment, if it can be read.
     before: Option<Present>,
-    /// Its connections, and the directions in which this one will not hold them as it did.
+    /// The connections of the attachment that is replaced, and the directions in which the new one does not go on
+    /// holding them.
     ending: Option<(Connections, Vec<Direction>)>,
-    /// What the others in the namespace need.
+    /// The needs of the other attachments in the namespace.
     others: Vec<Need>,
 }
 
@@ -111,7 +112,7 @@ impl<'a> Attaching<'a> {
         let found = pins.settle(place)?;
         let before = found.clone().and_then(|directory| Present::read(place.clone(), directory).ok());
         let others = others(&pins, place, &self.record);
-        // Read now: what is known of its sockets may go with its pins.
+        // Opened now: the programs' state of its sockets may go with its pins.
         let ending = before.as_ref().and_then(|before| {
             let directions = self.ending(before);
             let connections = if directions.is_empty() { None } else { before.connections() };
@@ -121,8 +122,9 @@ impl<'a> Attaching<'a> {
         Ok(())
     }
 
-    /// The directions in which an attachment that is replaced lets go of its connections: those that are not limited any more. One with programs
-    /// of its own does so in all: what they know of each socket goes with them, and with that what the application had set.
+    /// The directions in which a replaced attachment lets go of its connections: those that are not limited any more.
+    /// An attachment with programs of its own lets go in both directions: its programs' state of each socket goes with
+    /// the programs, and with that state the application's own options.
     fn ending(&self, before: &Present) -> Vec<Direction> {
         let (then, now) = (before.limits.unwrap_or_default(), &self.plan.limits);
         let goes_on = |direction: Direction| pins::shares(&before.directory) && now.of(direction).is_some();
@@ -130,8 +132,8 @@ impl<'a> Attaching<'a> {
         Direction::BOTH.into_iter().filter(ends).collect()
     }
 
-    /// In the place of a limit of the same sandbox it must be the same interface: of another one the pod could have only given the name, and go on
-    /// by the first, which nothing would hold any more.
+    /// Refuses another interface of the same name in the same sandbox. The pod may have given the name to another
+    /// interface, and would go on sending by the first one, which nothing would limit any more.
     fn refuse_another_interface(&mut self) -> Result<()> {
         let Some(before) = self.under_lock.as_ref().and_then(|lock| lock.before.as_ref()) else { return Ok(()) };
         let record = &before.owner.interface;
@@ -148,7 +150,7 @@ impl<'a> Attaching<'a> {
         Err(Error::new(Code::Mismatch, text))
     }
 
-    /// Changes the interface. fq is there already, if there is any.
+    /// Changes the interface. fq is on it already, if the kernel has fq.
     fn change(&mut self) -> Result<()> {
         let staying = self.staying();
         let Self { plan, interface, fq, record, under_lock, .. } = self;
@@ -157,17 +159,19 @@ impl<'a> Attaching<'a> {
             return Ok(());
         };
         if let Some(inode) = record.netns_inode {
-            // Without it another limit of the interface is not known to share it: not worth a pod.
+            // Without the note, another limit does not know that it shares the interface. The pod is not made to fail
+            // for this.
             interface::warn(
                 "another limit of this interface may undo what this one needs",
                 under_lock.pins.note(inode, &plan.place),
             );
         }
-        // The one that this one replaces has found what was there before podshaper.
+        // The replaced attachment is among `staying`: its record has the settings from before podshaper.
         interface.change(record, &plan.limits, fq, &staying, &under_lock.others)
     }
 
-    /// Programs of its own, for a cgroup that is not a pod's: another attachment may be above or below, and have the same sockets.
+    /// A set of its own for a cgroup that is not a pod's: an attachment on a cgroup above or below may have the same
+    /// sockets.
     fn own_set(&self) -> Result<Option<Set>> {
         match self.plan.cgroup {
             Directory::Pod(_) => Ok(None),
@@ -175,7 +179,7 @@ impl<'a> Attaching<'a> {
         }
     }
 
-    /// Attaches and pins; from then on it is there.
+    /// Attaches the programs and pins the attachment, which stays from then on.
     fn commit(mut self, own: Option<Set>) -> Result<Owner> {
         let mut interface = self.interface.take();
         let under_lock = self.under_lock.take().ok_or_else(not_locked)?;
@@ -268,7 +272,7 @@ impl<'a> Attaching<'a> {
         before.is_some_and(|before| before.owner.container_id == self.plan.owner.container_id)
     }
 
-    /// A limit of an operator's on a cgroup above, as `podshaper attach` pins it, holds as well.
+    /// Warns of an operator's limit on a cgroup above (`podshaper attach` pins it), which holds as well.
     fn warn_of_limits_above(&self) {
         let (Directory::Pod(cgroup), Some(UnderLock { pins, .. })) = (self.plan.cgroup, &self.under_lock) else {
             return;
@@ -285,8 +289,8 @@ impl<'a> Attaching<'a> {
         }
     }
 
-    /// Holds what passes the host's end of the interface, and by that what comes to the pod's own sockets where it is to wait there. Where it
-    /// cannot, ingress is held by something else.
+    /// Holds packets at the host end of the interface: those of other paths and, with [`IngressBy::HeldData`], those to
+    /// the pod's own sockets. Where packets to the pod's own sockets cannot wait there, tbf or drops hold ingress.
     fn hold<'w>(
         &mut self,
         wanted: &'w Wanted<'w>,
@@ -311,7 +315,8 @@ impl<'a> Attaching<'a> {
         self.hold_other_paths(wanted, interface)
     }
 
-    /// Where that cannot be done, the limit holds for the pod's own sockets: not worth a pod. The record says so.
+    /// Holds other paths at the host end. Where this fails, the limit still holds for the pod's own sockets, so the pod
+    /// is not made to fail. The record says whether other paths are held.
     fn hold_other_paths<'w>(&self, wanted: &'w Wanted<'w>, interface: &mut Interface) -> Option<Held<'w>> {
         if !self.plan.other_paths {
             return None;
@@ -332,13 +337,13 @@ impl<'a> Attaching<'a> {
         }
     }
 
-    /// The host's end of the interface, where it holds the other paths of another attachment.
+    /// The host end of the interface, if it holds the other paths for another attachment.
     fn taken_host_end(&self, under_lock: &UnderLock) -> Option<u32> {
         let held = under_lock.others.iter().filter(|other| other.record.shares_interface(&self.record));
         held.filter_map(|other| other.record.held_at).map(|at| at.ifindex).next()
     }
 
-    /// The node's programs, if the attachment can share them; else its own.
+    /// The node's programs, if the attachment can share them; else programs of its own.
     fn programs(
         &self,
         own: Option<Set>,
@@ -359,7 +364,7 @@ impl<'a> Attaching<'a> {
             return Ok(Programs { set, sharing: Some(sharing) });
         }
         self.refuse_cgroup_of_another_pod(pins)?;
-        // A call that was killed may have left limits that no attachment has.
+        // A killed call may have left limits that no attachment has.
         shaper::forget_others(pins, pins.list().into_iter().map(|(_, directory)| directory))?;
         if can_share()? {
             return Ok(Programs { set, sharing: Some(sharing) });
@@ -367,7 +372,8 @@ impl<'a> Attaching<'a> {
         Ok(Programs { set: Set::own()?, sharing: None })
     }
 
-    /// Both pods' sockets would be held to both limits. One whose namespace is gone has ended, and its DEL is late.
+    /// Refuses a cgroup that another pod has, too: the sockets of both pods would be held to both limits. A pod whose
+    /// namespace is gone has ended, and its DEL is late.
     fn refuse_cgroup_of_another_pod(&self, pins: &LockedPins) -> Result<()> {
         let Plan { place, owner, .. } = self.plan;
         let others = pins.list().into_iter().filter(|(other, _)| other.pod != place.pod);
@@ -386,7 +392,7 @@ impl<'a> Attaching<'a> {
         Err(Error::new(Code::Cgroup, text))
     }
 
-    /// Puts back what the attachment that was replaced had changed and this one does not use.
+    /// Puts back the changes of the replaced attachment that the new one does not use.
     fn leave_before(&mut self, held_at: Option<HeldAt>) {
         let Some(UnderLock { pins, before: Some(before), others: staying, .. }) = &self.under_lock else { return };
         let (place, replaced) = (&self.plan.place, &before.owner.interface);
@@ -402,7 +408,7 @@ impl<'a> Attaching<'a> {
         }
     }
 
-    /// What the attachments need that are there without this one.
+    /// The needs of the attachments that stay without this one.
     fn staying(&self) -> Vec<Need> {
         let place = &self.plan.place;
         match &self.under_lock {
@@ -410,7 +416,7 @@ impl<'a> Attaching<'a> {
                 let before = before.iter().map(Present::need).filter(|need| need.record.shares_namespace(&self.record));
                 others.iter().cloned().chain(before).collect()
             }
-            // The lock was not to be had: what can be seen without it must do.
+            // The lock could not be taken: the pins are read without it.
             None => {
                 let directory: Option<PathBuf> = self.pins.find(place);
                 let before = directory.and_then(|directory| Present::read(place.clone(), directory).ok());

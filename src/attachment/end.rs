@@ -1,4 +1,4 @@
-//! Changes the limits of an attachment that is there, lifts them, and removes it.
+//! Changes the limits of an attachment, lifts them, and removes an attachment.
 
 use std::path::Path;
 
@@ -15,27 +15,27 @@ use crate::{
 
 /// What became of an attachment that was to end.
 pub enum End {
-    /// There was none.
+    /// There was no attachment.
     Nothing,
-    /// It is gone.
+    /// It has been removed.
     Removed,
-    /// What is there now is not the one that was meant: it has been replaced, and stays.
+    /// The attachment at the place is not the one that was meant. It has replaced that one, and stays.
     Another(Box<Owner>),
 }
 
-/// Removes the attachment at a place with all that was made for it, if it is still the one that is meant when the lock is ours.
-/// `is_meant` gets `None` for one whose record nobody can read.
+/// Removes the attachment at a place, with everything that was made for it, if it still is the attachment that the
+/// caller means. `is_meant` decides this under the lock; it gets `None` for a record that cannot be read.
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says.
+/// [`Code::Kernel`] with the kernel's error.
 pub fn remove(place: &Place, is_meant: impl FnOnce(&Path, Option<&Owner>) -> bool) -> Result<End> {
     lock()?.map_or(Ok(End::Nothing), |pins| remove_locked(&pins, place, is_meant))
 }
 
-/// The same where the lock is ours already.
+/// Like [`remove`], for a caller that has the lock.
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says.
+/// [`Code::Kernel`] with the kernel's error.
 pub fn remove_locked(
     pins: &LockedPins,
     place: &Place,
@@ -70,10 +70,10 @@ pub fn remove_locked(
     Ok(End::Removed)
 }
 
-/// Clears what killed calls have left of every attachment: unfinished pins, and limits that nobody has.
+/// Clears the remains of killed calls for all attachments: unfinished pins, and limits that no attachment has.
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says, of each that could not be cleared.
+/// [`Code::Kernel`] with the kernel's error for each thing that could not be cleared.
 pub fn settle_all(pins: &LockedPins) -> Result<()> {
     let settled = pins.settle_all();
     let all: Vec<_> = pins.list().into_iter().map(|(_, directory)| directory).collect();
@@ -81,8 +81,8 @@ pub fn settle_all(pins: &LockedPins) -> Result<()> {
     error::all([settled, other_paths::settle(pins, &owners), shaper::forget_others(pins, all.into_iter())])
 }
 
-/// Takes an attachment off the node's programs: its limits are gone, and so are the links that no other attachment of the pod needs. Where
-/// nothing of the pod stays, the links go first, and with them whatever could still look for the limits.
+/// Takes an attachment off the node's programs: removes the links that no other attachment of the pod needs, and then
+/// its limits. Where no attachment of the pod stays, no program is then left that could look for the limits.
 fn release(pins: &LockedPins, place: &Place, owner: Option<&Owner>) -> Result<()> {
     let others = sharing(pins, place);
     let needed: Vec<_> = others.iter().flat_map(Present::programs).collect();
@@ -99,7 +99,7 @@ fn release(pins: &LockedPins, place: &Place, owner: Option<&Owner>) -> Result<()
     }
 }
 
-/// Brings an interface to what is needed by the attachments that stay there. Errors are in the log.
+/// Brings an interface to the state that the attachments that stay there need. Errors go to the log.
 pub(super) fn leave(pins: &LockedPins, place: &Place, ended: &Record) {
     interface::undo(ended, &others(pins, place, ended));
     if let Some(inode) = ended.netns_inode {
@@ -107,20 +107,21 @@ pub(super) fn leave(pins: &LockedPins, place: &Place, ended: &Record) {
     }
 }
 
-/// Other limits for an attachment that is there.
+/// New limits for an attachment.
 pub struct Change {
-    /// In the directions that change.
+    /// The limits, in the directions that change.
     pub limits: Limits,
-    /// The record that goes with them.
+    /// The record that goes with the limits.
     pub owner: Owner,
 }
 
-/// Changes the limits of an attachment, in the directions that `to` names when it is given what is there; it may refuse.
+/// Changes the limits of an attachment. `to` gets the attachment as it is and returns the change, or refuses.
 ///
 /// # Errors
-/// [`Code::Mismatch`]: it is gone. Those of `to`, and what the kernel says: the limits are as they were then.
+/// [`Code::Mismatch`]: the attachment is gone. The errors of `to`, and the kernel's error: then the limits are as they
+/// were.
 pub fn change(place: &Place, to: impl FnOnce(&Present) -> Result<Change>) -> Result<()> {
-    // Between the reading and the lock a DEL or an ADD may have come.
+    // A DEL or an ADD may have come between the caller's reading and the lock.
     let gone = || {
         let text = format!("change the limits of {} of pod {}: it is gone", place.interface, place.pod);
         Error::new(Code::Mismatch, text)
@@ -138,12 +139,12 @@ pub fn change(place: &Place, to: impl FnOnce(&Present) -> Result<Change>) -> Res
     changed
 }
 
-/// Brings the interface to other limits of an attachment, before they are in force.
+/// Brings the interface to the new limits of an attachment, before these limits are in force.
 fn settle(pins: &Pins, present: &Present, interface: &mut Option<Interface>, to: &Limits) -> Result<()> {
     let record = &present.owner.interface;
     let Some(interface) = interface else {
         let text = "change the queue that holds the limit: the pod's interface is not to be found any more";
-        // A pod that has given it another name is held at its host's end.
+        // An interface that the pod has renamed is still held at its host end.
         let is_held_elsewhere = record.held_at.is_some() && !record.has_tbf();
         if is_held_by_qdisc(record, to) && !is_held_elsewhere {
             return Err(Error::new(Code::Netns, text));
@@ -153,7 +154,8 @@ fn settle(pins: &Pins, present: &Present, interface: &mut Option<Interface>, to:
     let mut own = present.need();
     own.limits = Some(present.limits_with(to));
     let mut needs = others(pins, &present.place, record);
-    // Of those that have a tbf or an htb, which earlier versions allowed, this one is changed.
+    // Earlier versions allowed more than one limit with tbf or htb on an interface. The qdisc gets the first limit of
+    // the list: the one that changes.
     needs.insert(0, own);
     let settled = interface.settle(record, &needs);
     change_place(present, to)?;
@@ -165,24 +167,24 @@ fn settle(pins: &Pins, present: &Present, interface: &mut Option<Interface>, to:
     Ok(())
 }
 
-/// Brings what waits of it in the waiting room to other limits.
+/// Brings the attachment's place in the waiting room to the new limits.
 fn change_place(present: &Present, to: &Limits) -> Result<()> {
     let Record { held_at, ingress_by, .. } = present.owner.interface;
     let changed = held_at.map(|at| host_end::change_place(at.class, &present.limits_with(to), ingress_by));
     changed.unwrap_or(Ok(()))
 }
 
-/// Whether a qdisc has one of these limits too.
+/// Whether a qdisc holds one of these limits as well.
 fn is_held_by_qdisc(record: &Record, limits: &Limits) -> bool {
     (record.has_tbf() && limits.ingress.is_some()) || (record.htb && limits.egress.is_some())
 }
 
-/// Lifts the limits of an attachment in these directions, if it is the one that is meant, and lets go of its connections. A connection that
-/// no process of the cgroup has open goes on without a pace if it sends before the attachment is removed. An attachment that is of another
-/// layout, or cannot be read, stays as it is.
+/// Lifts the limits of an attachment in these directions, if it is the attachment that the caller means, and takes pace
+/// and window off its connections. A connection that no process of the cgroup has open loses its pace if it sends
+/// before the attachment is removed. An attachment of another layout, or one that cannot be read, stays as it is.
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says.
+/// [`Code::Kernel`] with the kernel's error.
 pub fn lift(place: &Place, directions: &[Direction], is_meant: impl FnOnce(&Path, &Owner) -> bool) -> Result<()> {
     let Some(pins) = lock()? else { return Ok(()) };
     let found = pins.find(place).and_then(|directory| Present::read(place.clone(), directory).ok());
@@ -190,7 +192,7 @@ pub fn lift(place: &Place, directions: &[Direction], is_meant: impl FnOnce(&Path
         Some(present) if is_meant(&present.directory, &present.owner) => match &present.limits {
             Some(limits) => {
                 present.write(&unlimited(limits, directions), &present.owner.by_hand(limits))?;
-                // From here on no program sets anything anew.
+                // From here on no program sets a socket's pace or window again.
                 if let Some(connections) = present.connections() {
                     connections.let_go(directions);
                 }

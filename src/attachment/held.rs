@@ -1,6 +1,7 @@
-//! Whether an attachment is held as its record says by what is not on its cgroup: filters at the host's end, its place in the waiting room, the queue
-//! on its interface. Anybody who may configure the node's network, or the pod's, can take those off. [`Node::check`] tells, and
-//! [`hold_again`] puts back what is gone. What somebody else has put in its place stays, and the error says what that is.
+//! Checks the parts of an attachment that are not on its cgroup: the filters at the host end, the place in the waiting
+//! room, the queue on the interface. A process that may configure the node's network, or the pod's, can remove these
+//! parts. [`Node::check`] finds the parts that are gone, and [`hold_again`] puts them back. Where another tool has put
+//! something in their place, that stays, and the error says what it is.
 
 use std::{cell::OnceCell, os::fd::AsFd};
 
@@ -24,22 +25,24 @@ use crate::{
     sys::Read,
 };
 
-/// The node as a call finds it. What is one for all attachments is looked at once.
+/// The node as one call finds it. Parts that all attachments share are looked at once.
 #[derive(Default)]
 pub struct Node {
     room: OnceCell<Result<Room>>,
 }
 
 impl Node {
-    /// Checks that what holds other paths, and what was put on the interface, is as it was made. `set`: the maps of the attachment.
+    /// Checks that the filters, the place in the waiting room and the queues of an attachment are as podshaper made
+    /// them. `set`: the maps of the attachment.
     ///
     /// # Errors
-    /// [`Code::Mismatch`] naming what is gone; [`Code::Netns`] where the interface itself is; [`Code::Kernel`] where it cannot be looked at.
+    /// [`Code::Mismatch`] names the part that is gone. [`Code::Netns`]: the interface itself is gone. [`Code::Kernel`]:
+    /// it cannot be looked at.
     pub fn check(&self, owner: &Owner, limits: &Limits, set: &Set) -> Result<()> {
         error::all([self.check_other_paths(owner, limits, set), interface::check(&owner.interface, owner.ifindex)])
     }
 
-    /// The first half of [`Self::check`].
+    /// The half of [`Self::check`] for other paths: the filters and the place in the waiting room.
     ///
     /// # Errors
     /// Those of [`Self::check`].
@@ -77,23 +80,24 @@ fn check_filters(record: &Record, limits: &Limits, at: HeldAt, end: &HostEnd) ->
     Ok(())
 }
 
-/// Puts back what is gone of what holds an attachment; whether it is held then: `false` for one that went, with its interface or without. What
-/// could not be put back stays in its record, so that it is told of, and tried again.
+/// Puts back the parts of an attachment that are gone. Returns whether the attachment is held then; `false`: the
+/// attachment is gone, with or without its interface. A part that could not be put back stays in the record, so that a
+/// check reports it and a later call tries again.
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says, or what somebody else has put there.
+/// [`Code::Kernel`] with the kernel's error, or with the name of what another tool has put there.
 pub fn hold_again(place: &Place) -> Result<bool> {
     let Some(pins) = lock()? else { return Ok(false) };
     let Some(present) = find(&pins, place)? else { return Ok(false) };
     match present.check() {
-        // Another call was quicker, or it has become another one.
+        // Another call was quicker, or another attachment has replaced this one.
         Ok(()) => return Ok(true),
         Err(error) if error.code() == Code::Netns => return Ok(false),
         Err(_) => {}
     }
     let queue = present.put_queue_back(&pins);
     let room = present.find_room_again(&pins);
-    // Its place in the room may be another one by now.
+    // The attachment may have got another place in the room.
     let Some(present) = find(&pins, place)? else { return Ok(false) };
     error::all([room.and_then(|()| present.put_filters_back()), queue])?;
     present.check().map(|()| true)
@@ -104,8 +108,8 @@ fn find(pins: &Pins, place: &Place) -> Result<Option<Present>> {
     directory.map(|directory| Present::read(place.clone(), directory)).transpose()
 }
 
-/// Has all pods of the node wait in a room that was made anew: until then what is to wait goes to an interface that is gone. Errors are in the
-/// log: `sync` tries again.
+/// Moves all pods of the node to a waiting room that was made anew. Until then, packets that must wait go to an
+/// interface that is gone. Errors go to the log: `sync` tries again.
 pub(super) fn move_all(pins: &Pins, room: &WaitingRoom) {
     let all = pins.list().into_iter().filter(|(_, directory)| pins::is_current(directory));
     let present = all.filter_map(|(place, directory)| Present::read(place, directory).ok());
@@ -119,12 +123,12 @@ impl Present {
         Node::default().check(&self.owner, &self.limits.unwrap_or_default(), &set)
     }
 
-    /// Makes the waiting room what it was, and has it wait there.
+    /// Makes the waiting room what it was, and gives the attachment a place there.
     fn find_room_again(&self, pins: &LockedPins) -> Result<()> {
         if self.owner.interface.held_at.is_none() {
             return Ok(());
         }
-        // The room's programs need no maps: those of the node will do.
+        // The room's programs need no maps, so the node's programs will do.
         let node = Set::of_node(pins)?;
         if Room::look().is_err() {
             move_all(pins, &WaitingRoom::mend(|name| node.program(name))?);
@@ -154,11 +158,11 @@ impl Present {
         for (hook, name) in gone {
             host_end::put_filter(at.ifindex, hook, at.filter, name, set.program(name)?.as_fd())?;
         }
-        // It was somebody else's, and goes with the last filter now.
+        // clsact was another tool's before. Now it is podshaper's, and goes with the last filter.
         if is_new && !at.clsact { self.note(HeldAt { clsact: true, ..at }) } else { Ok(()) }
     }
 
-    /// Waits in a room from here on, if it waits at all.
+    /// Lets the held packets of the attachment wait in this room from here on, if it has any.
     fn wait_in(&self, pins: &Pins, room: &WaitingRoom) -> Result<()> {
         let Self { owner, limits: Some(limits), directory, .. } = self else { return Ok(()) };
         let Some(at) = owner.interface.held_at else { return Ok(()) };

@@ -1,10 +1,12 @@
-//! Lets go of connections whose limit ends. What the programs have set on a socket stays there when the programs go, and on a connection
-//! that sends nothing meanwhile no program runs that could take it back. But root may have a copy of another process's descriptor
-//! (`pidfd_getfd`, since Linux 5.6), and with that set the socket's options; what the application had set itself is in the programs'
-//! state of the socket, which user space reads by the descriptor.
+//! Takes pace and window off connections whose limit ends. The options that the programs have set on a socket stay when
+//! the programs go, and no program runs for a connection that sends nothing. But root can get a copy of another
+//! process's descriptor (`pidfd_getfd`, since Linux 5.6), and can set the socket's options through the copy. The
+//! options that the application had set are in the programs' state of the socket, which user space reads by the
+//! descriptor.
 //!
-//! It finds the sockets that a process of the cgroup has open. Those that none has (the kernel's own, the subflows of MPTCP, what accept() has
-//! not taken yet) let go when they send: see [`super::lift`].
+//! This module finds the sockets that a process of the cgroup has open. Sockets that no process has open (the kernel's
+//! own, the subflows of MPTCP, connections before accept()) lose their pace and window when they send: see
+//! [`super::lift`].
 
 use std::{
     collections::HashSet,
@@ -24,13 +26,14 @@ use crate::{
     sys::{self, Map, Read},
 };
 
-/// SO_MAX_PACING_RATE of a socket that nobody paces.
+/// SO_MAX_PACING_RATE of a socket without a pace.
 const NOT_PACED: u64 = u64::MAX;
-/// TCP_WINDOW_CLAMP of a socket for whose window its buffer alone counts: the largest window that TCP can say (RFC 7323, 2.2), where a
-/// kernel starts, too (`tcp_select_initial_window`).
+/// TCP_WINDOW_CLAMP of a socket whose window is bounded by its buffer alone: the largest window that TCP can announce
+/// (RFC 7323, 2.2). The kernel starts a socket with this value, too (`tcp_select_initial_window`).
 const NOT_CLAMPED: u32 = 0xffff << 14;
 
-/// Other calls wait meanwhile, and a pod may open sockets without end.
+/// The longest time for all sockets of an attachment: other calls wait meanwhile, and a pod may open any number of
+/// sockets.
 const MAX_TIME: Duration = Duration::from_secs(1);
 
 /// nix has no names for these options.
@@ -43,16 +46,16 @@ nix::setsockopt_impl!(WindowClamp, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, u3
 
 /// The connections of one attachment.
 pub struct Connections {
-    /// What the programs keep with each socket.
+    /// The programs' state of each socket.
     states: Map<i32, SocketState>,
-    /// The attachment.
+    /// The slot of the attachment.
     slot: u32,
-    /// The cgroup it is on.
+    /// The cgroup of the attachment.
     cgroup: PathBuf,
 }
 
-/// The connections of the attachment that is pinned in a directory. `None`, and the reason in the log, where what is known of them cannot be
-/// read: it is of another layout.
+/// The connections of the attachment that is pinned in a directory. `None` if the programs' state of the sockets cannot
+/// be read, because it has another layout; the reason goes to the log.
 pub fn connections(directory: &Path, owner: &Owner) -> Option<Connections> {
     match Pinned::at(directory).set().and_then(|set| set.socket_states()) {
         Ok(states) => Some(Connections { states, slot: owner.slot, cgroup: PathBuf::from(&owner.cgroup) }),
@@ -64,12 +67,12 @@ pub fn connections(directory: &Path, owner: &Owner) -> Option<Connections> {
 }
 
 impl Connections {
-    /// Takes off their sockets what was set there for these directions. What could not be done is in the log.
+    /// Gives the sockets the application's own options back, for these directions. Errors go to the log.
     pub fn let_go(&self, directions: &[Direction]) {
         let (until, mut seen) = (Instant::now() + MAX_TIME, HashSet::new());
         for process in processes(&self.cgroup) {
             match self.let_go_of(process, directions, until, &mut seen) {
-                // A process or a descriptor that is gone meanwhile.
+                // The process or the descriptor has gone meanwhile.
                 Err(cause) if matches!(cause.raw_os_error(), Some(libc::ENOENT | libc::ESRCH | libc::EBADF)) => {}
                 Err(cause) => log::warn!("connections of process {process} may keep the limit that ended: {cause}"),
                 Ok(()) => {}
@@ -126,9 +129,9 @@ impl Connections {
 fn processes(cgroup: &Path) -> Vec<i32> {
     let (mut found, mut directories) = (Vec::new(), vec![cgroup.to_path_buf()]);
     while let Some(directory) = directories.pop() {
-        // Gone, or one of threads, whose processes are in the one above.
+        // The directory is gone, or it is a threaded cgroup, whose processes are listed in the cgroup above.
         let text = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
-        // 0 is a process of another namespace.
+        // 0 is a process of another PID namespace.
         found.extend(text.lines().filter_map(|line| line.parse::<i32>().ok()).filter(|id| *id != 0));
         let below = fs::read_dir(&directory).into_iter().flatten().flatten();
         let below = below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
@@ -137,7 +140,7 @@ fn processes(cgroup: &Path) -> Vec<i32> {
     found
 }
 
-/// The sockets that a process has open: its number of each, and the kernel's name.
+/// The sockets that a process has open: the descriptor's number, and the kernel's name of the socket.
 fn sockets(process: i32) -> io::Result<impl Iterator<Item = (RawFd, PathBuf)>> {
     let open = fs::read_dir(format!("/proc/{process}/fd"))?.flatten();
     Ok(open.filter_map(|entry| {
@@ -158,7 +161,7 @@ mod tests {
         let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let own = process::id() as i32;
         let (number, _) = sockets(own).unwrap().find(|(number, _)| *number == listener.as_raw_fd()).unwrap();
-        // Who may not trace may not have it: as another user, or where a sandbox forbids it, this says EPERM.
+        // This takes the right to trace: as another user, or in a sandbox that forbids it, the call fails with EPERM.
         let copy = sys::open_process(own).and_then(|process| sys::descriptor_of(process.as_fd(), number)).unwrap();
         let copy = TcpListener::from(copy);
         assert_eq!(copy.local_addr().unwrap(), listener.local_addr().unwrap());

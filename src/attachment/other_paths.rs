@@ -1,6 +1,6 @@
-//! Holds what passes a pod's interface by other paths than the sockets of its cgroup: at the host's end of the interface, if it has one here.
-//! Which packets those are, and what becomes of them, is decided by the programs (`bpf/src/other_paths.rs`); `interface::host_end` puts
-//! them where they run.
+//! Holds packets that pass a pod's interface by other paths than the sockets of its cgroup. They are held at the host
+//! end of the interface, if it has one here. The programs decide which packets these are, and what happens to them
+//! (`bpf/src/other_paths.rs`). `interface::host_end` puts the programs where they run.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -20,54 +20,55 @@ use crate::{
     sys::{Map, Read},
 };
 
-/// The bit that the numbers of filters have whose programs are an attachment's own. So those and the node's can be there while one takes the
-/// other's place.
+/// This bit is set in the filter numbers of attachments with programs of their own. So the filters of such an
+/// attachment and those of the node can be on an interface together while one attachment replaces the other.
 const OWN: u16 = 1 << 15;
 
-/// What is to be held.
+/// What an attachment wants to have held.
 pub struct Wanted<'a> {
     /// podshaper's pins, locked.
     pub pins: &'a Pins,
     /// The programs and maps of the attachment.
     pub set: &'a Set,
-    /// Those of the node, where that is another one: it has a list of all host's ends.
+    /// The node's set, if it is another one: its maps list all host ends.
     pub node: Option<&'a Set>,
-    /// The attachment, as the programs know it.
+    /// The slot by which the programs know the attachment.
     pub slot: u32,
-    /// The list of subnets, as the programs know it.
+    /// The number by which the programs know the list of subnets.
     pub list: u64,
     /// The limits.
     pub limits: &'a Limits,
-    /// The host's end, where it holds other paths of another attachment of the interface.
+    /// The host end, if it holds other paths for another attachment of the interface.
     pub taken: Option<u32>,
-    /// Where those of the attachment were held in whose place this one comes.
+    /// Where the attachment that is replaced held its other paths.
     pub before: Option<HeldAt>,
 }
 
 impl Wanted<'_> {
-    /// Whether tbf holds all that is limited.
+    /// Whether tbf alone holds the limits, so that no filter is needed.
     pub fn is_held_by_tbf_alone(&self, ingress_by: Option<IngressBy>) -> bool {
         hooks(self.limits, ingress_by).is_empty()
     }
 }
 
-/// What is held from here on. Dropped before [`Held::keep`], everything is as it was before.
+/// Other paths that are held from here on. Dropped before [`Held::keep`], it puts everything back.
 pub struct Held<'a> {
     wanted: &'a Wanted<'a>,
     at: HeldAt,
-    /// What the maps had for this host's end.
+    /// The entry that the maps had for this host end.
     before: Option<HostEnd>,
-    /// The filters that were put there.
+    /// The hooks that got a filter.
     put: Vec<Hook>,
     is_kept: bool,
 }
 
 impl<'a> Held<'a> {
-    /// Holds what passes the host's end of an interface; `None` for an interface that has none here. `ingress_by`: what holds the ingress
-    /// limit.
+    /// Holds the packets that pass the host end of an interface. `None`: the interface has no end here, or no filter is
+    /// needed. `ingress_by`: what holds the ingress limit.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says. Nothing is changed then.
+    /// [`Code::Kernel`] with the kernel's error; nothing is changed then. [`Code::Kernel`] if the host end holds other
+    /// paths for another attachment; the host end is marked as shared then.
     pub fn begin(
         wanted: &'a Wanted<'a>,
         ingress_by: Option<IngressBy>,
@@ -89,7 +90,7 @@ impl<'a> Held<'a> {
         let filter = if wanted.node.is_none() { OF_NODE } else { wanted.slot as u16 | OWN };
         let clsact = wanted.before.is_some_and(|before| before.ifindex == ifindex && before.clsact);
         let at = HeldAt { ifindex, filter, class: 0, clsact };
-        // The room's programs need no maps: those of any set will do.
+        // The room's programs need no maps, so the programs of any set will do.
         let room = WaitingRoom::open(|name| wanted.set.program(name))?;
         if room.is_new {
             move_all(wanted.pins, &room);
@@ -118,12 +119,12 @@ impl<'a> Held<'a> {
         Ok(Some(held))
     }
 
-    /// As the record has it.
+    /// The host end, the filter and the place, for the record.
     pub fn at(&self) -> HeldAt {
         self.at
     }
 
-    /// It stays.
+    /// Keeps what has been made.
     pub fn keep(mut self) {
         self.is_kept = true;
     }
@@ -140,7 +141,7 @@ impl<'a> Held<'a> {
     }
 }
 
-/// From here on what was charged to any attachment passes a host's end.
+/// Marks a host end as shared: from here on a packet that was charged to any attachment passes it.
 fn share(set: &Set, ifindex: u32) -> Result<()> {
     match set.host_ends.get(&ifindex, Read::Plain).map_err(writing)? {
         Some(end) => set.host_ends.set(&ifindex, &HostEnd { is_shared: 1, ..end }).map_err(writing),
@@ -148,7 +149,7 @@ fn share(set: &Set, ifindex: u32) -> Result<()> {
     }
 }
 
-/// Where which program is put. What tbf holds is held whole.
+/// The hooks that need a filter, and the program of each. Ingress that tbf holds needs none: tbf holds all of it.
 pub(super) fn hooks(limits: &Limits, ingress_by: Option<IngressBy>) -> Vec<(Hook, &'static str)> {
     let out = limits.egress.map(|_| (Hook::Ingress, host_end::OUT_OF_POD));
     let into = ingress_by.filter(|by| *by != IngressBy::Tbf).map(|_| (Hook::Egress, host_end::INTO_POD));
@@ -160,7 +161,7 @@ impl Drop for Held<'_> {
         if self.is_kept {
             return;
         }
-        // The node's filters serve the attachment that was there, too.
+        // The earlier attachment uses the node's filters, too.
         if self.before.is_none() || self.at.filter != OF_NODE {
             take_filters(self.at, &self.put);
         }
@@ -170,10 +171,10 @@ impl Drop for Held<'_> {
     }
 }
 
-/// Gives what is at the host's end of an attachment new programs, and the waiting room with it.
+/// Gives the filters at the host end of an attachment new programs, and those of the waiting room as well.
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says.
+/// [`Code::Kernel`] with the kernel's error.
 pub fn renew(record: &Record, limits: &Limits, program: impl Fn(&str) -> Result<OwnedFd>) -> Result<()> {
     let Some(at) = record.held_at.filter(|at| at.filter == OF_NODE && is_there(record, at.ifindex)) else {
         return Ok(());
@@ -185,10 +186,11 @@ pub fn renew(record: &Record, limits: &Limits, program: impl Fn(&str) -> Result<
         .try_for_each(|(hook, name)| host_end::put_filter(at.ifindex, hook, at.filter, name, program(name)?.as_fd()))
 }
 
-/// Clears what killed calls have left of the node's list of host's ends, and in the waiting room; `owners`: whose attachments are there.
+/// Clears the remains of killed calls from the node's list of host ends and from the waiting room. `owners`: the
+/// records of all attachments.
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says.
+/// [`Code::Kernel`] with the kernel's error.
 pub fn settle(pins: &LockedPins, owners: &[Owner]) -> Result<()> {
     let directory = pins.node();
     if !directory.exists() {
@@ -208,7 +210,7 @@ pub fn settle(pins: &LockedPins, owners: &[Owner]) -> Result<()> {
     host_end::keep_places(&classes)
 }
 
-/// Takes off what held an attachment that ends, or was replaced by one that is held at `now`.
+/// Takes off the filters and the place of an attachment that ended, or that was replaced by one that is held at `now`.
 pub fn leave(pins: &LockedPins, ended: &Record, slot: u32, now: Option<HeldAt>) {
     let Some(at) = ended.held_at else { return };
     host_end::leave_place(at.class);
@@ -219,7 +221,8 @@ pub fn leave(pins: &LockedPins, ended: &Record, slot: u32, now: Option<HeldAt>) 
     interface::warn(LEFT, forget(pins, at.ifindex, slot));
 }
 
-/// Has the next oldest limit of an interface hold its other paths, where the one that ended did. `staying`: the attachments in its namespace.
+/// When a limit that held the other paths of its interface has ended, lets the next oldest limit of the interface hold
+/// them. `staying`: the attachments in the namespace.
 pub fn hand_over(pins: &Pins, ended: &Record, staying: &[Present]) {
     let waits = |present: &&Present| {
         let record = &present.owner.interface;
@@ -234,7 +237,7 @@ pub fn hand_over(pins: &Pins, ended: &Record, staying: &[Present]) {
 }
 
 impl Present {
-    /// Holds what passes its interface by other paths. `is_shared`: another limit stays there beside it.
+    /// Holds the packets that pass its interface by other paths. `is_shared`: yet another limit stays on the interface.
     fn take_over(&self, pins: &Pins, is_shared: bool) -> Result<()> {
         let Self { owner, limits: Some(limits), directory, .. } = self else { return Ok(()) };
         let Some(mut interface) = Interface::of(&owner.interface)? else { return Ok(()) };
@@ -250,7 +253,8 @@ impl Present {
     }
 }
 
-/// Removes a host's end from the node's list, if it is still this attachment's, and with the last one the waiting room.
+/// Removes a host end from the node's list, if the entry still is this attachment's. The waiting room goes with the
+/// last host end.
 fn forget(pins: &LockedPins, ifindex: u32, slot: u32) -> Result<()> {
     let directory = pins.node();
     if !directory.exists() {
@@ -264,12 +268,13 @@ fn forget(pins: &LockedPins, ifindex: u32, slot: u32) -> Result<()> {
     remove_room_if_empty(&ends)
 }
 
-/// With the last host's end the waiting room goes.
+/// Removes the waiting room if no host end is left.
 fn remove_room_if_empty(ends: &Map<u32, HostEnd>) -> Result<()> {
     if ends.is_empty().map_err(writing)? { host_end::remove_room() } else { Ok(()) }
 }
 
-/// Whether the interface of a record still has this host's end: with the interface all of it is gone, and the number may be another's.
+/// Whether the interface of a record still has this host end. Filters go with their interface, and another interface
+/// may have got its number.
 fn is_there(record: &Record, ifindex: u32) -> bool {
     let found = Interface::of(record).and_then(|interface| interface.map_or(Ok(None), |mut found| found.host_end()));
     matches!(found, Ok(Some(end)) if end.ifindex == ifindex)
@@ -284,7 +289,7 @@ fn take_filters(at: HeldAt, hooks: &[Hook]) {
     }
 }
 
-/// Before what could not be taken off.
+/// The warning before the error, where something could not be taken off.
 const LEFT: &str = "not all that held other paths of a pod could be taken off";
 
 pub(super) fn writing(cause: std::io::Error) -> Error {

@@ -1,4 +1,5 @@
-//! Gives running pods this podshaper's programs: their links go on with new programs, and limits, clocks and connections with what they have.
+//! Gives running pods the programs of this podshaper. The links go on with the new programs, and limits, clocks and
+//! connections keep their state.
 
 use super::{Present, lock, other_paths};
 use crate::{
@@ -7,21 +8,21 @@ use crate::{
     shaper::NewPrograms,
 };
 
-/// What became of an upgrade.
+/// The result of an upgrade.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Upgrade {
-    /// Links that have this podshaper's programs now and had not before.
+    /// Links that run this podshaper's programs now and did not before.
     pub links: usize,
-    /// Attachments that it is not for: of another layout, or with programs of their own.
+    /// Attachments that an upgrade cannot change: they have another layout, or programs of their own.
     pub left: usize,
 }
 
-/// Replaces the programs of every attachment that shares the node's, if they are not this podshaper's. A call that was killed in the middle
-/// is repeated by the next one.
+/// Replaces the programs of every attachment that shares the node's programs, if they are not this podshaper's. If a
+/// call was killed midway, the next call repeats it.
 ///
 /// # Errors
-/// [`Code::Kernel`](crate::error::Code::Kernel): the kernel refuses a program, and then nothing is changed; or it refuses to change a link,
-/// and then the others are changed.
+/// [`Code::Kernel`](crate::error::Code::Kernel): the kernel refuses a program, and nothing is changed; or it refuses to
+/// change a link, and the other links are changed.
 pub fn upgrade() -> Result<Upgrade> {
     let Some(pins) = lock()? else { return Ok(Upgrade::default()) };
     let left = pins.list().iter().filter(|(_, directory)| !pins::shares(directory)).count();
@@ -36,7 +37,7 @@ pub fn upgrade() -> Result<Upgrade> {
         let Present { owner, limits, .. } = &present;
         other_paths::renew(&owner.interface, &limits.unwrap_or_default(), |name| programs.program(name))
     }))?;
-    // Last: until then the next call does it all again.
+    // Last: until this is done, the next call repeats everything.
     programs.commit()?;
     Ok(Upgrade { links, left })
 }

@@ -1,7 +1,9 @@
-//! The host's end of a pod's veth, and the waiting room: where what comes out of a pod by other paths than its cgroup's sockets is held to the
-//! limit. Which packets those are is decided by the programs (`bpf/src/other_paths.rs`); here they are put where they run.
+//! The host end of a pod's veth, and the waiting room: here packets of other paths than the cgroup's sockets are held
+//! to the limit. The programs decide which packets these are (`bpf/src/other_paths.rs`); this module puts the programs
+//! where they run.
 //!
-//! The waiting room is one veth for all pods of the node. Its one end has the queue, its other end sends back what has waited.
+//! The waiting room is one veth for all pods of the node. One end has the queue. The other end sends packets back after
+//! they have waited.
 
 mod filters;
 mod seen;
@@ -34,22 +36,23 @@ pub use filters::{
 };
 pub use seen::{Room, leads_to};
 
-/// The program on what comes out of a pod.
+/// The program for packets out of a pod.
 pub const OUT_OF_POD: &str = "out_of_pod";
-/// The program on what goes into a pod.
+/// The program for packets into a pod.
 pub const INTO_POD: &str = "into_pod";
-/// The program on what comes into the waiting room.
+/// The program for packets into the waiting room.
 pub const WAIT_HERE: &str = "wait_here";
-/// The program on what has waited.
+/// The program for packets that have waited.
 pub const GO_BACK: &str = "go_back";
 
-/// Where packets wait.
+/// The end in whose queue packets wait.
 const WAITING: &str = "podshaper-wait";
-/// The other end, by which they go back.
+/// The other end, by which packets go back.
 const GOING_BACK: &str = "podshaper-back";
-/// As large as packets become: the room cuts none.
+/// No packet is larger, so the room cuts none.
 const ROOM_MTU: u32 = 65_535;
-/// The most that newer kernels (7.3 is one) take as the length of an interface's queue. It is that of each class of htb in the room.
+/// The longest interface queue that newer kernels (7.3 is one) accept. The queue of each htb class in the room has this
+/// length.
 const ROOM_PACKETS: u32 = 32_767;
 
 /// The node's waiting room.
@@ -59,18 +62,19 @@ pub struct WaitingRoom {
     pub ifindex: u32,
     /// The interface from which they go back.
     back_ifindex: u32,
-    /// Whether its queue is fq, and htb otherwise.
+    /// Whether its queue is fq; else it is htb.
     has_fq: bool,
-    /// Whether this call has made it, or put back what was gone of it: then other pods may wait elsewhere still.
+    /// Whether this call has made or repaired the room. Other pods may then still wait in another room.
     pub is_new: bool,
 }
 
 impl WaitingRoom {
-    /// The one of the calling thread's namespace, made if there is none. Its ends are up when it is complete.
+    /// The waiting room of the calling thread's namespace. It is made if there is none. A room whose ends are up is
+    /// complete.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says: it has no veth, or neither fq nor htb; or somebody else's qdisc is on it. Those of `program`,
-    /// which has the programs by name.
+    /// [`Code::Kernel`] with the kernel's error: the kernel has no veth, or neither fq nor htb. [`Code::Kernel`]: the
+    /// room has another tool's qdisc. The errors of `program`, which returns a program by its name.
     pub fn open(program: impl Fn(&str) -> Result<OwnedFd>) -> Result<Self> {
         let failed = |cause: io::Error| {
             Error::because(Code::Kernel, format!("make the waiting room {WAITING} on the node"), cause)
@@ -89,14 +93,14 @@ impl WaitingRoom {
             return Ok(Self { ifindex, back_ifindex, has_fq, is_new: false });
         }
         let made = Self::complete(ifindex, back_ifindex, program);
-        // Other pods may wait in one that was up.
+        // Other pods may wait in a room that was up.
         if made.is_err() && !is_up {
             super::warn("an unfinished waiting room is left", remove_room());
         }
         made
     }
 
-    /// The same with all that it needs, whatever of it somebody has taken away.
+    /// Like [`Self::open`], but also puts back every part of the room that another tool has taken off.
     ///
     /// # Errors
     /// Those of [`Self::open`].
@@ -122,10 +126,10 @@ impl WaitingRoom {
         Ok(room)
     }
 
-    /// Puts the programs on it.
+    /// Puts the programs on both ends.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with the kernel's error.
     pub fn equip(&self, program: impl Fn(&str) -> Result<OwnedFd>) -> Result<()> {
         for (ifindex, hook, name) in
             [(self.ifindex, Hook::Egress, WAIT_HERE), (self.back_ifindex, Hook::Ingress, GO_BACK)]
@@ -136,11 +140,11 @@ impl WaitingRoom {
         Ok(())
     }
 
-    /// A place for the pod of a slot in it: the class of htb for what comes out of the pod, before that of what goes in; 0 where it has fq, which needs
-    /// none.
+    /// Makes a place in the room for the pod of a slot. Returns the first of the pod's htb classes: that for packets
+    /// out of the pod, before those for packets into it. 0: no class is needed, as with fq.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with the kernel's error.
     pub fn make_place(&self, slot: u32, limits: &Limits, ingress_by: Option<IngressBy>) -> Result<u16> {
         let limits = waiting(limits, ingress_by);
         let Some(limit) = limits.egress.or(limits.ingress).filter(|_| !self.has_fq) else { return Ok(0) };
@@ -152,25 +156,26 @@ impl WaitingRoom {
         Ok(class)
     }
 
-    /// The place of a pod that had one, in a room that may be another one by now: the class that it has from here on.
+    /// Keeps the place of a pod, in a room that may have been made anew. Returns the class that the pod has from here
+    /// on.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with the kernel's error.
     pub fn keep_place(&self, class: u16, slot: u32, limits: &Limits, ingress_by: Option<IngressBy>) -> Result<u16> {
         if self.has_fq || class == 0 {
             return self.make_place(slot, limits, ingress_by);
         }
         let limits = waiting(limits, ingress_by);
-        // That of what goes out is there in any case: by it a place is known to be taken.
+        // The class for packets out of the pod is made in any case: it marks the place as taken.
         put_classes(self.ifindex, class, &Limits { egress: limits.egress.or(limits.ingress), ..limits })?;
         Ok(class)
     }
 }
 
-/// Sets other limits at a pod's place in the waiting room; in the direction that tbf holds, nothing waits there.
+/// Sets new limits at a pod's place in the waiting room. Packets of the direction that tbf holds do not wait there.
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says.
+/// [`Code::Kernel`] with the kernel's error.
 pub fn change_place(class: u16, limits: &Limits, ingress_by: Option<IngressBy>) -> Result<()> {
     match index_of(WAITING).filter(|_| class != 0) {
         Some(ifindex) => put_classes(ifindex, class, &waiting(limits, ingress_by)),
@@ -185,20 +190,20 @@ pub fn leave_place(class: u16) {
     }
 }
 
-/// Gives back the places in the waiting room that are not among these.
+/// Gives back the places in the waiting room whose class is not among these.
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says.
+/// [`Code::Kernel`] with the kernel's error.
 pub fn keep_places(classes: &[u16]) -> Result<()> {
     let Some(ifindex) = index_of(WAITING) else { return Ok(()) };
     let is_left = |class: &u16| !classes.contains(&(class - class % ROOM_CLASSES));
     let mut left: Vec<u16> = htb::room_classes(ifindex)?.into_iter().filter(is_left).collect();
-    // Those below others have higher numbers, and go first.
+    // Child classes have higher numbers than their parents, and go first.
     left.sort_unstable_by(|one, other| other.cmp(one));
     left.into_iter().try_for_each(|class| htb::take_room_class(ifindex, class))
 }
 
-/// The name of a class of the waiting room in `skb->priority`.
+/// The value of `skb->priority` that selects a class of the waiting room.
 pub fn class_id(class: u16) -> u32 {
     if class == 0 { 0 } else { u32::from(QDISC_MAJOR) << 16 | u32::from(class) }
 }
@@ -206,7 +211,7 @@ pub fn class_id(class: u16) -> u32 {
 /// Removes the waiting room, if there is one.
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says.
+/// [`Code::Kernel`] with the kernel's error.
 pub fn remove_room() -> Result<()> {
     let Some(ifindex) = index_of(WAITING) else { return Ok(()) };
     let mut message = LinkMessage::default();
@@ -219,7 +224,7 @@ pub fn remove_room() -> Result<()> {
     }
 }
 
-/// The limits of the directions that wait.
+/// The limits of the directions whose packets wait in the room.
 fn waiting(limits: &Limits, ingress_by: Option<IngressBy>) -> Limits {
     Limits { ingress: limits.ingress.filter(|_| ingress_by != Some(IngressBy::Tbf)), ..*limits }
 }
@@ -232,7 +237,7 @@ fn put_classes(ifindex: u32, class: u16, limits: &Limits) -> Result<()> {
 }
 
 fn take_classes(ifindex: u32, first: u16) {
-    // Those below others go first.
+    // Child classes go first.
     for class in (first..first + ROOM_CLASSES).rev() {
         super::warn("a pod's place in the waiting room is left", htb::take_room_class(ifindex, class));
     }
@@ -263,7 +268,7 @@ fn make_veth() -> io::Result<()> {
 /// `ip link set IFINDEX addrgenmode none up`
 fn raise(ifindex: u32) -> io::Result<()> {
     let silent = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
-    // There may be no IPv6 on this node. What it says there is dropped all the same.
+    // The node may have no IPv6. Packets that IPv6 sends there by itself are dropped anyway.
     let _ = netlink::set_link(ifindex, vec![LinkAttribute::AfSpecUnspec(vec![silent])]);
     let mut message = LinkMessage::default();
     message.header.index = ifindex;

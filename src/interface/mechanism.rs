@@ -1,5 +1,5 @@
-//! What on a pod's interface holds its limits. Which it is depends on the kernel and on the interface; it is recorded with the
-//! attachment and logged, never silent.
+//! The mechanisms that hold the limits of a pod's interface. Which one it is depends on the kernel and on the
+//! interface. It is recorded with the attachment and logged, never chosen silently.
 
 use std::fmt;
 
@@ -10,17 +10,17 @@ use super::record::Record;
 /// Where packets wait whose senders have not waited: see `turn` in the programs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Queue {
-    /// Nowhere: they pass, or are dropped.
+    /// There is no queue: packets pass, or are dropped.
     #[default]
     None,
-    /// In fq, for their departure time.
+    /// In fq, until their departure time.
     Fq,
     /// In a class of htb.
     Htb,
 }
 
 impl Queue {
-    /// What is on the interface of a recorded attachment.
+    /// The queue on the interface of a recorded attachment.
     pub fn of(record: &Record) -> Self {
         match record {
             Record { fq: true, .. } => Self::Fq,
@@ -34,13 +34,15 @@ impl Queue {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum IngressBy {
-    /// The pod's acknowledgements leave at the limit's pace, by fq on the pod's interface, and windows follow the backlog.
+    /// The pod's acknowledgements leave at the limit's pace, by fq on the pod's interface. Receive windows follow the
+    /// backlog.
     HeldAcks,
-    /// What comes waits at the host's end of the veth, in the waiting room, sparse flows ahead of bulk ones, and windows follow the backlog.
+    /// Packets into the pod wait at the host end of the veth, in the waiting room, sparse flows ahead of bulk flows.
+    /// Receive windows follow the backlog.
     HeldData,
-    /// tbf on the host's end of the veth: a queue, as the bandwidth plugin makes it, but a short one.
+    /// tbf on the host end of the veth: a queue like the bandwidth plugin's, but a shorter one.
     Tbf,
-    /// What is over the limit is dropped: TCP gets much less than the limit on a short path.
+    /// Packets beyond the limit are dropped. On a short path TCP then gets much less than the limit.
     Drops,
 }
 
@@ -51,7 +53,8 @@ impl fmt::Display for IngressBy {
     }
 }
 
-/// A mechanism that only another version knows reads as none: the record that has it must be readable by a DEL.
+/// Reads a mechanism. A name that only another version knows reads as `None`, because a DEL must be able to read every
+/// record.
 pub fn known<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<IngressBy>, D::Error> {
     let name = Option::<String>::deserialize(deserializer)?;
     let read = |name: String| IngressBy::deserialize(name.into_deserializer()).map_err(|_: serde::de::value::Error| ());

@@ -1,12 +1,14 @@
-//! How large a packet TCP builds in the pod: the least size and the largest one. Fewer and larger packets cost less CPU, and each is a timer less;
-//! between the two sizes the eBPF programs choose, by the number of flows (bpf/src/pace.rs). Left alone, a flow with a short round trip builds up to
-//! 64 KiB at any pace, 52 ms of a 10 Mbit/s link in one packet (since Linux 5.18, `tcp_tso_autosize` in net/ipv4/tcp_output.c), and one of many
-//! flows two segments. It takes three settings of the pod's network namespace:
+//! Sets the least size and the largest size of the packets that TCP builds in the pod. Fewer and larger packets cost
+//! less CPU: each packet costs a timer. Between the two sizes the eBPF programs choose, by the number of flows
+//! (bpf/src/pace.rs). Without these settings a flow with a short round trip builds up to 64 KiB at any pace, which is
+//! 52 ms of a 10 Mbit/s link in one packet (since Linux 5.18, `tcp_tso_autosize` in net/ipv4/tcp_output.c), and each of
+//! many flows builds two segments. Three settings in the pod's network namespace change this:
 //!
 //! - `net.ipv4.tcp_min_tso_segs`: the segments that a flow builds however slow it is (bbr has a number of its own, 2);
-//! - `net.ipv4.tcp_tso_rtt_log` = 0: what is added to a packet is `gso_max_size >> round trip in us`, and not in units of 512 us;
-//! - `gso_max_size` of the interface, and for IPv4, since Linux 6.3, `gso_ipv4_max_size`: at 2 us, which a connection within the node
-//!   can have, what is added is 16 KiB still.
+//! - `net.ipv4.tcp_tso_rtt_log` = 0: TCP adds `gso_max_size >> round trip in us` to a packet, and does not count the
+//!   round trip in units of 512 us;
+//! - `gso_max_size` of the interface, and for IPv4, since Linux 6.3, `gso_ipv4_max_size`: at a round trip of 2 us,
+//!   which a connection within the node can have, TCP would still add 16 KiB.
 
 use std::cell::OnceCell;
 use std::fs::File;
@@ -24,25 +26,27 @@ use crate::{
     units::Rate,
 };
 
-/// How long a packet of a bulk flow takes at the limit, however many flows there are: together they are ahead of the limit by one of each. This is
-/// the least size.
+/// How long a link of the limit's rate takes for a packet of the least size, however many bulk flows there are.
+/// Together the flows are ahead of the limit by one such packet each.
 const PACKET_NS: u64 = 2_000_000;
-/// Segments that it has at least, but where single ones are long (below).
+/// The fewest segments of such a packet, except at low rates, where single segments take long (below).
 const MIN_TSO_SEGS: u64 = 2;
 /// Segments of the usual size in a packet of 64 KiB, which is the largest there is without BIG TCP.
 const MAX_TSO_SEGS: u64 = 44;
 /// Payload of a segment of the usual size, with timestamps.
 const USUAL_MSS: u64 = 1448;
-/// Below this rate single segments are built. From here on bbr builds two all the same (`bbr_min_tso_rate`, net/ipv4/tcp_bbr.c).
+/// Below this rate flows build single segments. From this rate on bbr builds two in any case (`bbr_min_tso_rate`,
+/// net/ipv4/tcp_bbr.c).
 const SINGLE_SEGMENTS_BELOW_BITS_PER_S: u64 = 1_200_000;
 
 const TCP_MIN_TSO_SEGS: &str = "/proc/sys/net/ipv4/tcp_min_tso_segs";
 const RTT_LOG: &str = "/proc/sys/net/ipv4/tcp_tso_rtt_log";
 
-/// What the kernel keeps free of `gso_max_size` for headers, and more: `sk_setup_caps` takes MAX_TCP_HEADER off, at most 320.
+/// More than the part of `gso_max_size` that the kernel keeps for headers: `sk_setup_caps` subtracts MAX_TCP_HEADER, at
+/// most 320.
 const HEADERS_BYTES: u64 = 512;
 
-/// Segments of the packets that a bulk flow builds at this limit, at its slowest.
+/// The fewest segments of a bulk flow's packet at this limit.
 pub fn min_tso_segs(limit: Rate) -> u64 {
     if limit.as_bits_per_s() < SINGLE_SEGMENTS_BELOW_BITS_PER_S {
         return 1;
@@ -50,17 +54,17 @@ pub fn min_tso_segs(limit: Rate) -> u64 {
     (bytes_in(PACKET_NS, limit) / USUAL_MSS).clamp(MIN_TSO_SEGS, MAX_TSO_SEGS)
 }
 
-/// What a link of the limit's rate carries in a time.
+/// The bytes that a link of the limit's rate carries in a time.
 fn bytes_in(ns: u64, limit: Rate) -> u64 {
     limit.as_bits_per_s() / 8 / (1_000_000_000 / ns)
 }
 
-/// The settings as they were before podshaper: what the attachments that are there already have found, or else what is there now, with these
-/// sizes.
+/// The settings from before podshaper: those that the attachments on the interface have recorded, or else the settings
+/// of now, with these sizes.
 pub fn find(own: &Record, others: &[Need], sizes: Option<&Sizes>, sysctls: &Sysctls) -> Found {
     let limited: Vec<&Record> =
         others.iter().filter(|other| other.limits_egress()).map(|other| &other.record).collect();
-    // Of an attachment of an earlier version, which did not record it, it is not known.
+    // An attachment of an earlier version did not record the setting. Then it is not known.
     let sysctl = |recorded: fn(&Found) -> Option<u32>, sysctl: &Sysctl| match limited.as_slice() {
         [] => sysctl.read(),
         limited => limited.iter().find_map(|record| recorded(&record.found)),
@@ -77,16 +81,18 @@ pub fn find(own: &Record, others: &[Need], sizes: Option<&Sizes>, sysctls: &Sysc
     Found { gso_max_size: sizes.0, gso_ipv4_max_size: sizes.1, tcp_tso_rtt_log, tcp_min_tso_segs }
 }
 
-/// Sets interface and namespace so that packets are as small as the attachments there need, or as they were `found` where none does.
-/// Goes on after an error. To be called in the namespace. Connections that exist keep the size they have.
+/// Sets the interface and the namespace so that packets are as small as the attachments need, or puts back what was
+/// `found` if no attachment limits egress. Goes on after an error. Must be called in the namespace. Existing
+/// connections keep their size.
 ///
 /// # Errors
-/// [`Code::Netns`] or [`Code::Kernel`]: what the kernel refuses, all of it. Lacking a setting is no error.
+/// [`Code::Netns`] or [`Code::Kernel`]: everything that the kernel refuses. A setting that the kernel lacks is no
+/// error.
 pub fn settle(index: u32, own: &Record, needs: &[Need], now: Result<Option<Sizes>>, sysctls: Sysctls) -> Result<()> {
     let limited = || needs.iter().filter(|need| need.limits_egress());
     let segments = |need: &Need| match need.limits.and_then(|limits| limits.egress) {
         Some(limit) => u32::try_from(min_tso_segs(limit.rate)).ok(),
-        // Of another layout: it has what it needs.
+        // Its limits have another layout: the setting stays as it is.
         None => sysctls.min_tso_segs.read(),
     };
     let rtt_log = limited().next().map(|_| 0);
@@ -99,7 +105,7 @@ pub fn settle(index: u32, own: &Record, needs: &[Need], now: Result<Option<Sizes
 }
 
 fn settle_sizes(index: u32, own: &Record, needs: &[Need], now: Sizes) -> Result<()> {
-    // What nobody has recorded could not be put back.
+    // A size that is not recorded could not be put back, so it is not changed.
     let Some(found) = own.found.gso_max_size else { return Ok(()) };
     let here = needs.iter().filter(|need| need.limits_egress() && need.record.shares_interface(own));
     let most = here.map(|need| match need.limits.and_then(|limits| limits.egress) {
@@ -115,7 +121,7 @@ fn settle_sizes(index: u32, own: &Record, needs: &[Need], now: Sizes) -> Result<
     if wanted == now { Ok(()) } else { wanted.set(index, own.found.gso_ipv4_max_size.is_some()) }
 }
 
-/// The largest packet a flow may build at a limit, in bytes with its headers.
+/// The largest packet that a flow may build at a limit, in bytes with headers.
 fn largest(limit: Rate, mtu: u32) -> u32 {
     let bytes = bytes_in(MAX_PACKET_NS, limit).max(2 * u64::from(mtu)).saturating_add(HEADERS_BYTES);
     u32::try_from(bytes).unwrap_or(u32::MAX)
@@ -130,7 +136,8 @@ pub struct Sizes {
 }
 
 impl Sizes {
-    /// Those of an interface of the calling thread's namespace, where they matter.
+    /// The sizes of an interface in the calling thread's namespace. `None`: the kernel has no `tcp_tso_rtt_log`, so
+    /// that the sizes do not matter, or the interface is gone.
     ///
     /// # Errors
     /// [`Code::Kernel`]: the interface cannot be read.
@@ -153,8 +160,8 @@ impl Sizes {
         Ok(gso_max.zip(mtu).map(|(gso_max, mtu)| Self { gso_max, gso_ipv4_max, mtu }))
     }
 
-    /// `ip link set dev INDEX gso_max_size BYTES gso_ipv4_max_size BYTES`. The kernel takes them in this order, and the first sets
-    /// the second along where it is 64 KiB or less (`netif_set_gso_max_size`, net/core/dev.c).
+    /// `ip link set dev INDEX gso_max_size BYTES gso_ipv4_max_size BYTES`. The kernel applies them in this order. Where
+    /// the first one is 64 KiB or less, it also sets the second (`netif_set_gso_max_size`, net/core/dev.c).
     fn set(&self, index: u32, knows_ipv4: bool) -> Result<()> {
         let ipv4 = self.gso_ipv4_max.filter(|_| knows_ipv4).map(LinkAttribute::GsoIpv4MaxSize);
         let attributes = [LinkAttribute::GsoMaxSize(self.gso_max)].into_iter().chain(ipv4).collect();
@@ -165,32 +172,33 @@ impl Sizes {
     }
 }
 
-/// The settings of the namespace. Files below /proc/sys/net are those of the namespace of the thread that opens them, wherever and whenever
-/// procfs was mounted (`net_ctl_header_lookup`, net/sysctl_net.c).
+/// The sysctls of the namespace. A file below /proc/sys/net is that of the namespace of the thread that opens it,
+/// wherever and whenever procfs was mounted (`net_ctl_header_lookup`, net/sysctl_net.c).
 pub struct Sysctls {
     min_tso_segs: Sysctl,
-    /// With it, since Linux 5.18, TCP builds large packets for short round trips, whatever their pace.
+    /// Kernels that have this sysctl (Linux 5.18 and later) build large packets for short round trips, whatever the
+    /// pace.
     tso_rtt_log: Sysctl,
 }
 
 impl Sysctls {
-    /// To be called, and used, in the namespace.
+    /// Must be called, and the result used, in the namespace.
     pub fn here() -> Self {
         Self { min_tso_segs: Sysctl::at(TCP_MIN_TSO_SEGS), tso_rtt_log: Sysctl::at(RTT_LOG) }
     }
 }
 
-/// A file below /proc/sys. It is opened once: among the files of this name the kernel looks for the namespace's, and a node with thousands of pods
-/// has as many.
+/// A file below /proc/sys. It is opened once: the kernel searches all files of this name for the namespace's own, and a
+/// node with thousands of pods has as many.
 struct Sysctl {
     path: PathBuf,
     opened: OnceCell<io::Result<Opened>>,
 }
 
-/// Such a file, open.
+/// Such a file, opened.
 struct Opened {
     file: File,
-    /// Why it cannot be written.
+    /// Why the file cannot be written.
     refusal: Option<io::Error>,
 }
 
@@ -211,7 +219,7 @@ impl Sysctl {
         self.opened().as_ref().ok().and_then(Opened::number)
     }
 
-    /// Where there is no such file, none is made.
+    /// Writes a value. A file that does not exist is not made.
     fn set(self, value: Option<u32>) -> Result<()> {
         let Some(value) = value else { return Ok(()) };
         let opened = self.opened.into_inner().unwrap_or_else(|| Opened::open(&self.path));
@@ -233,14 +241,14 @@ impl Opened {
         }
     }
 
-    /// A file of procfs says what it has at the first reading.
+    /// The number in the file: one read gets the whole of a procfs file.
     fn number(&self) -> Option<u32> {
         let mut text = [0; 16];
         let length = self.file.read_at(&mut text, 0).ok()?;
         str::from_utf8(&text[..length]).ok()?.trim().parse().ok()
     }
 
-    /// One that has the value already need not be writable.
+    /// Writes a number. A file that has the number already need not be writable.
     fn set(self, value: u32) -> io::Result<()> {
         match (self.number() == Some(value), self.refusal) {
             (true, _) => Ok(()),

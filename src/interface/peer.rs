@@ -1,4 +1,4 @@
-//! The other end of a pod's veth, and the numbers by which namespaces know each other.
+//! The other end of a pod's veth, and the numbers (nsids) by which namespaces know each other.
 
 use std::{io, os::fd::RawFd};
 
@@ -17,30 +17,32 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peer {
     ifindex: u32,
-    /// The id of its namespace in that of the first end, which the kernel gives it when it is asked for the link.
+    /// The nsid of its namespace in the namespace of the first end. The kernel assigns it when it is asked for the
+    /// link.
     namespace: i32,
 }
 
 impl Peer {
-    /// That of an interface; `None` for one that is no veth, or whose other end is in the same namespace.
+    /// The other end of an interface. `None`: the interface is no veth, or both ends are in one namespace.
     pub fn of(link: &LinkMessage) -> Option<Self> {
         let ifindex = linked_to(link).filter(|_| is_veth(link))?;
         Some(Self { ifindex, namespace: peer_namespace_id(link)? })
     }
 
-    /// Whether it is in the namespace `home`, podshaper's own: elsewhere its index means another interface, perhaps another pod's. To be
-    /// called in the namespace of the first end.
+    /// Whether it is in the namespace `home`, podshaper's own. In another namespace its index means another interface,
+    /// perhaps another pod's. Must be called in the namespace of the first end.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with the kernel's error.
     pub fn is_in(self, home: RawFd) -> Result<bool> {
         Ok(namespace_id(home).map_err(not_found)? == Some(self.namespace))
     }
 
-    /// It, as it is seen from its own namespace, which is the calling thread's; `None` if it is not the other end of `ifindex`.
+    /// Looks at it in its own namespace, which must be the calling thread's. `None`: it is not the other end of
+    /// `ifindex`.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with the kernel's error.
     pub fn look(self, ifindex: u32) -> Result<Option<HostsEnd>> {
         let link = netlink::link(self.ifindex).map_err(not_found)?;
         let link = link.filter(|link| is_veth(link) && linked_to(link) == Some(ifindex));
@@ -53,7 +55,7 @@ impl Peer {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HostsEnd {
     pub ifindex: u32,
-    /// The number that the host's namespace has for the pod's.
+    /// The nsid that the host's namespace has for the pod's.
     pub pods_namespace: Option<u32>,
 }
 
@@ -68,18 +70,21 @@ fn peer_namespace_id(link: &LinkMessage) -> Option<i32> {
     })
 }
 
-/// The least number that a namespace gets for itself. The kernel numbers those that a namespace hears of from 0 on.
+/// The least nsid that a namespace gets for itself. The kernel numbers the other namespaces that a namespace knows from
+/// 0 on.
 const MIN_OWN_NUMBER: i32 = 1 << 17;
 
-/// `ip netns set NAME NSID` in the namespace itself, so that the programs can tell it from others (`bpf/src/namespace.rs`): the number that it
-/// has for itself. It goes with the namespace. 0: it has another one already.
+/// `ip netns set NAME NSID` in the namespace itself: gives the namespace a number for itself, by which the programs
+/// tell it from others (`bpf/src/namespace.rs`). The number goes with the namespace. Returns 0 if the namespace has a
+/// smaller number for itself already.
 ///
-/// The number is made of the inode's. No namespace has it for another one, and of two namespaces one in 131072 pairs have the same for themselves.
-/// A larger one would be rarer still, and take more of the kernel's memory: a tree has a node of 576 bytes for each six bits of it, and
-/// as many again, but one, for the number 0, which is the node's.
+/// The number is made from the inode number. No namespace has it for another namespace. Of 131072 pairs of namespaces,
+/// one has the same number for both. Larger numbers would make this rarer still, and take more of the kernel's memory:
+/// a tree has a node of 576 bytes for each six bits of the number, and as many again, but one, for the number 0, which
+/// is the node's.
 ///
 /// # Errors
-/// What the kernel says.
+/// The kernel's error.
 pub fn name_namespace(namespace: RawFd, inode: u64) -> io::Result<u64> {
     let id = MIN_OWN_NUMBER | (inode as i32 & (MIN_OWN_NUMBER - 1));
     let mut message = NsidMessage::default();
@@ -93,7 +98,7 @@ pub fn name_namespace(namespace: RawFd, inode: u64) -> io::Result<u64> {
     }
 }
 
-/// The id that the calling thread's namespace has for another one.
+/// The nsid that the calling thread's namespace has for another namespace.
 fn namespace_id(namespace: RawFd) -> io::Result<Option<i32>> {
     let mut message = NsidMessage::default();
     message.attributes = vec![NsidAttribute::Fd(namespace as u32)];

@@ -1,5 +1,5 @@
-//! What an attachment has changed on its interface and in its namespace: a part of the owner record, so that it can be put back by
-//! a call that knows nothing else.
+//! The changes of an attachment on its interface and in its namespace. They are a part of the owner record, so that a
+//! call that knows nothing else can put them back.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -10,64 +10,69 @@ use serde::{Deserialize, Serialize};
 use super::mechanism::{IngressBy, known};
 use crate::request::Limits;
 
-/// The interface of an attachment, and what was done to it.
+/// The interface of an attachment, and the changes on it.
 ///
-/// Earlier versions wrote `netns`, `ifname`, `fq`, `htb`, `gsoMaxSize` and `ingressBy` alone. A key that is missing is empty.
+/// Earlier versions wrote only `netns`, `ifname`, `fq`, `htb`, `gsoMaxSize` and `ingressBy`. A key that is missing
+/// reads as empty.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct Record {
-    /// The interface: `CNI_IFNAME` of the ADD, or `*` for every one but loopback.
+    /// The interface: `CNI_IFNAME` of the ADD, or `*` for every interface but loopback.
     pub ifname: String,
     /// Path of its network namespace; `None` for the node's own, where nothing is changed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub netns: Option<String>,
-    /// The namespace's inode number: the path may name another namespace by now.
+    /// The inode number of the namespace. The path may name another namespace by now.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub netns_inode: Option<u64>,
     /// Whether fq is on the interface, to honour departure times.
     pub fq: bool,
-    /// Whether htb is on the interface, in which packets wait where there is no fq.
+    /// Whether htb is on the interface. Packets wait in htb where there is no fq.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub htb: bool,
     /// What holds the ingress limit, if there is one.
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "known")]
     pub ingress_by: Option<IngressBy>,
-    /// The host's end of the interface, where what comes by other paths than the cgroup's sockets is held; `None` where nothing holds it.
+    /// The host end of the interface, where packets of other paths than the cgroup's sockets are held; `None`: they are
+    /// not held.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub held_at: Option<HeldAt>,
-    /// Whether another limit of the interface held them when this one came: when that one goes, this one does.
+    /// Whether another limit of the interface held other paths when this limit came. When that limit goes, this one
+    /// holds them.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub takes_over: bool,
-    /// Whether nothing was to hold them (`otherPaths` in the configuration).
+    /// Whether other paths are not to be held (`otherPaths` in the configuration).
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub leaves_others: bool,
-    /// What was there before.
+    /// The settings from before podshaper.
     #[serde(flatten)]
     pub found: Found,
 }
 
-/// Where what comes by other paths is held.
+/// Where packets of other paths are held.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct HeldAt {
-    /// The number of the host's end in the node's namespace.
+    /// The number of the host end in the node's namespace.
     pub ifindex: u32,
     /// The number of the filters on it.
     pub filter: u16,
-    /// The class of htb in which it waits, before that of what goes into the pod; 0 where that is fq.
+    /// The first of the pod's htb classes in the waiting room: that for packets out of the pod, before those for
+    /// packets into it. 0: no class, as with fq.
     #[serde(skip_serializing_if = "is_zero")]
     pub class: u16,
-    /// Whether podshaper has made the place for filters there (clsact). It goes with the last filter.
+    /// Whether podshaper has made clsact, which has the filters. It goes with the last filter.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub clsact: bool,
 }
 
-/// Of a field that is left out of a record while it is zero.
+/// Whether a field is zero. Such a field is left out of the record.
 pub fn is_zero<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
-/// The settings that decide how large a packet TCP builds, as they were before podshaper; `None` where it left one alone.
+/// The settings that decide how large packets TCP builds, as they were before podshaper. `None`: podshaper has not
+/// changed the setting.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct Found {
@@ -88,9 +93,9 @@ pub struct Found {
 /// What an attachment needs of its interface and namespace.
 #[derive(Clone, Debug)]
 pub struct Need {
-    /// What it has there.
+    /// Its record.
     pub record: Record,
-    /// Its limits; `None` where they cannot be read, being of another layout.
+    /// Its limits. `None`: its maps have another layout, so the limits cannot be read.
     pub limits: Option<Limits>,
 }
 
@@ -100,38 +105,38 @@ impl Record {
         self.netns.as_deref().map(Path::new)
     }
 
-    /// Whether tbf, on the host's end of the interface, holds the ingress limit.
+    /// Whether tbf, on the host end of the interface, holds the ingress limit.
     pub fn has_tbf(&self) -> bool {
         self.ingress_by == Some(IngressBy::Tbf)
     }
 
-    /// Adds the number of its namespace to the record of an earlier version, as long as its path names one.
+    /// Adds the inode number of the namespace to a record of an earlier version, if the path still names a file.
     pub fn complete(&mut self) {
         if self.netns_inode.is_none() {
             self.netns_inode = self.path().and_then(|path| fs::metadata(path).ok()).map(|found| found.ino());
         }
     }
 
-    /// Whether there is anything to put back.
+    /// Whether there is nothing to put back.
     pub fn is_unchanged(&self) -> bool {
         !self.fq && !self.htb && !self.has_tbf() && self.found == Found::default()
     }
 
-    /// Whether both are in one namespace.
+    /// Whether both records are of one namespace.
     pub fn shares_namespace(&self, other: &Self) -> bool {
         match (self.netns_inode, other.netns_inode) {
             (Some(own), Some(others)) => own == others,
-            // Earlier versions recorded the path alone.
+            // Earlier versions recorded only the path.
             _ => self.netns.is_some() && self.netns == other.netns,
         }
     }
 
-    /// Whether both are on one interface.
+    /// Whether both records are of one interface.
     pub fn shares_interface(&self, other: &Self) -> bool {
         self.ifname == other.ifname && self.shares_namespace(other)
     }
 
-    /// Whether something of this record would stay behind if `other` took its place on the same interface.
+    /// Whether a change of this record would be left if `other` took its place on the same interface.
     pub fn has_more_than(&self, other: &Self) -> bool {
         let is_left = |own: Option<u32>, others: Option<u32>| own.is_some() && others.is_none();
         let Found { gso_max_size, gso_ipv4_max_size: _, tcp_tso_rtt_log, tcp_min_tso_segs } = self.found;
@@ -145,7 +150,7 @@ impl Record {
 }
 
 impl Need {
-    /// Whether what is sent is limited.
+    /// Whether egress is limited.
     pub fn limits_egress(&self) -> bool {
         let recorded = self.record.found != Found::default();
         self.limits.map_or(recorded, |limits| limits.egress.is_some())

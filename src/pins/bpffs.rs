@@ -1,4 +1,4 @@
-//! bpffs itself: that it is there, and directories in it that are root's alone.
+//! bpffs itself: mounts it, and makes directories that are root's alone.
 
 use std::{
     fs::{self, File},
@@ -15,15 +15,15 @@ use nix::{
 
 use crate::error::{Code, Error, Result};
 
-/// Whether bpffs is mounted there.
+/// Whether bpffs is mounted at a path.
 pub fn is_bpffs(path: &Path) -> bool {
     statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC)
 }
 
-/// `mount -t bpf bpf /sys/fs/bpf`, as systemd does it at boot, where it has not been done.
+/// `mount -t bpf bpf /sys/fs/bpf`, as systemd does at boot. Does nothing if bpffs is mounted.
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says.
+/// [`Code::Kernel`] with the kernel's error.
 pub fn mount_bpffs(path: &Path) -> Result<()> {
     if is_bpffs(path) {
         return Ok(());
@@ -33,8 +33,8 @@ pub fn mount_bpffs(path: &Path) -> Result<()> {
         let text = format!("mount bpffs on {path}, where it is missing (on the node: mount -t bpf bpf {path})");
         Error::because(Code::Kernel, text, cause)
     };
-    // The first pods of a node come together, and a second bpffs over the first would hide its pins: one call mounts, the
-    // others wait at the directory below.
+    // The first pods of a node start together, and a second bpffs over the first would hide the pins of the first. So
+    // one call mounts, and the others wait for the lock on the directory below the mount.
     let below = File::open(path).map_err(failed)?;
     let _lock = Flock::lock(below, FlockArg::LockExclusive).map_err(|(_, errno)| failed(errno.into()))?;
     if is_bpffs(path) {
@@ -44,7 +44,7 @@ pub fn mount_bpffs(path: &Path) -> Result<()> {
     mount(Some("bpf"), path, Some("bpf"), flags, Some("mode=0700")).map_err(|errno| failed(errno.into()))
 }
 
-/// Directories in a directory, by name. One that went away meanwhile has none.
+/// The directories in a directory, by name. A directory that has gone meanwhile has none.
 pub fn directories(path: &Path) -> Vec<(String, PathBuf)> {
     let Ok(entries) = fs::read_dir(path) else { return Vec::new() };
     let mut found: Vec<_> = entries
@@ -56,8 +56,8 @@ pub fn directories(path: &Path) -> Vec<(String, PathBuf)> {
 }
 
 pub fn make_directory(path: &Path) -> Result<()> {
-    // Root's alone: whoever can open the directory can lock it, and hold up every pod of the node. Not everybody mounts bpffs
-    // with a mode that keeps others out.
+    // Root's alone: a process that can open the directory can lock it, and so hold up every pod of the node. Not every
+    // node mounts bpffs with a mode that keeps other users out.
     match fs::DirBuilder::new().mode(0o700).create(path) {
         Err(cause) if cause.kind() != io::ErrorKind::AlreadyExists => {
             Err(Error::because(Code::Kernel, format!("make the directory {}", path.display()), cause))
@@ -66,7 +66,8 @@ pub fn make_directory(path: &Path) -> Result<()> {
     }
 }
 
-/// A bpffs that everybody may write to lets everybody make podshaper's directory first, and then lock it or remove from it.
+/// Refuses a directory that is not root's alone. On a bpffs that all users may write to, any user can make podshaper's
+/// directory first, and then lock it or remove pins from it.
 pub fn refuse_strangers(path: &Path) -> Result<()> {
     let failed = |cause: io::Error| Error::because(Code::Kernel, format!("look at {}", path.display()), cause);
     let found = fs::symlink_metadata(path).map_err(failed)?;

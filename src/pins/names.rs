@@ -1,7 +1,7 @@
-//! Names of pods and interfaces as names of directories: bpffs refuses those with a dot, and an interface may be called eth0.100. Every
-//! byte that is not a letter, a digit, '-' or '_' is written as %XX.
+//! Writes names of pods and interfaces as names of directories. bpffs refuses names with a dot, and an interface may be
+//! called eth0.100. So every byte that is not a letter, a digit, '-' or '_' is written as %XX.
 
-/// A name as a directory on bpffs may have it.
+/// A name in a form that a directory on bpffs may have.
 pub fn encode(name: &str) -> String {
     name.bytes().fold(String::new(), |mut encoded, byte| {
         if byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_' {
@@ -13,7 +13,8 @@ pub fn encode(name: &str) -> String {
     })
 }
 
-/// The name that was encoded; `None` for the name of an unfinished attachment and anything else podshaper did not make.
+/// The name that was encoded. `None`: the name of an unfinished attachment, or of anything else that podshaper did not
+/// make.
 pub fn decode(encoded: &str) -> Option<String> {
     let mut bytes = Vec::new();
     let mut rest = encoded.as_bytes();

@@ -1,8 +1,8 @@
-//! Which attachments are in one network namespace, and so may share an interface: without it each ADD and DEL would have to read the
-//! record of every attachment of the node.
+//! Notes which attachments are in one network namespace, and so may share an interface. Without the notes each ADD and
+//! DEL would have to read the record of every attachment of the node.
 //!
-//! An entry is a hint: who reads it looks at the attachment itself. So an entry that a killed call left costs a look, and no more.
-//! It is made before anything in the namespace is changed, and goes after the attachment.
+//! A note is a hint: its reader looks at the attachment itself. So a note that a killed call left costs one look, and
+//! no more. A note is made before anything in the namespace is changed, and goes after the attachment.
 
 use std::path::PathBuf;
 
@@ -14,11 +14,11 @@ use super::{
 use crate::error::{self, Result};
 
 const DIRECTORY: &str = "netns";
-/// Between pod and interface. It cannot come out of [`encode`].
+/// Between pod and interface. [`encode`] never returns it.
 const ON: &str = "%on%";
 
 impl Pins {
-    /// The attachments that were noted for a namespace, by the number of its inode.
+    /// The attachments that are noted for the namespace with this inode number.
     pub fn noted(&self, netns_inode: u64) -> Vec<Place> {
         let entries = directories(&self.namespaces().join(netns_inode.to_string()));
         entries.iter().filter_map(|(name, _)| place(name)).collect()
@@ -38,7 +38,7 @@ impl LockedPins {
     /// Notes that an attachment is in a namespace.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// The kernel's error.
     pub fn note(&self, netns_inode: u64, place: &Place) -> Result<()> {
         let entry = self.entry(netns_inode, place);
         let mut missing: Vec<_> = entry.ancestors().take_while(|path| *path != self.root).collect();
@@ -46,10 +46,10 @@ impl LockedPins {
         missing.into_iter().try_for_each(make_directory)
     }
 
-    /// Removes the note.
+    /// Removes the note of an attachment.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// The kernel's error.
     pub fn forget(&self, netns_inode: u64, place: &Place) -> Result<()> {
         let entry = self.entry(netns_inode, place);
         entry.ancestors().take_while(|path| *path != self.root).try_for_each(remove_if_empty)
@@ -81,7 +81,7 @@ mod tests {
         let entry = pins.entry(7, &at);
         assert_eq!(entry.to_str(), Some("/p/netns/7/a%2eb%on%eth0%2e100"));
         let name = entry.file_name().and_then(|name| name.to_str()).unwrap();
-        // Earlier versions list every directory at this depth whose name is encoded.
+        // Earlier versions take a directory at this depth for an attachment if its name can be decoded.
         assert_eq!((place(name), decode(name)), (Some(at), None));
     }
 }

@@ -1,4 +1,4 @@
-//! What is being pinned: whole when it is committed, and gone when it is not.
+//! Pins that are being made: complete when they are committed, and removed if they are not.
 
 use std::{
     fs,
@@ -18,13 +18,14 @@ use super::{
 };
 use crate::error::{Code, Error, Result};
 
-/// A directory in which an attachment is being made. Removed when dropped, unless it was committed.
+/// A directory in which an attachment is being made. It is removed when dropped, unless it was committed.
 pub struct Staged<'a> {
     pub(super) pins: &'a LockedPins,
     pub(super) place: &'a Place,
     pub(super) directory: PathBuf,
     pub(super) target: PathBuf,
-    /// Whether something is in it that is not to stay: what is being made, or then what was replaced.
+    /// Whether the directory has pins that are not to stay: those that are being made or, after the commit, those of
+    /// the replaced attachment.
     pub(super) is_left: bool,
 }
 
@@ -35,15 +36,15 @@ pub struct StagedNode {
 }
 
 impl StagedNode {
-    /// Where to pin.
+    /// The directory to pin in.
     pub fn directory(&self) -> &Path {
         &self.directory
     }
 
-    /// Puts them in their place.
+    /// Moves the programs and maps to their place.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with the kernel's error.
     pub fn commit(self) -> Result<()> {
         fs::rename(&self.directory, &self.target).map_err(|cause| {
             let text = format!("rename {} to {}", self.directory.display(), self.target.display());
@@ -63,19 +64,19 @@ impl Drop for StagedNode {
 }
 
 impl Staged<'_> {
-    /// Where to pin.
+    /// The directory to pin in.
     pub fn directory(&self) -> &Path {
         &self.directory
     }
 
-    /// Puts the finished attachment in its place, all at once, and removes what was there `before`. The old links are live until the
-    /// new ones are, so the pod is never unshaped.
+    /// Moves the finished attachment to its place in one step, and removes the attachment that was there `before`. The
+    /// old links are live until the new ones are, so the pod is never without a limit.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says; the old attachment is then still in place.
+    /// [`Code::Kernel`] with the kernel's error; the old attachment is then still in place.
     pub fn commit(mut self, before: Option<&Path>) -> Result<()> {
         self.is_left = self.swap()?;
-        // Pins that an older podshaper made for this attachment, in its own layout, limited it until now.
+        // Until now the attachment was limited by the pins that another podshaper made for it, in its own layout.
         if before.is_some_and(|before| !is_current(before))
             && let Err(error) = self.pins.remove_others(&layouts(&self.pins.root), self.place)
         {
@@ -84,7 +85,8 @@ impl Staged<'_> {
         Ok(())
     }
 
-    /// Whether the old attachment is in the directory now, to be dropped with it.
+    /// Moves the new attachment to its place. Returns whether the old one is in the directory now, to be removed with
+    /// it.
     fn swap(&self) -> Result<bool> {
         let renamed = |result: nix::Result<()>, to: &Path| {
             result.map_err(|cause| {
@@ -97,8 +99,9 @@ impl Staged<'_> {
             Err(Errno::ENOENT) => {
                 renamed(rename(&self.directory, &self.target, RenameFlags::empty()), &self.target).map(|()| false)
             }
-            // bpffs exchanges names since Linux 5.17 (simple_rename, fs/libfs.c). Before that the old attachment steps aside
-            // first; killed between the two renames, it goes on limiting from there until the next call for the pod settles it.
+            // bpffs exchanges names since Linux 5.17 (simple_rename, fs/libfs.c). On an older kernel the old attachment
+            // is renamed first. If the call is killed between the two renames, the old attachment goes on limiting from
+            // there until the next call for the pod settles it.
             Err(Errno::EINVAL) => {
                 let aside = with_suffix(&self.target, OLD);
                 remove_directory(&aside)?;

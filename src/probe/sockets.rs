@@ -1,7 +1,8 @@
 //! Whether the kernel runs a cgroup's programs for the sockets of its processes.
 //!
-//! From Linux 5.7 to 5.14, unless it was mended later, it does not where `net_prio` or `net_cls` of cgroup v1 is in use: each new socket then
-//! counts as the root's. This is tried: a program that refuses everything, on a cgroup of its own, and a packet over loopback.
+//! Linux 5.7 to 5.14, unless fixed later, does not where `net_prio` or `net_cls` of cgroup v1 is in use: each new
+//! socket then counts as the root cgroup's. The check tries it: with a program that refuses every packet, on a cgroup
+//! that it makes, and a packet over loopback.
 
 use std::{
     fs,
@@ -18,10 +19,11 @@ use crate::{
     sys::{self, CgroupHook},
 };
 
-/// Goes for a moment into a cgroup of its own, and sends a packet. Where that cannot be done, nothing is wrong for that.
+/// Moves this process for a moment into a cgroup of its own, and sends a packet. If this cannot be tried, it is no
+/// error.
 ///
 /// # Errors
-/// [`Code::Kernel`]: the program did not see it.
+/// [`Code::Kernel`]: the program did not see the packet. The errors of [`Hierarchies::of_this_host`].
 pub fn check(_: &Path) -> Result<String> {
     let unified = Hierarchies::of_this_host()?.unified;
     match is_refused(&unified) {
@@ -48,7 +50,7 @@ fn is_refused(unified: &Path) -> io::Result<bool> {
     }
 }
 
-/// This process in a cgroup that was made for it, until this is dropped.
+/// This process in a cgroup that was made for it. Dropping this moves the process back and removes the cgroup.
 struct Away {
     there: PathBuf,
     home: PathBuf,
@@ -77,7 +79,7 @@ impl Drop for Away {
     }
 }
 
-/// Moves the calling process, which 0 stands for.
+/// Moves the calling process (0) into a cgroup.
 fn enter(cgroup: &Path) -> io::Result<()> {
     fs::write(cgroup.join("cgroup.procs"), "0")
 }

@@ -1,4 +1,5 @@
-//! htb, where the kernel has no fq: on a pod's own interface, and in the waiting room, where each pod has classes.
+//! htb, where the kernel has no fq: on a pod's own interface, and in the waiting room, where each pod has classes of
+//! its own.
 
 use std::{collections::HashSet, io};
 
@@ -27,21 +28,22 @@ const TCA_HTB_PARMS: u16 = 1;
 const TCA_HTB_INIT: u16 = 2;
 const TCA_HTB_RATE64: u16 = 6;
 const TCA_HTB_CEIL64: u16 = 7;
-/// The class around the two others, which has the limit's rate.
+/// The class around the two others. It has the limit's rate.
 const HTB_LIMIT: u16 = 1;
-/// The class of what leaves at once. Its low bits are those of best effort, as those of [`HTB_QUEUE`] are.
+/// The class of packets that leave at once. Its low bits are those of best effort, as those of [`HTB_QUEUE`] are.
 const HTB_AT_ONCE: u16 = 0x20;
-/// What leaves at once is held by the programs: its class has this many times the limit, and never waits.
+/// The programs hold packets that leave at once. So their class has this many times the limit, and never waits.
 const HTB_AT_ONCE_TIMES: u64 = 100;
-/// What waits has this part of the limit in any case. What leaves at once has the limit too, and may be ahead of htb's tokens for long; the
-/// programs' clock makes those senders give way.
+/// The class of packets that wait always gets the limit divided by this. Packets that leave at once may use the whole
+/// limit, and may be ahead of htb's tokens for long: the programs' clock makes their senders give way.
 const HTB_QUEUE_PART: u64 = 4;
 /// The first class of a pod in the waiting room.
 const FIRST_ROOM_CLASS: u16 = 0x100;
 /// The scheduler's unit of time, in nanoseconds (include/net/pkt_sched.h, `PSCHED_SHIFT`).
 const TICK_NS: u64 = 64;
 
-/// Puts htb on the pod's interface, in the calling thread's namespace, for a kernel without fq, or sets another limit in it:
+/// Puts htb on the pod's interface, in the calling thread's namespace, for a kernel without fq, or sets another limit
+/// in it:
 ///
 /// ```text
 /// tc qdisc add dev IFINDEX root handle 7064: htb default 20
@@ -51,10 +53,11 @@ const TICK_NS: u64 = 64;
 /// tc qdisc replace dev IFINDEX parent 7064:10 pfifo limit 100000
 /// ```
 ///
-/// What leaves at once never waits, and is taken off what the others have: together they have the limit.
+/// Packets that leave at once never wait, and use up tokens that packets in the queue would have. Together they have
+/// the limit.
 ///
 /// # Errors
-/// [`Code::Kernel`]: the kernel has no htb (its text says so), or there is a qdisc of somebody else's.
+/// [`Code::Kernel`]: the kernel has no htb (the error says so), or the interface has another tool's qdisc.
 pub fn put(ifindex: u32, limit: &Limit) -> Result<()> {
     const WHAT: &str = "put htb on the pod's interface";
     let failed = |cause: io::Error| match cause.raw_os_error() {
@@ -63,7 +66,7 @@ pub fn put(ifindex: u32, limit: &Limit) -> Result<()> {
     };
     if !add_root(ifindex, "htb", root()).map_err(failed)? {
         match root_qdisc(ifindex).map_err(failed)? {
-            // It takes no other options once it is there.
+            // An htb that is there accepts no other options.
             Some((kind, OURS)) if kind == "htb" => {}
             Some((kind, handle)) if !is_ours_or_default(handle) => return Err(taken(WHAT, &kind)),
             _ => replace_root(ifindex, "htb", root()).map_err(failed)?,
@@ -73,10 +76,10 @@ pub fn put(ifindex: u32, limit: &Limit) -> Result<()> {
     put_pfifo(ifindex, class(HTB_QUEUE)).map_err(failed)
 }
 
-/// `tc qdisc add dev IFINDEX root handle 7064: htb`, on the waiting room, where there is none.
+/// `tc qdisc add dev IFINDEX root handle 7064: htb`, on the waiting room, if it has none.
 ///
 /// # Errors
-/// [`Code::Kernel`]: the kernel has no htb, or what it says.
+/// [`Code::Kernel`]: the kernel has no htb; or the kernel's error.
 pub fn put_room(ifindex: u32) -> Result<()> {
     let failed = |cause: io::Error| Error::because(Code::Kernel, "put htb on the waiting room", cause);
     match root_qdisc(ifindex).map_err(failed)? {
@@ -85,11 +88,11 @@ pub fn put_room(ifindex: u32) -> Result<()> {
     }
 }
 
-/// Makes the first of a pod's classes in it, where nobody has any. They are looked for from a number that the pod's slot gives: a list of all
-/// would be as long as the node has pods.
+/// Makes the first of a pod's classes in the waiting room, at a place that no other pod has. The search starts at a
+/// number that follows from the pod's slot: a list of all classes would be as long as the node has pods.
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says, or all are taken.
+/// [`Code::Kernel`] with the kernel's error, or because all places are taken.
 pub fn add_room_class(ifindex: u32, slot: u32, limit: &Limit) -> Result<u16> {
     const PLACES: u32 = ((u16::MAX - FIRST_ROOM_CLASS) / ROOM_CLASSES) as u32;
     for place in 0..PLACES {
@@ -103,10 +106,10 @@ pub fn add_room_class(ifindex: u32, slot: u32, limit: &Limit) -> Result<u16> {
     Err(Error::new(Code::Kernel, "find a place for the pod in the waiting room: all are taken (podshaper gc)"))
 }
 
-/// The classes in it, by their minor numbers.
+/// The classes in the waiting room, by their minor numbers.
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says.
+/// [`Code::Kernel`] with the kernel's error.
 pub fn room_classes(ifindex: u32) -> Result<HashSet<u16>> {
     let all = netlink::dump(RouteNetlinkMessage::GetTrafficClass(TcMessage::with_index(ifindex as i32)));
     let all = all.map_err(|cause| Error::because(Code::Kernel, "list the places in the waiting room", cause))?;
@@ -117,10 +120,10 @@ pub fn room_classes(ifindex: u32) -> Result<HashSet<u16>> {
     Ok(classes.collect())
 }
 
-/// `tc class del dev IFINDEX classid 7064:MINOR`; that there is none is no error.
+/// `tc class del dev IFINDEX classid 7064:MINOR`. It is no error if there is no such class.
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says.
+/// [`Code::Kernel`] with the kernel's error.
 pub fn take_room_class(ifindex: u32, minor: u16) -> Result<()> {
     let mut message = TcMessage::with_index(ifindex as i32);
     message.header.handle = class(minor);
@@ -132,26 +135,27 @@ pub fn take_room_class(ifindex: u32, minor: u16) -> Result<()> {
     }
 }
 
-/// A pod's class for what comes out of it: `tc class replace dev IFINDEX parent 7064: classid 7064:FIRST htb rate LIMIT`. Its queue is the
-/// pfifo that htb makes for a new class, as long as the room's `txqueuelen` (`htb_change_class`, `fifo_init`).
+/// A pod's class for packets out of it: `tc class replace dev IFINDEX parent 7064: classid 7064:FIRST htb rate LIMIT`.
+/// Its queue is the pfifo that htb makes for a new class, as long as the room's `txqueuelen` (`htb_change_class`,
+/// `fifo_init`).
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says.
+/// [`Code::Kernel`] with the kernel's error.
 pub fn put_room_class_out(ifindex: u32, first: u16, limit: &Limit) -> Result<()> {
     let replaces = NLM_F_CREATE | NLM_F_REPLACE;
     put_class(ifindex, OURS, first + ROOM_OUT, of_limit(limit), replaces).map_err(no_room)
 }
 
-/// A pod's classes for what goes into it, as [`put`] makes them for what it sends.
+/// A pod's classes for packets into it. They are like those that [`put`] makes for packets that the pod sends.
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says.
+/// [`Code::Kernel`] with the kernel's error.
 pub fn put_room_classes_into(ifindex: u32, first: u16, limit: &Limit) -> Result<()> {
     put_classes(ifindex, [ROOM_INTO, ROOM_INTO_AT_ONCE, ROOM_INTO_QUEUE].map(|class| first + class), limit)
         .map_err(no_room)
 }
 
-/// The class that has a limit, and in it that of what leaves at once, and that of what waits.
+/// The class that has a limit, and in it the class of packets that leave at once and that of packets that wait.
 fn put_classes(ifindex: u32, [whole, at_once, queue]: [u16; 3], limit: &Limit) -> io::Result<()> {
     for (parent, minor, options) in [
         (OURS, whole, of_limit(limit)),
@@ -174,8 +178,9 @@ fn of_what_leaves_at_once(limit: &Limit) -> Vec<TcOption> {
     options(bytes_per_s, bytes_per_s, limit.burst.as_ns_at(limit.rate), 0)
 }
 
-/// The class around it has the limit. A ceiling of its own at the same rate would end each wait a moment before that of the class around, and htb
-/// would set its timer twice for each packet (`htb_dequeue`, a level after the other).
+/// Options of the class of packets that wait. The class around it has the limit. With a ceiling of its own at the same
+/// rate, each wait would end a moment before that of the class around, and htb would set its timer twice for each
+/// packet (`htb_dequeue` takes one level after the other).
 fn of_what_waits(limit: &Limit) -> Vec<TcOption> {
     let bytes_per_s = with_ethernet(limit.rate) / 8;
     let ceil_bytes_per_s = bytes_per_s.saturating_mul(HTB_AT_ONCE_TIMES);
@@ -190,7 +195,7 @@ fn no_room(cause: io::Error) -> Error {
 fn put_pfifo(ifindex: u32, parent: TcHandle) -> io::Result<()> {
     let mut queue = TcMessage::with_index(ifindex as i32);
     queue.header.parent = parent;
-    // struct tc_fifo_qopt: limit. It is the one qdisc whose options are no attributes.
+    // struct tc_fifo_qopt: limit. pfifo is the one qdisc here whose options are no attributes.
     let options = DefaultNla::new(TCA_OPTIONS, QUEUE_PACKETS.to_ne_bytes().to_vec());
     queue.attributes = vec![TcAttribute::Kind("pfifo".to_owned()), TcAttribute::Other(options)];
     netlink::change(RouteNetlinkMessage::NewQueueDiscipline(queue), NLM_F_CREATE | NLM_F_REPLACE)
@@ -212,7 +217,7 @@ fn root() -> Vec<TcOption> {
 }
 
 fn options(bytes_per_s: u64, ceil_bytes_per_s: u64, burst_ns: u64, priority: u32) -> Vec<TcOption> {
-    /// What a class may send before another of its priority: each is the only one.
+    /// Bytes that a class may send before another class of its priority. Each class is the only one of its priority.
     const QUANTUM_BYTES: u32 = 1 << 16;
     let burst_ticks = u32::try_from(burst_ns / TICK_NS).unwrap_or(u32::MAX);
     // struct tc_htb_opt: rate, ceil, buffer, cbuffer, quantum, level, prio.

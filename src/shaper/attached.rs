@@ -1,4 +1,5 @@
-//! Puts an attachment into the maps of a set and its programs on a cgroup, or leaves everything as it was; and takes it off again.
+//! Puts an attachment into the maps of a set and its programs on a cgroup, or leaves everything as it was. Takes an
+//! attachment off again.
 
 use std::{
     collections::{HashSet, hash_map::RandomState},
@@ -24,13 +25,13 @@ use crate::{
     sys::{self, Read},
 };
 
-/// An attachment in the maps of a set. Dropped before [`Attached::keep`], it is taken out again.
+/// An attachment in the maps of a set. Dropped before [`Attached::keep`], it is removed from them.
 pub struct Attached<'a> {
     set: &'a Set,
     slot: u32,
-    /// What was on the cgroup before, once that was changed.
+    /// The cgroup's id and its entries from before, once they were changed.
     changed: Option<(u64, Vec<Scope>)>,
-    /// The links that were made for it.
+    /// The pins of the links that were made for it.
     made: Vec<PathBuf>,
     is_kept: bool,
 }
@@ -40,16 +41,16 @@ pub struct Attached<'a> {
 pub struct Before {
     /// The key of its limits and meters.
     pub slot: u32,
-    /// Whether the other one is for the same sandbox, and goes on counting.
+    /// Whether the new attachment is for the same sandbox, and goes on with its counters.
     pub is_of_same_sandbox: bool,
 }
 
 impl<'a> Attached<'a> {
-    /// Writes the limits of an attachment. Nothing is in force yet. `before`: one in whose place it comes, whose clocks go on, so that
-    /// nobody gets a second burst by being attached again.
+    /// Writes the limits of an attachment. They are not in force yet. `before`: the attachment that is replaced. Its
+    /// clocks go on, so that no pod gets a second burst by being attached again.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with the kernel's error.
     pub fn write(set: &'a Set, settings: &Settings, before: Option<Before>) -> Result<Self> {
         let failed = |cause: io::Error| match cause.raw_os_error() {
             Some(libc::E2BIG) => {
@@ -69,10 +70,10 @@ impl<'a> Attached<'a> {
         written.map(|()| attached).map_err(failed)
     }
 
-    /// Writes other limits. Nothing is in force yet.
+    /// Writes other limits. They are not in force yet.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with the kernel's error.
     pub fn change(&self, settings: &Settings) -> Result<()> {
         self.set.limits.set(&self.slot, &settings.abi_limits()).map_err(|cause| refused("write the limits", &cause))
     }
@@ -82,11 +83,12 @@ impl<'a> Attached<'a> {
         self.slot
     }
 
-    /// Attaches the programs that the settings need, beside whatever is on the cgroup already, and has them find `scopes`: this one, and
-    /// those of the set that stay there. The links are pinned in `links`; those that are there stay.
+    /// Attaches the programs that the settings need, beside the programs that are on the cgroup already. Then lets them
+    /// find `scopes`: this attachment, and those of the set that stay on the cgroup. The links are pinned in `links`; a
+    /// link that is there stays.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with the kernel's error.
     pub fn attach(
         &mut self,
         settings: &Settings,
@@ -104,7 +106,7 @@ impl<'a> Attached<'a> {
         written.map_err(|cause| refused("put the limits in force on the pod's cgroup", &cause))
     }
 
-    /// It stays.
+    /// Keeps the attachment.
     pub fn keep(mut self) {
         self.is_kept = true;
     }
@@ -114,14 +116,14 @@ impl<'a> Attached<'a> {
         let failed = |cause: &io::Error| refused(format!("attach the eBPF program {name} to the pod's cgroup"), cause);
         match sys::open_pin(&path).and_then(|link| sys::cgroup_link(link.as_fd())) {
             Ok(link) if link.cgroup_id == cgroup_id => return Ok(()),
-            // The link is dead: a cgroup of the same path is another one.
+            // The link is dead: the cgroup that has the path now is another one.
             Ok(_) => fs::remove_file(&path).map_err(|cause| failed(&cause))?,
             Err(cause) if cause.kind() == io::ErrorKind::NotFound => {}
             Err(cause) => return Err(failed(&cause)),
         }
         let program = self.set.program(name)?;
         let link = sys::link_to_cgroup(program.as_fd(), cgroup, hook).map_err(|cause| match cause.raw_os_error() {
-            // The programs are loaded, so it is not for want of a capability.
+            // The programs are loaded, so no capability is missing.
             Some(libc::EPERM) => {
                 occupied(name, "another one is attached there or above, and tolerates none beside it", cause)
             }
@@ -142,7 +144,7 @@ impl Drop for Attached<'_> {
         let scopes = self.changed.take().map(|(cgroup_id, before)| self.set.set_scopes(cgroup_id, &before));
         let links = self.made.iter().map(fs::remove_file);
         for cause in scopes.into_iter().chain(links).filter_map(Result::err) {
-            // Its directory may be gone with all that was in it.
+            // The directory may be gone, with all pins in it.
             if cause.kind() != io::ErrorKind::NotFound {
                 log::warn!("a limit that failed is not cleared whole: {cause}");
             }
@@ -153,11 +155,11 @@ impl Drop for Attached<'_> {
     }
 }
 
-/// Whether an attachment may share the node's set: the programs find it by the cgroup and the interface, and the links of the pod are on
-/// this cgroup. `others`: the attachments of the pod that share it.
+/// Whether an attachment may share the node's set: the programs can find the attachment by cgroup and interface, and no
+/// link of the pod is on another cgroup. `others`: the attachments of the pod that share the set.
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says.
+/// [`Code::Kernel`] with the kernel's error.
 pub fn can_share(
     set: &Set,
     cgroup: BorrowedFd<'_>,
@@ -178,22 +180,22 @@ pub fn can_share(
     Ok(is_alone && !are_elsewhere && others.len() < MAX_SCOPES && !others.iter().any(overlaps))
 }
 
-/// Says which attachments stay on a pod's cgroup. One that is not among them limits nothing from here on.
+/// Writes which attachments stay on a pod's cgroup. An attachment that is not among them limits nothing from here on.
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says.
+/// [`Code::Kernel`] with the kernel's error.
 pub fn leave(pins: &LockedPins, cgroup: &Path, scopes: &[Scope]) -> Result<()> {
-    // With the cgroup all of it is gone.
+    // If the cgroup is gone, so are its entries.
     let Ok(directory) = fs::metadata(cgroup) else { return Ok(()) };
     let left = Set::pinned(&pins.node())?.set_scopes(directory.ino(), scopes);
     left.map_err(|cause| refused(format!("take a limit off the cgroup {}", cgroup.display()), &cause))
 }
 
-/// Removes the limits in the node's maps that no attachment of these has, and the lists of subnets: what was left by a call that was killed,
-/// or has a record that nobody can read.
+/// Removes from the node's maps the limits and the lists of subnets that none of these attachments has. Killed calls
+/// have left them, or attachments whose record cannot be read.
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says.
+/// [`Code::Kernel`] with the kernel's error.
 pub fn forget_others(pins: &LockedPins, attachments: impl Iterator<Item = PathBuf>) -> Result<()> {
     let directory = pins.node();
     if !directory.exists() {
@@ -209,7 +211,7 @@ pub fn forget_others(pins: &LockedPins, attachments: impl Iterator<Item = PathBu
     error::all(left.map(|slot| set.forget(slot)).chain([set.keep_lists(owners.iter().map(|owner| owner.list))]))
 }
 
-/// A slot that nobody has. Random, so that there is no counter to keep; 0 is none.
+/// A slot that no attachment has. It is random, so that no counter has to be kept. 0 stands for none.
 fn free_slot(set: &Set) -> io::Result<u32> {
     loop {
         let slot = RandomState::new().hash_one(0) as u32;
@@ -219,7 +221,7 @@ fn free_slot(set: &Set) -> io::Result<u32> {
     }
 }
 
-/// The clocks of an attachment that is replaced, and what it has counted in the directions that go on.
+/// The clocks of an attachment that is replaced, and its counters in the directions that go on.
 fn going_on(set: &Set, before: Before, settings: &Settings) -> io::Result<(Meters, OtherPaths)> {
     let mut meters = set.meters.get(&before.slot, Read::Locked)?.unwrap_or_default().of;
     let mut others = set.others.get(&before.slot, Read::Plain)?.unwrap_or_default();
@@ -238,7 +240,7 @@ fn id(cgroup: BorrowedFd<'_>) -> Result<u64> {
     Ok(found.st_ino)
 }
 
-/// Why a program does not fit beside those that are attached.
+/// The error where a program does not fit beside those that are attached.
 fn occupied(name: &str, why: &str, cause: io::Error) -> Error {
     let text = format!("attach the eBPF program {name} to the pod's cgroup: {why} (bpftool cgroup tree shows them)");
     Error::because(Code::Kernel, text, cause)

@@ -26,17 +26,17 @@ use crate::{
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/podshaper.bpf.o"));
 
-/// What the object was made of: two that are equal have the same programs.
+/// The identity of the object: two objects with the same identity have the same programs.
 pub const IDENTITY: &str = env!("PODSHAPER_BPF_IDENTITY");
 
 /// The object's maps.
 pub const MAPS: [&str; 8] = [LIMITS, METERS, SCOPES, SUBNETS, FLOWS, OTHERS, HOST_ENDS, REQUESTS];
 
-/// Maps and programs that are in the kernel, as long as this lives or they are pinned.
+/// Maps and programs, which stay in the kernel as long as this lives or they are pinned.
 pub struct Object(Ebpf);
 
 impl Object {
-    /// Loads all of it. `attachments`: how many there is to be room for; `None` for as many as a node may have.
+    /// Loads all maps and programs. `attachments`: for how many the maps have room; `None`: as many as a node may have.
     ///
     /// # Errors
     /// [`Code::Kernel`]: the kernel refuses a map or program, and why.
@@ -91,12 +91,13 @@ fn owned(fd: BorrowedFd<'_>, name: &str) -> Result<OwnedFd> {
     fd.try_clone_to_owned().map_err(|cause| Error::because(Code::Kernel, format!("keep {name} open"), cause))
 }
 
-/// `EbpfLoader::new` parses all of /sys/kernel/btf/vmlinux, 20 MB and 30 ms, for relocations that this object does not have,
-/// and there is no other constructor. With no descriptor to be had it cannot open the file, and goes on without.
+/// `EbpfLoader::new` parses all of /sys/kernel/btf/vmlinux (20 MB, 30 ms) for relocations that this object does not
+/// have, and there is no other constructor. If the process may open no descriptor, `new` cannot open the file and goes
+/// on without it.
 fn without_kernel_btf<T>(new: impl FnOnce() -> T) -> T {
     let limit = getrlimit(Resource::RLIMIT_NOFILE);
     if let Ok((_, hard)) = limit {
-        // Failing costs time, not correctness.
+        // If this fails, it costs time, not correctness.
         let _ = setrlimit(Resource::RLIMIT_NOFILE, 0, hard);
     }
     let made = new();
@@ -106,7 +107,7 @@ fn without_kernel_btf<T>(new: impl FnOnce() -> T) -> T {
     made
 }
 
-/// Loads the programs side by side: the verifier is most of the time it takes, and a pod waits for it.
+/// Loads the programs in parallel: the verifier takes most of the time, and a pod waits for it.
 fn load_programs(object: &mut Ebpf) -> Result<()> {
     let place = |name: &str| program_names().position(|wanted| wanted == name);
     let mut programs: Vec<_> =
@@ -114,7 +115,7 @@ fn load_programs(object: &mut Ebpf) -> Result<()> {
     programs.sort_by_key(|(place, ..)| *place);
     thread::scope(|scope| {
         let mut programs = programs.into_iter();
-        // The first is the largest: it does not wait for a thread to be made.
+        // The first program is the largest. This thread loads it, so that it does not wait for a thread to start.
         let largest = programs.next();
         let loading: Vec<_> =
             programs.map(|(_, name, program)| scope.spawn(move || load_program(name, program))).collect();
@@ -134,8 +135,9 @@ fn load_program(name: &str, program: &mut Program) -> Result<()> {
     loaded.map_err(|cause| refused(format!("load the eBPF program {name}"), &cause))
 }
 
-/// Keeps with a socket what the programs keep with each. A kernel that cannot takes them all the same, and then nothing is ever paced:
-/// its allocator may want a CPU that exchanges 16 bytes at once (`kmalloc_nolock` in Linux 7.3), or net.core.optmem_max has no room.
+/// Tries to keep the programs' state with a socket. A kernel that cannot do so accepts the programs anyway, and then
+/// nothing is ever paced. Its allocator may need a CPU that exchanges 16 bytes at once (`kmalloc_nolock` in Linux 7.3),
+/// or net.core.optmem_max may leave no room.
 fn try_flows(object: &Ebpf) -> Result<()> {
     let map = map_data(object, FLOWS)?;
     let kept = UnixDatagram::unbound().and_then(|socket| {

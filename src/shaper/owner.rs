@@ -1,4 +1,5 @@
-//! The record of whose an attachment is, in the only map that belongs to one attachment. It lives and dies with the pins.
+//! The record of whose an attachment is, in the only map that belongs to one attachment. The record lives and dies with
+//! the pins.
 
 use std::{os::fd::AsFd, path::Path};
 
@@ -10,15 +11,16 @@ use crate::{
     sys,
 };
 
-/// Longest record. The names in it have bounds of their own.
+/// Bytes of the longest record. The names in it have bounds of their own.
 const MAX_BYTES: usize = 4096;
-/// Room for what changes add: [`Owner::changed`], [`Owner::followed`], and larger numbers of what is asked for and allowed.
+/// Bytes that are left free for changes: [`Owner::changed`], [`Owner::followed`], and larger numbers for the limits
+/// that are asked for and allowed.
 const SPARE_BYTES: usize = 256;
 
 /// Writes the record into a map of its own, and pins the map.
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says; [`Code::Config`] if the names are too long.
+/// [`Code::Kernel`] with the kernel's error; [`Code::Config`] if the names are too long.
 pub fn pin(owner: &Owner, directory: &Path) -> Result<()> {
     let mut json = json(owner)?;
     json.resize((json.len() + SPARE_BYTES).next_multiple_of(8), 0);
@@ -27,7 +29,7 @@ pub fn pin(owner: &Owner, directory: &Path) -> Result<()> {
     pinned.map_err(|cause| refused(format!("write {}", path.display()), &cause))
 }
 
-/// Writes it anew, into the map that is pinned.
+/// Writes the record again, into the map that is pinned.
 ///
 /// # Errors
 /// Those of [`pin`].

@@ -29,22 +29,22 @@ impl<'a> Pinned<'a> {
         Self { directory }
     }
 
-    /// Whose attachment it is.
+    /// The record of whose attachment it is.
     ///
     /// # Errors
-    /// [`Code::Kernel`] where the record cannot be read: it is being removed, or not podshaper's.
+    /// [`Code::Kernel`]: the record cannot be read, because it is being removed or is not podshaper's.
     pub fn owner(&self) -> Result<Owner> {
-        // Whatever its size: a record of another layout must be readable for its pins to be removed.
+        // The record may have any size: a record of another layout must be readable, so that its pins can be removed.
         let bytes = self.map(OWNER).and_then(|map| sys::element_bytes(map.as_fd()));
         let bytes = bytes.map_err(|cause| refused(self.reading(OWNER), &cause))?;
         let json = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
         serde_json::from_slice(json).map_err(|cause| Error::because(Code::Kernel, self.reading(OWNER), cause))
     }
 
-    /// The same; `None` where there is a record that nobody can read, now or later. A record of another layout can be read.
+    /// Like [`Self::owner`]; `None`: the record cannot be read, now or later. A record of another layout can be read.
     ///
     /// # Errors
-    /// [`Code::Kernel`] where this process may not read it, or not now.
+    /// [`Code::Kernel`]: this process may not read the record, or cannot read it now.
     pub fn owner_if_readable(&self) -> Result<Option<Owner>> {
         let bytes = self.map(OWNER).and_then(|map| sys::element_bytes(map.as_fd()));
         match bytes.map_err(|cause| (cause.raw_os_error(), cause)) {
@@ -71,7 +71,7 @@ impl<'a> Pinned<'a> {
         self.found("limits", set.limits.get(&owner.slot, Read::Plain))
     }
 
-    /// Clocks and counters of both directions, all of one moment.
+    /// The clocks and counters of both directions, all of one moment.
     ///
     /// # Errors
     /// [`Code::Kernel`] where they cannot be read.
@@ -79,7 +79,7 @@ impl<'a> Pinned<'a> {
         self.found("meters", set.meters.get(&owner.slot, Read::Locked)).map(|meters| meters.of)
     }
 
-    /// What came by other paths than the cgroup's sockets, in both directions.
+    /// The counters of other paths than the cgroup's sockets, in both directions.
     ///
     /// # Errors
     /// [`Code::Kernel`] where they cannot be read.
@@ -87,21 +87,21 @@ impl<'a> Pinned<'a> {
         self.found("counters of other paths", set.others.get(&owner.slot, Read::Plain)).map(|others| others.of)
     }
 
-    /// The cgroup a program is on, by the inode number of its directory; `None` if the link is dead.
+    /// The cgroup of a program, by the inode number of the cgroup's directory. `None`: the link is dead.
     ///
     /// # Errors
-    /// [`Code::Kernel`] where there is no such link.
+    /// [`Code::Kernel`]: the link is not there, or cannot be read.
     pub fn linked_cgroup(&self, program: &str) -> Result<Option<u64>> {
         let link = sys::open_pin(&self.link(program)).and_then(|link| sys::cgroup_link(link.as_fd()));
         let link = link.map_err(|cause| refused(format!("read {}", self.link(program).display()), &cause))?;
         Ok(Some(link.cgroup_id).filter(|id| *id != 0))
     }
 
-    /// Writes the limits that the settings have, in force from the next packet on, and the record that goes with them. A direction
-    /// without a limit stays as it is.
+    /// Writes the limits of the settings, in force from the next packet on, and the record that goes with them. A
+    /// direction without a limit in the settings stays as it is.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with the kernel's error.
     pub fn change(&self, settings: &Settings, owner: &Owner) -> Result<()> {
         let set = self.set()?;
         let mut limits = self.limits(owner, &set)?;
@@ -113,11 +113,12 @@ impl<'a> Pinned<'a> {
         written.map_err(|cause| refused(format!("write the limits of {}", self.directory.display()), &cause))
     }
 
-    /// Checks that every link is live and on this cgroup, that its programs find the attachment there, and that the limits are these, unless
-    /// an operator has set others or `sync` has made them what was asked for since.
+    /// Checks that every link is live and on this cgroup, that the programs find the attachment there, and that the
+    /// limits are those of the settings. The limits are not compared after an operator has set others, or after `sync`
+    /// has changed them to what was asked for later.
     ///
     /// # Errors
-    /// [`Code::Mismatch`] naming the first difference.
+    /// [`Code::Mismatch`] names the first difference. [`Code::Kernel`]: the record or the maps cannot be read.
     pub fn check(&self, cgroup: &Path, settings: &Settings) -> Result<()> {
         let cgroup_id = fs::metadata(cgroup)
             .map_err(|cause| Error::because(Code::Mismatch, format!("find the cgroup {}", cgroup.display()), cause))?
@@ -169,7 +170,7 @@ impl<'a> Pinned<'a> {
         found.ok_or_else(|| Error::new(Code::Kernel, format!("{}: they are gone", reading())))
     }
 
-    /// Where the link of a program is pinned.
+    /// The pin of a program's link.
     fn link(&self, program: &str) -> PathBuf {
         pins::links_of(self.directory).join(program)
     }

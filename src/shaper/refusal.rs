@@ -1,4 +1,4 @@
-//! What to say when the kernel refuses something of the shaper.
+//! The error where the kernel refuses something of the shaper.
 
 use std::fs;
 
@@ -9,7 +9,8 @@ use crate::error::{Code, Error};
 const CAPABILITIES: &str =
     " (podshaper must run with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON: as root, as container runtimes do)";
 
-/// What the kernel said, and what to do about it. aya's errors hold the cause and also print it, so only the innermost is told.
+/// The kernel's error, and a remedy. aya's errors hold their cause and also print it, so only the innermost cause is
+/// printed here.
 pub fn refused(what: impl Into<String>, error: &(dyn std::error::Error + 'static)) -> Error {
     let mut cause = error;
     while let Some(source) = cause.source() {
@@ -18,13 +19,13 @@ pub fn refused(what: impl Into<String>, error: &(dyn std::error::Error + 'static
     let errno = cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
     let verifier = error.downcast_ref::<ProgramError>().map(verifier_says).unwrap_or_default();
     let remedy = match errno {
-        // Kernels differ in which of these a missing one is, and for want of CAP_PERFMON it is the verifier that says no.
+        // Kernels differ in the error for a missing capability. Without CAP_PERFMON it is the verifier that refuses.
         Some(libc::EPERM | libc::EACCES | libc::EINVAL) if lacks_capabilities() => CAPABILITIES,
-        // With EACCES, too: but then it has said why.
+        // The error may be EACCES here, too, but then the verifier's log has the reason.
         _ if !verifier.is_empty() => {
             " (this kernel's verifier does not accept it: please report this, with the kernel's version)"
         }
-        // In a user namespace it has them all, for what is of that namespace.
+        // In a user namespace a process has all capabilities, but only for what belongs to that namespace.
         Some(libc::EPERM | libc::EACCES) => CAPABILITIES,
         Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP) => {
             " (it takes Linux 5.10 or later with CONFIG_CGROUP_BPF and CONFIG_BPF_SYSCALL)"
@@ -35,7 +36,7 @@ pub fn refused(what: impl Into<String>, error: &(dyn std::error::Error + 'static
     Error::because(Code::Kernel, what.into() + remedy, cause.to_string() + &verifier)
 }
 
-/// The end of the verifier's log, which is where it says no.
+/// The last lines of the verifier's log, which have the reason.
 fn verifier_says(error: &ProgramError) -> String {
     const LINES: usize = 3;
     let ProgramError::LoadError { verifier_log, .. } = error else { return String::new() };
@@ -49,8 +50,8 @@ fn verifier_says(error: &ProgramError) -> String {
     }
 }
 
-/// Whether this process has less than it takes, as far as the kernel says (`CapEff` in proc_pid_status(5); the bits are those of
-/// uapi/linux/capability.h). CAP_SYS_ADMIN takes the place of what came with Linux 5.8.
+/// Whether this process lacks a needed capability, as far as the kernel tells (`CapEff` in proc_pid_status(5); the bits
+/// are those of uapi/linux/capability.h). CAP_SYS_ADMIN stands in for the capabilities that came with Linux 5.8.
 fn lacks_capabilities() -> bool {
     const NET_ADMIN: u64 = 1 << 12;
     const SYS_ADMIN: u64 = 1 << 21;

@@ -1,5 +1,5 @@
-//! A set of programs and maps. A node has one, pinned, which all its pods share: an ADD then writes a few numbers, where it would have the
-//! kernel check and compile the programs. An attachment that cannot share has a set of its own.
+//! A set of programs and maps. A node has one pinned set, which all its pods share. So an ADD writes a few numbers, and
+//! the kernel need not check and compile the programs again. An attachment that cannot share has a set of its own.
 
 use std::{
     collections::HashSet,
@@ -24,7 +24,8 @@ use crate::{
     sys::{self, Map, Read, TrieKey},
 };
 
-/// Says of which object the pinned programs are: a symbolic link, since bpffs has no files. No program or map is called so.
+/// The name of a symbolic link that tells of which object the pinned programs are: bpffs has no files. No program or
+/// map has this name.
 pub(super) const OBJECT: &str = "%object";
 
 /// Programs and maps.
@@ -36,22 +37,22 @@ pub struct Set {
     pub meters: Map<u32, Meters>,
     /// The attachments on each cgroup, by the inode number of its directory.
     pub scopes: Map<u64, Scopes>,
-    /// What came by other paths than the sockets of each attachment's cgroup.
+    /// The counters of other paths than the sockets of each attachment's cgroup.
     pub others: Map<u32, OtherPaths>,
-    /// The host's ends of the interfaces, by their number in the node's namespace.
+    /// The host ends of the interfaces, by their number in the node's namespace.
     pub host_ends: Map<u32, HostEnd>,
 }
 
-/// Where the rest of a set comes from.
+/// Where the programs and the other maps of a set come from.
 enum Origin {
-    /// It was loaded by this process.
+    /// This process has loaded them.
     Loaded(Object),
-    /// It is pinned in this directory.
+    /// They are pinned in this directory.
     Pinned(PathBuf),
 }
 
 impl Set {
-    /// The node's, loaded if this is the first attachment.
+    /// The node's set. The first attachment loads it.
     ///
     /// # Errors
     /// [`Code::Kernel`]: the kernel refuses a map or program, and why.
@@ -69,7 +70,7 @@ impl Set {
         Self::pinned(&directory)
     }
 
-    /// One for a single attachment.
+    /// A set for a single attachment.
     ///
     /// # Errors
     /// Those of [`Set::of_node`].
@@ -85,7 +86,7 @@ impl Set {
         })
     }
 
-    /// The one whose maps are pinned in a directory.
+    /// The set whose maps are pinned in a directory.
     ///
     /// # Errors
     /// [`Code::Kernel`] where they cannot be opened.
@@ -111,10 +112,11 @@ impl Set {
         }
     }
 
-    /// Pins what a reader of the attachment needs. Its links hold the rest.
+    /// Pins the maps that a reader of the attachment needs. The attachment's links keep the other maps and the
+    /// programs.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with the kernel's error.
     pub fn pin_maps(&self, directory: &Path) -> Result<()> {
         let flows = self.find_map(FLOWS)?;
         let maps = [
@@ -134,17 +136,17 @@ impl Set {
     /// The attachments on a cgroup.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with the kernel's error.
     pub fn scopes_on(&self, cgroup_id: u64) -> Result<Vec<Scope>> {
         let found = self.scopes.get(&cgroup_id, Read::Plain);
         let found = found.map_err(|cause| refused("read what is attached to the pod's cgroup", &cause))?;
         Ok(found.unwrap_or_default().0.into_iter().filter(|scope| scope.slot != 0).collect())
     }
 
-    /// Says which attachments are on a cgroup that one of the programs is on. In force from the next packet on.
+    /// Writes which attachments are on a cgroup that has one of the programs. In force from the next packet on.
     ///
     /// # Errors
-    /// What the kernel says; `ENOENT` where no program was ever attached to it, or it is gone.
+    /// The kernel's error; `ENOENT` where no program was ever attached to it, or it is gone.
     pub fn set_scopes(&self, cgroup_id: u64, scopes: &[Scope]) -> std::io::Result<()> {
         let mut all = Scopes::default();
         all.0.iter_mut().zip(scopes).for_each(|(to, from)| *to = *from);
@@ -154,16 +156,16 @@ impl Set {
     /// Removes the limits and meters of an attachment.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with the kernel's error.
     pub fn forget(&self, slot: u32) -> Result<()> {
         let removed = self.limits.remove(&slot).and(self.meters.remove(&slot)).and(self.others.remove(&slot));
         removed.map_err(|cause| refused("remove the limits", &cause))
     }
 
-    /// Writes a list of subnets, if it is not there, and returns its number.
+    /// Writes a list of subnets, if it is not there yet, and returns its number.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with the kernel's error.
     pub fn list(&self, subnets: &Subnets) -> Result<u64> {
         let number = subnets.number();
         if number == 0 {
@@ -175,7 +177,7 @@ impl Set {
             bits: bits + LIST_BITS,
             address: ListedAddress { list: number.to_ne_bytes(), address },
         };
-        // The subnet around every address is written last: where that is, the whole list is.
+        // The subnet around every address is written last. If it is there, the whole list is.
         if map.get(&key((0, [0; 16], 0)), Read::Plain).map_err(failed)?.is_some() {
             return Ok(number);
         }
@@ -188,7 +190,7 @@ impl Set {
     /// Removes the lists of subnets that no attachment of the node has.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with the kernel's error.
     pub fn keep_lists(&self, numbers: impl Iterator<Item = u64>) -> Result<()> {
         let numbers: HashSet<u64> = numbers.collect();
         let failed = |cause: std::io::Error| refused("remove the subnets of an old configuration", &cause);
@@ -198,7 +200,7 @@ impl Set {
         old.try_for_each(|key| map.remove(key)).map_err(failed)
     }
 
-    /// What the programs keep with each socket, by its descriptor.
+    /// The programs' state of each socket, by the socket's descriptor.
     ///
     /// # Errors
     /// [`Code::Kernel`] where it cannot be opened.
@@ -214,10 +216,10 @@ impl Set {
     }
 }
 
-/// Bits of the list's number, before those of an address.
+/// Bits of a list's number, which come before those of an address.
 const LIST_BITS: u32 = u64::BITS;
 
-/// Loads and drops everything: the kernel checks each program and all it uses.
+/// Loads everything and drops it: the kernel checks each program and everything that it uses.
 ///
 /// # Errors
 /// [`Code::Kernel`]: the kernel refuses a map or program, and why.

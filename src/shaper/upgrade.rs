@@ -1,4 +1,4 @@
-//! This podshaper's programs in the place of those that a node's pods share, with the maps that are there.
+//! Puts this podshaper's programs in the place of those that a node's pods share. The maps stay.
 
 use std::{
     fs, io,
@@ -24,14 +24,14 @@ use crate::{
 /// A pin that is being made to replace another.
 const NEW: &str = "%new";
 
-/// Programs that are loaded and in nobody's place yet.
+/// Programs that are loaded and not yet in use.
 pub struct NewPrograms {
     object: Object,
     node: PathBuf,
 }
 
 impl NewPrograms {
-    /// Loads them; `None` where the node's are these already, or there are none.
+    /// Loads the programs. `None`: the node has these programs already, or it has none.
     ///
     /// # Errors
     /// [`Code::Kernel`]: the kernel refuses a program, and why.
@@ -43,11 +43,11 @@ impl NewPrograms {
         Ok(Some(Self { object: Object::load_beside(&node)?, node }))
     }
 
-    /// Has a link go on with the new program of its name. No packet passes unseen, and all that the program before knew is in the maps. False
-    /// where the link is dead.
+    /// Makes a link go on with the new program of its name. No packet passes unseen, and all state of the old program
+    /// is in the maps. `false`: the link is dead.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with the kernel's error.
     pub fn run_on(&self, link: &Path) -> Result<bool> {
         let name = link.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let program = self.object.program(name)?;
@@ -69,15 +69,15 @@ impl NewPrograms {
         self.object.program(name)
     }
 
-    /// Pins them in the place of those before: new pods get them from here on.
+    /// Pins the programs in the place of the old ones. New pods get them from here on.
     ///
     /// # Errors
-    /// [`Code::Kernel`] with what the kernel says.
+    /// [`Code::Kernel`] with the kernel's error.
     pub fn commit(&self) -> Result<()> {
         for name in program_names() {
             self.replace(name, |path| pin(self.object.program(name)?, path))?;
         }
-        // Last: by it the next call knows that all is done.
+        // Last: by this link the next call knows that everything is done.
         self.replace(OBJECT, |path| {
             symlink(IDENTITY, path).map_err(|cause| failed("make the symbolic link", path, cause))
         })

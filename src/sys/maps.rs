@@ -12,7 +12,7 @@ use podshaper_abi::ListedAddress;
 
 use super::{BPF_OBJ_GET_INFO_BY_FD, InfoAttr, bpf, bpf_fd};
 
-/// Commands of bpf(2) for them (uapi/linux/bpf.h, `enum bpf_cmd`).
+/// Commands of bpf(2) for maps (uapi/linux/bpf.h, `enum bpf_cmd`).
 const BPF_MAP_CREATE: libc::c_long = 0;
 const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
@@ -23,7 +23,7 @@ const BPF_MAP_UPDATE_BATCH: libc::c_long = 26;
 /// `enum bpf_map_type`
 const BPF_MAP_TYPE_ARRAY: u32 = 2;
 
-/// The kernel's include/linux/errno.h. It is not meant for user space, and gets there all the same.
+/// The kernel's include/linux/errno.h. This error is not meant for user space, but it gets there.
 const ENOTSUPP: i32 = 524;
 
 /// `union bpf_attr`, the part for BPF_MAP_CREATE.
@@ -40,7 +40,8 @@ struct MapCreateAttr {
     map_name: [u8; 16],
 }
 
-/// `union bpf_attr`, the part for one element of a map. BPF_MAP_GET_NEXT_KEY has the next key where the others have the value.
+/// `union bpf_attr`, the part for one element of a map. BPF_MAP_GET_NEXT_KEY has the next key in the place of the
+/// value.
 #[repr(C)]
 #[derive(Default)]
 struct ElementAttr {
@@ -69,9 +70,9 @@ struct BatchAttr {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct TrieKey {
-    /// How many bits of it count.
+    /// How many bits of the key count.
     pub bits: u32,
-    /// The address in its list.
+    /// The number of a list, and an address.
     pub address: ListedAddress,
 }
 
@@ -85,7 +86,7 @@ struct MapInfo {
     value_size: u32,
 }
 
-/// A map, of keys and values of these types.
+/// A map with keys and values of these types.
 pub struct Map<K, V> {
     fd: OwnedFd,
     types: PhantomData<(K, V)>,
@@ -95,20 +96,21 @@ pub struct Map<K, V> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
 pub enum Read {
-    /// As it is.
+    /// Without a lock.
     Plain = 0,
-    /// All of one moment: under the `bpf_spin_lock` that is in it (`BPF_F_LOCK`), for as long as it takes to copy it.
+    /// All of one moment: under the `bpf_spin_lock` in the element (`BPF_F_LOCK`), which is held while the element is
+    /// copied.
     Locked = 4,
 }
 
 impl<K: Copy + Default, V: aya::Pod + Default> Map<K, V> {
-    /// Takes a descriptor for that of a map.
+    /// Takes the descriptor of a map.
     ///
     /// # Errors
-    /// What the kernel says; `InvalidData` if the map's elements have other sizes: it is another podshaper's.
+    /// The kernel's error; `InvalidData`: the keys or elements have other sizes, so the map is another podshaper's.
     pub fn of(fd: OwnedFd) -> io::Result<Self> {
         let info = map_info(fd.as_fd())?;
-        // The kernel trusts the caller with the sizes.
+        // The kernel relies on the caller for the sizes.
         if info.key_size as usize != size_of::<K>() || info.value_size as usize != size_of::<V>() {
             let (found, own) = ((info.key_size, info.value_size), (size_of::<K>(), size_of::<V>()));
             let text = format!("its keys and elements have {found:?} bytes and not {own:?}: it is another podshaper's");
@@ -120,7 +122,7 @@ impl<K: Copy + Default, V: aya::Pod + Default> Map<K, V> {
     /// The element of a key; `None` where there is none.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// The kernel's error.
     pub fn get(&self, key: &K, read: Read) -> io::Result<Option<V>> {
         let mut value = V::default();
         let attr = self.attr(key, (&raw mut value) as u64, read as u64);
@@ -130,10 +132,10 @@ impl<K: Copy + Default, V: aya::Pod + Default> Map<K, V> {
     /// Writes the element of a key.
     ///
     /// # Errors
-    /// What the kernel says; E2BIG where the map is full.
+    /// The kernel's error; E2BIG where the map is full.
     pub fn set(&self, key: &K, value: &V) -> io::Result<()> {
-        /// Since Linux 6.1 each CPU has a few elements in stock, and fills the stock up in the background (kernel/bpf/memalloc.c): a call
-        /// that finds none is told ENOMEM, whatever memory there is.
+        /// Since Linux 6.1 each CPU has a few elements in stock. The kernel fills the stock up in the background
+        /// (kernel/bpf/memalloc.c). A call that finds the stock empty gets ENOMEM, however much memory there is.
         const ATTEMPTS: u32 = 20;
         const PAUSE: Duration = Duration::from_millis(2);
         let write = || self.element(BPF_MAP_UPDATE_ELEM, self.attr(key, (&raw const *value) as u64, 0));
@@ -149,15 +151,15 @@ impl<K: Copy + Default, V: aya::Pod + Default> Map<K, V> {
     /// Removes the element of a key, if there is one.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// The kernel's error.
     pub fn remove(&self, key: &K) -> io::Result<()> {
         found(self.element(BPF_MAP_DELETE_ELEM, self.attr(key, 0, 0))).map(drop)
     }
 
-    /// Whether there is no element.
+    /// Whether the map has no element.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// The kernel's error.
     pub fn is_empty(&self) -> io::Result<bool> {
         let mut next = K::default();
         let (map_fd, value) = (self.fd.as_raw_fd() as u32, (&raw mut next) as u64);
@@ -168,7 +170,7 @@ impl<K: Copy + Default, V: aya::Pod + Default> Map<K, V> {
     /// All keys.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// The kernel's error.
     pub fn keys(&self) -> io::Result<Vec<K>> {
         let mut keys = Vec::new();
         loop {
@@ -203,7 +205,7 @@ impl<K, V> AsFd for Map<K, V> {
     }
 }
 
-/// `None` where the kernel says that there is no such element.
+/// `None` if the kernel's error is that there is no such element.
 fn found(result: io::Result<()>) -> io::Result<Option<()>> {
     match result {
         Err(cause) if cause.raw_os_error() == Some(libc::ENOENT) => Ok(None),
@@ -211,10 +213,10 @@ fn found(result: io::Result<()>) -> io::Result<Option<()>> {
     }
 }
 
-/// Makes an array map of one element, which is these bytes.
+/// Makes an array map of one element, with these bytes.
 ///
 /// # Errors
-/// What the kernel says.
+/// The kernel's error.
 pub fn new_element(name: &str, bytes: &[u8]) -> io::Result<OwnedFd> {
     // Before Linux 5.11 maps count against this limit, which is 64 KiB on many nodes. Root may raise it.
     let unlimited = libc::RLIM_INFINITY;
@@ -234,10 +236,10 @@ pub fn new_element(name: &str, bytes: &[u8]) -> io::Result<OwnedFd> {
     Ok(map)
 }
 
-/// The first element of an array map of any size of elements.
+/// The first element of an array map, whatever its size.
 ///
 /// # Errors
-/// What the kernel says.
+/// The kernel's error.
 pub fn element_bytes(map: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
     // The kernel copies elements in units of eight bytes.
     let mut value = vec![0; element_size(map)?.next_multiple_of(8)];
@@ -248,10 +250,10 @@ pub fn element_bytes(map: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
     Ok(value)
 }
 
-/// Writes the first element of an array map, with zeros behind these bytes.
+/// Writes these bytes into the first element of an array map, with zeros behind them.
 ///
 /// # Errors
-/// What the kernel says; `InvalidData` if the map's elements are shorter.
+/// The kernel's error; `InvalidData`: the map's elements are shorter than these bytes.
 pub fn set_element_bytes(map: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
     let size = element_size(map)?;
     if bytes.len() > size {
@@ -261,7 +263,7 @@ pub fn set_element_bytes(map: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<()> {
     write_element(map, bytes, size)
 }
 
-/// Writes the element of an array map whose elements have `size` bytes, with zeros at its end.
+/// Writes the element of an array map whose elements have `size` bytes, with zeros behind these bytes.
 fn write_element(map: BorrowedFd<'_>, bytes: &[u8], size: usize) -> io::Result<()> {
     let mut value = bytes.to_vec();
     value.resize(size.next_multiple_of(8), 0);
@@ -274,7 +276,7 @@ fn write_element(map: BorrowedFd<'_>, bytes: &[u8], size: usize) -> io::Result<(
 /// Keeps an element of zeros with a socket, in a map of socket storage whose elements have this many bytes.
 ///
 /// # Errors
-/// What the kernel says.
+/// The kernel's error.
 pub fn keep_with_socket(map: BorrowedFd<'_>, socket: BorrowedFd<'_>, value_bytes: usize) -> io::Result<()> {
     let (key, value) = (socket.as_raw_fd(), vec![0u8; value_bytes.next_multiple_of(8)]);
     let mut attr = ElementAttr {
@@ -286,18 +288,18 @@ pub fn keep_with_socket(map: BorrowedFd<'_>, socket: BorrowedFd<'_>, value_bytes
     bpf(BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
 }
 
-/// Writes all these elements of a trie whose values have 32 bits, as many keys as values: in one call where the kernel can, since a
-/// thousand calls take milliseconds.
+/// Writes all these elements of a trie whose values have 32 bits. There must be as many keys as values. Where the
+/// kernel can, this is one call, because a thousand calls take milliseconds.
 ///
 /// # Errors
-/// What the kernel says.
+/// The kernel's error.
 pub fn insert_all(map: BorrowedFd<'_>, keys: &[TrieKey], values: &[u32]) -> io::Result<()> {
     let map_fd = map.as_raw_fd() as u32;
     let count = keys.len().min(values.len()) as u32;
     let (all_keys, all_values) = (keys.as_ptr() as u64, values.as_ptr() as u64);
     let mut attr = BatchAttr { keys: all_keys, values: all_values, count, map_fd, ..BatchAttr::default() };
     match bpf(BPF_MAP_UPDATE_BATCH, &mut attr) {
-        // Linux before 5.14 does not know it of tries.
+        // Linux before 5.14 has no such call for tries.
         Err(cause) if cause.raw_os_error() == Some(ENOTSUPP) => keys.iter().zip(values).try_for_each(|(key, value)| {
             let (key, value) = (&raw const *key as u64, &raw const *value as u64);
             bpf(BPF_MAP_UPDATE_ELEM, &mut ElementAttr { map_fd, key, value, ..ElementAttr::default() }).map(drop)
@@ -306,7 +308,7 @@ pub fn insert_all(map: BorrowedFd<'_>, keys: &[TrieKey], values: &[u32]) -> io::
     }
 }
 
-/// Bytes of an element, from the kernel; that the object is an array map with 32-bit keys is checked with it.
+/// The bytes of an element, from the kernel. Also checks that the object is an array map with 32-bit keys.
 fn element_size(map: BorrowedFd<'_>) -> io::Result<usize> {
     match map_info(map)? {
         MapInfo { map_type: BPF_MAP_TYPE_ARRAY, key_size: 4, value_size, .. } => Ok(value_size as usize),

@@ -1,4 +1,4 @@
-//! The filters that run the programs (`tc filter .. bpf direct-action`), and clsact, the place for them.
+//! The filters that run the programs (`tc filter .. bpf direct-action`), and clsact, the qdisc that has the filters.
 
 use std::{
     io,
@@ -23,23 +23,24 @@ const TCA_BPF_FLAGS: u16 = 8;
 const TCA_BPF_FLAG_ACT_DIRECT: u32 = 1;
 /// All protocols (uapi/linux/if_ether.h).
 const ETH_P_ALL: u16 = 3;
-/// Before the filters of others, whose verdict may be the last: what they see has been charged.
+/// Ahead of other tools' filters, whose verdict may be final. So packets have been charged when other filters see them.
 const PRIORITY: u16 = 1;
-/// The number of filters whose programs are the node's. It is their handle, by which they are known again: filters of others may stand beside
-/// them. The kernel has a tree of handles for each pod and direction, with a node of 576 bytes for each six bits (`idr_alloc_u32`,
-/// include/linux/radix-tree.h), and what asks for no handle gets the lowest that is free, from 1 on.
+/// The number of the filters that run the node's programs. The number is their handle, by which podshaper knows them
+/// again: filters of other tools may stand beside them. The kernel has a tree of handles for each pod and direction,
+/// with a node of 576 bytes for each six bits (`idr_alloc_u32`, include/linux/radix-tree.h). A filter that asks for no
+/// handle gets the lowest free one, from 1 on.
 pub const OF_NODE: u16 = 60;
 
 const fn handle(number: u16) -> TcHandle {
     TcHandle { major: 0, minor: number }
 }
 
-/// Which packets of an interface a filter sees.
+/// The packets of an interface that a filter sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hook {
-    /// What comes in by it.
+    /// Packets that come in by the interface.
     Ingress,
-    /// What goes out by it, before its queue.
+    /// Packets that go out by the interface, before its queue.
     Egress,
 }
 
@@ -53,10 +54,11 @@ impl Hook {
     }
 }
 
-/// Puts a program on an interface that has a place for filters, before those of others and in the place of an earlier one of this number.
+/// Puts a program on an interface that has clsact, ahead of other tools' filters. It replaces an earlier filter of this
+/// number.
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says.
+/// [`Code::Kernel`] with the kernel's error.
 pub fn put_filter(ifindex: u32, hook: Hook, number: u16, name: &str, program: BorrowedFd<'_>) -> Result<()> {
     let failed = |cause: io::Error| {
         let what = format!("put the eBPF program {name} on the interface {ifindex}");
@@ -79,7 +81,8 @@ pub fn put_filter(ifindex: u32, hook: Hook, number: u16, name: &str, program: Bo
     netlink::change(RouteNetlinkMessage::NewTrafficFilter(message), NLM_F_CREATE | NLM_F_REPLACE).map_err(failed)
 }
 
-/// Whether our preference is taken. One preference has one kind of filter, of one protocol (`tc_new_tfilter`, net/sched/cls_api.c).
+/// Whether another filter has our preference. All filters of one preference are of one kind and one protocol
+/// (`tc_new_tfilter`, net/sched/cls_api.c).
 fn is_taken(ifindex: u32, hook: Hook) -> bool {
     let ours = filter(ifindex, hook, 0).header.info;
     let is_other = |answer: &RouteNetlinkMessage| match answer {
@@ -92,10 +95,10 @@ fn is_taken(ifindex: u32, hook: Hook) -> bool {
     filters(ifindex, hook).is_ok_and(|found| found.iter().any(is_other))
 }
 
-/// Takes the program of this number off an interface. What others have put there stays.
+/// Takes the program of this number off an interface. Other tools' filters stay.
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says.
+/// [`Code::Kernel`] with the kernel's error.
 pub fn take_filter(ifindex: u32, hook: Hook, number: u16) -> Result<()> {
     match netlink::change(RouteNetlinkMessage::DelTrafficFilter(filter(ifindex, hook, number)), 0) {
         Err(cause) if !matches!(cause.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::EINVAL)) => {
@@ -105,10 +108,10 @@ pub fn take_filter(ifindex: u32, hook: Hook, number: u16) -> Result<()> {
     }
 }
 
-/// `tc qdisc del dev IFINDEX clsact`, if nobody has a filter there.
+/// `tc qdisc del dev IFINDEX clsact`, if no filter is there.
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says.
+/// [`Code::Kernel`] with the kernel's error.
 pub fn take_clsact_if_unused(ifindex: u32) -> Result<()> {
     for hook in [Hook::Ingress, Hook::Egress] {
         let is_filter = |answer: &RouteNetlinkMessage| matches!(answer, RouteNetlinkMessage::NewTrafficFilter(_));
@@ -127,7 +130,7 @@ pub fn take_clsact_if_unused(ifindex: u32) -> Result<()> {
 /// Whether the program of this number is on an interface.
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says.
+/// [`Code::Kernel`] with the kernel's error.
 pub fn has_filter(ifindex: u32, hook: Hook, number: u16) -> Result<bool> {
     Ok(filters(ifindex, hook)?.iter().any(|answer| match answer {
         RouteNetlinkMessage::NewTrafficFilter(filter) => filter.header.handle == handle(number),
@@ -135,11 +138,11 @@ pub fn has_filter(ifindex: u32, hook: Hook, number: u16) -> Result<bool> {
     }))
 }
 
-/// Refuses the place of a filter for what goes out by an interface that has plain `ingress`, and not clsact: the kernel would put the filter among
-/// those for what comes in (`ingress_tcf_block`, net/sched/sch_ingress.c), in the place of ours.
+/// Refuses a filter for egress on an interface that has plain `ingress` and not clsact: the kernel would put the filter
+/// among those for ingress (`ingress_tcf_block`, net/sched/sch_ingress.c), in the place of ours.
 ///
 /// # Errors
-/// [`Code::Kernel`]: it has none, or with what the kernel says.
+/// [`Code::Kernel`]: the interface has `ingress`; or the kernel's error.
 pub fn refuse_ingress(ifindex: u32) -> Result<()> {
     let what = format!("put eBPF programs on both ways of the interface {ifindex}");
     match qdisc::qdisc_at(ifindex, TcHandle::CLSACT) {
@@ -154,11 +157,11 @@ pub fn refuse_ingress(ifindex: u32) -> Result<()> {
     }
 }
 
-/// Refuses a place behind programs of tcx: they come before all filters, and the verdict of one may be the last (`sch_handle_ingress`,
-/// net/core/dev.c).
+/// Refuses an interface with tcx programs: these run before all filters, and their verdict may be final
+/// (`sch_handle_ingress`, net/core/dev.c).
 ///
 /// # Errors
-/// [`Code::Kernel`]: there are some, or with what the kernel says.
+/// [`Code::Kernel`]: the interface has tcx programs; or the kernel's error.
 pub fn refuse_tcx(ifindex: u32, hook: Hook) -> Result<()> {
     let what = format!("put an eBPF program on the interface {ifindex}");
     match sys::programs_before_filters(ifindex, hook == Hook::Ingress) {
@@ -187,10 +190,11 @@ fn filter(ifindex: u32, hook: Hook, number: u16) -> TcMessage {
     message
 }
 
-/// The place for filters: `tc qdisc add dev IFINDEX clsact`, unless there is one, or `ingress`. It queues nothing. Whether there was none.
+/// Makes the place for filters: `tc qdisc add dev IFINDEX clsact`, unless clsact or `ingress` is there. It queues
+/// nothing. Returns whether this call made it.
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says.
+/// [`Code::Kernel`] with the kernel's error.
 pub fn put_clsact(ifindex: u32) -> Result<bool> {
     match netlink::change(RouteNetlinkMessage::NewQueueDiscipline(clsact(ifindex)), NLM_F_CREATE | NLM_F_EXCL) {
         Ok(()) => Ok(true),

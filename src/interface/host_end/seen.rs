@@ -1,4 +1,4 @@
-//! The waiting room and a host's end as they are found, which may not be as podshaper has made them.
+//! The waiting room and a host end as they are found. They may differ from what podshaper has made.
 
 use std::{collections::HashSet, io};
 
@@ -16,19 +16,19 @@ use crate::{
     qdisc::{self, htb},
 };
 
-/// The waiting room, with all that podshaper has put there for all pods.
+/// The waiting room, with the parts that serve all pods.
 pub struct Room {
     /// The interface that packets are sent to.
     pub ifindex: u32,
-    /// Its classes of htb; `None` where its queue is fq.
+    /// Its htb classes; `None`: its queue is fq.
     classes: Option<HashSet<u16>>,
 }
 
 impl Room {
-    /// That of the calling thread's namespace.
+    /// Looks at the waiting room of the calling thread's namespace.
     ///
     /// # Errors
-    /// [`Code::Mismatch`] naming what is gone; [`Code::Kernel`] where it cannot be looked at.
+    /// [`Code::Mismatch`] names the part that is gone. [`Code::Kernel`]: the room cannot be looked at.
     pub fn look() -> Result<Self> {
         let gone = |what: &str| Error::new(Code::Mismatch, format!("the waiting room {WAITING} of the node {what}"));
         let link = netlink::link_by_name(WAITING).map_err(looking)?.ok_or_else(|| gone("is gone"))?;
@@ -50,7 +50,7 @@ impl Room {
         Ok(Self { ifindex, classes })
     }
 
-    /// Whether a pod's place is there. 0: it needs none.
+    /// Whether a pod's place is there. In a room with fq a pod needs no class (0).
     pub fn has_place(&self, class: u16) -> bool {
         match &self.classes {
             Some(classes) => class != 0 && classes.contains(&class),
@@ -59,17 +59,17 @@ impl Room {
     }
 }
 
-/// Whether an interface is the host's end of a pod's veth, whose namespace has this number in the node's.
+/// Whether an interface is the host end of the veth of the pod whose namespace has this nsid in the node's.
 ///
 /// # Errors
-/// [`Code::Kernel`] with what the kernel says.
+/// [`Code::Kernel`] with the kernel's error.
 pub fn leads_to(ifindex: u32, namespace: u32) -> Result<bool> {
     let is_its = |attribute: &LinkAttribute| matches!(attribute, LinkAttribute::LinkNetNsId(id) if u32::try_from(*id) == Ok(namespace));
     let found = netlink::link(ifindex).map_err(looking)?;
     Ok(found.is_some_and(|link| link.attributes.iter().any(is_its)))
 }
 
-/// Whether the queue of a waiting room is fq, and not htb; `None` where it has neither.
+/// Whether the queue of a waiting room is fq; `false`: it is htb. `None`: it is neither.
 pub(super) fn has_fq(link: &LinkMessage) -> Option<bool> {
     link.attributes.iter().find_map(|attribute| match attribute {
         LinkAttribute::Qdisc(kind) if kind == "fq" => Some(true),
@@ -78,10 +78,10 @@ pub(super) fn has_fq(link: &LinkMessage) -> Option<bool> {
     })
 }
 
-/// Refuses a waiting room on which somebody has put a qdisc that is no place to wait.
+/// Refuses a waiting room with another tool's qdisc, unless that qdisc is fq.
 ///
 /// # Errors
-/// [`Code::Kernel`]: there is one, or with what the kernel says.
+/// [`Code::Kernel`]: there is such a qdisc; or the kernel's error.
 pub(super) fn refuse_foreign_queue(ifindex: u32) -> Result<()> {
     match qdisc::qdisc_at(ifindex, TcHandle::ROOT).map_err(looking)? {
         Some((kind, handle)) if ![0, QDISC_MAJOR].contains(&handle.major) && kind != "fq" => {
