@@ -411,16 +411,17 @@ impl<'a> Attaching<'a> {
     /// The needs of the attachments that stay without this one.
     fn staying(&self) -> Vec<Need> {
         let place = &self.plan.place;
+        let is_here = |need: &Need| need.record.shares_namespace(&self.record);
         match &self.under_lock {
             Some(UnderLock { before, others, .. }) => {
-                let before = before.iter().map(Present::need).filter(|need| need.record.shares_namespace(&self.record));
+                let before = before.iter().map(Present::need).filter(is_here);
                 others.iter().cloned().chain(before).collect()
             }
             // The lock could not be taken: the pins are read without it.
             None => {
                 let directory: Option<PathBuf> = self.pins.find(place);
                 let before = directory.and_then(|directory| Present::read(place.clone(), directory).ok());
-                let before = before.map(|before| before.need());
+                let before = before.map(|before| before.need()).filter(is_here);
                 others(&self.pins, place, &self.record).into_iter().chain(before).collect()
             }
         }

@@ -155,11 +155,13 @@ impl Present {
         if !is_new && gone.iter().any(|(hook, _)| *hook == Hook::Egress) {
             host_end::refuse_ingress(at.ifindex)?;
         }
-        for (hook, name) in gone {
-            host_end::put_filter(at.ifindex, hook, at.filter, name, set.program(name)?.as_fd())?;
+        // clsact was another tool's before. Now it is podshaper's, and goes with the last filter, also if a filter fails here.
+        if is_new && !at.clsact {
+            self.note(HeldAt { clsact: true, ..at })?;
         }
-        // clsact was another tool's before. Now it is podshaper's, and goes with the last filter.
-        if is_new && !at.clsact { self.note(HeldAt { clsact: true, ..at }) } else { Ok(()) }
+        gone.into_iter().try_for_each(|(hook, name)| {
+            host_end::put_filter(at.ifindex, hook, at.filter, name, set.program(name)?.as_fd())
+        })
     }
 
     /// Lets the held packets of the attachment wait in this room from here on, if it has any.
