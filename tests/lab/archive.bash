@@ -1,29 +1,29 @@
-# Shared by tests/lab/kernels and tests/node/parts, which source it after common.bash: packages of other Debian suites than this
-# machine's, unpacked in the cache and never installed.
+# tests/lab/kernels, tests/node/parts and others source this file after common.bash. It fetches packages of other Debian suites than
+# this machine's, and unpacks them in the cache without installing them.
 # shellcheck shell=bash
 
 cache=${PODSHAPER_LAB:-${XDG_CACHE_HOME:-$HOME/.cache}/podshaper-lab}
 suites=(bullseye bookworm trixie trixie-backports sid)
-# The suites whose sources are wanted: for Kubernetes.
+# The suites whose source packages are fetched, too (Kubernetes).
 source_suites=(bookworm)
 
-# One at a time, as long as the caller lives: two that start together must not fetch the same.
+# Locks the cache until the caller exits: two scripts that start together must not fetch the same packages.
 lock_cache() {
     mkdir -p "$cache"
     exec {lock}>"$cache/lock"
     flock "$lock"
 }
 
-# apt over those suites, apart from this machine's own; from the mirror that this machine uses.
+# Runs an apt tool on those suites, with state apart from this machine's own, from the mirror that this machine uses.
 apt() {
     local tool=$1 state=$cache/apt
     shift
     "$tool" -o "Dir::Etc::sourcelist=$state/sources.list" -o Dir::Etc::sourceparts=- -o "Dir::State::lists=$state/lists" \
         -o "Dir::State::status=$state/status" -o "Dir::Cache=$state/cache" -o Acquire::Languages=none -o APT::Sandbox::User=root \
-        -o Acquire::Check-Valid-Until=false "$@" # an old suite is not signed anew every week
+        -o Acquire::Check-Valid-Until=false "$@" # the signature of an old suite has expired
 }
 
-# Once a day.
+# Reads the package lists of the suites, once a day.
 update_apt() {
     local mirror suite keyring=signed-by=/usr/share/keyrings/debian-archive-keyring.gpg new=$cache/apt/sources.list.new
     mkdir -p "$cache"/apt/{lists/partial,cache/archives/partial}
@@ -43,12 +43,12 @@ update_apt() {
     fi
     mv "$new" "$cache/apt/sources.list"
     : >"$cache/apt/status"
-    # By itself apt calls it a success when it reached nothing.
+    # Without --error-on=any apt-get succeeds even if it reached no mirror.
     apt apt-get --quiet=2 --error-on=any update >&2 || die "could not read $mirror"
     touch "$cache/apt/updated"
 }
 
-# unpack DIRECTORY PACKAGE..: each may name its suite, as in containerd/trixie.
+# unpack DIRECTORY PACKAGE..: unpacks the packages into the directory. A package may name its suite, as in containerd/trixie.
 unpack() {
     local directory=$1 package packages
     shift

@@ -1,7 +1,7 @@
-# Shared by tests/xtask, tests/lab/uml, tests/lab/vm and others, which source it: installing what is missing, and running one command in a kernel.
+# tests/xtask, tests/lab/uml, tests/lab/vm and others source this file. It installs missing packages, and runs one command in a kernel.
 #
-# A kernel is a group of processes on this machine. It gets a directory ($work) with the command, and writes what the command prints
-# and its exit status to descriptors that are pipes here (guest says how). It is not shut down but killed: nothing in it outlives it.
+# A kernel is a group of processes on this machine. It gets a directory ($work) with the command. It writes the command's output and exit
+# status to descriptors that are pipes here (guest says how). It is not shut down but killed, and all its processes end with it.
 # shellcheck shell=bash
 
 EXIT_LATE=124 # as timeout(1)
@@ -13,7 +13,7 @@ die() {
     exit "$EXIT_NO_KERNEL"
 }
 
-# need PROGRAM-OR-FILE:PACKAGE..: installs the Debian packages whose program or file is not there.
+# need PROGRAM-OR-FILE:PACKAGE..: installs the Debian packages whose program or file is missing.
 need() {
     local need missing=()
     for need; do
@@ -45,7 +45,7 @@ parse() {
     command=("$@")
 }
 
-# The comment at the top of the script.
+# Prints the comment at the top of the script.
 usage() {
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" >&2
     exit 2
@@ -71,10 +71,10 @@ prepare_work() {
     exec {status}<>"$work/status"
 }
 
-# Kills the kernel, whose leader $kernel is, and waits for what it printed last.
+# Kills the kernel, whose first process is $kernel, and waits until its last output is printed.
 clean() {
     trap '' INT TERM HUP
-    # The group, not the leader alone: a kernel has helpers.
+    # The whole process group: a kernel has helper processes.
     [[ -z $kernel ]] || kill -KILL -- "-$kernel" 2>/dev/null || true
     [[ -z ${out-} ]] || exec {out}>&-
     [[ -z ${err-} ]] || exec {err}>&-
@@ -85,7 +85,7 @@ clean() {
 # Waits for the command's exit status and exits with it.
 finish() {
     local deadline=$((SECONDS + seconds)) line=
-    # Else bash reports its death.
+    # Otherwise bash reports that the kernel was killed.
     disown "$kernel"
     until [[ $line ]]; do
         if read -r -t 1 -u "$status" line; then

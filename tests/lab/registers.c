@@ -1,8 +1,8 @@
-// ptrace(2) for Debian's User Mode Linux on CPUs that have AMX: loaded into it by tests/lab/uml.
+// Replaces ptrace(2) in Debian's User Mode Linux on CPUs that have AMX. tests/lab/uml loads it there.
 //
-// It has room for the 2696 bytes of registers up to AVX-512 and PKRU, and sets as many. The machine's kernel takes all that its CPU
-// has or none (xstateregs_set, arch/x86/kernel/fpu/regset.c), which with AMX are 11,008 bytes: the first process would end User Mode
-// Linux. Nothing in there uses AMX, whose registers take a permission, so what is missing is zeros.
+// User Mode Linux has room for the 2696 bytes of registers up to AVX-512 and PKRU, and sets that many. The machine's kernel accepts either all
+// registers of its CPU or none (xstateregs_set, arch/x86/kernel/fpu/regset.c). With AMX these are 11,008 bytes, so that User Mode Linux would
+// end with its first process. No process in User Mode Linux uses AMX, for which it needs a permission, so the missing registers are zero.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <elf.h>
@@ -13,7 +13,7 @@
 
 typedef long ptrace_t(int request, int pid, void *address, void *data);
 
-// Of this kernel's registers as a whole; larger than any CPU's.
+// All registers of this machine's CPU; larger than those of any CPU.
 static char whole[65536];
 static size_t whole_bytes;
 

@@ -1,8 +1,8 @@
-# Sourced after lib.bash by the tests that have a whole machine to themselves: what a pod, and all of them, leave on it.
+# The tests that have a whole machine to themselves source this file after lib.bash. It finds what one pod, or all pods, leave on the machine.
 # shellcheck shell=bash
 : "${driver:?}"
 
-# pins_of UID: the owner's record of each of its interfaces that is limited.
+# pins_of UID: prints the owner record of each limited interface of the pod.
 pins_of() {
     find /sys/fs/bpf/podshaper -path "*/$1/*" -name OWNER
 }
@@ -11,7 +11,7 @@ no_pins_of() {
     [[ ! $(pins_of "$1") ]]
 }
 
-# With systemd's cgroups kubelet 1.20 makes directories of the other shape, too, and leaves them; they are of no use to anybody.
+# With systemd's cgroups kubelet 1.20 also makes directories of cgroupfs' shape and leaves them. They are unused, and are not listed here.
 pod_cgroups() {
     local shape='pod*'
     [[ $driver == cgroupfs ]] || shape='kubepods*-pod*.slice'

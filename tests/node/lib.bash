@@ -1,21 +1,21 @@
-# Shared by the tests of this directory, which source it: a node made of containerd and kubelet, what its pods are made of, how their
-# rates are measured, and how the tests are counted. $run is the directory of everything that is written.
+# The tests of this directory source this file. It has a node made of containerd and kubelet, the specification of its pods, the measurement of
+# their rates, and the counting of tests. All files are written to the directory $run.
 # shellcheck shell=bash
 
-# What the scripts that source this say: their directory, the programs to test, the network interface that leads away.
+# Set by the scripts that source this file: their directory, the programs to test, the network interface that leads away from the node.
 : "${run:?} ${podshaper:?} ${traffic:?} ${uplink:?}"
 parts=${PODSHAPER_LAB:-${XDG_CACHE_HOME:-$HOME/.cache}/podshaper-lab}/node
 passed=0 failed=0
-# What tells who waits for what: a kubelet in User Mode Linux on a busy machine is slow.
+# Seconds to wait for kubelet and others: a kubelet in User Mode Linux on a busy machine is slow.
 PATIENCE=${PATIENCE:-120}
-# Rates may be off by this: TCP payload over 5 s, on a machine that does other things.
+# The least and the largest part of the limit that a rate may have: TCP over 5 s, on a busy machine.
 LOW=0.90 HIGH=1.04
 
-# it CLAIM COMMAND..: a test. It fails with the first command that fails, and says what that printed.
+# it CLAIM COMMAND..: runs a test and prints its output. The test fails when one of its commands fails.
 it() {
     local claim=$1 status=0 start=$SECONDS
     shift
-    # A subshell with -e of its own: where a function is a condition, bash ignores -e in it.
+    # A subshell with its own -e: bash ignores -e in a function that is called as a condition.
     set +e
     (
         set -e
@@ -34,7 +34,7 @@ it() {
     [[ $status -eq 0 ]] || explain
 }
 
-# Whoever has to find out why gets the ends of the logs.
+# Prints the ends of the logs of a test that failed.
 explain() {
     local log
     for log in "$run"/{podshaper,kubelet,containerd}.log; do
@@ -44,13 +44,13 @@ explain() {
     done
 }
 
-# The last line of a run, as cargo's own tests write it: tests/run adds them up.
+# Prints the last line of a run in the format of cargo's tests: tests/run adds up these lines.
 results() {
     echo "test result: $([[ $failed -eq 0 ]] && echo ok || echo FAILED). $passed passed; $failed failed; 0 ignored"
     [[ $failed -eq 0 ]]
 }
 
-# combination RUNTIME DRIVER QOS PLUGIN SPEC RESULT: something that passed, for the table at the end.
+# combination RUNTIME DRIVER QOS PLUGIN SPEC RESULT: adds a combination that passed to the table at the end.
 combination() {
     local IFS=$'\t'
     echo "$*" >>"$run/combinations"
@@ -63,7 +63,7 @@ combinations() {
         awk -F '\t' '{ printf "  %-18s %-16s %-11s %-15s %-6s %s\n", $1, $2, $3, $4, $5, $6 }'
 }
 
-# until_true SECONDS COMMAND..: waits for it, and says what it waited for in vain.
+# until_true SECONDS COMMAND..: repeats the command until it succeeds. After that time it names the command and fails.
 until_true() {
     local deadline=$((SECONDS + $1))
     shift
@@ -78,7 +78,8 @@ fail() {
     return 1
 }
 
-# below_systemd COMMAND..: runs it as a service of a systemd, the first process of a namespace of its own, and exits as it does.
+# below_systemd COMMAND..: runs the command as a service of a systemd, which is the first process of a pid namespace of its own. Exits with the
+# command's status.
 below_systemd() {
     local units=/run/systemd/system unit
     mkdir -p "$units" "$run"
@@ -87,7 +88,7 @@ below_systemd() {
         "ExecStart=/bin/bash -c '\"\$\$@\"; echo \$\$? >$run/status' bash $*" \
         "StandardOutput=append:$run/output" "StandardError=append:$run/output" Delegate=yes TimeoutStartSec=infinity >"$units/node.service"
     printf '%s\n' '[Unit]' DefaultDependencies=no Requires=node.service >"$units/node.target"
-    # The machine's own services have no business here.
+    # The machine's own services must not run here.
     for unit in systemd-{tmpfiles-setup,tmpfiles-setup-dev,sysctl,modules-load,udevd,udev-trigger,journald,journal-flush,remount-fs,update-utmp}; do
         ln -sf /dev/null "$units/$unit.service"
     done
@@ -103,7 +104,8 @@ kubectl() {
     "$parts/kubectl/kubectl" --kubeconfig "$run/kubeconfig" "$@"
 }
 
-# start_api_server WITHOUT: etcd and an API server, whose admin $run/kubeconfig is; without that admission plugin, if one is named.
+# start_api_server WITHOUT: starts etcd and an API server, without the admission plugin WITHOUT if that is not empty. $run/kubeconfig is the
+# administrator's.
 start_api_server() {
     openssl genrsa -out "$run/sa.key" 2048 2>/dev/null
     openssl rsa -in "$run/sa.key" -pubout -out "$run/sa.pub" 2>/dev/null
@@ -126,7 +128,7 @@ YAML
     until_true "$PATIENCE" kubectl get --raw /readyz
 }
 
-# What the node's network is made of: the uplink with its address, and its own place beside pods of macvlan on that uplink.
+# Makes the node's network: the uplink with its address, and a macvlan interface by which the node reaches macvlan pods on that uplink.
 make_uplink() {
     ip link set lo up
     ip link add "$uplink" type veth peer name far0
@@ -140,7 +142,8 @@ make_uplink() {
     sysctl --quiet --write net.ipv4.ip_forward=1
 }
 
-# lay_out_plugins PART: its plugins, flannel's and podshaper where they are on a node, and nothing that was there.
+# lay_out_plugins PART: puts the plugins of the part, flannel's and podshaper into a node's usual directory, and hides the machine's own plugins
+# and conflists.
 lay_out_plugins() {
     mkdir -p /opt/cni/bin /etc/cni/net.d
     mount -t tmpfs plugins /opt/cni/bin
@@ -149,10 +152,10 @@ lay_out_plugins() {
     install -m 755 "$podshaper" /opt/cni/bin/podshaper
 }
 
-# conflist PLUGIN VERSION [KEYS]: what the node's pods are attached by. Changing it needs no restart. KEYS: more of podshaper's own.
+# conflist PLUGIN VERSION [KEYS]: writes the conflist of the node's pods. A change needs no restart. KEYS: additional keys of podshaper's entry.
 conflist() {
     local plugin=$1 version=$2 ipam primary subnet=10.244.1.0/24
-    # A pod of macvlan or ipvlan reaches everyone on the uplink but the node itself: the node's own place there is in the same subnet.
+    # A macvlan or ipvlan pod reaches all hosts on the uplink but the node's uplink itself. The node's macvlan interface is in the same subnet.
     [[ $plugin != *vlan ]] || subnet=10.244.3.0/24
     ipam='{"type": "host-local", "ranges": [[{"subnet": "'$subnet'"}]], "routes": [{"dst": "0.0.0.0/0"}]}'
     case $plugin in
@@ -175,7 +178,7 @@ conflist() {
 
 use_conflist() {
     cp "$1" /etc/cni/net.d/new
-    # Within the directory: containerd takes no notice of a file that is moved in from elsewhere.
+    # Renamed within the directory: containerd does not notice a file that is moved in from another directory.
     mv /etc/cni/net.d/new /etc/cni/net.d/10-pods.conflist
 }
 
@@ -222,7 +225,7 @@ TOML
 }
 
 ctr() {
-    # It warns of the deprecated version of the CRI that this kubelet speaks, each time.
+    # At each call ctr warns of the deprecated CRI version that this kubelet speaks.
     "$containerd/ctr" --address "$run/containerd.sock" --namespace k8s.io "$@" 2> >(grep -v DEPRECATION >&2)
 }
 
@@ -249,7 +252,7 @@ YAML
     printf '%s\n' "$@" >>"$run/kubelet.yaml"
 }
 
-# start_kubelet ARGUMENT..: --v=3 has it log the events, too.
+# start_kubelet ARGUMENT..: starts kubelet. With --v=3 it logs events, too.
 start_kubelet() {
     local program=$parts/kubelet/kubelet
     [[ $runtime != containerd\ 2.* ]] || program=$parts/kubelet-cri-v1/kubelet
@@ -259,8 +262,8 @@ start_kubelet() {
     until_true 60 curl --silent --fail http://127.0.0.1:10255/pods
 }
 
-# template QOS: what the specification of a pod is in these tests. It sends on 5201 to who connects, and receives on 5202; what it
-# has received it writes to its log.
+# template QOS: prints the specification of a pod for these tests. The pod sends to each client that connects to port 5201, and receives on port
+# 5202. It writes to its log how much it has received.
 template() {
     local resources='{}'
     case $1 in
@@ -287,7 +290,7 @@ containers:
 YAML
 }
 
-# mbit MTU: from traffic's report in report.json to Mbit/s on the wire, the first second left out. 52 bytes of each packet are headers.
+# mbit MTU: prints Mbit/s on the wire by traffic's report in report.json, without the first second. 52 bytes of each packet are headers.
 mbit() {
     printf '%.2f' "$(jq --argjson mtu "$1" '([.sample_us[] | select(. < 1000000)] | length) as $from |
         (.payload_bytes[-1] - .payload_bytes[$from]) * 8 / (.sample_us[-1] - .sample_us[$from]) * $mtu / ($mtu - 52)' "$run/report.json")"
@@ -295,7 +298,7 @@ mbit() {
 
 milliseconds() { echo $(($(date +%s%N) / 1000000)); }
 
-# rate_between FROM TO: Mbit/s on the wire between two times of the flow in report.json, in milliseconds.
+# rate_between FROM TO: prints Mbit/s on the wire between two times of the flow in report.json. Times are in milliseconds.
 rate_between() {
     jq --argjson from "$1" --argjson to "$2" '[.sample_us, .payload_bytes] | transpose
         | map(select(.[0] >= $from * 1000 and .[0] <= $to * 1000))
@@ -307,27 +310,27 @@ within() {
     awk -v rate="$1" -v limit="$2" -v low="$LOW" -v high="$HIGH" 'BEGIN { exit !(rate >= low * limit && rate <= high * limit) }'
 }
 
-# attempts LIMIT DIRECTION COMMAND..: the rate it prints is that many Mbit/s. Above it is a failure at once; below it is measured again,
-# as it may be that the machine was busy.
+# attempts LIMIT DIRECTION COMMAND..: fails unless the rate that the command prints is LIMIT Mbit/s. A higher rate fails at once. A lower rate is
+# measured again, since the machine may have been busy.
 attempts() {
     local limit=$1 direction=$2 rate
     shift 2
     for _ in {1..5}; do
-        # What is not measured must not be taken from an earlier report.
+        # After a failed measurement, report.json may be of an earlier one.
         rate=$("$@") || fail "$direction of $limit Mbit/s was not measured: $rate" || return
         if within "$rate" "$limit"; then
             echo "$direction $limit Mbit/s: $rate on the wire"
             return
         fi
         echo "$direction of $limit Mbit/s was $rate on the wire"
-        # Payload of each 100 ms: whether it was one burst or the whole time.
+        # The payload of each 100 ms shows whether the rate was wrong in one burst or all the time.
         jq --compact-output .buckets "$run/report.json"
         awk -v rate="$rate" -v limit="$limit" 'BEGIN { exit !(rate < limit) }' || return
     done
     return 1
 }
 
-# sends ADDRESS LIMIT [MTU]: what the pod there sends is at that many Mbit/s.
+# sends ADDRESS LIMIT [MTU]: fails unless the pod at that address sends at LIMIT Mbit/s.
 sends() {
     attempts "$2" egress sent_by "$1" "${3:-1500}"
 }
@@ -337,7 +340,7 @@ sent_by() {
     mbit "$2"
 }
 
-# receives ADDRESS LIMIT LOG [MTU]: what it receives, by its own account in the log of its container.
+# receives ADDRESS LIMIT LOG [MTU]: fails unless the pod receives at LIMIT Mbit/s, by the pod's own report in the log of its container.
 receives() {
     attempts "$2" ingress received_by "$1" "$3" "${4:-1500}"
 }
@@ -351,12 +354,12 @@ received_by() {
     mbit "$mtu"
 }
 
-# The rates that this test has printed so far.
+# Prints the rates that this test has printed so far.
 measured() {
     sed -n 's/ Mbit\/s: \(.*\) on the wire/M: \1/p' "$run/test.log" | paste -sd , | sed 's/,/, /g'
 }
 
-# Without fq, and without a veth to put tbf on, what is above the limit is dropped: on a short path a sender makes less of it then.
+# Without fq, and without a veth for tbf, packets above the limit are dropped. On a short path a sender then reaches less than the limit.
 allow_for_drops() {
     if grep -q "$1.*ingress.*by drops" "$run/podshaper.log"; then
         echo "ingress is held by drops: half the rate is enough"

@@ -1,10 +1,10 @@
-// What kubelet asks of a container runtime, asked by kubelet's own library: version 1 of the CRI. Requests are JSON, as the CRI names them.
+// Makes kubelet's requests to a container runtime with kubelet's own library, by version 1 of the CRI. Requests are JSON with the CRI's names.
 //
 //	cri ENDPOINT run POD.json                          makes a sandbox, prints its id
 //	cri ENDPOINT start ID POD.json CONTAINER.json      makes a container in it and starts that, prints its id
 //	cri ENDPOINT update ID REQUEST.json                UpdatePodSandboxResources
-//	cri ENDPOINT status ID                             prints what the runtime says of the sandbox
-//	cri ENDPOINT stop ID | remove ID                   the sandbox
+//	cri ENDPOINT status ID                             prints the runtime's status of the sandbox
+//	cri ENDPOINT stop ID | remove ID                   stops or removes the sandbox
 package main
 
 import (
@@ -22,7 +22,7 @@ import (
 	remote "k8s.io/cri-client/pkg"
 )
 
-// How long the runtime may take to be there, and for the whole of what it is asked. User Mode Linux is slow.
+// How long to wait for the runtime to start, and for all of its answers together. User Mode Linux is slow.
 const patience = 2 * time.Minute
 
 func main() {
