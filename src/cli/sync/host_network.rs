@@ -2,8 +2,8 @@
 //! follow their annotations. The limit is on the pod's cgroup, on every interface but loopback, as with
 //! `podshaper attach`: the node's interfaces stay unchanged, and received packets are limited by drops.
 //!
-//! Only a pod with the annotation gets a limit. The `max` and the defaults of the configuration apply to the pod
-//! network: pods in the node's namespace are most often needed by the node itself.
+//! Only a pod with the annotation gets a limit, of at most the `max` of the configuration. The defaults, and `max` for
+//! pods that ask for nothing, apply to the pod network: pods in the node's namespace are most often needed by the node.
 
 use std::{collections::BTreeSet, path::Path};
 
