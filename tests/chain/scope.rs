@@ -164,7 +164,7 @@ fn large_packets_are_turned_off_in_the_pod_and_nowhere_else() {
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn the_first_window_is_limited_where_the_limit_is() {
-    /// A connection whose initial window is ten segments is not limited.
+    /// A first window of at least this size is not limited.
     const FREE_BYTES: u64 = 20_000;
     let bed = Bed::new();
     let window = |keys, way| {
