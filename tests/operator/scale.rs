@@ -1,5 +1,5 @@
-//! Many pods, and the costs of looking at them. The bounds allow for a busy machine and a build without optimisation. To
-//! get the numbers:
+//! Many pods, and the costs of looking at them. The bounds allow for a busy machine and a build without optimisation.
+//! To get the numbers:
 //!
 //! ```sh
 //! cargo test --release --test tests -- --ignored --nocapture --test-threads=1 operator::scale

@@ -1,16 +1,16 @@
 //! Wire bytes (layer 3: IP header and up) from the counters of this process's network namespace.
 //!
-//! A TCP sender hands packets of up to 64 KiB through a veth. The octet counters count such a packet once, with one set of
-//! headers, while a real link (and podshaper's clock) would carry it as many packets. Counters that know the difference,
-//! tried on Linux 6.18:
+//! A TCP sender hands packets of up to 64 KiB through a veth. The octet counters count such a packet once, with one set
+//! of headers, while a real link (and podshaper's clock) would carry it as many packets. Counters that know the
+//! difference, tried on Linux 6.18:
 //!
 //! - `InNoECTPkts` and the other ECN counters count the packets within (`gso_segs`); `InReceives` counts the large
 //!   packets. So `octets + headers * (packets - large packets)` is what the wire would carry. Over 2 s of one flow, at
-//!   10 Mbit/s and at 17 Gbit/s, this equals the payload plus 52 bytes (72 with IPv6) for each of the sender's `OutSegs`
-//!   plus 1500 for each of its `RetransSegs`, to less than a packet. Requests, ACKs and ICMP are included as well.
+//!   10 Mbit/s and at 17 Gbit/s, this equals the payload plus 52 bytes (72 with IPv6) for each of the sender's
+//!   `OutSegs` plus 1500 for each of its `RetransSegs`, to less than a packet. Requests, ACKs and ICMP are included.
 //! - `payload * (mss + 52) / mss` agrees to 0.01 % where nothing is sent twice, but does not include the rest.
-//! - `OutOctets` and `OutSegs` of the sender include packets that a queue behind the sender still drops, so the receiver's
-//!   counters are used.
+//! - `OutOctets` and `OutSegs` of the sender include packets that a queue behind the sender still drops, so the
+//!   receiver's counters are used.
 //!
 //! They count everything that the namespace receives, including loopback: a sink belongs in a namespace that receives
 //! nothing else.
