@@ -244,7 +244,8 @@ fn redis_benchmark(pod: &Pod, server: SocketAddr, options: &Redis, tests: &str, 
     command.args(["-c", &clients.to_string(), "-d", &bytes.to_string(), "-P", &pipeline.to_string()]);
     command.args(["-n", &requests.to_string()]);
     let text = Running::start(&mut command)?.text(2 * GRACE)?;
-    // Each with quotes: test,rps,avg_latency_ms,min_latency_ms,p50_latency_ms,p95_latency_ms,p99_latency_ms,max_latency_ms
+    // Columns: "test","rps","avg_latency_ms","min_latency_ms","p50_latency_ms","p95_latency_ms","p99_latency_ms",
+    // "max_latency_ms"
     let row = |line: &str| {
         let fields: Vec<&str> = line.split(',').map(|field| field.trim_matches('"')).collect();
         let number = |column: usize| fields.get(column)?.parse::<f64>().ok();
