@@ -1,12 +1,16 @@
 //! The cgroup v2 directory of a pod: finds it, opens it, and on a hybrid host makes and removes it.
 //!
-//! The directory is not the sandbox's or a container's, which do not exist yet when the runtime calls ADD, but the pod's, which
-//! kubelet makes before and which holds them all. On a hybrid host kubelet makes it on the v1 hierarchies only; runc puts the
-//! containers into cgroup2 later, under the same relative path. So podshaper makes the pod's directory there first. Of a pod that is limited
-//! later (`podshaper sync`) runc has made it. Neither kubelet nor runc removes it: podshaper does, of each pod that it has limited.
+//! The directory is the pod's, not the sandbox's or a container's. Kubelet makes the pod's directory before the runtime
+//! calls ADD. The directories of the sandbox and the containers do not exist yet at ADD, and will lie below the pod's.
+//!
+//! On a hybrid host kubelet makes the pod's directory on the v1 hierarchies only. Later runc puts the containers into
+//! cgroup2 under the same relative path. So podshaper makes the pod's directory in cgroup2 at ADD. For a pod that is
+//! limited later (`podshaper sync`), runc has already made the directory. Neither kubelet nor runc removes the
+//! directory from cgroup2. Podshaper removes the directory of each pod that it has limited.
 
 mod mounts;
 mod names;
+mod namespaces;
 mod search;
 
 use std::fs::{self, DirBuilder, remove_dir};
@@ -22,44 +26,49 @@ use nix::sys::stat::{Mode, fchmod, fstat};
 use crate::error::{Code, Error, Result};
 pub use mounts::Hierarchies;
 use names::Shape;
+pub use namespaces::{network_namespace_of, network_namespaces};
 use search::{MAX_DEPTH, MAX_VISITED, Outcome};
 
-/// The mode of the directories podshaper makes. The sticky bit has no effect on a cgroup directory and nobody else sets it: it
-/// says, for as long as the directory lives and nowhere else, that it is ours to remove. A pod's directory that runc has made gets it, too.
+/// The mode of the directories that podshaper makes. The sticky bit has no effect on a cgroup directory, and no other
+/// program sets it. The bit marks the directory as podshaper's to remove; this fact is stored nowhere else. Podshaper
+/// also sets the bit on a pod's directory that runc has made.
 const MADE_HERE: u32 = 0o1755;
 const STICKY: u32 = 0o1000;
 
-/// How often [`PodCgroup::open`] starts anew when a DEL of another pod removes the parents under its hands. Two pods that come
-/// and go together need one or two.
+/// How often [`PodCgroup::open`] starts anew when a DEL of another pod removes the parent directories at the same
+/// moment. Two pods that come and go together need one or two attempts.
 const OPEN_ATTEMPTS: u32 = 64;
 
-/// What is known of the pod's cgroup.
+/// How to find the pod's cgroup.
 #[derive(Clone, Copy, Debug)]
 pub enum Wanted<'a> {
-    /// A path below the cgroup2 mount, leading slash optional, as runtimes and the configuration give it in `cgroupPath`; CRI-O
-    /// with the systemd driver gives the slice's name alone.
+    /// A path below the cgroup2 mount, with or without a leading slash, as runtimes and the configuration give it in
+    /// `cgroupPath`. CRI-O with the systemd driver gives the name of the slice alone.
     Path(&'a str),
-    /// The pod's UID, already found to be `[0-9A-Za-z-]{1,63}`. kubelet's UIDs for static pods have no dashes.
+    /// The pod's UID, already checked to be `[0-9A-Za-z-]{1,63}`. kubelet's UIDs for static pods have no dashes.
     Uid(&'a str),
 }
 
 /// The cgroup v2 directory of a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PodCgroup {
-    /// Absolute, below the cgroup2 mount.
+    /// The path, absolute, below the cgroup2 mount.
     pub path: PathBuf,
-    /// Whether it did not exist when it was looked for (hybrid hosts only) and [`PodCgroup::open`] would make it.
+    /// Whether the directory did not exist when the pod was looked up (hybrid hosts only). [`PodCgroup::open`] would
+    /// make it.
     pub missing: bool,
-    /// The cgroup2 mount: nothing is made at or above it.
+    /// The cgroup2 mount. Nothing is made at the mount or above it.
     mount: PathBuf,
-    /// Whether the pod has a v1 directory, so that the one in cgroup2 may be made, also if it is removed in the meantime.
+    /// Whether the pod has a v1 directory. Then podshaper may make the one in cgroup2, even if it is removed between
+    /// lookup and open.
     may_make: bool,
 }
 
-/// Finds the pod's cgroup; changes nothing. By UID: whichever cgroup driver, class and prefix kubelet uses.
+/// Finds the pod's cgroup; changes nothing. A search by UID works with every cgroup driver, QoS class and prefix that
+/// kubelet uses.
 ///
 /// # Errors
-/// [`Code::Cgroup`] if it is nowhere, or if the path given is no path below the mount.
+/// [`Code::Cgroup`] if there is no such cgroup, or if the given path is not a path below the mount.
 pub fn find(hierarchies: &Hierarchies, wanted: Wanted<'_>) -> Result<PodCgroup> {
     match wanted {
         Wanted::Path(given) => by_path(hierarchies, given),
@@ -108,7 +117,8 @@ fn where_searched(hierarchies: &Hierarchies) -> String {
 }
 
 impl PodCgroup {
-    /// The cgroups above it, up to the mount's root. Directories above that are of other filesystems, whose inodes have the same numbers.
+    /// The cgroups above the pod's, up to the root of the mount. Directories above the mount are left out: they belong
+    /// to other filesystems, whose inode numbers can be the same.
     pub fn above(&self) -> impl Iterator<Item = &Path> {
         self.path.ancestors().skip(1).take_while(|path| path.starts_with(&self.mount))
     }
@@ -122,8 +132,8 @@ impl PodCgroup {
         }
     }
 
-    /// Opens the directory, and makes it before if it is one that podshaper has to make. What was made, or is left to podshaper, is
-    /// removed again by [`remove_if_ours`].
+    /// Opens the directory. If it is missing and podshaper has to make it, makes it first. [`remove_if_ours`] later
+    /// removes a directory that was made here or marked here.
     ///
     /// # Errors
     /// [`Code::Cgroup`] if it is gone, or cannot be made or opened.
@@ -146,7 +156,8 @@ impl PodCgroup {
         Err(Error::new(Code::Cgroup, text))
     }
 
-    /// Marks the directory as podshaper's to remove, where kubelet has its own on v1 and so will not. Its parents stay whose they are.
+    /// Marks the directory as podshaper's to remove, where kubelet has its own directory on v1 and so will not remove
+    /// this one. The parents of the directory are not marked.
     fn take_over(&self, directory: &OwnedFd) {
         let marked = || fchmod(directory, Mode::from_bits_truncate(fstat(directory)?.st_mode | STICKY));
         if self.may_make
@@ -156,8 +167,8 @@ impl PodCgroup {
         }
     }
 
-    /// Makes the directories below the mount that are missing. Returns early, to be called again, if one of them is removed
-    /// while the next is made.
+    /// Makes the missing directories below the mount. Returns early if one of them is removed while the next is made;
+    /// the caller then calls again.
     fn make(&self) -> Result<()> {
         let mut missing: Vec<&Path> = self.path.ancestors().take_while(|dir| *dir != self.mount).collect();
         missing.reverse();
@@ -165,7 +176,7 @@ impl PodCgroup {
             let Err(error) = DirBuilder::new().mode(MADE_HERE).create(dir) else { continue };
             match errno(&error) {
                 Errno::EEXIST => {}
-                // ENODEV: the parent is just being removed (Linux kernel/cgroup/cgroup.c, cgroup_mkdir()).
+                // ENODEV: the parent is being removed at this moment (Linux kernel/cgroup/cgroup.c, cgroup_mkdir()).
                 Errno::ENOENT | Errno::ENODEV => return Ok(()),
                 _ => return Err(Error::because(Code::Cgroup, format!("make the cgroup {}", dir.display()), error)),
             }
@@ -174,14 +185,15 @@ impl PodCgroup {
     }
 }
 
-/// Removes the pod's directory at `path` from cgroup2, and its parents up to the mount, as far as they are marked as podshaper's and
-/// nothing is left in them. For DEL and for undoing an ADD. Without v1 hierarchies, or with a path that is not below the mount
-/// (a record of another boot), there is nothing to remove.
+/// Removes the pod's directory at `path` from cgroup2, and its parents below the mount, as long as each is marked as
+/// podshaper's and is empty. DEL calls this, and so does the undoing of an ADD. Without v1 hierarchies, or with a path
+/// that is not below the mount (a record from before a reboot), there is nothing to remove.
 ///
-/// An eBPF program attached to the directory does not keep it: only the owner of the pod's last attachment may call this.
+/// An attached eBPF program does not prevent the removal of the directory. So only the caller that removes the pod's
+/// last attachment may call this.
 ///
 /// # Errors
-/// [`Code::Cgroup`] if a directory that is empty cannot be removed.
+/// [`Code::Cgroup`] if an empty directory cannot be removed.
 pub fn remove_if_ours(hierarchies: &Hierarchies, path: &Path) -> Result<()> {
     let is_plain = path.components().all(|part| part != Component::ParentDir);
     if !hierarchies.are_hybrid() || !is_plain || !path.starts_with(&hierarchies.unified) {
@@ -196,7 +208,7 @@ pub fn remove_if_ours(hierarchies: &Hierarchies, path: &Path) -> Result<()> {
         let Err(error) = remove_dir(dir) else { continue };
         match errno(&error) {
             Errno::ENOENT => {}
-            // cgroup2 says EBUSY while there are processes or cgroups in it, other filesystems ENOTEMPTY.
+            // cgroup2 returns EBUSY while the directory holds processes or cgroups; other filesystems return ENOTEMPTY.
             Errno::EBUSY | Errno::ENOTEMPTY => return Ok(()),
             _ => return Err(Error::because(Code::Cgroup, format!("remove the cgroup {}", dir.display()), error)),
         }
@@ -204,8 +216,9 @@ pub fn remove_if_ours(hierarchies: &Hierarchies, path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Whether the pod of a directory has ended, where the directory itself would not tell: on a hybrid host, where it is left to podshaper, kubelet
-/// has removed its own on v1, and nothing runs in it.
+/// Whether the pod of a directory on a hybrid host has ended. The existence of the directory does not tell: podshaper
+/// has to remove it. The pod has ended if the directory is marked as podshaper's, kubelet has removed its own directory
+/// on v1, and no process is in the cgroup.
 pub fn has_ended(hierarchies: &Hierarchies, path: &Path) -> bool {
     let Ok(place) = path.strip_prefix(&hierarchies.unified) else { return false };
     let is_ours = || path.symlink_metadata().is_ok_and(|found| found.is_dir() && found.mode() & STICKY != 0);
@@ -231,7 +244,8 @@ mod tests {
     const PLACE: &str = "kubepods/burstable/podu-1";
     const SLICE: &str = "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podu_1.slice";
 
-    /// `unified` and two v1 mounts, `memory` and `pids`, in a temporary directory that lives as long as the first value.
+    /// The mounts `unified` and two v1 mounts, `memory` and `pids`, in a temporary directory that lives as long as the
+    /// first value.
     fn hybrid(dirs: &[&str]) -> (TempDir, Hierarchies) {
         let root = tempdir().unwrap();
         for dir in ["unified", "memory", "pids"].iter().chain(dirs) {
@@ -268,7 +282,7 @@ mod tests {
             (["unified/other".into(), format!("pids/{PLACE}")], by_path, PLACE, true),
             (["unified/other".into(), format!("pids/{SLICE}")], by_uid, SLICE, true),
             (["unified/other".into(), format!("pids/{SLICE}")], by_slice, SLICE, true),
-            // The systemd shape is preferred wherever it is.
+            // The systemd shape is preferred on every mount.
             ([format!("unified/{PLACE}"), format!("memory/{SLICE}")], by_uid, SLICE, true),
             (
                 ["unified/docker/7".into(), format!("memory/docker/7/{PLACE}")],
@@ -291,7 +305,7 @@ mod tests {
             if missing || !dirs.iter().any(is_kubelets) {
                 assert_eq!(tree(&hierarchies.unified), before, "all that was made is removed and no more: {dirs:?}");
             } else {
-                // runc's: kubelet has only its own on v1.
+                // This one is runc's: kubelet has its own directory on v1 only.
                 let expected: Vec<_> = before.into_iter().filter(|path| *path != expected).collect();
                 assert_eq!(tree(&hierarchies.unified), expected, "the pod's alone is removed: {dirs:?}");
             }
@@ -368,7 +382,7 @@ mod tests {
         assert!(has_ended(&hierarchies, &pod.path));
         populated(1);
         assert!(!has_ended(&hierarchies, &pod.path), "a process is in it");
-        // Nobody's pod.
+        // A directory of no pod.
         let other = hierarchies.unified.join("user.slice");
         fs::write(other.join("cgroup.events"), "populated 0\n").unwrap();
         assert!(!has_ended(&hierarchies, &other) && !has_ended(&hierarchies, Path::new("/elsewhere")));
@@ -404,7 +418,7 @@ mod tests {
         remove(&two.path);
     }
 
-    /// Opens and removes two pods below `parent`, many times, at once; nothing is left.
+    /// Opens and removes two pods below `parent` concurrently, many times; in the end no directory is left.
     fn come_and_go(hierarchies: &Hierarchies, parent: &str) {
         let pods = ["pod1", "pod2"].map(|name| format!("{parent}/a/{name}"));
         for pod in &pods {
@@ -432,7 +446,8 @@ mod tests {
         come_and_go(&hierarchies, "kubepods");
     }
 
-    /// A name in the kernel's cgroup2; what a failed test leaves of the tree that [`come_and_go`] makes is removed.
+    /// A name in the kernel's cgroup2. If a test fails, whatever is left of the tree that [`come_and_go`] makes is
+    /// removed.
     struct Scratch<'a>(&'a Hierarchies, String);
 
     impl Drop for Scratch<'_> {

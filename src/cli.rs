@@ -1,7 +1,8 @@
-//! podshaper called by a person: CNI_COMMAND is not set. The commands, one file each below `cli/`, and how a run of one ends.
+//! podshaper called by a person: CNI_COMMAND is not set. Each command has a file below `cli/`; this file runs a command
+//! and maps its result to an exit status.
 //!
-//! Reading commands take no lock and change nothing. All of them print through [`output`], where a reader that has gone away is a
-//! quiet end.
+//! Reading commands take no lock and change nothing. All commands print through [`output`]. If the reader of the output
+//! has gone away, the command ends quietly.
 
 mod attach;
 mod attachments;
@@ -31,7 +32,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::{self, Result};
 
-/// Exit status of a command that was called wrongly.
+/// The exit status of a command with wrong arguments.
 const EXIT_USAGE: u8 = 2;
 
 const ABOUT: &str = "\
@@ -137,7 +138,7 @@ impl Command {
     }
 }
 
-/// Reads the arguments and does what they ask for.
+/// Parses the arguments and runs the command.
 pub fn run() -> ExitCode {
     let ended = match Cli::try_parse() {
         Ok(cli) => {
@@ -157,7 +158,7 @@ fn help() -> Result<()> {
     output::print(&Cli::command().render_long_help().to_string())
 }
 
-/// What clap calls an error may be what was asked for: `--help`, `--version`.
+/// Prints an error of clap. Such an error may be an answer: `--help`, `--version`.
 fn answer(error: &clap::Error) -> Result<ExitCode> {
     let text = error.render().to_string();
     if error.use_stderr() {
@@ -169,7 +170,7 @@ fn answer(error: &clap::Error) -> Result<ExitCode> {
     output::print(&text).map(|()| ExitCode::SUCCESS)
 }
 
-/// The parts that commands share with the plugin warn in the log; a person reads warnings as they come.
+/// Modules that the commands share with the plugin warn in the log. A command prints these warnings on stderr at once.
 fn log_to_stderr() {
     struct Stderr;
     impl log::Log for Stderr {
@@ -183,7 +184,7 @@ fn log_to_stderr() {
         }
         fn flush(&self) {}
     }
-    // The only error is a second logger, and there is none.
+    // The only possible error is a second logger, which does not exist.
     let _ = log::set_logger(&Stderr).map(|()| log::set_max_level(log::LevelFilter::Warn));
 }
 

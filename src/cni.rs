@@ -1,7 +1,8 @@
-//! The verbs: what a runtime asks is resolved first (which changes nothing), then acted on, then answered.
+//! The CNI verbs. Each call is resolved first (which changes nothing), then carried out, then answered.
 //!
-//! The CNI library's types speak the protocol, but its `Plugin::run` does not run the plugin: it reads stdin without bound and
-//! writes the result anew, which loses what it does not know, and a chained plugin owes the next one `prevResult` as it came.
+//! The protocol types come from the CNI library, but the plugin is not run by its `Plugin::run`. That function reads
+//! stdin without a bound and reserializes the result, which loses fields unknown to the library. A chained plugin has
+//! to pass `prevResult` on unchanged.
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -28,7 +29,7 @@ use crate::{
     shaper::{Pinned, Settings},
 };
 
-/// Reads a runtime's call, does it and answers on stdout.
+/// Reads a runtime's call, carries it out and answers on stdout.
 pub fn run(env: &Env) -> ExitCode {
     let mut stdin = Vec::new();
     let answered = answer(env, &mut stdin).and_then(|answer| write_stdout(&answer));
@@ -36,7 +37,7 @@ pub fn run(env: &Env) -> ExitCode {
     log::error!("{error}");
     let version = declared_version(&stdin).unwrap_or_default();
     let result = ErrorResult::new(version, &error.to_cni());
-    // A runtime that has closed stdout sees the exit status.
+    // A runtime that has closed stdout still sees the exit status.
     let _ = serde_json::to_vec(&result).map_err(io::Error::from).and_then(|json| io::stdout().write_all(&json));
     ExitCode::FAILURE
 }
@@ -53,7 +54,8 @@ fn answer(env: &Env, stdin: &mut Vec<u8>) -> Result<Vec<u8>> {
         Request::parse(cmd, env, stdin)
     });
     let request = match read {
-        // The variables say whose limit is to go. A DEL that fails keeps the plugins before this one from theirs, and IPAM from the address.
+        // The variables name the attachment to remove. If this DEL failed, the runtime would not call the DEL of the
+        // plugins before podshaper, and IPAM would not free the address.
         Err(error) if cmd == Cmd::Del && matches!(error.code(), Code::Decode | Code::Io) => {
             Request::of_variables(cmd, env, error)?
         }
@@ -71,7 +73,7 @@ fn answer(env: &Env, stdin: &mut Vec<u8>) -> Result<Vec<u8>> {
         (Cmd::Del, Subject::Endpoint(endpoint)) => del(&request, endpoint).map(|()| Vec::new()),
         (Cmd::Status, _) => status(&request).map(|()| Vec::new()),
         (Cmd::Gc, _) => gc(&request).map(|()| Vec::new()),
-        // Only a DEL is parsed into this: ADD and CHECK refuse such names.
+        // Only a DEL is parsed into this variant: ADD and CHECK refuse such names.
         (_, Subject::NeverAdded(why)) => {
             log::info!("nothing to remove: {why}");
             Ok(Vec::new())
@@ -82,7 +84,8 @@ fn answer(env: &Env, stdin: &mut Vec<u8>) -> Result<Vec<u8>> {
     }
 }
 
-/// The specification has it answer in the version it is asked in, supported or not; a person asks in none.
+/// The specification requires an answer in the version of the question, supported or not. A call by hand names no
+/// version.
 fn version(asked: Option<SpecVersion>) -> Result<Vec<u8>> {
     let text = "write the supported versions";
     let known = PluginInfo::default();
@@ -90,17 +93,17 @@ fn version(asked: Option<SpecVersion>) -> Result<Vec<u8>> {
     serde_json::to_vec(&info).map_err(|cause| Error::because(Code::Io, text, cause))
 }
 
-/// Whether every pod could be added: one that asks for nothing needs no more than a configuration that can be read.
+/// Whether every pod could be added. A pod that asks for no limit needs nothing but a configuration that can be read.
 fn status(request: &Request) -> Result<()> {
-    // Those of a pod that asks for none. What is malformed in them would fail every ADD.
+    // The limits of a pod that asks for none. A malformed value in them would fail every ADD.
     let limits = request.limits()?;
     request.check_kubeconfig()?;
-    // Without a network nothing of the node needs to be tried.
+    // Without the pod network, nothing else on the node needs to be tested.
     request.config.delegate.as_ref().map_or(Ok(()), delegate::status)?;
     probe::status(Path::new(BPFFS), Path::new(probe::MEMORY), !limits.is_empty())
 }
 
-/// Everything an ADD needs to know before it changes anything.
+/// What an ADD has to find out before it changes anything.
 struct Resolved {
     cgroup: PodCgroup,
     netns: PathBuf,
@@ -111,7 +114,8 @@ fn add(request: &Request, endpoint: &Endpoint) -> Result<Vec<u8>> {
         log::warn!("the configuration of network {}: {key}; it is ignored", request.network);
     }
     let Some(delegation) = &request.config.delegate else { return add_to_chain(request, endpoint) };
-    // Before the network's plugins are called: what is wrong with the pod's annotations takes none of them.
+    // The limits are read before the network's plugins are called, so that nothing has to be undone if the pod's
+    // annotations are malformed.
     let limits = request.limits()?;
     let network = delegate::add(delegation, request, endpoint)?;
     let limited = network.reply().and_then(|reply| enforce(request, endpoint, limits).map(|()| reply));
@@ -119,7 +123,7 @@ fn add(request: &Request, endpoint: &Endpoint) -> Result<Vec<u8>> {
     Ok(reply.get().as_bytes().to_vec())
 }
 
-/// As one plugin of a list, behind the one that makes the interface.
+/// An ADD as one plugin of a list, after the plugin that makes the interface.
 fn add_to_chain(request: &Request, endpoint: &Endpoint) -> Result<Vec<u8>> {
     let reply = request.prev_result.as_ref().ok_or_else(|| {
         Error::new(
@@ -160,10 +164,10 @@ fn find_cgroup(request: &Request, endpoint: &Endpoint, hierarchies: &Hierarchies
     }
 }
 
-/// Limits an interface of a pod, as an ADD does. `record` completes whose the attachment is.
+/// Limits an interface of a pod, as an ADD does. `record` completes the owner's record of the attachment.
 ///
 /// # Errors
-/// What could not be found or made. Nothing of it is left then.
+/// What could not be found or made. No part of the attachment is left then.
 pub fn limit(
     request: &Request,
     endpoint: &Endpoint,
@@ -205,7 +209,7 @@ fn log_limits(place: &Place, limits: &Limits, owner: &Owner) {
     }
 }
 
-/// A pod without limits may have had some in its last sandbox, on the same cgroup.
+/// Removes a limit that the pod's last sandbox, on the same cgroup, may have left. For a pod without limits.
 fn forget_unlimited(endpoint: &Endpoint) -> Result<()> {
     let place = place(endpoint);
     let is_limited = Pins::existing(Path::new(BPFFS)).is_some_and(|pins| pins.find(&place).is_some());
@@ -237,7 +241,8 @@ fn check(request: &Request, endpoint: &Endpoint) -> Result<()> {
     attachment::Node::default().check(&owner, &limits, &pinned.set()?)
 }
 
-/// The limit, which is on what the network's plugins have made, then that. A limit that cannot be removed keeps no address from IPAM.
+/// Removes the limit first, since it sits on the interface that the network's plugins have made; then calls their DEL.
+/// Their DEL is called even if the limit cannot be removed, so that IPAM frees the address.
 fn del(request: &Request, endpoint: &Endpoint) -> Result<()> {
     let lifted = lift(request, endpoint);
     if let Err(error) = &lifted {
@@ -249,7 +254,7 @@ fn del(request: &Request, endpoint: &Endpoint) -> Result<()> {
 
 fn lift(request: &Request, endpoint: &Endpoint) -> Result<()> {
     let Some(pins) = attachment::lock()? else { return Ok(()) };
-    // A record that nobody can read is no reason to keep the pod in Terminating for ever.
+    // An unreadable record must not keep the pod in Terminating for ever.
     let is_its =
         |owner: Option<&Owner>| owner.is_none_or(|owner| owner.is_of(&endpoint.container_id, &endpoint.ifname));
     if let End::Another(owner) = attachment::remove_locked(&pins, &place(endpoint), |_, owner| is_its(owner))? {
@@ -260,8 +265,8 @@ fn lift(request: &Request, endpoint: &Endpoint) -> Result<()> {
     Ok(())
 }
 
-/// On a hybrid host the pod's cgroup2 directory is podshaper's to remove, also when its limit has been taken off before. It cannot be
-/// while the pod's last container is in it; then one of the DELs that follow does it.
+/// On a hybrid host podshaper has to remove the pod's cgroup2 directory, even if the limit was taken off earlier. The
+/// directory cannot be removed while the pod's last container is in it; then a later DEL removes it.
 fn remove_cgroup_after(request: &Request, endpoint: &Endpoint, pins: &LockedPins) {
     let Ok(hierarchies) = Hierarchies::of_this_host() else { return };
     if !hierarchies.are_hybrid() || pins.has_pod(endpoint.key.as_str()) {
@@ -272,14 +277,14 @@ fn remove_cgroup_after(request: &Request, endpoint: &Endpoint, pins: &LockedPins
     }
 }
 
-/// Removes this network's attachments that the runtime does not name any more, as many as can be.
+/// Removes this network's attachments that the runtime no longer names. An error in one does not stop the others.
 fn gc(request: &Request) -> Result<()> {
     let delegated = request.config.delegate.as_ref().map_or(Ok(()), |delegation| delegate::gc(delegation, request));
     error::all([collect(request), delegated])
 }
 
 fn collect(request: &Request) -> Result<()> {
-    // Without the list nothing is known to be stale.
+    // Without the list no attachment is known to be stale.
     let Some(valid) = &request.valid_attachments else { return Ok(()) };
     let Some(pins) = attachment::lock()? else { return Ok(()) };
     let is_stale = |owner: &Owner| {

@@ -1,10 +1,12 @@
-//! The network's list, called in the runtime's place: podshaper is then the only plugin of the list that the runtime uses
-//! ([`FILE`], which `podshaper install --delegate` writes), and at each call it reads the network's own as it stands ([`list`]).
+//! Calls the network's list in the place of the runtime. Podshaper is then the only plugin of the list that the runtime
+//! uses ([`FILE`], which `podshaper install --delegate` writes). At each call podshaper reads the network's own list
+//! anew ([`list`]).
 //!
-//! A network that writes its list anew takes podshaper out of it; what delegates to that list stays. Each verb goes the way that SPEC.md
-//! ("Section 3: Execution of Network Configurations") has a runtime go, as libcni does: [`plugin`] makes one call, [`result`] speaks the
-//! version of the runtime, which may be another one than the list's. Surprising: a DEL has to call the plugins of the ADD, whatever the
-//! list says by then, so each ADD leaves its list behind ([`record`]).
+//! A network that rewrites its list takes podshaper out of it; the delegating list is a separate file and stays. Each
+//! verb follows SPEC.md ("Section 3: Execution of Network Configurations"), as libcni does for a runtime. [`plugin`]
+//! makes one call. [`result`] converts to the version of the runtime, which may differ from that of the list.
+//! Surprising: a DEL has to call the plugins of the ADD, whatever the list says at the time of the DEL. So each ADD
+//! leaves its list behind ([`record`]).
 
 pub mod list;
 mod plugin;
@@ -22,16 +24,16 @@ use crate::request::{DELEGATE, Delegation, Endpoint, Request};
 use list::List;
 use plugin::Call;
 
-/// The list of podshaper's own, in the directory of the network's: runtimes take the first by name.
+/// The file of podshaper's own list, in the directory of the network's list. Runtimes use the first file by name.
 pub const FILE: &str = "00-podshaper.conflist";
-/// The name of its network.
+/// The name of the network in podshaper's list.
 pub const NETWORK: &str = "podshaper";
 /// `type` of podshaper's entry in any list.
 const PODSHAPER: &str = "podshaper";
-/// `type` of the plugin whose limits podshaper's would come on top of.
+/// `type` of the bandwidth plugin. With both plugins a pod would be limited twice.
 const BANDWIDTH: &str = "bandwidth";
 
-/// The network of an ADD, made.
+/// The network that an ADD has made.
 pub struct Added<'a> {
     request: &'a Request,
     endpoint: &'a Endpoint,
@@ -39,10 +41,11 @@ pub struct Added<'a> {
     result: Box<RawValue>,
 }
 
-/// Makes the network of a pod. What a plugin that fails has made, and those before it, is removed again.
+/// Makes the network of a pod. If a plugin fails, everything that this plugin and those before it have made is removed
+/// again.
 ///
 /// # Errors
-/// [`Code::Unavailable`] without a list, a plugin's own error, and what is wrong with the directories.
+/// [`Code::Unavailable`] without a list; a plugin's own error; the errors of the directories.
 pub fn add<'a>(delegation: &Delegation, request: &'a Request, endpoint: &'a Endpoint) -> Result<Added<'a>> {
     if request.prev_result.is_some() {
         let text = format!(
@@ -55,7 +58,7 @@ pub fn add<'a>(delegation: &Delegation, request: &'a Request, endpoint: &'a Endp
     if delegation.replace_bandwidth {
         list.leave_out(BANDWIDTH);
     }
-    // Before anything is made: podshaper may be killed, and then the DEL that follows knows what to undo.
+    // The record is written before anything is made: if podshaper is killed, the following DEL knows what to undo.
     record::keep(endpoint, request.netns.as_deref(), &list)?;
     let mut result: Option<Box<RawValue>> = None;
     for number in 0..list.plugins.len() {
@@ -74,18 +77,19 @@ pub fn add<'a>(delegation: &Delegation, request: &'a Request, endpoint: &'a Endp
 }
 
 impl Added<'_> {
-    /// What the last plugin has answered, in the version of the runtime.
+    /// The result of the last plugin, in the version of the runtime.
     pub fn reply(&self) -> Result<Box<RawValue>> {
         result::in_version(&self.result, self.list.version, self.request.version)
     }
 
-    /// Removes it again: podshaper itself could not do its part.
+    /// Removes the network again, because podshaper itself could not limit the pod.
     pub fn undo(&self) {
         undo(&self.list, self.request, self.endpoint, Some(&self.result));
     }
 }
 
-/// A failed ADD is followed by a DEL of the runtime. It does what this one could not, which is why nothing but a log tells of it.
+/// Undoes a failed ADD. Errors are only logged, since the runtime calls DEL after a failed ADD, and that DEL tries
+/// again.
 fn undo(list: &List, request: &Request, endpoint: &Endpoint, result: Option<&RawValue>) {
     let undone = del_all(list, request, result).and_then(|()| record::forget(endpoint));
     if let Err(error) = undone {
@@ -93,10 +97,12 @@ fn undo(list: &List, request: &Request, endpoint: &Endpoint, result: Option<&Raw
     }
 }
 
-/// Removes the network of a pod: by the list of its ADD or, where none was kept (it was added before podshaper delegated), by the one of now.
+/// Removes the network of a pod. The plugins are those of the list at ADD. If no record exists (the pod was added
+/// before podshaper delegated), they are those of the present list.
 ///
 /// # Errors
-/// A plugin's own. The plugins before it are then not called, as in a runtime's DEL, and a second DEL begins anew.
+/// A plugin's own error. The plugins before it in the list are then not called, as in a runtime's DEL; a second DEL
+/// starts from the beginning.
 pub fn del(request: &Request, endpoint: &Endpoint) -> Result<()> {
     let kept = record::of(endpoint).unwrap_or_else(|error| {
         log::warn!("DEL does without the network's list at ADD: {error}");
@@ -107,7 +113,8 @@ pub fn del(request: &Request, endpoint: &Endpoint) -> Result<()> {
         (None, None) => return Ok(()),
         (None, Some(delegation)) => match list::in_force(&delegation.directory) {
             Ok(list) => list,
-            // So ended the ADD, too, if there was one. A DEL that failed would keep a sandbox that never had a network.
+            // Without a list the ADD failed, too, if there was one. A DEL that failed would keep a sandbox that never
+            // had a network.
             Err(error) => {
                 log::warn!("nothing of the network is removed: {error}");
                 return Ok(());
@@ -120,7 +127,7 @@ pub fn del(request: &Request, endpoint: &Endpoint) -> Result<()> {
         log::warn!("DEL goes on without prevResult: {error}");
         None
     });
-    // SPEC.md has prevResult in DEL from 0.4.0 on.
+    // SPEC.md passes prevResult to DEL from 0.4.0 on.
     let result = result.filter(|_| list.version >= SpecVersion::new(0, 4, 0));
     del_all(&list, request, result.as_deref())?;
     record::forget(endpoint)
@@ -131,14 +138,14 @@ fn del_all(list: &List, request: &Request, prev_result: Option<&RawValue>) -> Re
     list.plugins.iter().rev().try_for_each(|plugin| call.make(plugin).map(drop))
 }
 
-/// Has the plugins of the ADD look whether all is as they made it.
+/// Calls CHECK of the plugins that the ADD called.
 ///
 /// # Errors
-/// The first plugin's own.
+/// The error of the first plugin that fails.
 pub fn check(delegation: &Delegation, request: &Request, endpoint: &Endpoint) -> Result<()> {
     let kept = record::of(endpoint)?;
     let list = kept.map_or_else(|| list::in_force(&delegation.directory), Ok)?;
-    // A runtime with this list would not call them either.
+    // A runtime that used this list itself would not call CHECK either.
     if list.disables_check || list.version.allows(Cmd::Check).is_err() {
         return Ok(());
     }
@@ -148,10 +155,10 @@ pub fn check(delegation: &Delegation, request: &Request, endpoint: &Endpoint) ->
     list.plugins.iter().try_for_each(|plugin| call.make(plugin).map(drop))
 }
 
-/// Whether pods can be added: there is a list, and its plugins say so where its version has them asked.
+/// Whether pods can be added: there is a list, and its plugins' STATUS succeeds, if the version of the list has STATUS.
 ///
 /// # Errors
-/// [`Code::Unavailable`] without a list; the first plugin's own.
+/// [`Code::Unavailable`] without a list; the error of the first plugin that fails.
 pub fn status(delegation: &Delegation) -> Result<()> {
     let list = list::in_force(&delegation.directory)?;
     if list.version.allows(Cmd::Status).is_err() {
@@ -161,14 +168,15 @@ pub fn status(delegation: &Delegation) -> Result<()> {
     list.plugins.iter().try_for_each(|plugin| call.make(plugin).map(drop))
 }
 
-/// Has the plugins remove what belongs to none of the attachments that the runtime names, and forgets their records.
+/// Calls the plugins' GC with the attachments that the runtime names, and forgets the records of all others.
 ///
 /// # Errors
-/// Those of all plugins.
+/// The errors of all plugins.
 pub fn gc(delegation: &Delegation, request: &Request) -> Result<()> {
-    // Without the attachments nothing is known to be stale.
+    // Without the list of attachments none is known to be stale.
     let Some(valid) = &request.valid_attachments else { return Ok(()) };
-    // Before it calls GC, a runtime calls DEL for each attachment that it knows to be stale. These it does not know.
+    // Before a runtime calls GC, it calls DEL for each attachment that it knows to be stale. The records left over are
+    // of attachments that the runtime does not know.
     let forgotten = record::forget_all_but(valid);
     let collected = list::in_force(&delegation.directory).and_then(|list| {
         if list.disables_gc || list.version.allows(Cmd::Gc).is_err() {
@@ -180,7 +188,7 @@ pub fn gc(delegation: &Delegation, request: &Request) -> Result<()> {
     error::all([forgotten, collected])
 }
 
-/// What the runtime has for plugins, by capability.
+/// What the runtime offers to plugins, by capability.
 fn offers(request: &Request) -> Result<BTreeMap<String, &RawValue>> {
     let Some(raw) = &request.runtime_config else { return Ok(BTreeMap::new()) };
     serde_json::from_str(raw.get())

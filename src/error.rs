@@ -1,20 +1,21 @@
-//! The one error of the control plane: what was being done, to what, why it failed and what the operator can do.
+//! The only error type of the control plane. It says what was being done, to which object, why it failed and what the
+//! operator can do.
 //!
-//! Its text ends in `kubectl describe pod`: the runtime shows `msg; details` of the CNI error JSON. Each error carries the
-//! CNI code it is answered with; which codes exist is decided here and nowhere else.
+//! The text is shown by `kubectl describe pod`: the runtime shows `msg; details` of the CNI error JSON. Each error
+//! carries its CNI error code; only this file defines which codes exist.
 
 use std::fmt::{self, Write};
 
 use rscni_plugin::error::Error as CniError;
 
-/// The CNI error code of an [`Error`] (SPEC.md, "Error": 0-99 are the specification's, 100 and up the plugin's own).
+/// The CNI error code of an [`Error`] (SPEC.md, "Error": 0-99 belong to the specification, 100 and up to the plugin).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Code {
-    /// 1: the configuration speaks a CNI version podshaper does not.
+    /// 1: the configuration has a CNI version that podshaper does not support.
     IncompatibleVersion,
     /// 4: a `CNI_*` variable is missing or malformed.
     Environment,
-    /// 5: reading stdin, writing stdout, or a file of the configuration failed.
+    /// 5: reading stdin, writing stdout, or accessing a file failed.
     Io,
     /// 6: stdin is not the JSON the specification describes.
     Decode,
@@ -28,15 +29,16 @@ pub enum Code {
     Cgroup,
     /// 101: the kernel refused a part of the shaper.
     Kernel,
-    /// 102: CHECK found the attachment other than it was asked for.
+    /// 102: CHECK found an attachment that differs from the limits asked for.
     Mismatch,
-    /// 103: the API server, which is to be asked for labels, gave none.
+    /// 103: the API server, which is configured as a source of labels, gave none.
     ApiServer,
-    /// The code that another plugin, which podshaper has called, failed with.
+    /// The error code of another plugin that podshaper has called.
     Plugin,
 }
 
-/// A failed operation. `text` says verb, object and remedy; the cause is in `source` and never repeated in `text`.
+/// A failed operation. `text` names the operation, the object and the remedy; the cause is in `source` and never
+/// repeated in `text`.
 #[derive(Debug)]
 pub struct Error {
     code: Code,
@@ -48,12 +50,12 @@ pub struct Error {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
-    /// An error without a deeper cause: podshaper itself decided that this cannot go on.
+    /// An error without a deeper cause: podshaper itself decided that the operation cannot go on.
     pub fn new(code: Code, text: impl Into<String>) -> Self {
         Self { code, text: text.into(), source: None }
     }
 
-    /// An error caused by another one, whose text is shown after a colon.
+    /// An error caused by another one, whose text follows after a colon.
     pub fn because(
         code: Code,
         text: impl Into<String>,
@@ -62,12 +64,13 @@ impl Error {
         Self { code, text: text.into(), source: Some(source.into()) }
     }
 
-    /// The error that another plugin has answered with. The runtime gets its code and its words; `calling` says which plugin it was.
+    /// The error that another plugin has returned. The runtime gets that plugin's code and text; `calling` says which
+    /// plugin it was.
     pub fn of_plugin(calling: impl Into<String>, answered: CniError) -> Self {
         Self::because(Code::Plugin, calling, answered)
     }
 
-    /// The CNI code this error is answered with.
+    /// The CNI code with which this error is answered.
     pub fn code(&self) -> Code {
         self.code
     }
@@ -94,7 +97,7 @@ impl Error {
 }
 
 impl Error {
-    /// Another plugin's error with what podshaper was doing behind its details.
+    /// Another plugin's error. Podshaper's own operation is appended to the details.
     fn passed_on(&self, answered: &CniError) -> CniError {
         let calling = printable(&self.text);
         let details = match answered.details() {
@@ -106,7 +109,7 @@ impl Error {
 }
 
 impl fmt::Display for Error {
-    /// The whole chain on one line, outermost first. Paths and what others say may hold anything.
+    /// The whole chain of causes on one line, outermost first. Paths and foreign texts may hold any character.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut text = self.text.clone();
         let mut cause = self.source.as_deref().map(|source| source as &dyn std::error::Error);
@@ -118,7 +121,8 @@ impl fmt::Display for Error {
     }
 }
 
-// `source()` stays empty on purpose: Display prints the chain already, and a caller that walked it would say each cause twice.
+// `source()` returns nothing on purpose: Display prints the chain already, and a caller that walked it would print each
+// cause twice.
 impl std::error::Error for Error {}
 
 impl From<CniError> for Error {
@@ -135,10 +139,10 @@ impl From<CniError> for Error {
     }
 }
 
-/// What came of several operations, all of which were tried: every error, with the code of the first.
+/// The outcome of several operations that were all tried: every error, with the code of the first.
 ///
 /// # Errors
-/// Those of the operations, in one line.
+/// The errors of the operations, on one line.
 pub fn all(results: impl IntoIterator<Item = Result<()>>) -> Result<()> {
     let errors: Vec<Error> = results.into_iter().filter_map(Result::err).collect();
     let Some(first) = errors.first() else { return Ok(()) };
@@ -146,7 +150,7 @@ pub fn all(results: impl IntoIterator<Item = Result<()>>) -> Result<()> {
     Err(Error::new(first.code, texts.join("; ")))
 }
 
-/// A text that writes nothing to a terminal but itself: control characters, and those that turn the direction of what follows, are spelt out.
+/// A text that is safe on a terminal: control characters, and characters that change the text direction, are escaped.
 pub fn printable(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for c in text.chars() {
@@ -158,8 +162,8 @@ pub fn printable(text: &str) -> String {
     shown
 }
 
-/// Foreign text (a tenant's annotation, a runtime's argument) as it may stand in an error and on a terminal: quoted, in
-/// printable ASCII, and its first 64 characters only.
+/// Foreign text (a tenant's annotation, a runtime's argument) for an error text or a terminal: quoted, in printable
+/// ASCII, and cut to its first 64 characters.
 pub fn quoted(foreign: &str) -> String {
     const SHOWN: usize = 64;
     let shown: String = foreign.chars().take(SHOWN).flat_map(char::escape_default).collect();

@@ -1,11 +1,13 @@
-//! The pod as the API server knows it: its labels and annotations, where the configuration names a `kubeconfig`.
+//! The pod's labels and annotations from the API server, if the configuration names a `kubeconfig`.
 //!
-//! No runtime passes labels, so this is the only way to them. One GET within [`TIME`], of the pod the call is about and of no other:
-//! a pod deleted and made again under its name is told by the UID. An ADD that needs none of this starts none of it.
+//! No runtime passes labels, so the API server is the only source of labels. A call makes one GET within [`TIME`], for
+//! its own pod only. The UID tells whether a pod was deleted and made again under the same name. An ADD that needs
+//! neither labels nor annotations from the server makes no GET.
 //!
-//! `podshaper sync` asks for all the pods of a node at once ([`pods_of`]).
+//! `podshaper sync` asks for all pods of a node at once ([`pods_of`]).
 //!
-//! The request is ureq's (`kube/client.rs`), a list is read object by object (`kube/list.rs`); what is asked and whom is here.
+//! ureq makes the request (`kube/client.rs`); a list is read object by object (`kube/list.rs`). This file decides which
+//! server is asked for which objects.
 
 mod client;
 mod kept;
@@ -25,35 +27,37 @@ use client::{Answer, Question};
 use kept::Kept;
 use kubeconfig::Server;
 
-/// All the time there is for an answer, name, handshake and body included: kubelet starts no other container of the pod meanwhile.
+/// The time limit for an answer, including name lookup, handshake and body. kubelet starts no other container of the
+/// pod in this time.
 const TIME: Duration = Duration::from_secs(2);
-/// The same for all the pods of a node, with nobody waiting, until the answer begins.
+/// The time limit for all pods of a node, until the answer begins. No pod waits for this answer.
 const TIME_FOR_ALL: Duration = Duration::from_secs(8);
-/// The same for the whole of it: 250 pods with all that etcd takes are 400 MB.
+/// The time limit for the whole of that answer. 250 pods of the largest size that etcd accepts are 400 MB.
 const TIME_FOR_A_LIST: Duration = Duration::from_secs(30);
-/// Most that is read of an answer about a pod. etcd takes no object above 1.5 MiB.
+/// How much is read of an answer about one pod. etcd accepts no object above 1.5 MiB.
 const MAX_POD_BYTES: u64 = 2 << 20;
-/// Only metadata is asked for; an API server too old to select it (before 1.15) sends the whole pod.
+/// Only metadata is asked for. An API server that cannot select it (before 1.15) sends the whole pod.
 const METADATA: &str = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1, application/json";
 const METADATA_OF_ALL: &str = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1, application/json";
-/// How a kubelet tells the API server which static pod an object mirrors: the UID that the runtime knows it by.
+/// The annotation with which kubelet tells the API server which static pod an object mirrors. Its value is the UID that
+/// the runtime knows.
 const MIRROR: &str = "kubernetes.io/config.mirror";
 
-/// Which pod.
+/// A pod to ask for.
 #[derive(Clone, Copy, Debug)]
 pub struct Pod<'a> {
-    /// Its namespace, checked to be no more than a name.
+    /// Its namespace, already checked to be a plain name.
     pub namespace: &'a str,
-    /// Its name, likewise.
+    /// Its name, already checked to be a plain name.
     pub name: &'a str,
-    /// The UID that the runtime was told.
+    /// The UID that the runtime has for the pod.
     pub uid: &'a str,
 }
 
 /// The labels of an object.
 pub type Labels = BTreeMap<String, String>;
 
-/// What people write on a pod, as far as it can matter here: [`kept`] says what is left out.
+/// The names, labels and annotations of a pod, as far as podshaper can need them: [`kept`] says which are left out.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Metadata {
     /// `metadata.namespace`
@@ -71,7 +75,7 @@ struct Object {
     metadata: ObjectMeta,
 }
 
-/// Of a namespace nothing but the labels is of interest.
+/// The part of a namespace that is read: only the labels matter.
 #[derive(Deserialize)]
 struct Namespace {
     metadata: NamespaceMeta,
@@ -95,7 +99,7 @@ struct ObjectMeta {
     annotations: Option<Kept>,
 }
 
-/// Asks the API server that the kubeconfig names.
+/// Asks the API server that the kubeconfig names for the metadata of a pod.
 ///
 /// # Errors
 /// [`Code::Config`] for the kubeconfig, [`Code::ApiServer`] for everything after it.
@@ -106,12 +110,14 @@ pub fn metadata(kubeconfig: &Path, pod: Pod<'_>) -> Result<Metadata> {
     ask(kubeconfig, &subject, &question, |answer| understand(answer, pod.uid))
 }
 
-/// Asks it for the pods of a node, which are told apart by the UID that the runtime was told: a static pod's is its mirror's.
+/// Asks the API server for the pods of a node, by the UID that the runtime knows. A static pod's UID is that in the
+/// annotation of its mirror pod.
 ///
 /// # Errors
 /// [`Code::Config`] for the kubeconfig, [`Code::ApiServer`] for everything after it.
 pub fn pods_of(kubeconfig: &Path, node: &str) -> Result<BTreeMap<String, Metadata>> {
-    // Those that have ended have no sandbox and no cgroup. From the server's memory, which is enough for what is asked every few seconds.
+    // Pods that have ended have no sandbox and no cgroup. `resourceVersion=0` answers from the server's memory, which
+    // is good enough for a question that is repeated every few seconds.
     const NOT_ENDED: &str = "status.phase%21%3DSucceeded%2Cstatus.phase%21%3DFailed";
     let path = format!("/api/v1/pods?fieldSelector=spec.nodeName%3D{node}%2C{NOT_ENDED}&resourceVersion=0");
     let mut pods = BTreeMap::new();
@@ -122,7 +128,7 @@ pub fn pods_of(kubeconfig: &Path, node: &str) -> Result<BTreeMap<String, Metadat
     Ok(pods)
 }
 
-/// Asks it for the labels of a namespace.
+/// Asks the API server for the labels of a namespace.
 ///
 /// # Errors
 /// [`Code::Config`] for the kubeconfig, [`Code::ApiServer`] for everything after it.
@@ -134,7 +140,7 @@ pub fn labels_of_namespace(kubeconfig: &Path, name: &str) -> Result<Labels> {
     Ok(found.metadata.labels.unwrap_or_default())
 }
 
-/// Asks it for the labels of every namespace, by its name.
+/// Asks the API server for the labels of all namespaces, by name.
 ///
 /// # Errors
 /// [`Code::Config`] for the kubeconfig, [`Code::ApiServer`] for everything after it.
@@ -147,12 +153,12 @@ pub fn labels_of_namespaces(kubeconfig: &Path) -> Result<BTreeMap<String, Labels
     Ok(labels)
 }
 
-/// About one object.
+/// A question about one object.
 fn question(path: &str) -> Question<'_> {
     Question { path, accept: METADATA, max_body_bytes: MAX_POD_BYTES, time_until_body: TIME, time: TIME }
 }
 
-/// One question to the server that a kubeconfig names, about what `subject` calls.
+/// Asks the server of a kubeconfig one question. `subject` names the object for errors and the log.
 fn ask<T>(
     kubeconfig: &Path,
     subject: &str,
@@ -162,7 +168,8 @@ fn ask<T>(
     asked(kubeconfig, subject, |server| Ok(understand(&client::get(server, question)?)))
 }
 
-/// The same about all objects of a kind. Each is taken as it comes, so that a large one costs nobody but itself.
+/// Asks for all objects of a kind. Each object is handled as it arrives, so that a large object does not hold up the
+/// others.
 fn ask_for_all<T: DeserializeOwned>(
     kubeconfig: &Path,
     subject: &str,
@@ -183,7 +190,7 @@ fn ask_for_all<T: DeserializeOwned>(
     })
 }
 
-/// What a server says, and how long that took.
+/// Asks the server, logs how long it took, and gives an error its context.
 fn asked<T>(kubeconfig: &Path, subject: &str, ask: impl FnOnce(&Server) -> Result<Result<T, String>>) -> Result<T> {
     let start = Instant::now();
     let server = Server::read(kubeconfig)?;
@@ -194,7 +201,7 @@ fn asked<T>(kubeconfig: &Path, subject: &str, ask: impl FnOnce(&Server) -> Resul
     found
 }
 
-/// A pod under the UID that the runtime knows it by.
+/// A pod and the UID that the runtime knows.
 fn by_uid(metadata: ObjectMeta) -> (String, Metadata) {
     let uid = metadata.uid.clone();
     let metadata = Metadata::of(metadata);
@@ -208,7 +215,7 @@ impl Metadata {
     }
 }
 
-/// The metadata in an answer, if it is about this very pod.
+/// The metadata in an answer, if the answer is about the pod with this UID.
 fn understand(answer: &Answer, uid: &str) -> Result<Metadata, String> {
     let Object { metadata } = decode(answer, "a pod")?;
     let found = metadata.uid.clone();

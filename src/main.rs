@@ -1,8 +1,8 @@
-//! podshaper: a chained CNI plugin that limits the bandwidth of pods by pacing their senders. A runtime's call goes to [`cni`],
-//! a person's to [`cli`].
+//! podshaper: a chained CNI plugin that limits the bandwidth of pods by pacing their senders. [`cni`] handles the call
+//! of a runtime, [`cli`] the command of a person.
 //!
-//! The data flow one way: [`request`] -> [`cgroup`] -> [`shaper`] (loaded, attached, and pinned by [`pins`]) -> reply.
-//! Where podshaper delegates, [`delegate`] has the network's plugins called between the request and the cgroup.
+//! Data flow in one direction: [`request`] -> [`cgroup`] -> [`shaper`] (loaded, attached, and pinned by [`pins`]) ->
+//! reply. If podshaper delegates, [`delegate`] calls the network's plugins between the request and the cgroup.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 mod attachment;

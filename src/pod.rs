@@ -1,8 +1,8 @@
-//! Who a limit belongs to: the names that tell pods, networks and attachments apart, checked once and carried as types.
+//! The names that identify pods, networks and attachments: checked once, then carried as types.
 //!
-//! Where they come from is `request`'s business, where they are written down is `pins`'. Each of them becomes a part of a
-//! path or of a message, which is why none of them can hold a slash, a control character or more than its bounded length.
-//! Surprising: the UID of a static pod is 32 hex digits without dashes, and some runtimes pass no UID at all.
+//! `request` reads these names and `pins` stores them. Each name becomes a part of a path or of a message. That is why
+//! none can hold a slash or a control character, and each has a bounded length. Surprising: the UID of a static pod is
+//! 32 hex digits without dashes, and some runtimes pass no UID.
 
 use std::fmt;
 use std::str::FromStr;
@@ -11,11 +11,12 @@ use rscni_plugin::types::{ContainerId, InterfaceName};
 
 use crate::error::{Code, Error, Result, quoted};
 
-/// Longest container id taken. Runtimes use 64 characters; the specification sets no bound, but a file name has one.
+/// The longest container id that is accepted. Runtimes use 64 characters; the specification sets no bound, but a file
+/// name has one.
 const MAX_CONTAINER_ID: usize = 128;
-/// Longest network name taken; one file name, as other plugins keep state under it.
+/// The longest network name that is accepted: one file name, since other plugins keep state in files of this name.
 const MAX_NETWORK: usize = 255;
-/// Longest name of an object in Kubernetes (RFC 1123 subdomain).
+/// The longest name of a Kubernetes object (RFC 1123 subdomain).
 const MAX_OBJECT_NAME: usize = 253;
 
 /// The UID of a pod: `b210522c-ecca-47e2-908a-76691272b43d`, or 32 hex digits for a static pod.
@@ -32,8 +33,8 @@ impl PodUid {
 impl FromStr for PodUid {
     type Err = Error;
 
-    /// Takes letters, digits and dashes, 63 at most and no dash in front: what kubelets make and what API servers accept,
-    /// and nothing that could lead out of a directory.
+    /// Accepts letters, digits and dashes, at most 63, without a leading dash. This covers the UIDs that kubelets make
+    /// and API servers accept, and excludes everything that could lead out of a directory.
     fn from_str(text: &str) -> Result<Self> {
         let allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
         if text.is_empty() || text.len() > 63 || text.starts_with('-') || !text.bytes().all(allowed) {
@@ -50,17 +51,17 @@ impl fmt::Display for PodUid {
     }
 }
 
-/// What a pod's pins are named after.
+/// The key under which a pod's pins are named.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PodKey {
     /// The pod's UID, which outlives its sandboxes.
     Uid(PodUid),
-    /// The sandbox's container id, where the runtime passes no UID (containerd 1.4, podman).
+    /// The sandbox's container id, if the runtime passes no UID (containerd 1.4, podman).
     Container(ContainerId),
 }
 
 impl PodKey {
-    /// The key as text; may hold `.` and `_` if it is a container id, letters, digits and `-` in any case.
+    /// The key as text: letters, digits and `-`; a container id may also hold `.` and `_`.
     pub fn as_str(&self) -> &str {
         match self {
             Self::Uid(uid) => uid.as_str(),
@@ -117,27 +118,27 @@ impl fmt::Display for NetworkName {
 /// A container id of bounded length.
 ///
 /// # Errors
-/// Against the specification's rule for `CNI_CONTAINERID`, or above 128 characters.
+/// The text violates the specification's rule for `CNI_CONTAINERID`, or has more than 128 characters.
 pub fn container_id(text: &str) -> Result<ContainerId> {
     let id = Some(text).filter(|text| text.len() <= MAX_CONTAINER_ID).and_then(|text| text.parse().ok());
     let rule = "a letter or digit, then letters, digits, '_', '.' and '-', 128 at most";
     id.ok_or_else(|| Error::new(Code::Environment, format!("{} is not a container id ({rule})", quoted(text))))
 }
 
-/// An interface name as the kernel takes it.
+/// An interface name that the kernel accepts.
 ///
 /// # Errors
-/// Against dev_valid_name() of the kernel, or with a control character, which the kernel would let pass.
+/// The text violates dev_valid_name() of the kernel, or has a control character, which the kernel would accept.
 pub fn interface_name(text: &str) -> Result<InterfaceName> {
     let name = Some(text).filter(|text| !text.contains(char::is_control)).and_then(|text| text.parse().ok());
     let rule = "1 to 15 bytes, no space, '/', ':' or control character, not '.' or '..'";
     name.ok_or_else(|| Error::new(Code::Environment, format!("{} is not an interface name ({rule})", quoted(text))))
 }
 
-/// A name or namespace of a Kubernetes object, or what another runtime passes in its place.
+/// A name or namespace of a Kubernetes object, or the name that another orchestrator passes in its place.
 ///
 /// # Errors
-/// Other characters than letters, digits, `_`, `.` and `-`, or more than 253 of them.
+/// The text has other characters than letters, digits, `_`, `.` and `-`, or more than 253 characters.
 pub fn object_name(text: &str) -> Result<String> {
     if !is_spec_name(text, MAX_OBJECT_NAME) {
         let rule = "letters, digits, '_', '.' and '-', 253 at most";
@@ -146,7 +147,7 @@ pub fn object_name(text: &str) -> Result<String> {
     Ok(text.to_owned())
 }
 
-/// One rule for networks and container ids in SPEC.md; podshaper bounds the length.
+/// SPEC.md has one rule for networks and container ids; podshaper adds a bound on the length.
 fn is_spec_name(text: &str, longest: usize) -> bool {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'.' | b'-');
     text.len() <= longest && text.starts_with(|c: char| c.is_ascii_alphanumeric()) && text.bytes().all(allowed)

@@ -1,10 +1,11 @@
-//! One call of a runtime: its `CNI_*` variables and stdin become a [`Request`], or an error with the specification's code.
+//! One call of a runtime: its `CNI_*` variables and stdin become a [`Request`], or an error with the code that the
+//! specification gives it.
 //!
-//! What is asked of the shaper is in `request/limits.rs`, the keys of the plugin's own configuration in
-//! `request/config.rs`; acting on a request is `cni`'s. Everything read here is foreign. Tenants write the annotations,
-//! so limits are not looked at before [`Request::limits`] is called: a DEL must succeed whatever they hold. For the same
-//! reason a DEL or GC forgives what an ADD refuses ([`Request::forgiven`]), and a DEL whose stdin is no configuration at all goes by its variables
-//! ([`Request::of_variables`]).
+//! `request/limits.rs` finds the limits that are asked for; `request/config.rs` reads the keys of the plugin's own
+//! configuration; `cni` acts on a request. All input is untrusted. Tenants write the annotations, so limits are not
+//! read before [`Request::limits`] is called: a DEL must succeed whatever the annotations hold. For the same reason a
+//! DEL or GC only notes some errors that make an ADD fail ([`Request::forgiven`]). A DEL whose stdin is not a
+//! configuration uses its variables alone ([`Request::of_variables`]).
 
 mod api;
 mod bandwidth;
@@ -35,24 +36,25 @@ pub use limits::{Limit, Limits, Source};
 pub use policy::Namespaces;
 pub use subnets::Subnets;
 
-/// Most that is read from stdin. An API server holds a pod's annotations under 256 KiB, which are six times as many bytes where Go escapes
-/// each character; a runtime may pass them twice, and the rest is the configuration. A DEL that fails would keep IPAM's from being called.
+/// How much is read from stdin at most. The API server keeps a pod's annotations under 256 KiB; these become six times
+/// as many bytes where Go escapes each character. A runtime may pass the annotations twice, and the rest of the 8 MiB
+/// is for the configuration. The bound is generous because a DEL that fails would prevent the call of IPAM's DEL.
 const MAX_STDIN_BYTES: u64 = 8 << 20;
-/// Longest path taken, the kernel's PATH_MAX.
+/// The longest path that is accepted: the kernel's PATH_MAX.
 const MAX_PATH_BYTES: usize = 4096;
 
-/// A call, checked.
+/// A checked call.
 #[derive(Debug)]
 pub struct Request {
     /// The verb.
     pub cmd: Cmd,
-    /// The CNI version of the configuration, one that podshaper speaks.
+    /// The CNI version of the configuration; podshaper supports it.
     pub version: SpecVersion,
     /// Name of the network.
     pub network: NetworkName,
     /// What the call is about.
     pub subject: Subject,
-    /// `CNI_NETNS`: always there for ADD and CHECK, for DEL only while the sandbox lives.
+    /// `CNI_NETNS`: always set for ADD and CHECK, for DEL only while the sandbox lives.
     pub netns: Option<PathBuf>,
     /// `K8S_POD_NAMESPACE`.
     pub pod_namespace: Option<String>,
@@ -60,17 +62,17 @@ pub struct Request {
     pub pod_name: Option<String>,
     /// The plugin's own configuration.
     pub config: Config,
-    /// `runtimeConfig.cgroupPath`: the pod's cgroup, to be joined to the cgroup2 mount.
+    /// `runtimeConfig.cgroupPath`: the pod's cgroup, relative to the cgroup2 mount.
     pub cgroup_path: Option<PathBuf>,
-    /// `runtimeConfig`, byte for byte: what a runtime has for plugins that ask for it by `capabilities`.
+    /// `runtimeConfig`, byte for byte: what a runtime offers to plugins that declare `capabilities`.
     pub runtime_config: Option<Box<RawValue>>,
-    /// `prevResult`, byte for byte; a chained ADD answers with it.
+    /// `prevResult`, byte for byte; a chained ADD returns it as its own result.
     pub prev_result: Option<Box<RawValue>>,
-    /// `cni.dev/valid-attachments` of a GC. None is not an empty list: nothing may be removed then.
+    /// `cni.dev/valid-attachments` of a GC. `None` differs from an empty list: with `None` nothing may be removed.
     pub valid_attachments: Option<Vec<GcAttachment>>,
-    /// Keys of the configuration that nobody knows.
+    /// Keys of the configuration that neither podshaper nor the specification defines.
     pub unknown_keys: Vec<UnknownKey>,
-    /// What this DEL or GC did not need and found malformed; to be logged.
+    /// Malformed parts that this DEL or GC did not need; the caller logs them.
     pub forgiven: Vec<Error>,
     sources: limits::Sources,
 }
@@ -80,8 +82,8 @@ pub struct Request {
 pub enum Subject {
     /// ADD, CHECK, DEL: one interface of one sandbox.
     Endpoint(Endpoint),
-    /// A DEL of what no ADD can have made, since ADD refuses such identifiers with this error. To be answered with
-    /// success, doing nothing: a DEL that fails keeps the pod in Terminating.
+    /// A DEL of an attachment that cannot exist, since ADD refuses such identifiers with this error. The answer is
+    /// success, and nothing is done: a DEL that fails keeps the pod in Terminating.
     NeverAdded(Error),
     /// STATUS, GC: the node.
     Node,
@@ -90,7 +92,7 @@ pub enum Subject {
 /// One interface of one sandbox.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
-    /// The pod: its UID, or the container id where the runtime passes none.
+    /// The pod: its UID, or the container id if the runtime passes no UID.
     pub key: PodKey,
     /// The sandbox.
     pub container_id: ContainerId,
@@ -101,7 +103,7 @@ pub struct Endpoint {
 /// Reads stdin to its end.
 ///
 /// # Errors
-/// Above 8 MiB, or the read fails.
+/// Stdin is longer than 8 MiB, or the read fails.
 pub fn read_stdin(stdin: impl Read) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let read = stdin.take(MAX_STDIN_BYTES + 1).read_to_end(&mut bytes);
@@ -112,8 +114,8 @@ pub fn read_stdin(stdin: impl Read) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The `cniVersion` that stdin declares, if that much of it can be read: the version in which to answer VERSION, and an
-/// error of [`Request::parse`].
+/// The `cniVersion` that stdin declares, if it can be read. It is the version of the answer to VERSION, and of the
+/// answer when [`Request::parse`] fails.
 pub fn declared_version(stdin: &[u8]) -> Option<SpecVersion> {
     json::object::<Versioned>(stdin).ok()?.cni_version?.parse().ok()
 }
@@ -124,7 +126,7 @@ struct Versioned {
     cni_version: Option<String>,
 }
 
-/// The keys of stdin that are the specification's. Raw values are decoded by the verb that needs them.
+/// The keys of stdin that the specification defines. Each verb decodes the raw values that it needs.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Stdin {
@@ -147,8 +149,8 @@ struct RuntimeConfig {
 }
 
 impl Request {
-    /// Checks the variables that `cmd` needs, then stdin: JSON, version, name of the network, the plugin's own keys. VERSION
-    /// has no request: it is answered from [`declared_version`].
+    /// Checks the variables that `cmd` needs, then stdin: JSON, version, name of the network, the plugin's own keys.
+    /// VERSION has no request; [`declared_version`] is enough to answer it.
     ///
     /// # Errors
     /// [`Code::Environment`], [`Code::Decode`], [`Code::IncompatibleVersion`] and [`Code::Config`], in this order.
@@ -176,7 +178,7 @@ impl Request {
         let config = Config::read(keys, container_id, &mut tolerance)?;
         let mut unknown_keys = config::unknown(all.keys());
         unknown_keys.extend(config.policy.unknown_keys().cloned());
-        // A sandbox without a cgroup parent, as crictl makes it, has an empty path.
+        // A sandbox without a cgroup parent, such as crictl makes, has an empty path.
         let cgroup_path = cgroup_path.as_deref().filter(|raw| raw.get() != "\"\"").map(runtime_cgroup_path).transpose();
         let attachments = decoded.valid_attachments.filter(|_| cmd == Cmd::Gc);
         let attachments = attachments.map(|raw| part("cni.dev/valid-attachments", serde_json::from_str(raw.get())));
@@ -199,7 +201,8 @@ impl Request {
         })
     }
 
-    /// The request of an ADD with these keys of podshaper's, of no pod: for what is wrong with them to be found before there is one.
+    /// The request of an ADD with these keys of podshaper's configuration and without a pod. It finds errors in the
+    /// keys before the first pod does.
     ///
     /// # Errors
     /// Those of every ADD.
@@ -214,7 +217,8 @@ impl Request {
         Ok(request)
     }
 
-    /// The request of a call whose stdin cannot be read, and why not: what the variables alone say.
+    /// The request of a call whose stdin cannot be read, built from the variables alone. `unreadable` says why stdin
+    /// cannot be read.
     ///
     /// # Errors
     /// [`Code::Environment`].
@@ -224,7 +228,8 @@ impl Request {
         Ok(request)
     }
 
-    /// Where the pod's cgroup is said to be: by the runtime, else, when there is no UID to search by, by the configuration.
+    /// The configured path of the pod's cgroup: the runtime's; else, if there is no UID to search by, the one in the
+    /// configuration.
     pub fn cgroup_hint(&self) -> Option<&Path> {
         let nameless = matches!(&self.subject, Subject::Endpoint(Endpoint { key: PodKey::Container(_), .. }));
         let configured = self.config.cgroup_path.as_deref().filter(|_| nameless);
@@ -232,7 +237,8 @@ impl Request {
     }
 }
 
-/// Whether a finding ends the call. ADD, CHECK and STATUS refuse; DEL and GC note it and go on with nothing in its place.
+/// Decides whether an error ends the call. ADD, CHECK and STATUS fail. DEL and GC note the error and go on without the
+/// value.
 struct Tolerance {
     cleanup: bool,
     forgiven: Vec<Error>,
@@ -254,9 +260,10 @@ impl Tolerance {
     }
 }
 
-/// The version in which to answer, as the reference implementation chooses it: does it know the verb, do we know it.
+/// The version of the answer, chosen as in the reference implementation: the version must have the verb, and podshaper
+/// must support the version.
 fn negotiate(cmd: Cmd, declared: &str) -> Result<SpecVersion> {
-    // A configuration without the key is one from before the key, which 0.2.0 brought.
+    // A configuration without the key is older than the key, which 0.2.0 introduced.
     let undeclared = SpecVersion::new(0, 1, 0);
     let parse = || declared.parse().ok().filter(|_| declared.len() <= 32);
     let version = if declared.is_empty() { Some(undeclared) } else { parse() };
@@ -267,7 +274,7 @@ fn negotiate(cmd: Cmd, declared: &str) -> Result<SpecVersion> {
     Ok(version)
 }
 
-/// A part of stdin that the specification defines; what is wrong with it is a decode failure like stdin's own.
+/// A part of stdin that the specification defines. A malformed part is a decode error, as for stdin as a whole.
 fn part<T>(key: &str, decoded: serde_json::Result<T>) -> Result<T> {
     decoded.map_err(|cause| Error::because(Code::Decode, format!("decode {key:?} of the network configuration"), cause))
 }
@@ -280,7 +287,8 @@ fn runtime_cgroup_path(raw: &RawValue) -> Result<PathBuf> {
 const NO_CGROUP_PATH: &str =
     "is not a path below the cgroup2 mount, nor the name of a slice (without '..', 4096 bytes at most)";
 
-/// A path that stays below the directory it is joined to. CRI-O with the systemd driver gives the slice's name alone.
+/// A path that stays below the directory to which it is joined. CRI-O with the systemd driver gives the name of the
+/// slice alone.
 fn below_cgroup_mount(text: &str) -> Option<PathBuf> {
     let stays = !text.contains('\0') && !text.split('/').any(|name| name == "..");
     (stays && text.len() <= MAX_PATH_BYTES).then(|| PathBuf::from(text))

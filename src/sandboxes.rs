@@ -1,8 +1,8 @@
-//! The sandboxes of this node, as the runtime's CNI library keeps them: the result of each ADD, with all that the plugins were told, is a
-//! file until its DEL (libcni, `cachedInfo` in libcni/api.go).
+//! The sandboxes of this node, as the runtime's CNI library caches them. The result of each ADD, with all arguments of
+//! the plugins, is a file until the DEL (libcni, `cachedInfo` in libcni/api.go).
 //!
-//! What is in them was true at ADD. What is asked for now may be another thing, which is not this file's business; nor is which of the
-//! networks is podshaper's. A file of a sandbox whose network namespace is gone, as a reboot leaves it, is no sandbox.
+//! The content of a file was true at ADD; other modules find out what is asked for now, and which of the networks is
+//! podshaper's. A file whose network namespace is gone, such as a reboot leaves, does not count as a sandbox.
 
 use std::{
     collections::BTreeMap,
@@ -24,24 +24,24 @@ use crate::{
     request::Env,
 };
 
-/// Where libcni keeps its results below its directory, and where Multus has its own.
+/// Where libcni keeps its results below its directory, and where Multus keeps its own.
 const RESULTS: [&str; 2] = ["results", "multus/results"];
-/// What every such file is.
+/// The `kind` of every such file.
 const KIND: &str = "cniCacheV1";
-/// libcni writes a file where it is read: one that cannot be read may be whole in a moment, unless it is older than this.
+/// libcni writes a file in place. A file that cannot be read may be complete in a moment, unless it is older than this.
 const WRITTEN_WITHIN: Duration = Duration::from_millis(200);
 const READ_AGAIN_AFTER: Duration = Duration::from_millis(10);
 
 /// One interface of one sandbox.
 #[derive(Debug)]
 pub struct Sandbox {
-    /// `CNI_CONTAINERID` of its ADD.
+    /// `CNI_CONTAINERID` of the ADD.
     pub container_id: String,
     /// The interface.
     pub ifname: String,
     /// Name of the network.
     pub network: String,
-    /// What the runtime offered to plugins that have the capability.
+    /// What the runtime offered to plugins that declare the capability.
     pub offers: BTreeMap<String, Box<RawValue>>,
     netns: PathBuf,
     args: Vec<(String, String)>,
@@ -50,7 +50,7 @@ pub struct Sandbox {
     file: PathBuf,
 }
 
-/// A file, as libcni writes it.
+/// A file in the format that libcni writes.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Cached {
@@ -58,7 +58,7 @@ struct Cached {
     container_id: String,
     if_name: String,
     network_name: String,
-    /// libcni 1.2 and later.
+    /// Written by libcni 1.2 and later.
     #[serde(default)]
     netns: String,
     #[serde(default)]
@@ -71,7 +71,7 @@ struct Cached {
     result: Option<Outcome>,
 }
 
-/// The part of a result in which a namespace is named.
+/// The part of a result that names a namespace.
 #[derive(Default, Deserialize)]
 struct Outcome {
     #[serde(default)]
@@ -86,19 +86,19 @@ struct Interface {
     sandbox: String,
 }
 
-/// Where a runtime's library keeps them below its directory.
+/// The directories below `directory` in which a runtime's library keeps its results.
 pub fn directories(directory: &Path) -> [PathBuf; 2] {
     RESULTS.map(|results| directory.join(results))
 }
 
-/// The names of the files in which a runtime's library keeps results, of sandboxes that are gone as well.
+/// The names of the files in which a runtime's library keeps results, including those of sandboxes that are gone.
 pub struct Results(Vec<OsString>);
 
 impl Results {
-    /// Those that are there now.
+    /// Lists the files that exist now.
     ///
     /// # Errors
-    /// [`Code::Io`]: the directory is there and cannot be listed.
+    /// [`Code::Io`]: the directory exists and cannot be listed.
     pub fn list(directory: &Path) -> Result<Self> {
         let mut names = Vec::new();
         for results in directories(directory) {
@@ -107,22 +107,22 @@ impl Results {
         Ok(Self(names))
     }
 
-    /// Whether there is one of this interface of this container, by whichever network: its DEL has not ended then.
+    /// Whether there is a result of this interface of this container, in any network. Then its DEL has not completed.
     pub fn has(&self, container_id: &str, ifname: &str) -> bool {
         let end = format!("-{container_id}-{ifname}");
         self.0.iter().any(|name| name.as_encoded_bytes().ends_with(end.as_bytes()))
     }
 }
 
-/// Whether there is a namespace at a path. What a reboot leaves there is an empty file.
+/// Whether a network namespace is mounted at the path. After a reboot an empty file is left there.
 pub fn is_namespace(path: &Path) -> bool {
     statfs(path).is_ok_and(|found| found.filesystem_type() == NSFS_MAGIC)
 }
 
-/// Every sandbox whose namespace is there, of each interface of a container the newest, and why files could not be read.
+/// Every sandbox whose namespace exists, and the errors of the files that could not be read.
 ///
 /// # Errors
-/// [`Code::Io`]: the directory is there and cannot be listed.
+/// [`Code::Io`]: a directory exists and cannot be listed.
 pub fn read(directory: &Path) -> Result<(Vec<Sandbox>, Vec<Error>)> {
     let (mut found, mut errors) = (Vec::new(), Vec::new());
     for results in directories(directory) {
@@ -145,13 +145,13 @@ fn files(directory: &Path) -> Result<Vec<PathBuf>> {
     };
     let mut files =
         entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<_>>>().map_err(doing)?;
-    // Every sandbox has one for its loopback.
+    // Every sandbox also has a file for its loopback interface.
     files.retain(|file| !file.as_os_str().as_encoded_bytes().ends_with(b"-lo"));
     files.sort();
     Ok(files)
 }
 
-/// Also one that was removed, or that was written in the future of a clock that was set back.
+/// A file also counts as old if it was removed, or if its time is in the future because the clock was set back.
 fn is_old(file: &Path) -> bool {
     let age = fs::metadata(file).and_then(|file| file.modified()).ok().and_then(|written| written.elapsed().ok());
     age.is_none_or(|age| age > WRITTEN_WITHIN)
@@ -167,7 +167,7 @@ impl Sandbox {
         }
     }
 
-    /// The sandbox of a file; `None` for one that is gone, and for what is no result.
+    /// Reads the sandbox of a file. `None` if its namespace is gone, or if the file is not a CNI result.
     fn read(file: &Path) -> Result<Option<Self>> {
         let reading = || format!("read the CNI result {}", file.display());
         let failed = |cause: io::Error| Error::because(Code::Io, reading(), cause);
@@ -187,7 +187,7 @@ impl Sandbox {
         let Cached { container_id, if_name: ifname, network_name: network, config, cni_args, capability_args, .. } =
             cached;
         let mut args: Vec<(String, String)> = cni_args.unwrap_or_default();
-        // Multus repeats what it was given, and the first counts.
+        // Multus repeats arguments that it was given; the first one counts.
         let mut seen = std::collections::BTreeSet::new();
         args.retain(|(key, _)| seen.insert(key.clone()));
         let (config, offers) = (config.unwrap_or_default(), capability_args.unwrap_or_default());
@@ -196,7 +196,7 @@ impl Sandbox {
         Ok(Some(sandbox).filter(Self::has_namespace))
     }
 
-    /// Whether its namespace and its file are there.
+    /// Whether the namespace and the file exist.
     pub fn is_there(&self) -> bool {
         self.has_namespace() && self.file.exists()
     }
@@ -214,12 +214,12 @@ impl Sandbox {
             .filter(|value| !value.is_empty())
     }
 
-    /// What tells its pod from others, as an ADD does: the UID, or without one the container.
+    /// The key that identifies the pod, as at ADD: the UID, or the container id if there is no UID.
     pub fn pod(&self) -> &str {
         self.arg("K8S_POD_UID").unwrap_or(&self.container_id)
     }
 
-    /// Whether it was made after another one.
+    /// Whether this sandbox was made after the other one.
     pub fn is_newer_than(&self, other: &Self) -> bool {
         self.written > other.written
     }
@@ -229,7 +229,7 @@ impl Sandbox {
         STANDARD.decode(&self.config).unwrap_or_default()
     }
 
-    /// The variables of its ADD.
+    /// The variables of the ADD.
     pub fn env(&self) -> Env {
         let args: Vec<String> = self.args.iter().map(|(key, value)| format!("{key}={value}")).collect();
         Env {
@@ -243,7 +243,7 @@ impl Sandbox {
 }
 
 impl Cached {
-    /// Where the interface is: libcni before 1.2 has it in the result alone.
+    /// The namespace of the interface. libcni before 1.2 stores it only in the result.
     fn netns(&self) -> Option<PathBuf> {
         let in_result = self.result.iter().flat_map(|result| &result.interfaces);
         let mut in_result = in_result.filter(|interface| !interface.sandbox.is_empty());
@@ -286,7 +286,7 @@ mod tests {
             ("results/cbr0-c1-eth0", cached(json!({})).to_string()),
             ("results/cni-loopback-c1-lo", "not looked at".into()),
             ("results/cbr0-c2-eth0", cached(json!({ "netns": "/run/netns/gone" })).to_string()),
-            // A file that was left where a namespace was mounted.
+            // A file that was left at a path where a namespace was mounted.
             ("results/cbr0-c3-eth0", cached(json!({ "netns": "/proc/self/status" })).to_string()),
             (
                 "results/other",
@@ -329,7 +329,7 @@ mod tests {
         let (host, pod) = (json!({ "name": "veth1" }), json!({ "name": "eth0", "sandbox": NETNS }));
         for (keys, found) in [
             (interfaces(json!([host, pod])), true),
-            // Some plugins give the interface in the pod another name.
+            // Some plugins report another name for the interface in the pod.
             (interfaces(json!([host, { "name": "other", "sandbox": NETNS }])), true),
             (interfaces(json!([host])), false),
             (json!({ "netns": "", "result": {} }), false),

@@ -1,7 +1,8 @@
-//! Rates and bursts: parsed, bounded, printed and converted here, so that no other file multiplies by 8 or by 1000.
+//! Rates and bursts. They are parsed, bounded, printed and converted here, so that no other file multiplies by 8 or by
+//! 1000.
 //!
-//! A rate is bits per second on the wire, counted at layer 3; a burst is bytes. Which key of a request is read in which
-//! form is decided in `request`.
+//! A rate is in bits per second on the wire, counted at layer 3. A burst is in bytes. `request` decides which key of a
+//! request has which form.
 
 mod quantity;
 
@@ -10,7 +11,7 @@ use std::str::FromStr;
 
 use quantity::{MAX_TEXT, round_up};
 
-/// A packet as large as Ethernet's usual MTU lets it be, in bytes from the IP header up.
+/// The largest packet at Ethernet's usual MTU, in bytes, including the IP header.
 const FULL_PACKET_BYTES: u64 = 1500;
 
 /// A bandwidth between [`Rate::MIN`] and [`Rate::MAX`].
@@ -20,15 +21,15 @@ pub struct Rate {
 }
 
 impl Rate {
-    /// 1 kbit/s, the least that kubelet passes on (validateBandwidthIsReasonable in pkg/util/bandwidth/utils.go).
+    /// 1 kbit/s, the lowest rate that kubelet passes on (validateBandwidthIsReasonable in pkg/util/bandwidth/utils.go).
     pub const MIN: Self = Self { bits_per_s: 1_000 };
-    /// 1 Pbit/s, the most that kubelet passes on (same place).
+    /// 1 Pbit/s, the highest rate that kubelet passes on (same function).
     pub const MAX: Self = Self { bits_per_s: 1_000_000_000_000_000 };
 
     /// A rate in bits per second.
     ///
     /// # Errors
-    /// Outside [`Rate::MIN`] to [`Rate::MAX`].
+    /// The rate is outside of [`Rate::MIN`] to [`Rate::MAX`].
     pub fn bits_per_s(bits_per_s: u64) -> Result<Self, UnitError> {
         match (Self { bits_per_s }) {
             rate if rate < Self::MIN => Err(UnitError::RateTooSmall),
@@ -40,15 +41,16 @@ impl Rate {
     /// A rate in bytes per second.
     ///
     /// # Errors
-    /// Outside [`Rate::MIN`] to [`Rate::MAX`].
+    /// The rate is outside of [`Rate::MIN`] to [`Rate::MAX`].
     pub fn bytes_per_s(bytes_per_s: u64) -> Result<Self, UnitError> {
         bytes_per_s.checked_mul(8).ok_or(UnitError::RateTooLarge).and_then(Self::bits_per_s)
     }
 
-    /// Bits per second as a Kubernetes quantity: `10M`, `1.5Gi`, `1e6`. A fraction of a bit is rounded up, as kubelet does.
+    /// Bits per second as a Kubernetes quantity: `10M`, `1.5Gi`, `1e6`. A fraction of a bit is rounded up, as kubelet
+    /// does.
     ///
     /// # Errors
-    /// Not a quantity, or outside [`Rate::MIN`] to [`Rate::MAX`].
+    /// The text is not a quantity, or the rate is outside of [`Rate::MIN`] to [`Rate::MAX`].
     pub fn from_quantity(text: &str) -> Result<Self, UnitError> {
         match round_up(text) {
             Ok(bits_per_s) => Self::bits_per_s(bits_per_s),
@@ -57,14 +59,14 @@ impl Rate {
         }
     }
 
-    /// Megabytes (10^6 bytes) per second as the project's ancestor wrote them: digits and an `M`, nothing else.
+    /// Megabytes (10^6 bytes) per second in the form of the project's ancestor: digits and an `M`, nothing else.
     ///
     /// # Errors
-    /// Another form, or outside [`Rate::MIN`] to [`Rate::MAX`].
+    /// The text has another form, or the rate is outside of [`Rate::MIN`] to [`Rate::MAX`].
     pub fn from_megabytes(text: &str) -> Result<Self, UnitError> {
         let digits = text.strip_suffix('M').filter(|digits| is_digits(digits) && text.len() <= MAX_TEXT);
         let digits = digits.ok_or(UnitError::NotMegabytes)?;
-        // Digits alone fail to parse only for being too many.
+        // Digits alone fail to parse only if there are too many.
         let megabytes: u64 = digits.parse().map_err(|_| UnitError::RateTooLarge)?;
         megabytes.checked_mul(1_000_000).ok_or(UnitError::RateTooLarge).and_then(Self::bytes_per_s)
     }
@@ -78,7 +80,7 @@ impl Rate {
 impl FromStr for Rate {
     type Err = UnitError;
 
-    /// [`Rate::from_quantity`], the form in which rates are also printed.
+    /// [`Rate::from_quantity`]. Rates are also printed in this form.
     fn from_str(text: &str) -> Result<Self, UnitError> {
         Self::from_quantity(text)
     }
@@ -87,7 +89,7 @@ impl FromStr for Rate {
 impl fmt::Display for Rate {
     /// The shortest quantity that is exactly this rate: `10M`, `1500k`, `1234567`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // pad() and not write!(): a table's column width is given in the format string.
+        // pad(), not write!(): the format string sets the column width of a table.
         f.pad(&quantity_of(self.bits_per_s))
     }
 }
@@ -100,28 +102,28 @@ fn quantity_of(number: u64) -> String {
     format!("{}{suffix}", number / unit)
 }
 
-/// How much an idle pod may send at once before its rate binds.
+/// How many bytes an idle pod may send at once before the rate limits it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Burst {
     bytes: u64,
 }
 
 impl Burst {
-    /// Largest burst that can be asked for, 4 GiB less a byte, as in the CNI bandwidth plugin. At 1 kbit/s that is a year
-    /// in nanoseconds, so that no clock in the kernel can wrap because of it.
+    /// The largest burst that can be asked for, 4 GiB less one byte, as in the CNI bandwidth plugin. At 1 kbit/s this
+    /// burst takes about a year, in nanoseconds: far too little to overflow a clock in the kernel.
     pub const MAX_ASKED: Self = Self { bytes: u32::MAX as u64 };
 
-    /// The burst of a limit that names none: 5 ms worth of the rate, since a pacing timer that fires late must be able to
+    /// The burst of a limit that names none: 5 ms at the rate, since a pacing timer that fires late must be able to
     /// catch up, and at least 10 full packets.
     pub fn default_for(rate: Rate) -> Self {
         let five_ms_bytes = rate.as_bits_per_s() / 8 / 200;
         Self { bytes: five_ms_bytes.max(10 * FULL_PACKET_BYTES) }
     }
 
-    /// A burst in bits, the unit of every foreign key for it; a part of a byte counts as a byte.
+    /// A burst in bits, the unit of every key that other programs define for it. A part of a byte counts as a byte.
     ///
     /// # Errors
-    /// None of zero, and none above [`Burst::MAX_ASKED`].
+    /// The burst is zero or above [`Burst::MAX_ASKED`].
     pub fn bits(bits: u64) -> Result<Self, UnitError> {
         match (Self { bytes: bits.div_ceil(8) }) {
             Self { bytes: 0 } => Err(UnitError::BurstZero),
@@ -130,10 +132,10 @@ impl Burst {
         }
     }
 
-    /// Bits as a Kubernetes quantity.
+    /// A burst in bits as a Kubernetes quantity.
     ///
     /// # Errors
-    /// Not a quantity, zero, or above [`Burst::MAX_ASKED`].
+    /// The text is not a quantity, or the burst is zero or above [`Burst::MAX_ASKED`].
     pub fn from_quantity(text: &str) -> Result<Self, UnitError> {
         match round_up(text) {
             Ok(bits) => Self::bits(bits),
@@ -142,14 +144,15 @@ impl Burst {
         }
     }
 
-    /// What lasts `ns` nanoseconds at a rate: the inverse of [`Burst::as_ns_at`], as far as whole nanoseconds tell it.
+    /// The burst that takes `ns` nanoseconds at a rate: the inverse of [`Burst::as_ns_at`], as exactly as whole
+    /// nanoseconds allow.
     pub fn of_ns_at(ns: u64, rate: Rate) -> Self {
         let bytes = (u128::from(ns) * u128::from(rate.as_bits_per_s())).div_ceil(8 * 1_000_000_000);
         Self { bytes: u64::try_from(bytes).unwrap_or(u64::MAX) }
     }
 
-    /// The part of a burst that bulk flows leave to what cannot wait: four full packets, or half of a small burst. The other half is for
-    /// their late timers.
+    /// The part of a burst that bulk flows leave to packets that must not wait: four full packets, or half of a small
+    /// burst. Bulk flows use the rest to catch up when their timers fire late.
     pub fn kept(self) -> Self {
         Self { bytes: (4 * FULL_PACKET_BYTES).min(self.bytes / 2) }
     }
@@ -159,7 +162,7 @@ impl Burst {
         self.bytes
     }
 
-    /// How long the burst takes at `rate`, in nanoseconds, rounded down; saturating.
+    /// How many nanoseconds the burst takes at `rate`, rounded down; saturating.
     pub fn as_ns_at(self, rate: Rate) -> u64 {
         let ns = u128::from(self.bytes) * 8 * 1_000_000_000 / u128::from(rate.as_bits_per_s());
         u64::try_from(ns).unwrap_or(u64::MAX)
@@ -169,43 +172,43 @@ impl Burst {
 impl FromStr for Burst {
     type Err = UnitError;
 
-    /// [`Burst::from_quantity`], the form in which bursts are also printed.
+    /// [`Burst::from_quantity`]. Bursts are also printed in this form.
     fn from_str(text: &str) -> Result<Self, UnitError> {
         Self::from_quantity(text)
     }
 }
 
 impl fmt::Display for Burst {
-    /// In bits, as a burst is asked for.
+    /// Prints bits, the unit in which a burst is asked for.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(&quantity_of(self.bytes.saturating_mul(8)))
     }
 }
 
-/// Why a text or a number is no rate and no burst; ends an error text, after a colon.
+/// Why a text or a number is not a valid rate or burst. Stands at the end of an error text, after a colon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UnitError {
-    /// More than 64 characters.
+    /// The text has more than 64 characters.
     TooLong,
-    /// It starts with a minus sign.
+    /// The text starts with a minus sign.
     Negative,
-    /// Where the digits should be there are none, or two points.
+    /// There are no digits where digits are expected, or there are two points.
     NotANumber,
-    /// What follows the digits is no suffix and no exponent of a Kubernetes quantity.
+    /// The text after the digits is neither a suffix nor an exponent of a Kubernetes quantity.
     Suffix,
-    /// Not digits followed by an `M`.
+    /// The text is not digits followed by an `M`.
     NotMegabytes,
-    /// A JSON number with a sign, a fraction or an exponent, or too many digits.
+    /// The value is a JSON number with a sign, a fraction or an exponent, or with too many digits.
     NotWhole,
-    /// JSON, but no string.
+    /// The value is JSON, but not a string.
     NotText,
-    /// A quantity beyond anything that is measured here.
+    /// The quantity is larger than any rate or burst can be.
     TooLarge,
     /// Below [`Rate::MIN`].
     RateTooSmall,
     /// Above [`Rate::MAX`].
     RateTooLarge,
-    /// A burst of nothing, with which nothing could be sent.
+    /// The burst is zero; no packet could be sent.
     BurstZero,
     /// Above [`Burst::MAX_ASKED`].
     BurstTooLarge,

@@ -570,3 +570,26 @@ fn no_two_modules_need_each_other() {
         assert!(needs.is_empty(), "these of {root} need each other: {needs:?}");
     }
 }
+
+/// rustfmt breaks code at its width and leaves comments as they are.
+#[test]
+fn no_comment_is_wider_than_code_may_be() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let configuration = fs::read_to_string(root.join("rustfmt.toml")).unwrap();
+    let width = configuration.lines().find_map(|line| line.strip_prefix("max_width = ")).unwrap().parse().unwrap();
+    let is_wide = |line: &str| line.trim_start().starts_with("//") && line.chars().count() > width;
+    let directories = ["src", "bpf/src", "bpf/abi", "tests"].map(|directory| sources(&root.join(directory)));
+    let is_source = |path: &PathBuf| {
+        path.extension().is_some_and(|extension| extension == "rs")
+            && !path.components().any(|of| of.as_os_str() == "target")
+    };
+    let files: Vec<PathBuf> = directories.into_iter().flatten().filter(is_source).collect();
+    assert!(files.len() > 100, "{files:?}");
+    let wide = files.iter().flat_map(|path| {
+        let text = fs::read_to_string(path).unwrap();
+        let lines = (1..).zip(text.lines()).filter(|(_, line)| is_wide(line)).map(|(number, _)| number);
+        lines.map(|number| format!("{}:{number}", path.display())).collect::<Vec<_>>()
+    });
+    let wide: Vec<String> = wide.collect();
+    assert!(wide.is_empty(), "wider than {width} columns: {wide:#?}");
+}

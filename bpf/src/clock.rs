@@ -1,8 +1,9 @@
 //! The pod clock under its lock: the one place where a meter changes.
 //!
-//! All CPUs and both egress hooks share the clock. Instruction set v1, the only one that every kernel from 5.10 on loads, has
-//! no compare-and-exchange, and an idle clock must be moved *up to* a time as well as *by* one: hence a spin lock
-//! (`bpf_spin_lock`, which disables interrupts while it is held). It is held for a few stores; the division is done before.
+//! All CPUs and all hooks share the clock. Instruction set v1, the only one that every kernel from 5.10 on loads, has
+//! no compare-and-exchange. An idle clock must be moved *up to* a time as well as *by* a time: hence a spin lock
+//! (`bpf_spin_lock`, which disables interrupts while it is held). The lock is held for a few stores; the division is
+//! done before.
 
 use core::ptr::NonNull;
 
@@ -14,14 +15,14 @@ use podshaper_abi::{
 
 use crate::maps;
 
-/// Now, as the clock counts: CLOCK_MONOTONIC, which is also what TCP's pacing timer and fq's departure times use.
+/// The present time of the clock: CLOCK_MONOTONIC, which TCP's pacing timer and fq's departure times use as well.
 #[inline(always)]
 pub fn now_ns() -> u64 {
     // SAFETY: the helper takes nothing and cannot fail.
     unsafe { bpf_ktime_get_ns() }
 }
 
-/// The virtual link of one direction of an attachment: its limit, and its clock.
+/// The virtual link of one direction of an attachment: its limit and its clock.
 #[derive(Clone, Copy)]
 pub struct Link {
     /// The attachment and the direction, as one number: see [`admit`].
@@ -32,13 +33,13 @@ pub struct Link {
 }
 
 impl Link {
-    /// The link of a direction; `None` where that has no limit.
+    /// The link of a direction; `None` where the direction has no limit.
     #[inline(always)]
     pub fn of(slot: u32, direction: u32) -> Option<Self> {
         let direction = direction as usize;
         let limit = maps::limits(slot)?[direction];
         let meters = maps::meters(slot)?;
-        // Both or neither are 0; the one that is divided by is seen not to be.
+        // Both or neither are 0; the verifier must see that the divisor is not 0.
         if limit.rate_bits_per_s == 0 || limit.link_bits_per_s == 0 {
             return None;
         }
@@ -57,9 +58,9 @@ impl Link {
         &self.limit
     }
 
-    /// Virtual backlog in nanoseconds that a packet of `own_ns` more would leave. `is_bulk`: as those see it that leave the last of the burst
-    /// to others. Read without the lock: a number that is one packet old makes one segment's pace a little wrong, and the next one, which sees
-    /// both, makes up for it.
+    /// The virtual backlog in nanoseconds, after a packet that takes `own_ns`. `is_bulk`: the backlog for a bulk flow,
+    /// which leaves the last of the burst to other packets. Read without the lock: with a value that is one packet old,
+    /// the pace of one segment is slightly wrong, and the next segment, which sees both packets, corrects that.
     #[inline(always)]
     pub fn backlog_ns(&self, now_ns: u64, own_ns: u64, is_bulk: bool) -> u64 {
         // SAFETY: the verifier checked the pointer; an aligned u64 is loaded whole. Volatile: other CPUs write it.
@@ -69,14 +70,14 @@ impl Link {
         Clock::backlog_ns(caught_up_ns + reserve_ns + own_ns, now_ns)
     }
 
-    /// How long the link takes for a packet, in nanoseconds.
+    /// How long the link takes to send a packet, in nanoseconds.
     #[inline(always)]
     pub fn transmit_ns(&self, wire_bytes: u64, segments: u64) -> u64 {
         self.limit.transmit_time(wire_bytes, segments).ns
     }
 
-    /// Whether the flows of this class, `SPARSE` or `FRESH`, have had less than their part of the rate lately. Read without the lock, as in
-    /// [`Link::backlog_ns`].
+    /// Whether the flows of this class, `SPARSE` or `FRESH`, have used less than their part of the rate lately. Read
+    /// without the lock, as in [`Link::backlog_ns`].
     #[inline(always)]
     pub fn has_room(&self, class: u64, now_ns: u64) -> bool {
         // SAFETY: as in `backlog_ns`.
@@ -89,13 +90,14 @@ impl Link {
         (if class == SPARSE { sparse_ns } else { fresh_ns }) <= now_ns
     }
 
-    /// How long the sender of a packet is to wait after it: for itself to drain, and for what is before it in proportion to its part. Counts
-    /// the packet in the mean of what flows send between two waits (`burst`: this one, with this packet).
+    /// How long the sender of a packet is to wait after the packet: until the packet has drained, plus the sender's
+    /// part of the backlog before the packet. Counts the packet in the mean of the bytes that flows send between two
+    /// waits. `burst`: these bytes of the packet's flow, including the packet.
     #[inline(always)]
     pub fn fair_wait_ns(&self, wire_bytes: u64, burst: u64, own_ns: u64, backlog_ns: u64) -> u64 {
         let own_ns = own_ns.min(backlog_ns);
-        // SAFETY: the verifier checked the pointer; an aligned u64 is loaded and stored whole. Volatile: other CPUs write it. What two of
-        // them lose is one packet of a mean.
+        // SAFETY: the verifier checked the pointer; an aligned u64 is loaded and stored whole. Volatile: other CPUs
+        // write it. If two CPUs write at once, the mean loses one packet.
         let before = unsafe {
             let mean = &raw mut (*self.meter()).usual_bytes;
             let before = mean.read_volatile();
@@ -105,14 +107,15 @@ impl Link {
         fair_wait(backlog_ns, own_ns, wire_bytes, before)
     }
 
-    /// What a flow sends between two waits, in bytes on the wire, on the mean.
+    /// The mean of the bytes on the wire that a flow sends between two waits.
     #[inline(always)]
     pub fn usual_bytes(&self) -> u64 {
         // SAFETY: as in `backlog_ns`.
         unsafe { (&raw const (*self.meter()).usual_bytes).read_volatile() }
     }
 
-    /// What a window that grows lets through, on the mean of the last ones, in bytes per second. Counts one that lets through `bytes_per_s`.
+    /// The mean of the bytes per second that the last growing windows let through. Counts a window that lets through
+    /// `bytes_per_s`.
     #[inline(always)]
     pub fn window_bytes_per_s(&self, bytes_per_s: u64) -> u64 {
         // SAFETY: as in `fair_wait_ns`.
@@ -125,7 +128,7 @@ impl Link {
         }
     }
 
-    /// Whether a packet of this class that finds this backlog is to be marked, if it is ECN-capable.
+    /// Whether a packet of this class that finds this backlog is to be marked with CE, if it is ECN-capable.
     #[inline(always)]
     pub fn is_marked(&self, class: u64, backlog_ns: u64) -> bool {
         let mark_ns = match class {
@@ -136,7 +139,8 @@ impl Link {
         backlog_ns > mark_ns
     }
 
-    /// Counts a packet of this class; false where it must be dropped. `is_marked`: it has the congestion mark.
+    /// Counts a packet of this class; false if the packet must be dropped. `is_marked`: the packet has the congestion
+    /// mark.
     #[inline(always)]
     pub fn admits(&self, bytes: u64, segments: u64, class: u64, is_marked: bool) -> bool {
         admit(self.key, bytes, segments, class, is_marked.into()) != 0
@@ -149,8 +153,8 @@ impl Link {
     }
 }
 
-/// [`usual_bytes`], as a global function: the verifier checks it by itself, once, and not together with every way that leads to it. A global
-/// function can be given numbers only, and gives one back.
+/// [`usual_bytes`], as a global function: the verifier checks a global function by itself, once, and not together with
+/// every path that leads to the call. A global function takes numbers only, and returns one number.
 #[inline(never)]
 #[unsafe(no_mangle)]
 pub extern "C" fn mean_of(before: u64, burst: u64, own_ns: u64, backlog_ns: u64) -> u64 {
@@ -164,9 +168,10 @@ pub extern "C" fn fair_wait(backlog_ns: u64, own_ns: u64, wire_bytes: u64, befor
     fair_wait_ns(backlog_ns, own_ns, wire_bytes, before)
 }
 
-/// Counts a packet of this class: moves the clock and returns the number of segments that pass, all or none: 0 where the backlog is beyond
-/// what such a packet may find. Then it must be dropped. `key`: the attachment's slot, and in the lowest bit the direction. `is_marked` (1 or
-/// 0): it has the congestion mark.
+/// Counts a packet of this class and moves the clock. Returns the number of segments if the packet passes. Returns 0,
+/// and does not move the clock, if the backlog is beyond the bound of the class: the packet must then be dropped.
+/// `key`: the attachment's slot, with the direction in the lowest bit. `is_marked` (1 or 0): the packet has the
+/// congestion mark.
 #[inline(never)]
 #[unsafe(no_mangle)]
 pub extern "C" fn admit(key: u64, bytes: u64, segments: u64, class: u64, is_marked: u64) -> u64 {
@@ -180,7 +185,7 @@ pub extern "C" fn admit(key: u64, bytes: u64, segments: u64, class: u64, is_mark
         STREAM => limit.horizon_ns,
         DATAGRAM => limit.datagram_bound_ns,
         OTHER | HELD_DATAGRAM => limit.others_bound_ns,
-        // They are few, or have waited: what comes without end is neither.
+        // These packets are few, or their senders have waited: a flood is neither.
         _ => u64::MAX,
     };
     let sparse_cost = if class == SPARSE { SPARSE_COST } else { 0 };
@@ -190,11 +195,11 @@ pub extern "C" fn admit(key: u64, bytes: u64, segments: u64, class: u64, is_mark
     let meters = meters.as_ptr();
     // SAFETY: `meters` points to a whole value of METERS, whose first field is the lock.
     unsafe { bpf_spin_lock(meters.cast()) };
-    // SAFETY: the lock is held: nobody else reads or writes these fields but the functions above, which expect it. The verifier allows
-    // no call under the lock, so all of what follows is inlined.
+    // SAFETY: the lock is held: no other program reads or writes these fields, except the functions above, which expect
+    // such writes. The verifier allows no call under the lock, so all code up to the unlock is inlined.
     let Meter { clock, sparse_ns, fresh_ns, counters, .. } = unsafe { &mut (&mut (*meters).of)[direction] };
     let backlog_ns = Clock::backlog_ns(clock.next_ns, now_ns);
-    // What comes by other paths is counted apart.
+    // Packets of other paths have counters of their own.
     let counted = u64::from(class != OTHER && class != OTHER_FRESH);
     counters.max_backlog_ns = counters.max_backlog_ns.max(backlog_ns * counted);
     let admitted = backlog_ns <= bound_ns;

@@ -1,4 +1,4 @@
-//! What a packet is that goes into a pod: whose socket gets it, and whether a hook will charge it.
+//! The kind of a packet that enters a pod: which socket receives it, and whether a hook will charge it.
 
 use core::ptr::NonNull;
 
@@ -17,18 +17,19 @@ use crate::{
     waited::Client,
 };
 
-/// What may be on the way from the host's end to a socket of the pod. No more passes for it until the hook has seen that.
+/// Bytes that may be on the way from the host end to a socket of the pod. The host end lets no more bytes pass until
+/// the hook has seen these.
 const ON_THE_WAY_BYTES: u64 = 1 << 20;
 
-/// A segment of a connection, and what its socket knows.
+/// A segment of a connection, and the state of its socket.
 pub struct Stretch {
-    /// It is none, but a datagram. Not a variant of [`Coming`] beside this: the compiler would copy the fields that the variant has not, and the
-    /// verifier refuses to read what was never written.
+    /// The packet is a datagram and no segment. A field and not a variant of [`Coming`]: the compiler would copy the
+    /// fields that such a variant does not have, and the verifier refuses to read memory that was never written.
     pub is_datagram: bool,
     pub segment: Segment,
-    /// The socket has all that came before.
+    /// The socket has received all bytes before the segment.
     pub has_arrived: bool,
-    /// Windows slow its sender down. Else nothing but drops does.
+    /// Windows slow the sender down. Otherwise only drops do.
     pub has_windows: bool,
 }
 
@@ -36,23 +37,25 @@ impl Stretch {
     const DATAGRAM: Self = Self { is_datagram: true, segment: Segment::NONE, has_arrived: false, has_windows: false };
 }
 
-/// What a packet is that goes into the pod.
+/// The kind of a packet that enters the pod.
 pub enum Coming<'a> {
-    /// A socket of the pod gets it, whose hook charges its bytes.
+    /// A socket of the pod receives the packet, and the socket's hook charges it.
     ToBeCharged,
-    /// It is of a connection whose acknowledgements cannot be held, or a datagram.
+    /// The packet belongs to a connection whose acknowledgements cannot be held, or is a datagram.
     ToBeHeld(&'a mut Flow, Stretch),
-    /// It asks for a connection, or is of one that is not open yet.
+    /// The packet is a SYN, or belongs to a connection that is not open yet.
     ToListener(Client),
-    /// No hook charges it.
+    /// No hook charges the packet.
     Other,
 }
 
-/// A socket is known to the hook by its first packet, which is charged here, as new.
+/// The kind of a packet. A hook knows a socket from the socket's first packet on; that first packet is charged here, as
+/// one of a new flow.
 #[inline(always)]
 pub fn coming<'a>(packet: &SkBuffContext, end: &HostEnd, bytes: u64) -> Coming<'a> {
     let Some(mut peers) = packet::peers(packet, ETHERNET_HEADER_BYTES) else { return Coming::Other };
-    // SAFETY: what is found is released, and not used after that. Its storage stays as long as the program runs (RCU).
+    // SAFETY: the socket found is released, and not used after that. Its storage stays as long as the program runs
+    // (RCU).
     unsafe {
         let Some((socket, is_request)) = peers.socket(packet, end.namespace.into()) else { return Coming::Other };
         let full = NonNull::new(bpf_sk_fullsock(socket.as_ptr()));
@@ -72,7 +75,7 @@ pub fn coming<'a>(packet: &SkBuffContext, end: &HostEnd, bytes: u64) -> Coming<'
                 if end.holds_streams != 0 && segment.is_multipath(packet) {
                     flow.waiting.is_multipath = 1;
                 }
-                // Acknowledgements that ride on data are known by the callback that sets windows.
+                // If acknowledgements ride on data, the callback that noted this also sets windows.
                 let has_windows =
                     end.holds_streams == 0 || flow.waiting.has_windows != 0 || received_bytes < FIRST_FLIGHT_BYTES;
                 Coming::ToBeHeld(
@@ -94,7 +97,8 @@ pub fn coming<'a>(packet: &SkBuffContext, end: &HostEnd, bytes: u64) -> Coming<'
                 Coming::ToBeHeld(flow, Stretch::DATAGRAM)
             }
             Some(flow) => covered(flow, end, bytes),
-            // Of a connection that is being opened, or in the place of one in TIME-WAIT: its listener's hook sees it.
+            // The packet belongs to a connection that is being opened, or that replaces one in TIME-WAIT: the
+            // listener's hook sees the packet.
             None if full.is_none() && waits_for_listener(packet, end) => {
                 Coming::ToListener(Client::new(peers.sender()))
             }
@@ -104,26 +108,27 @@ pub fn coming<'a>(packet: &SkBuffContext, end: &HostEnd, bytes: u64) -> Coming<'
     }
 }
 
-/// Whether what comes to a listener, or before a connection is open, is charged here and waits. Where acknowledgements are held it is the request
-/// alone; the hook charges what follows.
+/// Whether a packet to a listener, or before a connection is open, is charged here and waits. Where acknowledgements
+/// are held this is the SYN alone; the hook charges the packets that follow.
 #[inline(always)]
 fn waits_for_listener(packet: &SkBuffContext, end: &HostEnd) -> bool {
     end.holds_streams != 0 || end.paces_requests() && Segment::of(packet, ETHERNET_HEADER_BYTES).is_request
 }
 
-/// Whether what comes to a connection waits here, and not at the remote for its acknowledgements.
+/// Whether packets to a connection wait here, instead of at the remote for held acknowledgements.
 #[inline(always)]
 fn is_held(flow: &Flow, end: &HostEnd) -> bool {
     end.holds_streams != 0 && flow.into_covered.slot == end.slot.into() || rides(flow, end)
 }
 
-/// Whether the hook will charge a packet of a flow, as it has charged those before.
+/// Whether the hook will charge a packet of a flow, as the hook has charged the flow's packets before.
 #[inline(always)]
 fn covered<'a>(flow: &mut Flow, end: &HostEnd, bytes: u64) -> Coming<'a> {
     if flow.into_covered.passes(end, bytes, ON_THE_WAY_BYTES) { Coming::ToBeCharged } else { Coming::Other }
 }
 
-/// Whether a flow's acknowledgements ride on data, so that what comes to it is to be held here, or some of that waits here still.
+/// Whether packets to a flow are to be held here since its acknowledgements ride on data, or since earlier packets
+/// still wait here.
 #[inline(always)]
 fn rides(flow: &Flow, end: &HostEnd) -> bool {
     flow.slot == end.slot.into() && flow.waiting.is_on(clock::now_ns())

@@ -1,4 +1,5 @@
-//! What the cgroup's hooks have charged of a socket, and what has passed the host's end for that.
+//! The bytes that the cgroup's hooks have charged for a socket, and those that have passed the host end for that
+//! charge.
 
 use core::arch::asm;
 
@@ -7,7 +8,7 @@ use podshaper_abi::{HostEnd, MAX_HORIZON_NS};
 use crate::{clock::Link, flow::Covered, packet::Wire};
 
 impl Covered {
-    /// Notes a packet of the socket that was charged at the host's end: the next ones need not be.
+    /// Notes a packet of the socket that was charged at the host end: the socket's next packets need not be.
     #[inline(always)]
     pub fn open(&mut self, slot: u32) {
         if self.slot != slot.into() {
@@ -15,10 +16,11 @@ impl Covered {
         }
     }
 
-    /// Notes a packet that was charged to an attachment. What was charged to another one is of no use for its host's end.
+    /// Notes a packet that was charged to an attachment. Bytes charged to another attachment are of no use at this
+    /// attachment's host end, and are forgotten.
     #[inline(always)]
     pub fn charge(&mut self, wire: &Wire, slot: u32, link: &Link, now_ns: u64) {
-        /// A datagram of more than this may be cut into fragments, each with a header of its own.
+        /// A larger datagram may be cut into fragments, each with a header of its own.
         const UNCUT_BYTES: u64 = 1500;
         const MIN_MTU: u64 = 1280;
         const FRAGMENT_HEADER_BYTES: u64 = 48;
@@ -32,10 +34,12 @@ impl Covered {
         add(&mut self.charged_bytes, wire.bytes + headers);
     }
 
-    /// What was charged and has not come by for so long was dropped in the pod. A pod could else save it up, and send all of it at once.
+    /// Forfeits bytes that were charged and have not reached the host end for so long: their packets were dropped in
+    /// the pod. Else a pod could save these bytes up and send all of them at once.
     #[inline(always)]
     fn forfeit(&mut self) {
-        // SAFETY: as in `passes`. What a packet adds meanwhile may be lost: it is then one that may pass once more.
+        // SAFETY: as in `passes`. The bytes that a packet adds meanwhile may be lost: such a packet may then pass once
+        // more.
         unsafe {
             if (&raw const self.passed_bytes).read_volatile() < self.older_bytes {
                 (&raw mut self.passed_bytes).write_volatile(self.older_bytes);
@@ -44,7 +48,8 @@ impl Covered {
         }
     }
 
-    /// Whether a packet passes for what was charged, or may be charged later: `ahead_bytes` at most. Notes it then.
+    /// Whether a packet passes for bytes that were charged, or for at most `ahead_bytes` that may be charged later. If
+    /// so, counts the packet as passed.
     #[inline(always)]
     pub fn passes(&mut self, end: &HostEnd, bytes: u64, ahead_bytes: u64) -> bool {
         // SAFETY: the verifier checked the pointers; an aligned u64 is loaded whole. Volatile: other CPUs write it.
@@ -59,9 +64,10 @@ impl Covered {
     }
 }
 
-/// Adds, all CPUs at once.
+/// Adds atomically across CPUs.
 #[inline(always)]
 pub fn add(to: &mut u64, bytes: u64) {
-    // SAFETY: an aligned u64 of a map's value, which is what this instruction takes, from the first set on.
+    // SAFETY: an aligned u64 of a map's value, which this instruction takes; the instruction is in the first
+    // instruction set.
     unsafe { asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) &raw mut *to, in(reg) bytes) };
 }

@@ -1,14 +1,18 @@
-//! podshaper's eBPF programs: hook, what each is called for, and what its return value means. How they work is in the modules:
-//! [`turn`] (which packet leaves at once and which waits), [`clock`] (the pod clock), [`pace`] (TCP out), [`window`] (TCP in), [`flow`] (what
-//! is remembered of a socket), [`other_paths`] (what no socket of the pod sends or gets), [`requests`] and [`waited`] (when connections are opened),
-//! [`namespace`] (whether a socket is in the pod's), [`packet`] (bytes on the wire), [`subnets`] (what is exempt), [`maps`].
+//! podshaper's eBPF programs: the hook of each program, when the kernel calls the program, and the meaning of its
+//! return value. The modules explain how the programs work: [`turn`] (which packet leaves at once and which waits),
+//! [`clock`] (the pod clock), [`pace`] (sent TCP), [`window`] (received TCP), [`flow`] (the state of a socket),
+//! [`other_paths`] (packets that no socket of the pod sends or receives), [`coming`] (the kinds of packets that enter a
+//! pod), [`covered`] (which bytes a hook has charged), [`room`] (the waiting room), [`requests`] and [`waited`] (when
+//! SYNs enter), [`namespace`] (whether a socket is in the pod's namespace), [`packet`] (bytes on the wire), [`subnets`]
+//! (exempt addresses), [`tcp`] (facts about a TCP socket), [`maps`].
 //!
-//! A node has the programs and maps once. A program learns from the storage of the cgroup for which it runs which attachments are on that,
-//! and finds their numbers in the maps. All programs run in the context of whoever sends, on any CPU, many at once; what they share is in
-//! `METERS`, under its lock.
+//! A node has the programs and maps once. A program reads the storage of the cgroup for which it runs, which lists the
+//! attachments on that cgroup, and finds their limits and clocks in the maps. A program runs in the context that sends
+//! or receives the packet, on any CPU, and many run at once. Their shared clocks and counters are in `METERS`, under
+//! its lock.
 #![no_std]
 #![no_main]
-// For the one instruction that adds for all CPUs at once.
+// For the one instruction that adds atomically across CPUs.
 #![feature(asm_experimental_arch)]
 
 mod clock;
@@ -55,16 +59,17 @@ use crate::{
 
 /// cgroup_skb/egress: the packet goes on.
 const PASS: i32 = 1;
-/// cgroup_skb/egress: the packet is dropped and the sender told as by a full qdisc (NET_XMIT_DROP), so that a UDP sendto() still
-/// succeeds. 0 would be an error, EPERM, in the application (include/linux/bpf-cgroup.h, "drop packet and cn").
+/// cgroup_skb/egress: the packet is dropped and the sender is told as by a full qdisc (NET_XMIT_DROP), so that a UDP
+/// sendto() still succeeds. 0 would be an error, EPERM, in the application (include/linux/bpf-cgroup.h, "drop packet
+/// and cn").
 const DROP: i32 = 2;
 /// cgroup_skb/ingress: the packet is dropped.
 const DROP_INGRESS: i32 = 0;
 /// sock_ops and cgroup/setsockopt: go on.
 const CONTINUE: i32 = 1;
 
-/// Called for every packet a socket of the pod sends, before the qdisc and before a GSO packet is cut. Counts it on the clock, and has it
-/// wait if its sender has not.
+/// cgroup_skb, egress: called for every packet that a socket of the pod sends, before the qdisc and before a GSO packet
+/// is cut. Counts the packet on the clock, and makes it wait if its turn has not come.
 #[cgroup_skb(egress)]
 pub fn count_egress(ctx: SkBuffContext) -> i32 {
     let socket = packet::full_socket(&ctx);
@@ -72,7 +77,7 @@ pub fn count_egress(ctx: SkBuffContext) -> i32 {
         leave(socket);
         return PASS;
     };
-    // SAFETY: `full_socket` returns what `bpf_sk_fullsock` gave.
+    // SAFETY: `full_socket` returns a socket from `bpf_sk_fullsock`.
     let mut flow = socket.and_then(|socket| unsafe { maps::flow_or_new(socket) });
     if flow.as_deref_mut().is_some_and(|flow| namespace::is_foreign(&ctx, flow, &scope, true)) {
         leave(socket);
@@ -84,7 +89,7 @@ pub fn count_egress(ctx: SkBuffContext) -> i32 {
         edt_ns = core::mem::take(&mut flow.window.hold_until_ns).max(answer_edt_ns(&ctx, flow));
     }
     let Some(link) = Link::of(scope.slot, EGRESS) else {
-        // Of a pod with an ingress limit alone.
+        // The pod has an ingress limit alone.
         set_edt(&ctx, edt_ns);
         return PASS;
     };
@@ -113,11 +118,12 @@ pub fn count_egress(ctx: SkBuffContext) -> i32 {
     PASS
 }
 
-/// Called for every packet that reaches a socket of the pod, as a whole (GRO). Counts it on the clock.
+/// cgroup_skb, ingress: called for every packet that reaches a socket of the pod, as a whole (GRO). Counts the packet
+/// on the clock.
 #[cgroup_skb(ingress)]
 pub fn count_ingress(ctx: SkBuffContext) -> i32 {
     let Some(scope) = scope_of(&ctx, Remote::SOURCE) else {
-        // What a listener accepts inherits what is known of the listener.
+        // A socket that the listener accepts inherits the listener's flow.
         leave(packet::full_socket(&ctx).filter(|socket| packet::listens(*socket)));
         return PASS;
     };
@@ -130,7 +136,8 @@ pub fn count_ingress(ctx: SkBuffContext) -> i32 {
     }
     let is_for_listener = socket.is_some_and(packet::listens);
     if let Some(flow) = flow.as_deref_mut().filter(|_| is_for_listener) {
-        // What it accepts inherits that, and has sent nothing yet when its first window is set.
+        // A socket that the listener accepts inherits these fields. It has sent no packet yet when its first window is
+        // set.
         flow.slot = scope.slot.into();
         flow.is_answering = 1;
     }
@@ -145,14 +152,14 @@ pub fn count_ingress(ctx: SkBuffContext) -> i32 {
     if let Some(flow) = flow.as_deref_mut() {
         flow.into_covered.charge(&wire, scope.slot, &link, now_ns);
     }
-    // A listening socket is no flow: each packet to it is of a new one.
+    // A listening socket is no flow: each packet to it belongs to a new flow.
     let flow = if is_for_listener { None } else { flow };
     let before_ns = link.backlog_ns(now_ns, 0, false);
     let class = class_of(INGRESS, &link, &wire, socket, flow);
     if admit(&ctx, &link, &wire, class, before_ns) { PASS } else { DROP_INGRESS }
 }
 
-/// Called with the events of every TCP socket of the pod, the socket locked. Egress.
+/// sock_ops: called with the events of every TCP socket of the pod, with the socket locked. Handles egress.
 #[sock_ops]
 pub fn pace_tcp(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
@@ -169,7 +176,7 @@ pub fn pace_tcp(ctx: SockOpsContext) -> u32 {
     CONTINUE as u32
 }
 
-/// The same for ingress.
+/// sock_ops: called with the events of every TCP socket of the pod, with the socket locked. Handles ingress.
 #[sock_ops]
 pub fn hold_acks(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
@@ -184,8 +191,8 @@ pub fn hold_acks(ctx: SockOpsContext) -> u32 {
     CONTINUE as u32
 }
 
-/// Called for every setsockopt() in the pod, before the kernel does it: learns the application's own pacing rate and window clamp, which
-/// [`pace`] and [`window`] would otherwise overwrite.
+/// cgroup/setsockopt: called for every setsockopt() in the pod, before the kernel executes it. Learns the application's
+/// own pacing rate and window clamp, which [`pace`] and [`window`] would otherwise overwrite.
 #[cgroup_sockopt(setsockopt)]
 pub fn note_setsockopt(ctx: SockoptContext) -> i32 {
     note_pacing_rate(&ctx);
@@ -194,15 +201,15 @@ pub fn note_setsockopt(ctx: SockoptContext) -> i32 {
     CONTINUE
 }
 
-/// tc, ingress of the host's end of the pod's veth: called for every packet that comes out of the pod. What a hook of the cgroup has charged
-/// goes on; anything else is charged, and waits its turn.
+/// tc, ingress of the host end of the pod's veth: called for every packet that leaves the pod. A packet that a hook of
+/// the cgroup has charged goes on; any other packet is charged, and waits its turn.
 #[classifier]
 pub fn out_of_pod(ctx: TcContext) -> i32 {
     other_paths::out_of_pod(&ctx)
 }
 
-/// tc, egress of the host's end: called for every packet that goes into the pod. What a hook of the cgroup will charge goes on; anything else
-/// is charged, and waits its turn.
+/// tc, egress of the host end of the pod's veth: called for every packet that enters the pod. A packet that a hook of
+/// the cgroup will charge goes on; any other packet is charged, and waits its turn.
 #[classifier]
 pub fn into_pod(ctx: TcContext) -> i32 {
     other_paths::into_pod(&ctx)
@@ -214,24 +221,25 @@ pub fn wait_here(ctx: TcContext) -> i32 {
     room::wait_here(&ctx)
 }
 
-/// tc, ingress of the waiting room's other end: the packet has waited, and goes on from where it came.
+/// tc, ingress of the waiting room's other end: the packet has waited, and returns to the interface from which it was
+/// taken.
 #[classifier]
 pub fn go_back(ctx: TcContext) -> i32 {
     room::go_back(&ctx)
 }
 
-/// What a packet is to the hook.
+/// Whether a packet is a SYN-ACK, and what the egress hook does with it.
 enum Answer {
-    /// The answer to a request for a connection, which is charged at the host's end.
+    /// A SYN-ACK, which is charged at the host end.
     ChargedLater,
-    /// Such an answer, which leaves at once.
+    /// A SYN-ACK, which leaves at once.
     InTime,
-    /// Another packet, or one answer too many.
+    /// Another packet, or a SYN-ACK beyond the share of SYN-ACKs.
     Not,
 }
 
-/// Whether a packet answers a request for a connection. It has the listener's socket, or no full one. fq takes that off it (`fq_classify`), so
-/// that the host's end does not know it and charges it, if there is a host's end.
+/// Whether a packet is a SYN-ACK. A SYN-ACK has the listener's socket, or no full socket. fq removes that socket from
+/// the packet (`fq_classify`), so the host end, if there is one, does not recognise the packet and charges it.
 #[inline(always)]
 fn answer_of(ctx: &SkBuffContext, link: &Link, wire: &Wire, socket: Option<NonNull<bpf_sock>>, now_ns: u64) -> Answer {
     if !socket.is_none_or(packet::listens) || !packet::Segment::of(ctx, 0).is_answer() {
@@ -247,15 +255,16 @@ fn answer_of(ctx: &SkBuffContext, link: &Link, wire: &Wire, socket: Option<NonNu
     }
 }
 
-/// The attachment that the packet is for: the packet goes by its interface, and the remote address is not exempt.
+/// The attachment that limits the packet: the packet passes the attachment's interface, and the remote address is not
+/// exempt.
 #[inline(always)]
 fn scope_of(ctx: &SkBuffContext, remote: Remote) -> Option<Scope> {
-    // SAFETY: cgroup_skb programs may read ifindex; at egress it is that of the interface the route chose.
+    // SAFETY: cgroup_skb programs may read ifindex; at egress it is that of the interface that the route chose.
     let scope = maps::scope(unsafe { (*ctx.skb.skb).ifindex })?;
     (!subnets::are_exempt(ctx, scope.list, remote)).then_some(scope)
 }
 
-/// The socket now sends what is no attachment's: it is not paced any more.
+/// The socket's traffic now belongs to no attachment: the socket is not paced any more.
 #[inline(always)]
 fn leave(socket: Option<NonNull<bpf_sock>>) {
     // SAFETY: as in `count_egress`.
@@ -276,15 +285,17 @@ fn class_of(
 ) -> u64 {
     let is_stream = is_stream(socket);
     let Some(flow) = flow else {
-        // What TCP sends without a full socket (a SYN-ACK, an ACK in TIME-WAIT), or memory was short: as new as a flow can be.
+        // TCP sends the packet without a full socket (a SYN-ACK, an ACK in TIME-WAIT), or there was no memory for the
+        // flow: the packet counts as one of a new flow.
         let is_fresh = link.has_room(FRESH, clock::now_ns());
         return if is_fresh {
             FRESH
         } else if is_stream {
             STREAM
         } else if direction == INGRESS && socket.is_some_and(packet::listens) {
-            // The request has waited in the waiting room, and the acknowledgement that completes it, or the data behind that, comes soon after:
-            // what is lost of these is sent again after 200 ms or a second.
+            // The SYN has waited in the waiting room. The acknowledgement that completes the connection, or the data
+            // behind it, comes soon after. If one of these is lost, the client repeats it only after 200 ms or a
+            // second.
             HELD_DATAGRAM
         } else {
             DATAGRAM
@@ -310,7 +321,8 @@ fn class_of(
         }
     };
     if direction == INGRESS && is_stream {
-        // Its acknowledgements hold its sender, but for the first flight, which has left before there is one.
+        // Held acknowledgements slow the sender down, except in the first flight, which has left before there is any
+        // acknowledgement.
         let delivered_ns = turn.note(link, &packet);
         if received_bytes(socket) < FIRST_FLIGHT_BYTES {
             flow.answer_from_ns = flow.answer_from_ns.max(delivered_ns);
@@ -321,8 +333,9 @@ fn class_of(
     turn.decide(link, &packet).class
 }
 
-/// Whether the packet is of a TCP connection, whose sender hears of what is dropped and of what waits. Also true for what TCP sends without a
-/// full socket: small, and not repeated by anybody who could be told to wait. A raw socket for TCP is nobody's connection.
+/// Whether the packet belongs to a TCP connection, whose sender notices drops and waits. Also true for packets that TCP
+/// sends without a full socket: these are small, and have no sender that could be told to wait. A raw socket for TCP is
+/// no connection.
 #[inline(always)]
 fn is_stream(socket: Option<NonNull<bpf_sock>>) -> bool {
     const SOCK_STREAM: u32 = 1;
@@ -333,10 +346,10 @@ fn is_stream(socket: Option<NonNull<bpf_sock>>) -> bool {
     }) && !socket.is_some_and(packet::listens)
 }
 
-/// Whether all that a TCP socket sent before has been acknowledged.
+/// Whether all bytes that a TCP socket sent before have been acknowledged.
 #[inline(always)]
 fn has_arrived(socket: Option<NonNull<bpf_sock>>) -> bool {
-    // SAFETY: the helper takes a full socket, which `full_socket` gave; it is null where that is not TCP.
+    // SAFETY: the helper takes a full socket, which `full_socket` gave; its result is null where the socket is not TCP.
     socket.and_then(|socket| unsafe { bpf_tcp_sock(socket.as_ptr()).as_ref() }).is_some_and(|tcp| tcp.packets_out == 0)
 }
 
@@ -349,9 +362,10 @@ fn received_bytes(socket: Option<NonNull<bpf_sock>>) -> u64 {
         .map_or(u64::MAX, |tcp| tcp.bytes_received)
 }
 
-/// When an answer may leave to what the remote sent in its first flight. A request that would have waited in a queue at the limit's rate is
-/// answered no earlier than that queue would have allowed, so a pod's clients, who send the next one then, keep to the limit. The pure
-/// acknowledgement is not held so long: the remote would take its request for lost.
+/// When an answer to the remote's first flight may leave. If a request would have waited in a queue at the limit's
+/// rate, its answer leaves no earlier than that queue would have allowed. So a pod's clients, which then send the next
+/// request, keep to the limit. The pure acknowledgement is not held so long: the remote would consider its request
+/// lost.
 #[inline(always)]
 fn answer_edt_ns(ctx: &SkBuffContext, flow: &mut Flow) -> u64 {
     if flow.answer_from_ns == 0 {
@@ -363,7 +377,8 @@ fn answer_edt_ns(ctx: &SkBuffContext, flow: &mut Flow) -> u64 {
     if packet::Segment::of(ctx, 0).is_acknowledgement() { 0 } else { flow.answer_from_ns }
 }
 
-/// Gives a packet a departure time, which fq honours. An application's own (SO_TXTIME), and TCP's, hold where they are later. 0: none.
+/// Gives a packet a departure time, which fq honours. A departure time of the application's own (SO_TXTIME), or of
+/// TCP's, wins where it is later. 0: none.
 #[inline(always)]
 fn set_edt(ctx: &SkBuffContext, edt_ns: u64) {
     // SAFETY: cgroup_skb programs may read and write tstamp.
@@ -374,14 +389,15 @@ fn set_edt(ctx: &SkBuffContext, edt_ns: u64) {
     }
 }
 
-/// Sends a packet into the class of htb in which packets wait.
+/// Directs a packet into the htb class in which packets wait.
 #[inline(always)]
 fn wait_in_htb(ctx: &SkBuffContext) {
     // SAFETY: cgroup_skb programs may write priority.
     unsafe { (*ctx.skb.skb).priority = u32::from(QDISC_MAJOR) << 16 | u32::from(HTB_QUEUE) };
 }
 
-/// Counts a packet on a direction's clock, and marks it if it is to be; false if it must be dropped.
+/// Counts a packet on a direction's clock, and marks the packet if the backlog calls for it; false if the packet must
+/// be dropped.
 #[inline(always)]
 fn admit(ctx: &SkBuffContext, link: &Link, wire: &Wire, class: u64, before_ns: u64) -> bool {
     // SAFETY: cgroup_skb programs may call it. It returns 1 where the packet is ECN-capable and now marked.
@@ -395,7 +411,8 @@ fn note_pacing_rate(ctx: &SockoptContext) {
     if !is_option(ctx, SOL_SOCKET, pace::SO_MAX_PACING_RATE) {
         return;
     }
-    // As sk_setsockopt() reads it: an unsigned long where there is room for one, else an unsigned int, all ones meaning none.
+    // As sk_setsockopt() reads the option: an unsigned long if the value has room for one, else an unsigned int. All
+    // ones mean none.
     let rate = match (option_value::<u64>(ctx), option_value::<u32>(ctx)) {
         (Some(rate), _) => rate,
         (None, Some(u32::MAX)) => u64::MAX,
@@ -404,7 +421,7 @@ fn note_pacing_rate(ctx: &SockoptContext) {
     };
     if let Some(flow) = option_flow(ctx) {
         flow.application_bytes_per_s = if rate == u64::MAX { 0 } else { rate };
-        // The kernel's own is about to be overwritten.
+        // The kernel is about to overwrite the rate that was set here.
         flow.set_bytes_per_s = 0;
     }
 }
@@ -426,11 +443,12 @@ fn is_option(ctx: &SockoptContext, level: i32, name: i32) -> bool {
     unsafe { (*ctx.sockopt).level == level && (*ctx.sockopt).optname == name }
 }
 
-/// The option's value; `None` where the call has fewer bytes.
+/// The option's value; `None` where the call passes fewer bytes.
 #[inline(always)]
 fn option_value<T: Copy>(ctx: &SockoptContext) -> Option<T> {
-    // SAFETY: all fields may be read; the option's bytes are between optval and optval_end, which the verifier sees compared.
-    // Unaligned: to the verifier they are packet data, two bytes off where an architecture minds.
+    // SAFETY: all fields may be read; the option's bytes are between optval and optval_end, which the verifier sees
+    // compared. Unaligned: to the verifier the bytes are packet data, which is two bytes off where an architecture
+    // minds.
     unsafe {
         let option = &*ctx.sockopt;
         let start = option.__bindgen_anon_2.optval as usize;
@@ -440,15 +458,16 @@ fn option_value<T: Copy>(ctx: &SockoptContext) -> Option<T> {
     }
 }
 
-/// The flow of the socket that the call is for.
+/// The flow of the socket of the setsockopt() call.
 #[inline(always)]
 fn option_flow<'a>(ctx: &SockoptContext) -> Option<&'a mut Flow> {
     // SAFETY: `sk` may be read, and is the full socket of the call.
     unsafe { NonNull::new((*ctx.sockopt).__bindgen_anon_1.sk).and_then(|socket| maps::flow_or_new(socket)) }
 }
 
-/// A program sees the first page of an option only, and the kernel refuses longer ones (EFAULT: iptables inside the pod) unless
-/// told to take the application's own bytes: optlen 0 (kernel/bpf/cgroup.c, `__cgroup_bpf_run_filter_setsockopt`).
+/// A program sees the first page of an option only. The kernel refuses longer options (EFAULT: iptables inside the pod)
+/// unless the program tells it to use the application's own bytes: optlen 0 (kernel/bpf/cgroup.c,
+/// `__cgroup_bpf_run_filter_setsockopt`).
 #[inline(always)]
 fn keep_large_option(ctx: &SockoptContext) {
     const PAGE_SIZE: i32 = 4096;
@@ -462,11 +481,11 @@ fn keep_large_option(ctx: &SockoptContext) {
 
 #[panic_handler]
 fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
-    // Not reachable: the verifier would refuse a program that could get here and loop.
+    // Not reachable: the verifier would refuse a program that could get here and loop for ever.
     loop {}
 }
 
-/// Read by the kernel: helpers such as bpf_ktime_get_ns are for GPL-compatible programs.
+/// The kernel reads this: helpers such as bpf_ktime_get_ns are for GPL-compatible programs.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,7 +1,8 @@
-//! The maps, and all access to them. What user space reads and writes is laid out in `podshaper_abi`; [`Flow`] is the programs' own.
+//! The maps, and all access to them. `podshaper_abi` has the layout of the values that user space reads and writes;
+//! only the programs use [`Flow`].
 //!
-//! They are BTF maps because some of them cannot be anything else: the verifier finds the lock in `METERS` by its type, and socket storage
-//! must be described.
+//! The maps are BTF maps because some of them must be: the verifier finds the lock in `METERS` by its BTF type, and
+//! socket storage needs a BTF description.
 
 use core::ptr::NonNull;
 
@@ -22,33 +23,34 @@ use podshaper_abi::{
 
 use crate::flow::Flow;
 
-/// A hash map of attachments, by slot. Not preallocated: most nodes have a hundred, and room for thousands would be megabytes. A changed
-/// element is another one to the kernel, so a program sees one limit from its beginning to its end.
+/// A hash map of attachments, by slot. Not preallocated: most nodes have a hundred attachments, and room for thousands
+/// would take megabytes. A changed element is a new element to the kernel, so a program sees one limit from its
+/// beginning to its end.
 type BySlot<V> = HashMap<u32, V, MAX_ATTACHMENTS, { BPF_F_NO_PREALLOC as usize }>;
 
 #[btf_map]
 static LIMITS: BySlot<Limits> = BySlot::new();
 #[btf_map]
 static METERS: BySlot<Meters> = BySlot::new();
-/// What came by other paths than the cgroup's sockets.
+/// Packets that took other paths than the cgroup's sockets.
 #[btf_map]
 static OTHERS: BySlot<OtherPaths> = BySlot::new();
-/// The host's ends of the pods' interfaces, by number.
+/// The host ends of the pods' veths, by interface number.
 #[btf_map]
 static HOST_ENDS: BySlot<HostEnd> = BySlot::new();
 /// The attachments of each cgroup, in the cgroup's own storage.
 #[btf_map]
 static SCOPES: CgroupStorage = CgroupStorage::new();
-/// The subnets of all configurations, each list below a number of its own.
+/// The subnets of all configurations; each list is below a number of its own.
 #[btf_map]
 static SUBNETS: LpmTrie<ListedAddress, u32, MAX_LISTED_SUBNETS> = LpmTrie::new();
-/// How long requests for connections have waited, by who asked. Of two in one place the later one is left.
+/// How long SYNs have waited, by client. If two clients share a place, the later one remains.
 #[btf_map]
 static REQUESTS: Array<Waited, { REQUEST_PLACES as usize }> = Array::new();
 #[btf_map]
 static FLOWS: FlowStorage = FlowStorage::new();
 
-/// Declares a map as libbpf does in C, which aya's own types cannot for these two.
+/// Declares a map as libbpf does in C, which aya's own types cannot do for these two maps.
 macro_rules! declare_map {
     ($(#[$doc:meta])* $name:ident, $type:ident, $flags:expr, $key:ty, $value:ty) => {
         $(#[$doc])*
@@ -61,7 +63,7 @@ macro_rules! declare_map {
             map_flags: *const [i32; $flags as usize],
         }
 
-        // SAFETY: the fields are never read: the loader replaces the whole by a map's address.
+        // SAFETY: the fields are never read: the loader replaces the whole structure by a map's address.
         unsafe impl Sync for $name {}
 
         impl $name {
@@ -74,17 +76,18 @@ macro_rules! declare_map {
 }
 
 declare_map!(
-    /// Socket storage with `BPF_F_CLONE`: a socket that accept() makes inherits the listener's entry, as it inherits its pacing rate
-    /// (net/core/bpf_sk_storage.c, `bpf_sk_storage_clone`).
+    /// Socket storage with `BPF_F_CLONE`: a socket that accept() makes inherits the listener's entry, as it inherits
+    /// the listener's pacing rate (net/core/bpf_sk_storage.c, `bpf_sk_storage_clone`).
     FlowStorage, BPF_MAP_TYPE_SK_STORAGE, (BPF_F_NO_PREALLOC | BPF_F_CLONE), i32, Flow
 );
 declare_map!(
-    /// The storage of a cgroup that a program is attached to. With a key of 64 bits all programs of the cgroup share it (since Linux 5.9,
-    /// kernel/bpf/local_storage.c, `cgroup_storage_get_btf`).
+    /// The storage of a cgroup to which a program is attached. With a key of 64 bits all programs of the cgroup share
+    /// the storage (since Linux 5.9, kernel/bpf/local_storage.c, `cgroup_storage_get_btf`).
     CgroupStorage, BPF_MAP_TYPE_CGROUP_STORAGE, 0, u64, Scopes
 );
 
-/// The attachment of an interface, on the cgroup for which the program runs. Loopback has none: the pod talks to itself.
+/// The attachment of an interface, on the cgroup for which the program runs. Loopback has none: over loopback the pod
+/// talks to itself.
 #[inline(always)]
 pub fn scope(ifindex: u32) -> Option<Scope> {
     if ifindex == LOOPBACK_IFINDEX {
@@ -104,60 +107,63 @@ pub fn only_scope() -> Option<Scope> {
 #[inline(always)]
 fn scopes<'a>() -> &'a Scopes {
     let map = (&raw const SCOPES).cast_mut().cast();
-    // SAFETY: the helper cannot fail in a program that is attached to a cgroup: the kernel made the storage then. User space replaces it
-    // whole, and what a program holds stays until it ends (RCU).
+    // SAFETY: the helper cannot fail in a program that is attached to a cgroup: the kernel made the storage at that
+    // time. User space replaces the value as a whole, and the value that a program holds stays until the program ends
+    // (RCU).
     unsafe { &*bpf_get_local_storage(map, 0).cast::<Scopes>() }
 }
 
-/// The limits of an attachment; `None` where it is gone.
+/// The limits of an attachment; `None` if the attachment is gone.
 #[inline(always)]
 pub fn limits<'a>(slot: u32) -> Option<&'a Limits> {
-    // SAFETY: nobody writes into an element: user space replaces it. What a program holds is not freed until it ends. Since Linux 6.1 it may
-    // become another attachment's: one packet is then paced by a limit that is not its own.
+    // SAFETY: no process writes into an element: user space replaces elements. An element that a program holds is not
+    // freed until the program ends. Since Linux 6.1 the element may become another attachment's meanwhile: one packet
+    // is then paced by a limit that is not its own.
     unsafe { LIMITS.get(slot) }
 }
 
-/// The meters of an attachment. Whoever changes them holds their lock; see `clock`.
+/// The meters of an attachment. Code that changes them holds their lock; see `clock`.
 #[inline(always)]
 pub fn meters(slot: u32) -> Option<NonNull<Meters>> {
     METERS.get_ptr_mut(slot).and_then(NonNull::new)
 }
 
-/// What is known of the host's end of a pod's interface.
+/// The record of the host end of a pod's veth, by interface number.
 #[inline(always)]
 pub fn host_end<'a>(ifindex: u32) -> Option<&'a HostEnd> {
     // SAFETY: as in `limits`.
     unsafe { HOST_ENDS.get(ifindex) }
 }
 
-/// What came to an attachment by other paths, in one direction. Many CPUs add to it.
+/// The record of an attachment's packets of other paths, in one direction. Many CPUs add to it.
 #[inline(always)]
 pub fn others<'a>(slot: u32, direction: u32) -> Option<&'a mut Others> {
     let paths = OTHERS.get_ptr_mut(slot)?;
-    // SAFETY: the verifier checked the pointer to the map's value, and the direction is one of two. What is not added at once (see
-    // `covered::add`) is stored whole.
+    // SAFETY: the verifier checked the pointer to the map's value, and the direction is one of two. Fields are either
+    // added to atomically (see `covered::add`) or stored whole.
     unsafe { (&raw mut (*paths).of).cast::<Others>().add(direction as usize).as_mut() }
 }
 
-/// How long a request for a connection has waited, by its place.
+/// How long a SYN has waited, by its place.
 #[inline(always)]
 pub fn waited<'a>(place: u32) -> Option<&'a mut Waited> {
-    // SAFETY: the verifier checked the pointer. Two integers, which two CPUs may mix: a wait of another request, which is as long.
+    // SAFETY: the verifier checked the pointer. The value is two integers, and two CPUs may mix two values: the wait is
+    // then that of another SYN, which is about as long.
     REQUESTS.get_ptr_mut(place).and_then(|waited| unsafe { waited.as_mut() })
 }
 
-/// Whether the longest subnet around an address, of its list, is exempt.
+/// Whether an address is exempt: the longest subnet of its list that contains the address decides.
 #[inline(always)]
 pub fn is_exempt(address: ListedAddress) -> bool {
     let bits = 8 * size_of::<ListedAddress>() as u32;
     SUBNETS.get(&Key::new(bits, address)).is_some_and(|kind| *kind == SUBNET_EXEMPT)
 }
 
-/// The socket's flow, made if there is none yet. `None` when memory is short (the storage counts against the socket's
-/// `optmem_max`).
+/// The socket's flow, which is made if there is none yet. `None` when memory is short (the storage counts against the
+/// socket's `optmem_max`).
 ///
 /// # Safety
-/// `socket` is a full socket that a program's context or `bpf_sk_fullsock` gave.
+/// `socket` is a full socket, from a program's context or from `bpf_sk_fullsock`.
 #[inline(always)]
 pub unsafe fn flow_or_new<'a>(socket: NonNull<bpf_sock>) -> Option<&'a mut Flow> {
     // SAFETY: the caller's duty.
@@ -177,7 +183,8 @@ pub unsafe fn flow<'a>(socket: NonNull<bpf_sock>) -> Option<&'a mut Flow> {
 #[inline(always)]
 unsafe fn storage<'a>(socket: NonNull<bpf_sock>, flags: u64) -> Option<&'a mut Flow> {
     let map = (&raw const FLOWS).cast_mut().cast();
-    // SAFETY: the helper's entry is as large as `Flow` and lives as long as the program runs (RCU). Programs of two CPUs may
-    // hold it at once for a socket that is not locked (UDP): its fields are integers, and a lost update costs a credit.
+    // SAFETY: the helper's entry is as large as `Flow` and lives as long as the program runs (RCU). Programs of two
+    // CPUs may hold it at once for a socket that is not locked (UDP): its fields are integers, and a lost update costs
+    // a credit.
     unsafe { bpf_sk_storage_get(map, socket.as_ptr().cast(), core::ptr::null_mut(), flags).cast::<Flow>().as_mut() }
 }

@@ -1,22 +1,25 @@
-//! Whether a socket is in the network namespace of an attachment. The numbers of interfaces start anew in each namespace, so an interface of a
-//! namespace that was made in the pod may have the number of the pod's, and so may one of another pod, in whose namespace a process of this
-//! pod's cgroup works. What such a socket sends is charged where it passes an end of a veth on the host, if it does.
+//! Whether a socket is in the network namespace of an attachment. Interface numbers start anew in each namespace. So an
+//! interface of a namespace that was made in the pod may have the number of the pod's interface, and so may an
+//! interface of another pod in whose namespace a process of this pod's cgroup works. Packets of a socket in such a
+//! namespace are charged at the host end of a veth, if they pass one.
 //!
-//! `bpf_get_netns_cookie` is not for programs of this type before Linux 6.15. But a socket can be looked up in the namespace of a number: user
-//! space gives the pod's namespace a number for itself. Another namespace has the same number for itself once in 131072, and none has it for
-//! another one. Where that number finds the socket, the socket is in the pod's namespace. Where it does not, and the packet's own namespace has
-//! the socket, it is not.
+//! Before Linux 6.15 programs of this type may not call `bpf_get_netns_cookie`. But they can look a socket up in a
+//! namespace by number (nsid). So user space gives the pod's namespace a number for itself. Another namespace has the
+//! same number for itself with a chance of 1 in 131072, and no namespace has this number for another namespace. If the
+//! lookup by that number finds the socket, the socket is in the pod's namespace. If that lookup fails and a lookup in
+//! the packet's own namespace finds the socket, the socket is in another namespace.
 
 use aya_ebpf::programs::SkBuffContext;
 use podshaper_abi::Scope;
 
 use crate::{flow::Flow, packet, packet::Peers};
 
-/// The namespace of the packet's interface (`BPF_F_CURRENT_NETNS`).
+/// The number of the namespace of the packet's interface (`BPF_F_CURRENT_NETNS`).
 const OF_PACKET: u64 = u64::MAX;
 
-/// Whether the socket of a flow is in another namespace than the attachment's interface. Asked once for each socket; one that has no ports, or
-/// whose addresses are rewritten in the pod, is not known, and taken to be in it.
+/// Whether the socket of a flow is in another namespace than the attachment's interface. Looked up once for each
+/// socket. A socket without ports, or whose addresses are rewritten in the pod, cannot be found, and is assumed to be
+/// in the attachment's namespace.
 #[inline(always)]
 pub fn is_foreign(ctx: &SkBuffContext, flow: &mut Flow, scope: &Scope, is_sent: bool) -> bool {
     if scope.namespace == 0 {
@@ -37,7 +40,7 @@ pub fn is_foreign(ctx: &SkBuffContext, flow: &mut Flow, scope: &Scope, is_sent: 
 
 #[inline(always)]
 fn has(ctx: &SkBuffContext, peers: &mut Peers, namespace: u64) -> bool {
-    // SAFETY: what is found is released, and not used after that.
+    // SAFETY: the socket found is released, and not used after that.
     unsafe {
         let found = peers.socket(ctx, namespace);
         if let Some((socket, _)) = found {

@@ -1,24 +1,28 @@
-//! What passes the pod's interface and no hook of its cgroup has seen: of a tunnel, a bridge or a nested namespace made in the pod, of AF_PACKET,
-//! of another cgroup's socket, forwarded, the kernel's own. The programs here are on the host's end of the pod's veth, where the pod cannot
-//! take them off.
+//! Packets that pass the pod's interface and that no hook of its cgroup has seen: packets of a tunnel, a bridge or a
+//! nested namespace made in the pod, of an AF_PACKET socket, of a socket in another cgroup, forwarded packets, and the
+//! kernel's own. The programs here are at the host end of the pod's veth, where the pod cannot detach them.
 //!
-//! For each socket the cgroup's hooks count the bytes that they have charged, and the host's end counts those that it has let pass for that
-//! ([`Covered`]). Out of the pod, a packet still knows its socket: `skb->sk` outlives a veth. Into the pod, the socket is looked up in the pod's
-//! namespace. What is not covered has come another way, whatever its addresses, marks or headers say: nothing that a pod can forge is
-//! looked at. It is charged to the pod clock, and waits in the *waiting room*, a veth of the node's with fq or htb, from which it comes back to
-//! where it was taken, and to the filters of others there.
+//! For each socket the cgroup's hooks count the bytes that they have charged, and the host end counts the bytes that it
+//! has let pass for that charge ([`Covered`](crate::flow::Covered)). A packet that leaves the pod still knows its
+//! socket: `skb->sk` outlives a veth. For a packet that enters the pod, the socket is looked up in the pod's namespace.
+//! A packet that is not covered has taken another path, whatever its addresses, marks or headers: the programs look at
+//! nothing that a pod can forge. Such a packet is charged to the pod clock, and waits in the *waiting room*, a veth of
+//! the node with fq or htb. From there the packet returns to the interface from which it was taken, and to the filters
+//! of other tools there.
 //!
 //! ```text
-//!   pod eth0 ─► host's end, ingress: out_of_pod ─┬─ covered, or its turn ─► filters of others, bridge, routes
-//!                           ▲                    └─ else ─► podshaper-wait: wait_here, fq or htb ─► podshaper-back: go_back ─┐
-//!                           └────────────────────────────────────────────────────────────────────────────────────────────────┘
-//!   the same into the pod, from the egress of the host's end: into_pod
+//!   eth0 ─► host end, ingress: out_of_pod ─┬─ covered, or its turn ─► filters of other tools, bridge, routes
+//!                       ▲                  └─ else ─► podshaper-wait: wait_here, fq/htb ─► podshaper-back: go_back ─┐
+//!                       └───────────────────────────────────────────────────────────────────────────────────────────┘
+//!   packets that enter the pod take the same path, from the egress of the host end: into_pod
 //! ```
 //!
-//! What comes to the pod's own connections waits there, too, where their acknowledgements cannot be held ([`hold`]): those that ride on data, and all
-//! of a pod without fq. So do datagrams for the pod's sockets ([`hold_datagram`]). What waits in fq leaves when the clock says. htb knows nothing
-//! of the clock, so while some of it waits, whatever else goes into the pod passes another class of the same htb, which never waits and takes its
-//! part of the limit.
+//! Packets to the pod's own connections also wait in the waiting room if the acknowledgements of these connections
+//! cannot be held ([`hold`]): acknowledgements that ride on data, and all acknowledgements of a pod without fq. So do
+//! datagrams for the pod's sockets ([`hold_datagram`]). A packet in fq leaves at its departure time, which is taken
+//! from the clock. htb does not know the clock. So while packets wait in htb, every other packet that enters the pod
+//! passes another class of the same htb, which never delays packets but takes their part of the limit from those that
+//! wait.
 
 use core::ptr::NonNull;
 
@@ -46,20 +50,21 @@ use crate::{
     waited::Client,
 };
 
-/// How late fq or htb may be with a packet. After so long what waited has left for sure, and the next one may pass without overtaking it.
+/// How late fq or htb may be with a packet. After this time a packet that waited has certainly left, and the next
+/// packet may pass without overtaking it.
 const LATE_NS: u64 = 50_000_000;
-/// What the others count as of the backlog: a first flight of TCP.
+/// Bytes of the backlog that packets of other paths count as, like one flow: a first flight of TCP.
 const OTHERS_BURST_BYTES: u64 = 1 << 14;
-/// What passes at once of a connection whose acknowledgements cannot be held: as much as the windows aim for, so that a late timer does not
-/// leave the clock idle.
+/// Backlog up to which packets of a connection whose acknowledgements cannot be held pass at once: as long as the
+/// windows aim for, so that the clock does not fall idle when a timer is late.
 const AHEAD_NS: u64 = 5_000_000;
-/// Up to this backlog a request for a connection, or what else comes before a connection is open, is not dropped.
+/// Up to this backlog a SYN, or another packet before a connection is open, is not dropped.
 const REQUEST_BOUND_NS: u64 = 500_000_000;
-/// How long after the answer to such a request the hook leaves the next one to be charged here.
+/// How long after a SYN-ACK the hook leaves the next SYN-ACK to be charged here.
 const ANSWERS_HERE_NS: u64 = 1_000_000_000;
 
 impl Waiting {
-    /// Whether a packet is a copy of what waits here, for which its sender did not wait long enough.
+    /// Whether a packet is a copy of a packet that waits here: the sender repeated it too early.
     #[inline(always)]
     fn has(&self, segment: Segment, now_ns: u64) -> bool {
         let ahead = segment.sequence.wrapping_add(segment.payload).wrapping_sub(self.next_sequence as u32) as i32;
@@ -89,9 +94,9 @@ pub fn out_of_pod(ctx: &TcContext) -> i32 {
     }
 }
 
-/// Whether a packet is the answer to a request for a connection, and has its part of the limit. fq takes the socket off such an answer
-/// (`fq_classify`). So it is charged here. The hook would charge it as well, on the kernels on which the hook sees it, and leaves it
-/// alone while answers come here. Whoever forges one has no more than that part.
+/// Whether a packet is a SYN-ACK within the share of SYN-ACKs. fq removes the socket from a SYN-ACK (`fq_classify`), so
+/// the SYN-ACK is charged here. On kernels on which the hook sees SYN-ACKs, the hook would charge them as well, so the
+/// hook leaves them alone while SYN-ACKs arrive here. A pod that forges SYN-ACKs gets no more than that share.
 #[inline(always)]
 fn is_answer_in_time(packet: &SkBuffContext, end: &HostEnd, wire: &Wire) -> bool {
     let is_tcp = packet::transport(packet, ETHERNET_HEADER_BYTES).is_some_and(|(protocol, ..)| protocol == IPPROTO_TCP);
@@ -148,16 +153,17 @@ pub fn into_pod(ctx: &TcContext) -> i32 {
     verdict
 }
 
-/// Tells the hook of a socket that may get the packet that it has been charged: a socket's first packet, a raw socket's, the fragments of a
-/// datagram, whose whole has the hash of its first. No other field of a packet outlives the way into another namespace and can be read there.
-/// Whoever forges it gains nothing: what a hook has not charged does not pass the host's end.
+/// Tells the hook of the receiving socket that the packet has been charged: a socket's first packet, a raw socket's
+/// packet, or the fragments of a datagram, which has the hash of its first fragment once it is whole. No other field of
+/// a packet outlives the way into another namespace and can be read there. A pod that forges the hash gains nothing:
+/// the host end lets pass only bytes that a hook has charged.
 #[inline(always)]
 fn mark_charged(skb: *mut __sk_buff, end: &HostEnd) {
     // SAFETY: tc programs may call it.
     unsafe { bpf_set_hash(skb, end.slot) };
 }
 
-/// Whether the host's end has charged a packet that a hook sees to this attachment. Slots are random, as hashes are.
+/// Whether the host end has charged a packet that a hook sees to this attachment. Slots are random, as hashes are.
 #[inline(always)]
 pub fn has_been_charged(ctx: &SkBuffContext, slot: u32) -> bool {
     // SAFETY: cgroup_skb programs may read hash.
@@ -170,7 +176,7 @@ fn host_end<'a>(skb: *mut __sk_buff) -> Option<&'a HostEnd> {
     maps::host_end(unsafe { (*skb).ifindex })
 }
 
-/// Charges a packet that no hook charges. It goes on if it is its turn, else it waits, or is dropped.
+/// Charges a packet that no hook charges. The packet goes on if it is its turn; else it waits, or is dropped.
 #[inline(always)]
 fn charge(skb: *mut __sk_buff, end: &HostEnd, direction: u32, wire: &Wire) -> i32 {
     let (Some(link), Some(others)) = (Link::of(end.slot, direction), maps::others(end.slot, direction)) else {
@@ -193,14 +199,14 @@ fn charge(skb: *mut __sk_buff, end: &HostEnd, direction: u32, wire: &Wire) -> i3
     let own_ns = link.transmit_ns(wire.bytes, wire.segments);
     link.fair_wait_ns(wire.bytes, OTHERS_BURST_BYTES, own_ns, before_ns + own_ns);
     let edt_ns = now_ns + before_ns;
-    // SAFETY: as above. What two CPUs lose is that a packet overtakes one of the other.
+    // SAFETY: as above. If two CPUs write at once, a packet may overtake a packet of the other CPU.
     unsafe { (&raw mut others.waits_until_ns).write_volatile(edt_ns + LATE_NS) };
     wait(skb, end, direction, if direction == INGRESS { ROOM_INTO_QUEUE } else { ROOM_OUT }, edt_ns)
 }
 
-/// Charges a packet of a connection whose acknowledgements cannot be held: they ride on the pod's own data, which would be late with them, or
-/// pass them (fq lets data do that since Linux 6.7), or there is no fq. So the packets wait here, until the backlog is as long as windows aim
-/// for.
+/// Charges a packet of a connection whose acknowledgements cannot be held: either they ride on the pod's own data,
+/// which would be late with them or overtake them (fq lets data overtake since Linux 6.7), or there is no fq. So the
+/// packets wait here, until the backlog is as long as windows aim for.
 #[inline(always)]
 fn hold(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, flow: &mut Flow, stretch: Stretch) -> i32 {
     let Stretch { segment, has_arrived, has_windows, .. } = stretch;
@@ -231,15 +237,15 @@ fn hold(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, flow: &mut Flow, str
     if end.waiting_ifindex == 0 || !follows && !waits {
         return at_once(skb, end, INGRESS, others, now_ns);
     }
-    // The clock never goes back, and so nor do these times: packets of a connection stay in their order.
+    // The clock never goes back, so these departure times do not either: packets of a connection stay in order.
     let edt_ns = now_ns + before_ns.max(AHEAD_NS) - AHEAD_NS;
     waiting.waits_until_ns = edt_ns + LATE_NS;
     waiting.next_sequence = segment.sequence.wrapping_add(segment.payload).into();
     wait_for_turn(skb, end, others, edt_ns)
 }
 
-/// Charges a datagram for a socket of the pod. A sender that gives way (QUIC, TCP within a tunnel) needs a queue to know its rate by: of what is only
-/// dropped it sends the more, the shorter its round trip is.
+/// Charges a datagram for a socket of the pod. A sender with congestion control (QUIC, TCP within a tunnel) needs a
+/// queue to find its rate. If excess datagrams were only dropped, a sender with a shorter round trip would send more.
 #[inline(always)]
 fn hold_datagram(skb: *mut __sk_buff, end: &HostEnd, wire: &Wire, flow: &mut Flow) -> i32 {
     let (Some(link), Some(others)) = (Link::of(end.slot, INGRESS), maps::others(end.slot, INGRESS)) else {
@@ -255,7 +261,7 @@ fn hold_datagram(skb: *mut __sk_buff, end: &HostEnd, wire: &Wire, flow: &mut Flo
         return TC_ACT_SHOT;
     }
     let waits = matches!(class, DATAGRAM | ORDERED);
-    // QUIC takes a datagram for lost that three later ones have overtaken.
+    // QUIC considers a datagram lost when three later ones have overtaken it.
     let follows = now_ns < flow.waiting.waits_until_ns;
     if !waits || before_ns <= AHEAD_NS && !follows {
         return at_once(skb, end, INGRESS, others, now_ns);
@@ -265,8 +271,10 @@ fn hold_datagram(skb: *mut __sk_buff, end: &HostEnd, wire: &Wire, flow: &mut Flo
     wait_for_turn(skb, end, others, edt_ns)
 }
 
-/// Charges the request for a connection, or what else comes before a connection is open. It is of a new flow. If new flows have had their part
-/// of the rate, the request waits, and beyond [`REQUEST_BOUND_NS`] it is dropped: what asks without end is a flood.
+/// Charges a SYN, or another packet that comes before a connection is open, as one of a new flow. If new flows have
+/// used up their part of the rate, the packet counts as [`STREAM`], and beyond [`REQUEST_BOUND_NS`] it is dropped: an
+/// endless stream of SYNs is a flood. Where acknowledgements are held, the packet is a SYN and waits as long as
+/// [`requests::edt_ns`] says. Otherwise the packet waits for the backlog, unless new flows have room.
 #[inline(always)]
 fn queue_request(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, client: Client) -> i32 {
     let (Some(link), Some(others)) = (Link::of(end.slot, INGRESS), maps::others(end.slot, INGRESS)) else {
@@ -300,7 +308,8 @@ fn queue_request(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, client: Cli
     wait(skb, end, INGRESS, ROOM_INTO_QUEUE, now_ns + before_ns - AHEAD_NS)
 }
 
-/// A packet for a socket of the pod waits, and while it does the others know.
+/// A packet for a socket of the pod waits. The pod's state notes until when, so that packets that leave at once
+/// meanwhile take the path of [`at_once`] through htb.
 #[inline(always)]
 fn wait_for_turn(skb: *mut __sk_buff, end: &HostEnd, others: &mut Others, edt_ns: u64) -> i32 {
     // SAFETY: as in `charge`.
@@ -308,7 +317,8 @@ fn wait_for_turn(skb: *mut __sk_buff, end: &HostEnd, others: &mut Others, edt_ns
     wait(skb, end, INGRESS, ROOM_INTO_QUEUE, edt_ns)
 }
 
-/// A packet goes on. While others wait in htb it goes by there, so that htb takes its part of the limit from them. fq knows of the clock.
+/// A packet goes on. While other packets wait in htb, the packet passes htb as well, so that htb takes the packet's
+/// part of the limit from the others. With fq the packet need not: departure times come from the clock.
 #[inline(always)]
 fn at_once(skb: *mut __sk_buff, end: &HostEnd, direction: u32, others: &Others, now_ns: u64) -> i32 {
     // SAFETY: as in `charge`.
@@ -320,7 +330,7 @@ fn at_once(skb: *mut __sk_buff, end: &HostEnd, direction: u32, others: &Others, 
     }
 }
 
-/// A packet that its socket's hook charges goes on, as one that has been charged does.
+/// A packet that its socket's hook will charge goes on, in the way of a packet that has been charged.
 #[inline(always)]
 fn pass_on(skb: *mut __sk_buff, end: &HostEnd) -> i32 {
     let Some(others) = maps::others(end.slot, INGRESS) else { return TC_ACT_UNSPEC };
@@ -332,15 +342,15 @@ fn pass_on(skb: *mut __sk_buff, end: &HostEnd) -> i32 {
     verdict
 }
 
-/// Whether a process of the node has sent a packet on its way into the pod: it has come by no interface.
+/// Whether a process of the node has sent a packet that enters the pod: such a packet has no ingress interface.
 #[inline(always)]
 fn is_of_node(skb: *mut __sk_buff) -> bool {
     // SAFETY: tc programs may read ingress_ifindex.
     unsafe { (*skb).ingress_ifindex == 0 }
 }
 
-/// Whether the cgroup's hook has charged as many bytes of the packet's socket. That answers to opened connections (SYN-ACK), and what closed
-/// ones say last, have no full socket: they pass, since whether a hook has seen them depends on the kernel.
+/// Whether the cgroup's hook has charged enough bytes for the packet's socket. A SYN-ACK, and the last packets of
+/// closed connections, have no full socket: they pass, since whether a hook has seen them depends on the kernel.
 #[inline(always)]
 fn is_charged(skb: *mut __sk_buff, end: &HostEnd, bytes: u64) -> bool {
     // SAFETY: tc programs may read sk; the helper takes any socket that is not NULL.
@@ -351,7 +361,7 @@ fn is_charged(skb: *mut __sk_buff, end: &HostEnd, bytes: u64) -> bool {
         }
     };
     match socket {
-        // SAFETY: it is what `bpf_sk_fullsock` gave.
+        // SAFETY: the socket comes from `bpf_sk_fullsock`.
         Some(socket) => unsafe { maps::flow(socket) }.is_some_and(|flow| flow.out_covered.passes(end, bytes, 0)),
         None => has_socket,
     }

@@ -1,7 +1,8 @@
-//! What a packet weighs on the wire, at layer 3.
+//! The size of a packet on the wire, at layer 3.
 //!
-//! The stack hands over GSO packets: one header and up to 512 KiB of payload, to be cut into segments that each carry a header
-//! of their own. `wire_len` has the answer but may not be read in cgroup_skb, and `len` counts one header only.
+//! The stack hands over GSO packets: one header and up to 512 KiB of payload, to be cut into segments that each carry a
+//! header of their own. `wire_len` would be the size but may not be read in cgroup_skb, and `len` counts one header
+//! only.
 
 use core::{
     mem::{self, MaybeUninit},
@@ -14,7 +15,7 @@ use aya_ebpf::{
     programs::SkBuffContext,
 };
 
-/// Go on with the filters of others (uapi/linux/pkt_cls.h).
+/// The next filters, of other tools, see the packet (uapi/linux/pkt_cls.h).
 pub const TC_ACT_UNSPEC: i32 = -1;
 pub const TC_ACT_SHOT: i32 = 2;
 pub const ETHERNET_HEADER_BYTES: u64 = 14;
@@ -26,11 +27,11 @@ const TCP_DATA_OFFSET_OFFSET: u64 = 12;
 const TCP_HEADER_BYTES: u64 = 20;
 /// include/net/tcp.h.
 const TCPOPT_MPTCP: u8 = 30;
-/// With what aligns them.
+/// Including the padding that aligns them.
 const TIMESTAMPS_BYTES: usize = 12;
 /// FIN, SYN and RST of TCP's flags byte.
 pub const OPENS_OR_CLOSES: u8 = 0b111;
-/// SYN and ACK of the same, and the first of them.
+/// SYN and ACK of the flags byte, and SYN alone.
 const SYN_AND_ACK: u8 = 0b1_0010;
 const SYN: u8 = 0b10;
 /// IANA protocol numbers.
@@ -49,13 +50,14 @@ pub struct Wire {
 }
 
 impl Wire {
-    /// Weighs a packet whose data start at the IP header, as they do in cgroup_skb (kernel/bpf/cgroup.c pushes it back there).
+    /// The size of a packet whose data start at the IP header, as they do in cgroup_skb (kernel/bpf/cgroup.c pushes the
+    /// data back there).
     #[inline(always)]
     pub fn of(ctx: &SkBuffContext) -> Self {
         Self::after(ctx, 0)
     }
 
-    /// Weighs a packet whose data start with a link header of so many bytes, as they do at tc.
+    /// The size of a packet whose data start with a link header of so many bytes, as they do at tc.
     #[inline(always)]
     pub fn after(ctx: &SkBuffContext, link_bytes: u64) -> Self {
         let bytes = u64::from(ctx.len()) - link_bytes;
@@ -74,37 +76,39 @@ impl Wire {
     }
 }
 
-/// Bytes of all segments of a packet with one header. `payload`: that of all segments, if the last one is as long as the others.
+/// Bytes of all segments of a packet with one header. `payload`: the payload of all segments, if the last segment were
+/// as long as the others.
 ///
-/// Like the next function it is a global one, and so the verifier checks it by itself, once, and not together with each branch of
-/// what follows: that was half of the time an ADD took. They get numbers and not the packet, since a kernel without BTF of its own
-/// would not know the packet's type.
+/// Like `network_headers` this is a global function: the verifier checks it by itself, once, and not together with each
+/// branch of the code that follows. The check with each branch took half of the time of an ADD. Both functions take
+/// numbers and not the packet, since a kernel without BTF of its own would not know the packet's type.
 #[inline(never)]
 #[unsafe(no_mangle)]
 pub extern "C" fn bytes_with_headers(bytes: u64, segments: u64, headers: u64, data_offset: u64, payload: u64) -> u64 {
     let headers = Headers(headers);
-    // Linux cuts TCP and UDP for its own sockets; SCTP makes its chunks itself.
+    // Linux cuts TCP and UDP for its own sockets; SCTP makes its own chunks.
     let transport_bytes = if headers.are_tcp() { (data_offset >> 4) * 4 } else { UDP_HEADER_BYTES };
     let known_bytes = headers.network_bytes() - headers.jumbo_bytes() + transport_bytes;
-    // In a tunnel there are headers within, which each segment carries as well: they are what is no payload.
+    // A tunnel's packet has inner headers, which each segment carries as well: they are the bytes that are no payload.
     let repeated_bytes = known_bytes.max(bytes.max(payload) - payload);
     bytes - headers.jumbo_bytes() + (segments - 1) * repeated_bytes
 }
 
-/// Reads from the packet; zeros where it ends before (the helper fills them in). To look at the helper's answer would double what
-/// the verifier has to check of all that follows.
+/// Reads from the packet; zeros if the packet ends before (the helper writes the zeros). To test the helper's return
+/// value would double the verifier's work for all code that follows.
 #[inline(always)]
 pub fn load<T: Copy>(ctx: &SkBuffContext, offset: u64) -> T {
     let mut value = MaybeUninit::<T>::uninit();
     let (skb, size) = (ctx.skb.skb.cast(), size_of::<T>() as u32);
-    // SAFETY: `value` has room for as many bytes, all of which the helper writes; used for integers and arrays of them, which take any.
+    // SAFETY: `value` has room for `size` bytes, and the helper writes all of them. The function is used for integers
+    // and arrays of integers, for which any bytes are valid.
     unsafe {
         bpf_skb_load_bytes(skb, offset as u32, value.as_mut_ptr().cast(), size);
         value.assume_init()
     }
 }
 
-/// What [`network_headers`] found, in one number, since that is what it can return.
+/// The result of [`network_headers`], packed into one number, since a global function can return only a number.
 #[derive(Clone, Copy)]
 struct Headers(u64);
 
@@ -120,8 +124,8 @@ impl Headers {
         self.0 & 0xffff
     }
 
-    /// Those of them that no segment carries: the jumbo hop-by-hop header of IPv6 packets over 64 KiB, taken off before sending
-    /// (include/net/ipv6.h, `ipv6_hopopt_jumbo_remove`).
+    /// The part of these bytes that no segment carries: the jumbo hop-by-hop header of IPv6 packets over 64 KiB, which
+    /// is taken off before sending (include/net/ipv6.h, `ipv6_hopopt_jumbo_remove`).
     #[inline(always)]
     fn jumbo_bytes(self) -> u64 {
         self.0 >> 16 & 0xffff
@@ -133,11 +137,11 @@ impl Headers {
     }
 }
 
-/// The transport protocol of a packet behind a link header of so many bytes, the bytes of its network headers, and whether it is IPv4. `None`
-/// for a fragment, and what is not IP.
+/// The transport protocol of a packet behind a link header of so many bytes, the bytes of its network headers, and
+/// whether it is IPv4. `None` for an IPv4 fragment, and for a packet that is not IP.
 #[inline(always)]
 pub fn transport(ctx: &SkBuffContext, link_bytes: u64) -> Option<(u8, u64, bool)> {
-    /// Where the packet lies in a larger one, and whether there is more of that.
+    /// The fragment offset and the "more fragments" bit.
     const FRAGMENT: u16 = u16::from_ne_bytes([0x3f, 0xff]);
     let start: [u64; 2] = load(ctx, link_bytes);
     let extension: u16 = load(ctx, link_bytes + IPV6_HEADER_BYTES);
@@ -151,16 +155,16 @@ pub fn transport(ctx: &SkBuffContext, link_bytes: u64) -> Option<(u8, u64, bool)
     Some(((headers.0 >> 32) as u8, headers.network_bytes(), is_ipv4))
 }
 
-/// Addresses and ports of a packet, as its receiver's socket is looked up by them.
+/// Addresses and ports of a packet, for the lookup of its receiver's socket.
 pub struct Peers {
     tuple: bpf_sock_tuple,
     is_ipv4: bool,
-    /// And of UDP otherwise.
+    /// The packet is TCP; otherwise it is UDP.
     pub are_of_tcp: bool,
 }
 
 impl Peers {
-    /// Who has sent the packet: the last word of the address, and the port, in the order of the machine.
+    /// The sender of the packet: the last word of its address, and its port, in host byte order.
     #[inline(always)]
     pub fn sender(&self) -> (u32, u16) {
         // SAFETY: integers, all of which were written.
@@ -175,7 +179,7 @@ impl Peers {
         }
     }
 
-    /// Has them be those of the sender.
+    /// Swaps source and destination, so that a lookup finds the sender's socket.
     #[inline(always)]
     pub fn turn(&mut self) {
         // SAFETY: integers, all of which were written.
@@ -192,17 +196,19 @@ impl Peers {
         }
     }
 
-    /// The socket that gets what has these addresses, in a namespace by its number; and whether it is no more than the request for a connection.
+    /// The socket that receives packets with these addresses, in a namespace given by number (nsid), and whether the
+    /// socket is only a connection request (a SYN that has been answered).
     ///
     /// # Safety
-    /// It must be given to [`release`], once.
+    /// The socket must be given to [`release`], once.
     #[inline(always)]
     pub unsafe fn socket(&mut self, ctx: &SkBuffContext, namespace: u64) -> Option<(NonNull<bpf_sock>, bool)> {
         let (skb, tuple) = (ctx.skb.skb.cast(), &raw mut self.tuple);
-        // Not kept beside the tuple: the verifier forgets what it knows of a number there.
+        // Not a field beside the tuple: the verifier forgets the value of a number there.
         let bytes = if self.is_ipv4 { IPV4_TUPLE_BYTES } else { IPV6_TUPLE_BYTES };
-        // SAFETY: the tuple is on the stack, and as long as is said. The state may be read of what is found; not behind the branch, since the
-        // two are different types to the verifier ("same insn cannot be used with different pointers").
+        // SAFETY: the tuple is on the stack, and has the length that is passed. The program may read the state of the
+        // socket found. The read is not behind the branch, since the two lookups return different types to the verifier
+        // ("same insn cannot be used with different pointers").
         unsafe {
             if self.are_of_tcp {
                 let socket = NonNull::new(bpf_skc_lookup_tcp(skb, tuple, bytes, namespace, 0))?;
@@ -217,17 +223,18 @@ impl Peers {
 const IPV4_TUPLE_BYTES: u32 = 12;
 const IPV6_TUPLE_BYTES: u32 = 36;
 
-/// Gives back what [`Peers::socket`] gave.
+/// Releases a socket of [`Peers::socket`].
 ///
 /// # Safety
-/// It is that, and is not used any more.
+/// `socket` comes from [`Peers::socket`], and is not used any more.
 #[inline(always)]
 pub unsafe fn release(socket: NonNull<bpf_sock>) {
     // SAFETY: the caller's duty.
     unsafe { bpf_sk_release(socket.as_ptr().cast()) };
 }
 
-/// Addresses and ports of a packet behind a link header of so many bytes; `None` for what has no ports, or shows none.
+/// Addresses and ports of a packet behind a link header of so many bytes; `None` for a packet without ports, or a
+/// fragment.
 #[inline(always)]
 pub fn peers(ctx: &SkBuffContext, link_bytes: u64) -> Option<Peers> {
     // SAFETY: integers, which take any bytes.
@@ -254,29 +261,29 @@ pub fn peers(ctx: &SkBuffContext, link_bytes: u64) -> Option<Peers> {
     Some(Peers { tuple, is_ipv4, are_of_tcp })
 }
 
-/// What a TCP segment says of itself.
+/// The header fields of a TCP segment.
 #[derive(Clone, Copy)]
 pub struct Segment {
-    /// The number of its first byte.
+    /// The sequence number of the segment's first byte.
     pub sequence: u32,
     /// Bytes of payload.
     pub payload: u32,
-    /// Whether it opens, closes or resets the connection.
+    /// Whether the segment opens, closes or resets the connection.
     opens_or_closes: bool,
-    /// Whether it asks for a connection.
+    /// Whether the segment is a SYN.
     pub is_request: bool,
-    /// Whether it answers such a one.
+    /// Whether the segment is a SYN-ACK.
     answers: bool,
-    /// Where its options begin.
+    /// Offset of the segment's options in the packet.
     options_offset: u64,
 }
 
 impl Segment {
-    /// That of a packet which is not TCP.
+    /// The value for a packet that is not TCP.
     pub const NONE: Self =
         Self { sequence: 0, payload: 0, opens_or_closes: false, is_request: false, answers: false, options_offset: 0 };
 
-    /// That behind a link header of so many bytes, of a packet that is TCP.
+    /// The segment behind a link header of so many bytes, in a packet that is TCP.
     #[inline(always)]
     pub fn of(ctx: &SkBuffContext, link_bytes: u64) -> Self {
         let start: [u64; 2] = load(ctx, link_bytes);
@@ -296,30 +303,32 @@ impl Segment {
         }
     }
 
-    /// Whether it is of MPTCP, whose option Linux puts first, or behind the timestamps (`tcp_options_write`).
+    /// Whether the segment belongs to MPTCP, whose option Linux puts first, or behind the timestamps
+    /// (`tcp_options_write`).
     #[inline(always)]
     pub fn is_multipath(&self, ctx: &SkBuffContext) -> bool {
         let options: [u8; 16] = load(ctx, self.options_offset);
         options[0] == TCPOPT_MPTCP || options[TIMESTAMPS_BYTES] == TCPOPT_MPTCP
     }
 
-    /// Whether it is the answer to a request for a connection and nothing else.
+    /// Whether the segment is a SYN-ACK without data.
     #[inline(always)]
     pub fn is_answer(&self) -> bool {
         self.payload == 0 && self.answers
     }
 
-    /// Whether it is an acknowledgement and nothing else.
+    /// Whether the segment is a pure acknowledgement.
     #[inline(always)]
     pub fn is_acknowledgement(&self) -> bool {
         self.payload == 0 && !self.opens_or_closes
     }
 }
 
-/// The headers of a packet before its transport header, from its first 16 bytes and the two that follow an IPv6 header.
+/// The headers of a packet before its transport header, from the packet's first 16 bytes and the two bytes that follow
+/// an IPv6 header.
 ///
-/// One extension header is looked behind: the jumbo header, or one an application asked for. With more than that in a row each
-/// segment is counted a few bytes short.
+/// The function skips one extension header: the jumbo header, or a header that an application asked for. With several
+/// extension headers in a row each segment is counted a few bytes short.
 #[inline(never)]
 #[unsafe(no_mangle)]
 pub extern "C" fn network_headers(start: u64, next: u64, extension: u64) -> u64 {
@@ -338,9 +347,9 @@ pub extern "C" fn network_headers(start: u64, next: u64, extension: u64) -> u64 
     headers.0
 }
 
-/// What a TCP segment of `payload` bytes, cut at `mss`, will weigh: for the hook that runs before the headers exist. The MSS of
-/// a socket already has the options taken off that every segment carries, so a timestamp (12 bytes) is guessed from nothing
-/// better than its being the default; the clock itself counts what is sent.
+/// The size on the wire of TCP payload cut at `mss`, for the hook that runs before the headers exist. The MSS of a
+/// socket already excludes the options that every segment carries. The function assumes a timestamp (12 bytes), since
+/// timestamps are the default; the clock itself counts the packets as they are sent.
 #[inline(never)]
 #[unsafe(no_mangle)]
 pub extern "C" fn wire_bytes_of_tcp(payload: u64, mss: u64, is_ipv6: u64) -> u64 {
@@ -349,10 +358,10 @@ pub extern "C" fn wire_bytes_of_tcp(payload: u64, mss: u64, is_ipv6: u64) -> u64
     payload + segments * (ip_header + TCP_HEADER_WITH_TIMESTAMPS_BYTES)
 }
 
-/// The packet's socket, if it is a full one: not a connection request and not one in TIME-WAIT.
+/// The packet's socket, if it is a full one: neither a connection request nor in TIME-WAIT.
 ///
-/// `NonNull`, because an `Option` of a pointer that may be null has a second word, which is undefined where there is none; the
-/// compiler spills that all the same, and the verifier says "R3 !read_ok".
+/// `NonNull`, because an `Option` of a pointer that may be null has a second word, which is undefined for `None`. The
+/// compiler spills that word nevertheless, and the verifier says "R3 !read_ok".
 #[inline(always)]
 pub fn full_socket(ctx: &SkBuffContext) -> Option<NonNull<bpf_sock>> {
     // SAFETY: cgroup_skb programs may read sk; the helper takes any socket that is not NULL.
@@ -362,9 +371,10 @@ pub fn full_socket(ctx: &SkBuffContext) -> Option<NonNull<bpf_sock>> {
     }
 }
 
-/// Whether a socket takes connections and has none. What comes to it may be a flood.
+/// Whether a socket listens. Packets to a listening socket may be a flood.
 #[inline(always)]
 pub fn listens(socket: NonNull<bpf_sock>) -> bool {
-    // SAFETY: cgroup_skb programs may read the state of a full socket. That of one that is not TCP is no listener's but by its number.
+    // SAFETY: cgroup_skb programs may read the state of a full socket. The state of a socket that is not TCP has this
+    // value by coincidence only.
     unsafe { socket.as_ref().state == BPF_TCP_LISTEN }
 }

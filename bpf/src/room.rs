@@ -1,4 +1,4 @@
-//! The waiting room, as packets come into it and leave it.
+//! How packets enter the waiting room and leave it.
 
 use aya_ebpf::{
     bindings::{__sk_buff, BPF_F_INGRESS},
@@ -9,25 +9,27 @@ use podshaper_abi::{HostEnd, INGRESS};
 
 use crate::packet::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 
-/// Of a packet that comes back from the waiting room: `skb->mark` of one that comes out of the pod, which has none before, since marks do not
-/// pass from one namespace into another; `skb->cb[PLACE]` of one that goes into it, whose mark is the node's.
+/// Marks a packet that returns from the waiting room. A packet that leaves the pod has this in `skb->mark`, which is 0
+/// before, since marks do not pass from one namespace into another. A packet that enters the pod has this in
+/// `skb->cb[PLACE]`, since its mark is the node's.
 pub const IS_BACK: u32 = 0x7064_6261;
-/// The same in `skb->cb[PLACE]`, of a packet that its socket's hook charges.
+/// In `skb->cb[PLACE]`: a packet that returns, and that its socket's hook charges.
 pub const IS_BACK_TO_BE_CHARGED: u32 = 0x7064_6262;
-/// The same, of a request for a connection.
+/// In `skb->cb[PLACE]`: a SYN that returns.
 pub const IS_REQUEST_BACK: u32 = 0x7064_6263;
-/// In `skb->mark` in the waiting room, beside the interface to go back to: it goes into the pod.
+/// In `skb->mark` in the waiting room, with the number of the interface to return to: the packet enters the pod.
 const INTO_POD: u32 = 1 << 31;
-/// Words of `skb->cb`: the departure time, which fq then overwrites, and what it does not.
+/// Words of `skb->cb`: fq overwrites those of the departure time later, and leaves the others alone.
 const EDT: usize = 0;
 const MARK: usize = 3;
 pub const PLACE: usize = 4;
 
-/// Sends a packet into the waiting room, with its time and the place to come back to.
+/// Sends a packet into the waiting room, with its departure time and the interface to return to.
 #[inline(always)]
 pub fn wait(skb: *mut __sk_buff, end: &HostEnd, direction: u32, class: u16, edt_ns: u64) -> i32 {
     let into = if direction == INGRESS { INTO_POD } else { 0 };
-    // SAFETY: tc programs may write cb, mark and priority, and read ifindex. bpf_redirect clears tstamp before Linux 5.18, and cb not.
+    // SAFETY: tc programs may write cb, mark and priority, and read ifindex. Before Linux 5.18 bpf_redirect clears
+    // tstamp, but never cb.
     unsafe {
         (*skb).cb[EDT] = edt_ns as u32;
         (*skb).cb[EDT + 1] = (edt_ns >> 32) as u32;
@@ -63,7 +65,7 @@ pub fn go_back(ctx: &TcContext) -> i32 {
         let skb = ctx.skb.skb;
         let mark = (*skb).mark;
         if mark == 0 {
-            // Of the node itself: nobody has business here.
+            // A packet of the node itself, which has no business here.
             return TC_ACT_SHOT;
         }
         (*skb).priority = 0;

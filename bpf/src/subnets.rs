@@ -1,11 +1,12 @@
-//! Which traffic the configuration exempts by its remote address: `exemptSubnets` and `shapedSubnets`, longest prefix first.
+//! The traffic that the configuration exempts by its remote address: `exemptSubnets` and `shapedSubnets`, where the
+//! longest prefix wins.
 
 use aya_ebpf::programs::SkBuffContext;
 use podshaper_abi::{ListedAddress, SubnetAddress};
 
 use crate::{maps, packet};
 
-/// Where in a packet the remote address is: IPv4, IPv6.
+/// The offset of the remote address in a packet, for IPv4 and for IPv6.
 #[derive(Clone, Copy)]
 pub struct Remote {
     start: u64,
@@ -14,22 +15,22 @@ pub struct Remote {
 }
 
 impl Remote {
-    /// Of a packet that is sent.
+    /// The remote address of a packet that is sent.
     pub const DESTINATION: Self = Self { start: 0, ipv4_offset: 16, ipv6_offset: 24 };
-    /// Of a packet that is received.
+    /// The remote address of a packet that is received.
     pub const SOURCE: Self = Self { start: 0, ipv4_offset: 12, ipv6_offset: 8 };
 
-    /// The same behind a link header of so many bytes, as a packet has at tc.
+    /// The same address behind a link header of so many bytes, as at tc.
     #[inline(always)]
     pub const fn after(self, link_bytes: u64) -> Self {
         Self { start: link_bytes, ..self }
     }
 }
 
-/// Whether the packet is neither limited nor counted because of its remote address.
+/// Whether the packet is neither limited nor counted, because of its remote address.
 #[inline(always)]
 pub fn are_exempt(ctx: &SkBuffContext, list: u64, remote: Remote) -> bool {
-    // Most pods have no list, and pay nothing for it.
+    // Most pods have no list, and need no lookup.
     if list == 0 {
         return false;
     }
@@ -44,7 +45,7 @@ pub fn are_exempt(ctx: &SkBuffContext, list: u64, remote: Remote) -> bool {
     )
 }
 
-/// Whether what goes to a remote address and comes from it is neither limited nor counted.
+/// Whether traffic to and from a remote address is neither limited nor counted.
 #[inline(always)]
 pub fn is_exempt(list: u64, address: SubnetAddress) -> bool {
     list != 0 && maps::is_exempt(ListedAddress { list: list.to_ne_bytes(), address })

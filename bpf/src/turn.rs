@@ -1,20 +1,24 @@
-//! Whose turn it is: the one place that decides which packet leaves at once and which waits for the backlog before it.
+//! Whose turn it is: the one place that decides which packet leaves at once and which packet waits for the backlog
+//! before it.
 //!
 //! ```text
-//!   there is no backlog                                       it leaves at once
-//!   it is of a *sparse* flow, and those have their share left  it leaves at once
-//!   its sender has waited since the packet before              it leaves at once, if the backlog is not a long one
-//!   else                                                       it waits, in order, until what is before it has drained
+//!   there is no backlog                                     the packet leaves at once
+//!   its flow is *sparse*, and sparse flows have share left  the packet leaves at once
+//!   its sender has waited since the packet before           the packet leaves at once, unless the backlog is long
+//!   else                                                    the packet waits, in order, until the backlog has drained
 //! ```
 //!
-//! A sender has waited if TCP's pacing made it wait (see [`crate::pace`]), if it paces itself, or if it blocked. Nothing here asks which. TCP
-//! does not pace a flow's first ten segments (`tcp_update_skb_after_send`), MPTCP's options leave no room for the callback that pacing takes,
-//! and of UDP nobody knows: all of these wait in the queue below, where a socket's own packets hold it back (TCP small queues, SO_SNDBUF).
+//! A sender has waited if TCP's pacing made it wait (see [`crate::pace`]), if the sender paces itself, or if it
+//! blocked. This module does not ask which. TCP does not pace a flow's first ten segments
+//! (`tcp_update_skb_after_send`), MPTCP's options leave no room for the callback that pacing needs, and UDP senders are
+//! not known to pace: all of these wait in the queue below, where a socket's own packets hold the socket back (TCP
+//! small queues, SO_SNDBUF).
 //!
-//! A flow is *sparse* while it sends less than two segments in twice the time that the backlog takes to drain, or small packets at less than a
-//! sixteenth of the limit. A request, a reply or a DNS query then leaves at once beside any number of bulk flows; that is where the latency of
-//! an idle pod comes from. Nobody gains by being sparse many times: all sparse flows together have a quarter of the limit, and those that are
-//! new, which is what a pod's clients make in numbers, have an eighth of their own.
+//! A flow is *sparse* while it sends less than two segments in twice the time that the backlog takes to drain, or small
+//! packets at less than a sixteenth of the limit. A request, a reply or a DNS query then leaves at once beside any
+//! number of bulk flows, with the latency of an idle pod. A pod gains nothing by many sparse flows: all sparse flows
+//! together have a quarter of the limit, and new flows, which a pod's clients make in numbers, have an eighth of their
+//! own.
 
 use podshaper_abi::{
     DATAGRAM, FRESH, ORDERED, QUEUE_HTB, QUEUE_NONE, SMALL_COST, SPARSE, STREAM, WAITED, wait_slack_ns,
@@ -26,51 +30,57 @@ use crate::{
     packet::Wire,
 };
 
-/// What a flow may send as a sparse one, in bytes on the wire: two full packets of the usual MTU. (Of TCP out it is two segments.)
+/// Bytes on the wire that a flow may send as a sparse one: two full packets of the usual MTU. (For sent TCP it is two
+/// segments.)
 pub const SPARSE_BYTES: u64 = 2 * 1500;
-/// The shortest time for one credit, where the backlog is shorter than any timer.
+/// The shortest time for one credit, for a backlog that is shorter than any timer.
 const SPARSE_GAP_NS: u64 = 1_000_000;
-/// How long a flow is new: long enough for a connection that is opened for one request to be over.
+/// How long a flow is new: a connection that is opened for one request is over by then.
 const FRESH_NS: u64 = 100_000_000;
-/// Up to so many bytes on the wire a packet of a sparse flow is small: a request or reply of an RPC, an acknowledgement.
+/// Up to this many bytes on the wire a packet of a sparse flow is small: a request or reply of an RPC, an
+/// acknowledgement.
 const SMALL_BYTES: u64 = 512;
-/// How far the clock of a flow's small packets may lag: some come at once, in one read of many requests.
+/// How far the clock of a flow's small packets may lag: some small packets come at once, after one read of many
+/// requests.
 const SMALL_LAG_NS: u64 = 20_000_000;
-/// A flow counts as no more than this of a backlog: a first flight of TCP. Others are to give way to what one has in the queue, but not so
-/// far that the backlog grows by it without end.
+/// A flow counts as no more than this of a backlog: a first flight of TCP. Other flows are to give way to the flow's
+/// packets in the queue, but not so far that the backlog grows without end.
 const MAX_BURST_BYTES: u64 = 1 << 14;
-/// Flows whose senders have waited are ahead of the limit by a packet each. Hundreds at a low rate would be ahead by seconds: beyond this
-/// backlog their packets leave in order.
+/// Each flow whose sender has waited is ahead of the limit by a packet. Hundreds of such flows at a low rate would be
+/// ahead by seconds: beyond this backlog their packets leave in order.
 const MAX_AHEAD_NS: u64 = 50_000_000;
-/// A packet up to this is taken for an acknowledgement where nothing else is known: 40 bytes of IPv6 and the longest header of TCP.
+/// A packet up to this size is taken for an acknowledgement where nothing else is known: 40 bytes of IPv6 and the
+/// longest header of TCP.
 pub const ACKNOWLEDGEMENT_BYTES: u64 = 100;
-/// What htb may be late by, whose timer is one of the kernel's. After so long a flow's packets have left it for sure, and the next one may go
-/// another way without overtaking them.
+/// How late htb may be, whose timer is one of the kernel's. After this time a flow's packets have certainly left htb,
+/// and the flow's next packet may take another path without overtaking them.
 const HTB_LATE_NS: u64 = 50_000_000;
 
-/// What has to be known of a packet.
+/// The facts about a packet that decide its turn.
 pub struct Packet {
     /// Bytes on the wire.
     pub bytes: u64,
-    /// Segments that it will be cut into.
+    /// Segments that the packet will be cut into.
     pub segments: u64,
     /// Bytes that a sparse flow may send at once.
     pub credit_bytes: u64,
-    /// Packets of less than this do not put off when a sparse flow's credit is filled up again.
+    /// Packets smaller than this do not delay the refill of a sparse flow's credit.
     pub bulk_bytes: u64,
-    /// Whether it is of a TCP connection, whose sender hears of a queue.
+    /// Whether the packet belongs to a TCP connection, whose sender notices a queue.
     pub is_stream: bool,
-    /// Whether it is of those that leave the last of the burst to others.
+    /// Whether the packet belongs to a bulk flow that leaves the last of the burst to other packets.
     pub is_bulk: bool,
-    /// Whether all that the flow sent before is known to have arrived: nothing of it can wait in a queue.
+    /// Whether all packets that the flow sent before are known to have arrived: none of them can be waiting in a queue.
     pub has_arrived: bool,
-    /// Where it waits, if it must: [`QUEUE_NONE`] and so on.
+    /// The queue in which the packet waits, if it must: [`QUEUE_NONE`] and so on.
     pub queue: u64,
 }
 
 impl Packet {
-    /// One that comes into the pod. A request that is answered when the backlog has drained comes as often as a bulk flow's segments do, and would
-    /// wait for ever. Not so for what is sent: there the short ends of a bulk flow's writes would be an advantage over others.
+    /// A packet that enters the pod. Only packets of `bulk_bytes` or more delay the refill of a credit here: a client
+    /// that sends its next request when the backlog has drained sends as often as a bulk flow sends segments, and its
+    /// requests would otherwise wait for ever. For sent packets every size counts: the short ends of a bulk flow's
+    /// writes would otherwise give that flow an advantage.
     #[inline(always)]
     pub fn received(wire: &Wire, is_stream: bool) -> Self {
         Self {
@@ -86,28 +96,28 @@ impl Packet {
     }
 }
 
-/// What becomes of a packet.
+/// The decision about a packet.
 #[derive(Clone, Copy)]
 pub struct Decision {
     /// `WAITED`, `SPARSE`, `FRESH`, `STREAM`, `DATAGRAM` or `ORDERED`.
     pub class: u64,
-    /// How long its sender is to wait after it, in nanoseconds.
+    /// How long the sender is to wait after the packet, in nanoseconds.
     pub wait_ns: u64,
 }
 
-/// What the clock says when a packet comes.
+/// The state of the clock when a packet comes.
 struct Moment {
     now_ns: u64,
     /// The backlog before the packet.
     before_ns: u64,
     /// How long the link takes for the packet.
     own_ns: u64,
-    /// The backlog behind the packet, as far as the packet's flow is to wait for it.
+    /// The backlog including the packet, as far as the packet's flow is to wait for it.
     backlog_ns: u64,
 }
 
 impl Turn {
-    /// Decides, and notes what follows for the packets after it.
+    /// Decides about a packet, and updates the flow's state for its next packets.
     #[inline(always)]
     pub fn decide(&mut self, link: &Link, packet: &Packet) -> Decision {
         let now_ns = clock::now_ns();
@@ -121,17 +131,17 @@ impl Turn {
             self.queued_until_ns = 0;
         }
         let follows = self.queued_until_ns != 0;
-        // A datagram of a flow that has become sparse overtakes what that one sent before.
+        // A datagram of a flow that has become sparse overtakes the flow's earlier datagrams.
         if (!follows || !packet.is_stream) && privilege != WAITED && link.has_room(privilege, now_ns) {
             return Decision { class: privilege, wait_ns: own_ns };
         }
         let has_waited = self.due_ns != 0 && now_ns >= self.due_ns;
         if has_waited {
-            // Also where it follows others into the queue: what it sent before its wait is no part of this burst.
+            // Also if the packet follows others into the queue: bytes sent before the wait are not part of this burst.
             self.burst_bytes = 0;
         }
         let is_ordered = before_ns > MAX_AHEAD_NS && packet.queue != QUEUE_NONE;
-        // In order it passes nothing that is before it.
+        // A packet in order overtakes no packet before it.
         if has_waited && (!follows || is_ordered) || !follows && before_ns == 0 {
             self.wait(link, packet, moment, was_queued && !is_ordered)
         } else {
@@ -139,8 +149,10 @@ impl Turn {
         }
     }
 
-    /// The packet leaves, and the flow waits for its part of the backlog; for all of it once, if its packets before were in the queue. What is
-    /// there still leaves as it was to, and what flows that have left the queue send beside it is beyond the limit: one packet of each is.
+    /// The packet leaves, and the flow waits for its part of the backlog. If the flow's earlier packets were in the
+    /// queue, the flow waits once for the whole backlog. The queued packets still leave at their departure times, so a
+    /// packet that a flow sends at once after it has left the queue is beyond the limit; the long wait keeps this to
+    /// one packet of each flow.
     #[inline(always)]
     fn wait(&mut self, link: &Link, packet: &Packet, moment: Moment, was_queued: bool) -> Decision {
         let Moment { now_ns, before_ns, own_ns, backlog_ns } = moment;
@@ -157,7 +169,7 @@ impl Turn {
         Decision { class: ORDERED, wait_ns }
     }
 
-    /// The packet waits, and the flow until then.
+    /// The packet waits, and the flow waits until the packet leaves.
     #[inline(always)]
     fn queue(&mut self, link: &Link, packet: &Packet, moment: Moment) -> Decision {
         let Moment { now_ns, before_ns, own_ns, backlog_ns } = moment;
@@ -165,21 +177,22 @@ impl Turn {
         self.burst_bytes = (self.burst_bytes + packet.bytes).min(MAX_BURST_BYTES);
         let leaves_ns = now_ns + before_ns;
         let late_ns = if packet.queue == QUEUE_HTB { HTB_LATE_NS } else { 0 };
-        // Counted for the others; what it says of this one's own wait is of no use, since that is the queue.
+        // Counted for the other flows. The result is of no use for this flow, whose wait is the queue.
         link.fair_wait_ns(packet.bytes, self.burst_bytes, own_ns, backlog_ns);
         if packet.queue == QUEUE_NONE {
-            // It passes or is dropped. What is dropped is no reason for the next one to wait longer.
+            // The packet passes or is dropped. A dropped packet is no reason for the next packet to wait longer.
             self.due_ns = if self.due_ns == 0 { leaves_ns } else { self.due_ns };
         } else if !packet.is_stream || packet.bytes > ACKNOWLEDGEMENT_BYTES {
-            // Data that an acknowledgement overtakes is not in disorder for that.
+            // Data that a pure acknowledgement overtakes is not out of order.
             self.queued_until_ns = leaves_ns + late_ns;
             self.due_ns = leaves_ns;
         }
         Decision { class, wait_ns: before_ns + own_ns }
     }
 
-    /// Notes a packet that has passed already, of a flow that acknowledgements hold. Returns when a link of the limit would have delivered it,
-    /// in the clock's nanoseconds, or 0 if it is of a sparse flow, which would not have waited.
+    /// Notes a packet that has passed already, of a flow that acknowledgements hold. Returns when a link of the limit
+    /// would have delivered the packet, in the clock's nanoseconds. Returns 0 for a packet of a sparse flow, which
+    /// would not have waited.
     #[inline(always)]
     pub fn note(&mut self, link: &Link, packet: &Packet) -> u64 {
         let now_ns = clock::now_ns();
@@ -188,10 +201,11 @@ impl Turn {
         if self.privilege(packet, now_ns, backlog_ns, own_ns) == WAITED { now_ns + backlog_ns } else { 0 }
     }
 
-    /// The class that the flow's credit gives the packet: `SPARSE`, `FRESH`, or `WAITED` for none. Takes the credit.
+    /// The class that the flow's credit gives the packet: `SPARSE`, `FRESH`, or `WAITED` for none. Uses up that credit.
     ///
-    /// If the packet is more than is left, there is no credit until twice the time this backlog takes to drain: a bulk flow, which waits for
-    /// just the backlog, never has any, even if its timer is late.
+    /// If the packet is larger than the rest of the credit, the flow has no credit until twice the time that this
+    /// backlog takes to drain. So a bulk flow, which waits for just the backlog, never has credit, even if its timer is
+    /// late.
     #[inline(always)]
     fn privilege(&mut self, packet: &Packet, now_ns: u64, backlog_ns: u64, own_ns: u64) -> u64 {
         let again_ns = now_ns + 2 * backlog_ns + SPARSE_GAP_NS;

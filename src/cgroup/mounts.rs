@@ -1,10 +1,10 @@
-//! Where the cgroup hierarchies of this host are mounted, as /proc/self/mountinfo says.
+//! Where the cgroup hierarchies of this host are mounted, according to /proc/self/mountinfo.
 //!
-//! A *hybrid* host has v1 controllers and, beside them, a cgroup2 mount that carries no controllers; eBPF programs attach to
-//! cgroup2 alone, whoever owns the controllers. Which directory is a pod's is decided in ../cgroup.rs.
+//! A *hybrid* host has v1 controllers and, beside them, a cgroup2 mount that carries no controllers. eBPF programs
+//! attach to cgroup2 only, whichever version owns the controllers. ../cgroup.rs decides which directory is a pod's.
 //!
-//! Where cgroup2 itself is on /sys/fs/cgroup, nobody else is asked: kubelet and runc go by that alone (`IsCgroup2UnifiedMode`), and the
-//! mounts of a node with 500 pods take 3 ms to read.
+//! If cgroup2 itself is mounted on /sys/fs/cgroup, mountinfo is not read. kubelet and runc decide by that mount alone,
+//! too (`IsCgroup2UnifiedMode`), and reading the mounts of a node with 500 pods takes 3 ms.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -17,9 +17,9 @@ use crate::error::{Code, Error, Result};
 /// The mount points of cgroup v2 and, on a hybrid host, of the v1 hierarchies beside it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hierarchies {
-    /// The cgroup2 mount that everything is attached below.
+    /// The cgroup2 mount below which all programs are attached.
     pub unified: PathBuf,
-    /// The v1 mounts, in the order of mountinfo; empty where cgroup v2 is all there is.
+    /// The v1 mounts, in the order of mountinfo; empty if the host has cgroup v2 only.
     pub v1: Vec<PathBuf>,
 }
 
@@ -36,8 +36,8 @@ struct Mount {
 }
 
 impl Hierarchies {
-    /// Reads the text of a mountinfo file (layout: Linux Documentation/filesystems/proc.rst, 3.5). Lines that are not of that
-    /// layout are passed over.
+    /// Reads the text of a mountinfo file (layout: Linux Documentation/filesystems/proc.rst, 3.5). Skips lines that do
+    /// not have this layout.
     ///
     /// # Errors
     /// [`Code::Cgroup`] if no cgroup2 is mounted.
@@ -46,7 +46,7 @@ impl Hierarchies {
         Self::from_mounts(mountinfo.lines().filter_map(Mount::parse).collect())
     }
 
-    /// The hierarchies of the mount namespace podshaper runs in.
+    /// The hierarchies of the mount namespace in which podshaper runs.
     ///
     /// # Errors
     /// [`Code::Cgroup`] if mountinfo cannot be read or no cgroup2 is mounted.
@@ -56,12 +56,14 @@ impl Hierarchies {
             return Ok(Self { unified: USUAL.into(), v1: Vec::new() });
         }
         const MOUNTINFO: &str = "/proc/self/mountinfo";
-        // Any mount of the host may have a name that is no UTF-8: only such a mount is garbled then, and it is not ours.
+        // Any mount of the host may have a name that is not UTF-8. Only such a mount is garbled then, and it is not a
+        // cgroup mount.
         let text = std::fs::read(MOUNTINFO).map_err(|cause| {
             Error::because(Code::Cgroup, format!("find the cgroup mounts: read {MOUNTINFO}"), cause)
         })?;
         let text = String::from_utf8_lossy(&text);
-        // mountinfo also lists mounts that another one hides (docker-in-docker scripts put a tmpfs over /sys/fs/cgroup).
+        // mountinfo also lists mounts that are hidden below another mount (docker-in-docker scripts put a tmpfs over
+        // /sys/fs/cgroup).
         Self::from_mounts(text.lines().filter_map(Mount::parse).filter(Mount::is_visible).collect())
     }
 
@@ -69,7 +71,8 @@ impl Hierarchies {
         let (v2, v1): (Vec<_>, Vec<_>) = mounts.into_iter().partition(|mount| mount.version == Version::V2);
         let is_below_another =
             |mount: &Mount| v2.iter().any(|other| other.point != mount.point && mount.point.starts_with(&other.point));
-        // A mount whose root is not "/" shows a part of the tree only: a container's own, bound somewhere.
+        // A mount whose root is not "/" shows only a part of the tree: for example a container's own cgroup,
+        // bind-mounted elsewhere.
         let Some(best) = v2.iter().min_by_key(|mount| (mount.root != Path::new("/"), is_below_another(mount))) else {
             return Err(Error::new(
                 Code::Cgroup,
@@ -93,7 +96,8 @@ impl Hierarchies {
 }
 
 impl Mount {
-    /// `36 35 98:0 /root /point rw,noatime master:1 - cgroup2 source rw`: any number of optional fields before the dash.
+    /// `36 35 98:0 /root /point rw,noatime master:1 - cgroup2 source rw`: any number of optional fields before the
+    /// dash.
     fn parse(line: &str) -> Option<Self> {
         let (before, after) = line.split_once(" - ")?;
         let version = match after.split(' ').next()? {
@@ -110,7 +114,7 @@ impl Mount {
     }
 }
 
-/// Whether cgroups of this version are mounted there.
+/// Whether a cgroup hierarchy of this version is mounted at the path.
 fn is(point: &Path, version: Version) -> bool {
     let magic = match version {
         Version::V1 => CGROUP_SUPER_MAGIC,
@@ -119,7 +123,8 @@ fn is(point: &Path, version: Version) -> bool {
     statfs(point).is_ok_and(|found| found.filesystem_type() == magic)
 }
 
-/// Undoes the kernel's escapes: space, tab, newline, backslash and '#' as a backslash and three octal digits (seq_path()).
+/// Undoes the escapes of the kernel's seq_path(): space, tab, newline, backslash and '#' are written as a backslash and
+/// three octal digits.
 fn unescape(field: &str) -> PathBuf {
     let mut bytes = Vec::with_capacity(field.len());
     let mut rest = field.as_bytes();

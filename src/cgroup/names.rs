@@ -1,16 +1,16 @@
-//! How kubelet names the cgroup of a pod, and how a runtime hands such a name over. No I/O.
+//! How kubelet names the cgroup of a pod, and in which form a runtime passes such a name on. No I/O.
 //!
-//! kubelet has two drivers. *systemd*: a slice, `kubepods-burstable-pod<uid>.slice`, with the dashes of the UID replaced by `_`
-//! since a dash in a slice's name means "child of". *cgroupfs*: plain directories, `kubepods/burstable/pod<uid>`. Guaranteed
-//! pods have no class in either. kubelet's --cgroup-root puts names before all of it. (Kubernetes
-//! pkg/kubelet/cm/cgroup_manager_linux.go: ToSystemd, ToCgroupfs.)
+//! kubelet has two drivers. *systemd*: a slice, `kubepods-burstable-pod<uid>.slice`. The dashes of the UID are replaced
+//! by `_`, since a dash in the name of a slice means "child of". *cgroupfs*: plain directories,
+//! `kubepods/burstable/pod<uid>`. For Guaranteed pods both leave out the class. kubelet's --cgroup-root puts more names
+//! in front. (Kubernetes pkg/kubelet/cm/cgroup_manager_linux.go: ToSystemd, ToCgroupfs.)
 
 use std::path::{Path, PathBuf};
 
 use crate::error::{Code, Error, Result};
 
-/// The drivers of kubelet, the preferred one first: with the systemd driver kubelet 1.20 leaves empty directories of the
-/// cgroupfs shape behind, but never the other way round.
+/// The cgroup drivers of kubelet, the preferred one first. With the systemd driver kubelet 1.20 leaves empty
+/// directories of the cgroupfs shape behind; with the cgroupfs driver it leaves no slices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Shape {
     Systemd,
@@ -18,7 +18,7 @@ pub(super) enum Shape {
 }
 
 impl Shape {
-    /// The UID as it stands in the name of the pod's directory.
+    /// The UID as this driver spells it in the name of the pod's directory.
     pub(super) fn spell(self, uid: &str) -> String {
         match self {
             Self::Systemd => uid.replace('-', "_"),
@@ -26,7 +26,8 @@ impl Shape {
         }
     }
 
-    /// Where kubelet puts this pod with the default cgroup root and with kind's (`/kubelet`), relative to the mount.
+    /// Where kubelet puts this pod with the default cgroup root, and with the root of kind (`/kubelet`), relative to
+    /// the mount.
     pub(super) fn usual_places(self, uid: &str) -> impl Iterator<Item = PathBuf> {
         let pod = format!("pod{}", self.spell(uid));
         ["", "kubelet"].into_iter().flat_map(|root| ["", "burstable", "besteffort"].map(|qos| (root, qos))).map(
@@ -41,7 +42,8 @@ impl Shape {
     }
 }
 
-/// The shape and the UID (as spelt there) of the pod whose directory `name`, lying in `parent`, is; `None` if it is no pod's.
+/// The shape and the UID (in the spelling of the directory) of the pod whose directory is `name` in `parent`; `None` if
+/// it is not the directory of a pod.
 pub(super) fn pod_of<'a>(parent: &Path, name: &'a str) -> Option<(Shape, &'a str)> {
     if let Some((class, uid)) = name.strip_suffix(".slice").and_then(|stem| stem.rsplit_once("-pod")) {
         let class = class.strip_suffix("-burstable").or(class.strip_suffix("-besteffort")).unwrap_or(class);
@@ -52,18 +54,19 @@ pub(super) fn pod_of<'a>(parent: &Path, name: &'a str) -> Option<(Shape, &'a str
     classes.iter().any(|class| parent.ends_with(class)).then_some((Shape::Cgroupfs, uid))
 }
 
-/// Whether this is the scope of one container (`cri-containerd-<id>.scope`, `docker-<id>.scope`, `libpod-<id>.scope`): what is
-/// below belongs to that container, which may have made directories of any name there.
+/// Whether this is the scope of one container (`cri-containerd-<id>.scope`, `docker-<id>.scope`, `libpod-<id>.scope`).
+/// The directories below belong to that container, which can make directories of any name.
 pub(super) fn is_container_scope(name: &str) -> bool {
     let id = name.strip_suffix(".scope").and_then(|stem| stem.rsplit_once('-')).map_or("", |(_, id)| id);
     id.len() == 64 && id.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
-/// The directory, relative to the cgroup2 mount, that a `cgroupPath` means: a path (leading slash optional); a bare slice name;
-/// or `<slice>:<prefix>:<name>`, the form in which the systemd driver hands a container to the OCI runtime.
+/// The directory, relative to the cgroup2 mount, that a `cgroupPath` means. There are three forms: a path (with or
+/// without a leading slash); the bare name of a slice; or `<slice>:<prefix>:<name>`, with which the systemd driver
+/// passes a container to the OCI runtime.
 ///
 /// # Errors
-/// [`Code::Cgroup`] if it leaves the mount, means the mount itself, or is no name of a slice.
+/// [`Code::Cgroup`] if the path leads out of the mount, means the mount itself, or is not the name of a slice.
 pub(super) fn relative(given: &str) -> Result<PathBuf> {
     let refuse = |why: &str| {
         let text = format!(
@@ -97,7 +100,8 @@ fn expand(name: &str) -> Option<PathBuf> {
     }
     let path = slice_path(stem.split('-'));
     match container {
-        // The pod's slice holds its containers. Any other slice (system.slice) holds strangers, and must not be limited.
+        // The pod's slice holds its containers. Any other slice (system.slice) also holds unrelated processes, and must
+        // not be limited.
         Some(container) if pod_of(Path::new(""), slice).is_none() => {
             let (prefix, id) = container.split_once(':')?;
             Some(path.join(format!("{prefix}-{id}.scope")))

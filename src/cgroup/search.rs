@@ -1,35 +1,39 @@
-//! Looks for the directory of a pod whose UID is all that is known, below one or more mounts.
+//! Searches one or more mounts for the directory of a pod of which only the UID is known.
 //!
-//! First the places kubelet uses by itself: a dozen lstat calls, no matter how many pods there are. Only then a walk, for the
-//! prefixes nobody can foresee (kubelet --cgroup-root, k3s, a cluster in a container). The walk is breadth first and bounded: a
-//! container can make cgroups of its own, and must not be able to hold up or mislead the ADD of another pod with them.
+//! The search first tries the places that kubelet uses by default: a dozen lstat calls, however many pods there are.
+//! Only then does it walk the tree, to find prefixes that cannot be known in advance (kubelet --cgroup-root, k3s, a
+//! cluster in a container). The walk is breadth first and bounded: a container can make cgroups of its own, and must
+//! not be able to delay or mislead the ADD of another pod with them.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 
 use super::names::{Shape, is_container_scope, pod_of};
 
-/// How deep below the mount the pod's directory may lie. docker/<id>/docker/<id>/kubelet/kubepods/burstable/pod<uid> is 8.
+/// How deep below the mount the pod's directory may lie. The depth of
+/// docker/<id>/docker/<id>/kubelet/kubepods/burstable/pod<uid> is 8.
 pub(super) const MAX_DEPTH: usize = 10;
-/// How many directories are read at most. A node has some hundred services, each with one cgroup; pods are not descended into.
+/// How many directories the walk reads at most. A node has about a hundred services, each with one cgroup; the walk
+/// does not descend into pods.
 pub(super) const MAX_VISITED: usize = 4096;
 
-/// What a search came to.
+/// The result of a search.
 #[derive(Debug, PartialEq)]
 pub(super) enum Outcome {
     /// The pod's directory, relative to the mount it was found on.
     Found(PathBuf),
-    /// There is none, or none that lies within the bounds.
+    /// There is no such directory within the bounds.
     Absent {
-        /// The walk read [`MAX_VISITED`] directories of one mount and there were more.
+        /// The walk read [`MAX_VISITED`] directories of one mount, and more were left.
         gave_up: bool,
     },
 }
 
-/// Searches for the pod `uid` below each of `roots`; an earlier root, and a shallower place on it, is preferred.
+/// Searches for the pod `uid` below each of `roots`. An earlier root is preferred, and on one root a shallower place.
 pub(super) fn by_uid(roots: &[&Path], uid: &str) -> Outcome {
-    // A directory of the cgroupfs shape in a usual place is taken without a walk for the other shape: the leftovers that make
-    // the systemd shape preferable lie under the same cgroup root as the pod's slice, which would be a usual place as well.
+    // A directory of the cgroupfs shape in a usual place is taken without a walk for the systemd shape. The systemd
+    // shape is preferred only because of leftovers of kubelet 1.20; these lie under the same cgroup root as the pod's
+    // slice, so the slice would be in a usual place as well.
     for shape in [Shape::Systemd, Shape::Cgroupfs] {
         for place in shape.usual_places(uid) {
             if roots.iter().any(|root| is_dir(root, &place)) {
@@ -39,14 +43,14 @@ pub(super) fn by_uid(roots: &[&Path], uid: &str) -> Outcome {
     }
     let walks: Vec<Walk> = roots.iter().map(|root| walk(root, roots, uid, MAX_VISITED)).collect();
     let gave_up = walks.iter().any(|walk| walk.gave_up);
-    // Of equals min_by_key takes the first.
+    // min_by_key takes the first of equal elements.
     match walks.into_iter().filter_map(|walk| walk.found).min_by_key(|(shape, _)| *shape) {
         Some((_, place)) => Outcome::Found(place),
         None => Outcome::Absent { gave_up },
     }
 }
 
-/// Whether `place` is a directory below `root` that no symbolic link leads to.
+/// Whether `place` is a directory below `root`, reached without a symbolic link.
 pub(super) fn is_dir(root: &Path, place: &Path) -> bool {
     let mut components = place.ancestors().filter(|part| !part.as_os_str().is_empty());
     components.all(|part| root.join(part).symlink_metadata().is_ok_and(|found| found.is_dir()))
@@ -73,7 +77,8 @@ fn walk(root: &Path, mounts: &[&Path], uid: &str, max_visited: usize) -> Walk {
                     Shape::Cgroupfs => leftover = leftover.or(Some((shape, place))),
                 },
                 Some(_) => {}
-                // A v1 hierarchy can be mounted on a directory of cgroup2 (net_cls by VPN clients): it is searched by itself.
+                // A v1 hierarchy can be mounted on a directory of cgroup2 (VPN clients do so with net_cls). Such a
+                // hierarchy is searched as a root of its own.
                 None if depth + 1 < MAX_DEPTH
                     && !is_container_scope(&name)
                     && !mounts.contains(&root.join(&place).as_path()) =>
@@ -87,8 +92,8 @@ fn walk(root: &Path, mounts: &[&Path], uid: &str, max_visited: usize) -> Walk {
     Walk { found: leftover, gave_up: !queue.is_empty() }
 }
 
-/// Sorted, so that the same tree always gives the same answer. A directory that goes away meanwhile is one without children,
-/// and a name that is no UTF-8 is not kubelet's.
+/// The names of the subdirectories, sorted, so that the same tree always gives the same answer. A directory that is
+/// removed meanwhile counts as empty. A name that is not UTF-8 is not one of kubelet's.
 fn subdirectories(dir: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     let dirs = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
@@ -224,7 +229,7 @@ mod tests {
         let root = tree(&[&at_depth(MAX_DEPTH + 1)]);
         assert_eq!(by_uid(&[root.path()], "u-1"), Outcome::Absent { gave_up: false });
 
-        // Read: the mount, a, b, then z/kubepods is still in the queue.
+        // The walk reads the mount, a and b; z/kubepods is still in the queue.
         let root = tree(&["a", "b", "z/kubepods/podu-1"]);
         let visiting = |most| walk(root.path(), &[], "u-1", most);
         assert_eq!(visiting(3), Walk { found: None, gave_up: true });

@@ -1,7 +1,8 @@
 //! `podshaper attach`: a limit for any cgroup v2, pod or not.
 //!
-//! What runs in such a cgroup most often shares the node's network namespace. The node's interfaces get no qdisc from podshaper then:
-//! what is received is held by drops alone, which is said. With `--netns` the interface is the cgroup's own, as a pod's is.
+//! The processes in such a cgroup most often share the node's network namespace. Podshaper then adds no qdisc to the
+//! node's interfaces: received packets are limited by drops alone, and the command says so. With `--netns` the
+//! interface is the cgroup's own, like a pod's.
 
 use std::{
     fs::{self, File},
@@ -21,7 +22,7 @@ use super::{
 };
 use crate::{
     attachment::{self, Directory, EVERY_INTERFACE, Interfaces, Plan},
-    cgroup::Hierarchies,
+    cgroup::{Hierarchies, network_namespace_of, network_namespaces},
     direction::Direction,
     error::{Code, Error, Result},
     interface::Record,
@@ -97,7 +98,7 @@ impl Arguments {
 
 /// A cgroup to limit.
 pub struct Target {
-    /// Its directory.
+    /// The directory of the cgroup.
     path: PathBuf,
     directory: File,
     place: Place,
@@ -120,7 +121,7 @@ impl Target {
         let place = Place { pod: pins::key_of_cgroup(id), interface: interface.clone() };
         let ifindex = match (netns, interface.as_str()) {
             (_, EVERY_INTERFACE) => 0,
-            // It is found when the namespace is entered.
+            // The index is found when the namespace is entered.
             (Some(_), _) => 0,
             (None, name) => index_on_this_node(&path, name)?,
         };
@@ -132,7 +133,7 @@ impl Target {
         }
     }
 
-    /// Whether another attachment limits the same traffic. Cgroup programs run for all that is below their cgroup.
+    /// Whether another attachment limits the same traffic. Cgroup programs run for all cgroups below their own.
     fn is_limited_by(&self, other: &Attachment) -> bool {
         let theirs = Path::new(&other.owner.cgroup);
         if other.place == self.place || other.owner.cgroup.is_empty() || other.links.are_dead() {
@@ -160,7 +161,7 @@ impl Target {
     /// Makes the attachment.
     ///
     /// # Errors
-    /// What the kernel says. Nothing is left then, and an attachment of before is as it was.
+    /// The kernel's error. No part of the new attachment is left then, and an earlier attachment is unchanged.
     pub fn attach(&self, limits: &Limits) -> Result<()> {
         if self.netns.is_none() && limits.ingress.is_some() {
             log::warn!(
@@ -178,17 +179,17 @@ impl Target {
             ..Owner::default()
         };
         let (place, cgroup) = (self.place.clone(), Directory::Other(&self.directory));
-        // The interfaces are the node's: no pod is behind them.
+        // Only sockets are limited: behind the node's interfaces there is no pod.
         let other_paths = false;
         let plan =
             Plan { place, cgroup, interfaces, limits: *limits, subnets: &Subnets::default(), other_paths, owner };
         attachment::attach(&plan).map(drop)
     }
 
-    /// Removes it again.
+    /// Removes the attachment.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// The kernel's error.
     pub fn detach(&self) -> Result<()> {
         let path = self.path.to_string_lossy();
         let is_ours = |_: &Path, owner: Option<&Owner>| owner.is_none_or(|owner| owner.cgroup == path);
@@ -196,12 +197,12 @@ impl Target {
     }
 }
 
-/// Its number means another interface in another namespace.
+/// The index of an interface on this node. Fails if the processes of the cgroup, and of those below it, are all in other
+/// network namespaces, where the index would mean another interface.
 fn index_on_this_node(cgroup: &Path, name: &str) -> Result<u32> {
-    let processes = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
-    let namespace = |process: &str| fs::metadata(format!("/proc/{process}/ns/net")).map(|file| file.ino()).ok();
-    let is_elsewhere = |process: &&str| namespace(process).is_some_and(|there| Some(there) != namespace("self"));
-    if let Some(process) = processes.lines().find(is_elsewhere) {
+    let namespaces = network_namespaces(cgroup);
+    let is_here = network_namespace_of("self").is_some_and(|own| namespaces.contains_key(&own));
+    if let Some(process) = namespaces.values().next().filter(|_| !is_here) {
         let text = format!(
             "limit the interface {name:?}: process {process} of {} is in a network namespace of its own; name it with \
              --netns /proc/{process}/ns/net, or leave --interface out",
@@ -215,7 +216,7 @@ fn index_on_this_node(cgroup: &Path, name: &str) -> Result<u32> {
     })
 }
 
-/// The directory of a cgroup that is given as such, or by its path below the mount.
+/// The directory of a cgroup, given as a directory or as a path below the mount.
 fn cgroup_directory(given: &Path) -> Result<PathBuf> {
     let mount = Hierarchies::of_this_host()?.unified;
     let below = if given.starts_with(&mount) {

@@ -1,7 +1,7 @@
-//! What is attached, as read from the pins: limits, counters and links of each attachment, and what passed between two readings.
+//! All attachments, as read from the pins: limits, counters and links of each, and the traffic between two readings.
 //!
-//! A reading takes no lock of podshaper's: an attachment that comes or goes meanwhile is there or is not. Of each it takes some ten
-//! system calls, so that 500 are read in milliseconds.
+//! A reading takes no lock of podshaper's: an attachment that is made or removed meanwhile may appear or not. Each
+//! attachment takes about ten system calls, so 500 are read in milliseconds.
 
 mod held;
 mod json;
@@ -34,76 +34,77 @@ use crate::{
 pub use held::look_whether_held;
 pub use links::Links;
 
-/// One attachment as it was found.
+/// One attachment at the time of a reading.
 pub struct Attachment {
-    /// Where it is pinned: pod and interface.
+    /// The place of the pins: pod and interface.
     pub place: Place,
-    /// Its directory of pins.
+    /// The directory of the pins.
     pub directory: PathBuf,
-    /// Whose it is; empty where that cannot be read.
+    /// The owner's record; empty if it cannot be read.
     pub owner: Owner,
-    /// When it was made.
+    /// When the attachment was made.
     made_at: Option<SystemTime>,
-    /// Whether its programs are attached.
+    /// Whether the programs are attached.
     pub links: Links,
-    /// What the pod sends; `None` without a limit.
+    /// The limit of packets from the pod; `None` if there is none.
     pub egress: Option<Measured>,
-    /// What the pod receives.
+    /// The limit of packets to the pod; `None` if there is none.
     pub ingress: Option<Measured>,
-    /// Why it is not held as it was made, where that was looked at ([`look_whether_held`]).
+    /// Why the attachment is not in force as it was made, if this was checked ([`look_whether_held`]).
     pub not_held: Option<String>,
-    /// What could not be read, and why.
+    /// Which part could not be read, and why.
     pub problem: Option<String>,
     read_at: Instant,
 }
 
-/// The limit of one direction, and what it let pass.
+/// The limit of one direction, and the traffic that it let pass.
 pub struct Measured {
     /// The limit's rate.
     pub rate: Rate,
     /// Its burst.
     pub burst: Burst,
-    /// The mechanism in force.
+    /// The mechanism that enforces the limit.
     pub by: String,
-    /// What the cgroup's sockets have had since ADD.
+    /// The counters of the cgroup's sockets since ADD.
     pub counters: Counters,
-    /// What came by other paths than the cgroup's sockets.
+    /// The traffic that did not pass the cgroup's sockets.
     pub others: OtherPaths,
-    /// What passed between the last two readings.
+    /// The traffic between the last two readings.
     pub passing: Option<Passing>,
 }
 
-/// What becomes of what comes by other paths than the cgroup's sockets.
+/// What happens to packets that do not pass the cgroup's sockets.
 pub enum OtherPaths {
-    /// It is held to the limit, and counted.
+    /// They are limited and counted.
     Held(Others),
-    /// It was, and is not any more: somebody has taken off what held it.
+    /// They were limited, and are no longer: another program has removed the filters or the queue.
     Lost(Others),
-    /// It is held to the limit by tbf, which does not tell it from the rest.
+    /// tbf limits them, and does not count them apart from the other packets.
     ByTbf,
-    /// It is not held, though it comes by the same interface.
+    /// They are not limited, though they pass the same interface.
     Free,
-    /// The limit is for sockets, on whichever interface.
+    /// The question does not arise: the limit is for sockets, on any interface.
     OfNone,
 }
 
-/// What passed in a time.
+/// The traffic of an interval.
 pub struct Passing {
     /// Bits per second.
     pub bits_per_s: f64,
-    /// The packets by the backlog they found.
+    /// The number of packets by the backlog that they met.
     pub backlog: [u64; podshaper_abi::BACKLOG_BUCKETS],
 }
 
-/// Everything that is attached on this node.
+/// All attachments of this node.
 ///
 /// # Errors
-/// [`Code::Kernel`] where bpffs may not be looked into: it is root's.
+/// [`Code::Kernel`] if the process may not read bpffs, which belongs to root.
 pub fn read() -> Result<Vec<Attachment>> {
     read_after(&[])
 }
 
-/// The same at less cost: of what was there in an earlier reading and has not been replaced, owner and links are taken from that.
+/// Reads all attachments at less cost: owner and links are taken from an earlier reading if the attachment has not been
+/// replaced.
 ///
 /// # Errors
 /// Those of [`read`].
@@ -111,8 +112,8 @@ pub fn read_after(before: &[Attachment]) -> Result<Vec<Attachment>> {
     read_pins(before).map(|(found, _)| found)
 }
 
-/// Everything that is attached, and how many directories are of attachments that are not finished: calls that were killed have left them,
-/// or calls at work need them just now.
+/// All attachments, and the number of unfinished directories. Killed calls have left these directories, or running
+/// calls need them at this moment.
 ///
 /// # Errors
 /// Those of [`read`].
@@ -123,7 +124,7 @@ pub fn read_all() -> Result<(Vec<Attachment>, usize)> {
 fn read_pins(before: &[Attachment]) -> Result<(Vec<Attachment>, usize)> {
     let bpffs = Path::new(BPFFS);
     let Some(pins) = Pins::existing(bpffs) else {
-        // Without permission it looks like an empty one.
+        // Without permission the directory looks empty.
         return match fs::read_dir(bpffs) {
             Err(cause) if cause.kind() == std::io::ErrorKind::PermissionDenied => {
                 Err(Error::because(Code::Kernel, format!("look into {} (it takes root)", bpffs.display()), cause))
@@ -132,7 +133,7 @@ fn read_pins(before: &[Attachment]) -> Result<(Vec<Attachment>, usize)> {
         };
     };
     pins.check_readable()?;
-    // Both are in the order of their directories' names.
+    // Both readings are in the order of the directory names.
     let mut earlier = before.iter().peekable();
     let mut sets = Sets::default();
     let (listed, unfinished) = pins.list_all();
@@ -140,12 +141,13 @@ fn read_pins(before: &[Attachment]) -> Result<(Vec<Attachment>, usize)> {
         let earlier = earlier_of(&mut earlier, &directory).and_then(|earlier| earlier.read_again(&mut sets));
         earlier.unwrap_or_else(|| Attachment::read_by(place, directory, &mut sets))
     });
-    // One that went away while it was read has nothing to say.
+    // An attachment that was removed during the reading is left out.
     let is_there = |attachment: &Attachment| attachment.problem.is_none() || attachment.directory.exists();
     Ok((found.filter(is_there).collect(), unfinished))
 }
 
-/// The same after `sample`, with what passed meanwhile; at once if `sample` is nothing.
+/// All attachments after `sample`, with the traffic of this interval. If `sample` is zero, returns at once and without
+/// traffic.
 ///
 /// # Errors
 /// Those of [`read`].
@@ -160,7 +162,7 @@ pub fn read_for(sample: Duration) -> Result<Vec<Attachment>> {
     Ok(after)
 }
 
-/// Notes in the later of two readings what passed between them.
+/// Enters the traffic between two readings into the later one.
 pub fn compare(before: &[Attachment], after: &mut [Attachment]) {
     let mut earlier = before.iter().peekable();
     for attachment in after {
@@ -170,14 +172,14 @@ pub fn compare(before: &[Attachment], after: &mut [Attachment]) {
     }
 }
 
-/// Goes on to the attachment in a directory.
+/// Advances to the attachment in a directory.
 fn earlier_of<'a>(earlier: &mut Peekable<Iter<'a, Attachment>>, directory: &Path) -> Option<&'a Attachment> {
     while earlier.next_if(|earlier| earlier.directory.as_path() < directory).is_some() {}
     earlier.peek().copied().filter(|earlier| earlier.directory == directory)
 }
 
 impl Attachment {
-    /// Reads the one that is pinned in a directory.
+    /// Reads the attachment that is pinned in a directory.
     pub fn read(place: Place, directory: PathBuf) -> Self {
         Self::read_by(place, directory, &mut Sets::default())
     }
@@ -211,7 +213,7 @@ impl Attachment {
         Self { place, directory, owner, made_at, links, egress, ingress, not_held: None, problem, read_at }
     }
 
-    /// Reads limits and counters anew, if it is still the same attachment.
+    /// Reads limits and counters again, if the attachment has not been replaced.
     fn read_again(&self, sets: &mut Sets) -> Option<Self> {
         let Self { place, directory, owner, made_at, links, egress: _, ingress: _, not_held: _, problem, read_at: _ } =
             self;
@@ -225,12 +227,12 @@ impl Attachment {
         Some(Self { place, directory, owner, made_at, links, egress, ingress, not_held, problem, read_at })
     }
 
-    /// How long it has been there.
+    /// The time since the attachment was made.
     pub fn age(&self) -> Option<Duration> {
         self.made_at.and_then(|made| made.elapsed().ok())
     }
 
-    /// What a person calls it: namespace/name, the cgroup of what is no pod, or what there is.
+    /// The name for a person: namespace/name; for a cgroup that is not a pod's, its path; otherwise the key of the pod.
     pub fn name(&self) -> String {
         match &self.owner {
             Owner { pod_name: Some(name), pod_namespace, .. } => {
@@ -241,21 +243,22 @@ impl Attachment {
         }
     }
 
-    /// Its directions, egress first.
+    /// The limited directions, egress first.
     pub fn directions(&self) -> impl Iterator<Item = (Direction, &Measured)> {
         let both = [(Direction::Egress, &self.egress), (Direction::Ingress, &self.ingress)];
         both.into_iter().filter_map(|(direction, measured)| Some((direction, measured.as_ref()?)))
     }
 
-    /// Whether a reading under the lock, or a later one, is of this very attachment: another one may have come in its place.
+    /// Whether a reading under the lock, or a later reading, is of this same attachment. Another one may have replaced
+    /// it.
     pub fn is_still(&self, directory: &Path, owner: Option<&Owner>) -> bool {
         let has_same_owner = owner
             .is_none_or(|owner| owner.container_id == self.owner.container_id && owner.cgroup == self.owner.cgroup);
         self.directory == directory && has_same_owner && self.made_at == pins::made_at(directory)
     }
 
-    /// Whether its path names another network namespace than at ADD, or none. One in /proc goes with its process, and its namespace
-    /// may stay.
+    /// Whether the recorded path names another network namespace than at ADD, or none. A missing path in /proc does not
+    /// count: it ends with its process, and the namespace may live on.
     pub fn has_lost_namespace(&self) -> bool {
         let Record { netns, netns_inode, .. } = &self.owner.interface;
         let (Some(path), Some(inode)) = (netns, netns_inode) else { return false };
@@ -265,12 +268,12 @@ impl Attachment {
         }
     }
 
-    /// Whether all its programs are attached.
+    /// Whether all programs are attached.
     pub fn is_whole(&self) -> bool {
         !self.links.are_dead() && self.links.faults().is_empty()
     }
 
-    /// Its limits, as an ADD would have them.
+    /// The limits, as an ADD would have them.
     pub fn limits(&self) -> Limits {
         limits_of([&self.egress, &self.ingress])
     }
@@ -286,28 +289,28 @@ impl Attachment {
 }
 
 impl Measured {
-    /// All that passed since ADD.
+    /// All bytes that passed since ADD.
     fn bytes(&self) -> u64 {
         self.counters.bytes + self.others.counted().map_or(0, |others| others.bytes)
     }
 
-    /// The limit, as it would have been asked for.
+    /// The limit, as if the operator had asked for it.
     pub fn limit(&self) -> Limit {
         Limit { burst: self.burst, ..Limit::of(self.rate, Source::Operator) }
     }
 
-    /// The part of the limit that is used.
+    /// The part of the limit that is in use.
     pub fn used(&self) -> Option<f64> {
         self.passing.as_ref().map(|passing| passing.bits_per_s / self.rate.as_bits_per_s() as f64)
     }
 }
 
-/// The maps of the attachments, each opened once: those of a node share theirs.
+/// The maps of the attachments. Each set is opened once, since the attachments of a node share their maps.
 #[derive(Default)]
 struct Sets(Vec<(PathBuf, Set)>);
 
 impl Sets {
-    /// Those of the attachment that is pinned in a directory.
+    /// The maps of the attachment that is pinned in a directory.
     fn of(&mut self, directory: &Path) -> Result<&Set> {
         let maps = pins::maps_of(directory);
         let known = self.0.iter().position(|(path, _)| *path == maps);
@@ -351,7 +354,7 @@ fn limits_of([egress, ingress]: [&Option<Measured>; 2]) -> Limits {
     Limits { egress: limit(egress), ingress: limit(ingress) }
 }
 
-/// `None` if it was another attachment's counters: they only ever grow.
+/// `None` if the counters have decreased: counters only grow, so they belong to another attachment.
 fn passing(before: &Measured, now: &Measured, elapsed: Duration) -> Option<Passing> {
     let bytes = now.bytes().checked_sub(before.bytes())?;
     let mut backlog = now.counters.backlog;
@@ -361,20 +364,20 @@ fn passing(before: &Measured, now: &Measured, elapsed: Duration) -> Option<Passi
     Some(Passing { bits_per_s: bytes as f64 * 8.0 / elapsed.as_secs_f64(), backlog })
 }
 
-/// Where cgroups are mounted, asked once for all attachments; `None` where that cannot be known.
+/// The cgroup mounts, read once for all attachments; `None` if they cannot be read.
 pub fn hierarchies() -> Option<&'static Hierarchies> {
     static HIERARCHIES: OnceLock<Option<Hierarchies>> = OnceLock::new();
     HIERARCHIES.get_or_init(|| Hierarchies::of_this_host().ok()).as_ref()
 }
 
-/// A cgroup's path as short as it is clear: below the mount.
+/// A cgroup's path relative to the mount, for a person.
 pub fn below_mount(cgroup: &str) -> String {
     let below = hierarchies().and_then(|found| Path::new(cgroup).strip_prefix(&found.unified).ok());
     below.map_or_else(|| cgroup.to_owned(), |below| format!("/{}", below.display()))
 }
 
 impl OtherPaths {
-    /// Whether it is held; `None` where there is no interface by which anything else could come.
+    /// Whether these packets are limited; `None` if the limit is not tied to an interface.
     pub fn are_held(&self) -> Option<bool> {
         match self {
             Self::Held(_) | Self::ByTbf => Some(true),
@@ -383,7 +386,7 @@ impl OtherPaths {
         }
     }
 
-    /// What passed that way, as far as it is known.
+    /// The counters of these packets, if they are known.
     pub fn counted(&self) -> Option<&Others> {
         match self {
             Self::Held(others) | Self::Lost(others) => Some(others),

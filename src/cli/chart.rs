@@ -1,4 +1,4 @@
-//! Numbers as people read them: short, in characters, over time.
+//! Formats numbers for people: short numbers, durations, bars and sparklines.
 
 use std::time::Duration;
 
@@ -48,7 +48,7 @@ pub fn time(ns: u64) -> String {
     format!("{scaled:.digits$}{unit}")
 }
 
-/// A share of one as a bar of `width` characters, by eighths.
+/// A fraction of one as a bar of `width` characters, with a resolution of eighths.
 pub fn bar(share: f64, width: usize) -> String {
     let eighths = (share.clamp(0.0, 1.0) * width as f64 * 8.0).round() as usize;
     let rest = (eighths % 8).checked_sub(1).and_then(|index| EIGHTHS.get(index));
@@ -56,13 +56,13 @@ pub fn bar(share: f64, width: usize) -> String {
     format!("{bar:<width$}")
 }
 
-/// Shares of one over time, one character each.
+/// Fractions of one over time, one character each.
 pub fn sparkline(shares: impl Iterator<Item = f64>) -> String {
     let level = |share: f64| (share.clamp(0.0, 1.0) * (LEVELS.len() - 1) as f64).round() as usize;
     shares.map(|share| LEVELS.get(level(share)).copied().unwrap_or(' ')).collect()
 }
 
-/// What a share of the packets found less backlog than, by the end of the bucket it is in; `None` of no packets.
+/// The backlog below which the given fraction of packets lies, as the upper end of its bucket; `None` without packets.
 pub fn percentile_ns(backlog: &[u64; BACKLOG_BUCKETS], share: f64) -> Option<u64> {
     let packets: u64 = backlog.iter().sum();
     let rank = (packets as f64 * share).ceil() as u64;

@@ -1,4 +1,4 @@
-//! `podshaper detach`: takes a limit off, a cgroup's or a pod's.
+//! `podshaper detach`: takes the limit off a cgroup or a pod.
 
 use std::{path::Path, thread, time::Duration};
 
@@ -16,8 +16,9 @@ use crate::{
     owner::Owner,
 };
 
-/// The kernel keeps a socket's pace when the programs go. So the limit is lifted first, which lets go of what the processes of the cgroup
-/// have open, and of every other connection that sends within this time.
+/// How long to wait between lifting a limit and removing the programs. The kernel keeps a socket's pacing rate when the
+/// programs are removed, so the limit is lifted first. Lifting takes the pacing rate and the window clamp off the
+/// sockets that the cgroup's processes have open, and off every other connection that sends within this time.
 pub const LET_GO: Duration = Duration::from_secs(1);
 
 #[derive(Args)]
@@ -42,7 +43,8 @@ impl Arguments {
     }
 }
 
-/// Takes limits off and lets go of their connections. Returns a line for each that is gone.
+/// Takes limits off, and pacing rates and window clamps off their connections. Returns a line for each limit that is
+/// gone.
 pub fn take_off(found: &[Attachment]) -> (String, Result<()>) {
     let lifted = found.iter().map(|attachment| {
         let is_meant = |directory: &Path, owner: &Owner| attachment.is_still(directory, Some(owner));
@@ -65,12 +67,12 @@ pub fn take_off(found: &[Attachment]) -> (String, Result<()>) {
     (gone, removed)
 }
 
-/// What is said of a limit that is taken off.
+/// The line that reports a removed limit.
 pub fn line(attachment: &Attachment) -> String {
     format!("{} {}: no limit any more\n", attachment.name(), attachment.place.interface)
 }
 
-/// Takes an attachment away with all that was made for it.
+/// Removes an attachment with everything that was made for it.
 pub fn remove(attachment: &Attachment) -> Result<()> {
     let is_meant = |directory: &Path, owner: Option<&Owner>| attachment.is_still(directory, owner);
     match attachment::remove(&attachment.place, is_meant)? {

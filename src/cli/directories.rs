@@ -1,18 +1,20 @@
-//! Where this node's runtime has its network configurations and its plugins, as far as it says so.
+//! The directories of this node's runtime for network configurations and plugins, as far as its configuration names
+//! them.
 //!
-//! containerd writes both into its configuration wherever they are not its defaults: k3s has them below its own directory, Debian has its
-//! plugins in /usr/lib/cni. Of that file the two keys are read, line by line, and nothing else; CRI-O's defaults are containerd's.
+//! containerd's configuration names both directories if they are not the defaults: k3s has them below its own
+//! directory, Debian has the plugins in /usr/lib/cni. Only these two keys of the file are read, line by line. CRI-O's
+//! defaults are containerd's.
 
 use std::{
     fs,
     path::{Path, PathBuf},
 };
 
-/// The runtime's default for its network configurations.
+/// The runtime's default directory for network configurations.
 const CONF_DIR: &str = "etc/cni/net.d";
-/// Its default for its plugins.
+/// The runtime's default directory for plugins.
 const BIN_DIR: &str = "opt/cni/bin";
-/// containerd's configuration, of k3s, of RKE2, and as distributions have it.
+/// containerd's configuration: that of k3s, of RKE2, and of distributions.
 const CONFIGURATIONS: [&str; 3] = [
     "var/lib/rancher/k3s/agent/etc/containerd/config.toml",
     "var/lib/rancher/rke2/agent/etc/containerd/config.toml",
@@ -22,33 +24,33 @@ const CONFIGURATIONS: [&str; 3] = [
 /// The directories of a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Directories {
-    /// Of the network configurations.
+    /// The directory of the network configurations.
     pub conf: PathBuf,
-    /// Of the plugins.
+    /// The directory of the plugins.
     pub bin: PathBuf,
 }
 
 impl Directories {
-    /// Those of this node, or what a person says.
+    /// The directories of this node, unless a person names others.
     pub fn of_this_node(conf: Option<&Path>, bin: Option<&Path>) -> Self {
         let found = Self::below(Path::new("/"));
         Self { conf: conf.map_or(found.conf, Path::to_path_buf), bin: bin.map_or(found.bin, Path::to_path_buf) }
     }
 
-    /// Those of the node whose root directory this is. The first configuration that is there is the one of the runtime in use: k3s and
-    /// RKE2 bring theirs along.
+    /// The directories of the node with this root directory. The first configuration that exists belongs to the runtime
+    /// in use: k3s and RKE2 bring their own containerd.
     fn below(root: &Path) -> Self {
         let text = CONFIGURATIONS.iter().find_map(|path| fs::read_to_string(root.join(path)).ok()).unwrap_or_default();
         let of = |keys: &[&str], default: &str| {
             let found = keys.iter().find_map(|key| value(&text, key));
             found.map_or_else(|| root.join(default), PathBuf::from)
         };
-        // containerd 2 has a list of them.
+        // containerd 2 has a list of plugin directories.
         Self { conf: of(&["conf_dir"], CONF_DIR), bin: of(&["bin_dir", "bin_dirs"], BIN_DIR) }
     }
 }
 
-/// The first absolute path that the key is given; empty ones are defaults.
+/// The first absolute path that the key is set to; an empty value means the default.
 fn value(text: &str, key: &str) -> Option<String> {
     let lines = text.lines().filter_map(|line| line.trim().strip_prefix(key)?.trim_start().strip_prefix('='));
     let paths = lines.flat_map(|value| value.split(['"', '\'']).nth(1));

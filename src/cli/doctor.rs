@@ -1,5 +1,5 @@
-//! `podshaper doctor`: what this node needs, has and lacks, and what to do about it, a line each. The checks of the kernel are those
-//! that the CNI verb STATUS logs ([`probe`]), made anew at each call.
+//! `podshaper doctor`: what this node needs, has and lacks, and what to do about it, with a line for each check. The
+//! checks of the kernel are those whose result the CNI verb STATUS logs ([`probe`]); they run anew at each call.
 
 pub mod conflists;
 
@@ -43,24 +43,24 @@ pub struct Arguments {
     output: Output,
 }
 
-/// What a check found.
+/// The result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum State {
-    /// As it should be.
+    /// Everything is as it should be.
     Ok,
-    /// It works, and could work better.
+    /// It works, but could work better.
     Warn,
     /// It does not work.
     Missing,
 }
 
-/// One line.
+/// One line of the output.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 struct Finding {
     check: String,
     state: State,
-    /// What was found and, if that is not well, what to do.
+    /// What the check found and, if there is a problem, the remedy.
     found: String,
 }
 
@@ -111,7 +111,7 @@ fn kernel() -> Vec<Finding> {
     needs.chain(probe::WISHES.iter().map(run(State::Warn))).collect()
 }
 
-/// Whether the node's systemd has what `podshaper install` gives it.
+/// Whether the node's systemd has the units that `podshaper install` writes.
 fn units(not_enabled: &[&str]) -> Option<Finding> {
     let text = format!(
         "{}: not enabled, so that podshaper stays out of a conflist that its network writes anew, and annotations of running pods are not \
@@ -121,14 +121,14 @@ fn units(not_enabled: &[&str]) -> Option<Finding> {
     (!not_enabled.is_empty()).then(|| Finding::new("units", State::Warn, text))
 }
 
-/// What `podshaper sync` could not do.
+/// The failures of the last `podshaper sync`.
 fn last_sync(run: LastRun) -> Vec<Finding> {
     let finding = |text| Finding::new("sync", State::Missing, text);
     let pods = run.failures.iter().map(|failure| finding(format!("{}: {}", failure.name(), failure.error)));
     pods.chain(run.error.map(finding)).collect()
 }
 
-/// The pods that asked for a limit when they were made and have none, where no `sync` has looked at them just now.
+/// The pods that asked for a limit when they were made and have none, unless a `sync` has just checked them.
 fn unlimited(conf_dir: &Path, cache_dir: &Path) -> Vec<Finding> {
     let finding = |text| Finding::new("pods", State::Missing, text);
     match sync::unlimited(conf_dir, cache_dir) {
@@ -142,7 +142,7 @@ fn unlimited(conf_dir: &Path, cache_dir: &Path) -> Vec<Finding> {
     }
 }
 
-/// What is attached, and what should not be there any more.
+/// The attachments, and leftovers that should be gone.
 fn pinned() -> Result<Vec<Finding>> {
     let (mut all, unfinished) = attachments::read_all()?;
     attachments::look_whether_held(&mut all);
@@ -179,14 +179,15 @@ fn pinned() -> Result<Vec<Finding>> {
     Ok(findings)
 }
 
-/// How many have a cgroup that is below that of another one, whose programs run for their sockets, too.
+/// How many attachments have a cgroup below that of another one, whose programs run for their sockets as well.
 fn below_others(live: &[&Attachment]) -> usize {
     let cgroups: BTreeSet<&Path> = live.iter().map(|attachment| Path::new(&attachment.owner.cgroup)).collect();
     let is_below = |cgroup: &Path| cgroup.ancestors().skip(1).any(|above| cgroups.contains(above));
     live.iter().filter(|attachment| is_below(Path::new(&attachment.owner.cgroup))).count()
 }
 
-/// Programs of others that do not run any more for what is below them, since podshaper has attached its own there.
+/// Programs of other tools that no longer run for some cgroups below their own, since podshaper has attached its
+/// programs there.
 fn displaced(live: &[&Attachment]) -> Vec<Finding> {
     let above = live.iter().flat_map(|attachment| Path::new(&attachment.owner.cgroup).ancestors().skip(1));
     let above: BTreeSet<&Path> = above.collect();

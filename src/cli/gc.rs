@@ -1,4 +1,5 @@
-//! `podshaper gc`: removes what no DEL will come for. A runtime's own GC, which names what is in use, is a CNI verb.
+//! `podshaper gc`: removes attachments that no DEL will remove. A runtime's own GC, which names the attachments in use,
+//! is a CNI verb.
 
 use std::path::{Path, PathBuf};
 
@@ -31,7 +32,7 @@ pub struct Arguments {
     output: Output,
 }
 
-/// What is removed.
+/// A leftover to remove.
 #[derive(Serialize)]
 #[serde(untagged)]
 enum Removed<'a> {
@@ -80,7 +81,8 @@ impl Removed<'_> {
     }
 }
 
-/// Removes an attachment that was found stale; whether it did. What is there by now may be another one, which is not stale.
+/// Removes an attachment that was found stale. Returns whether it was removed: another attachment, which is not stale,
+/// may have replaced it.
 pub fn remove(found: &Attachment) -> Result<bool> {
     let is_stale =
         |directory: &Path, _: Option<&Owner>| is_stale(&Attachment::read(found.place.clone(), directory.to_path_buf()));
@@ -95,8 +97,9 @@ pub fn remove(found: &Attachment) -> Result<bool> {
     Ok(is_removed)
 }
 
-/// Whether nothing can come back to life: the links are dead and the cgroup is gone, or it is that of a `podshaper run` that was
-/// killed, or on a hybrid host that of a pod that has ended, which nobody else removes.
+/// Whether the attachment can never work again. Either its links are dead and the cgroup is gone; or the cgroup is that
+/// of a killed `podshaper run`; or, on a hybrid host, the cgroup is that of an ended pod and only podshaper will remove
+/// it.
 pub fn is_stale(attachment: &Attachment) -> bool {
     let cgroup = Path::new(&attachment.owner.cgroup);
     let is_known = !attachment.owner.cgroup.is_empty();

@@ -1,10 +1,11 @@
-//! `podshaper install` and `uninstall`: this program into the CNI bin directory, its entry into the node's conflist, the units that keep
-//! it there, and back.
+//! `podshaper install` and `uninstall`: put this program into the CNI bin directory, its entry into the node's
+//! conflist, and the systemd units that keep it there; and take all of them away again.
 //!
-//! A running node is changed under its runtime, so each file is replaced in one step, the program before the list that names it,
-//! and an edited list keeps all that is not podshaper's as it was. A lone configuration (`.conf`), which others may watch, stays too:
-//! a list of ours that sorts before it has it for its first plugin. Who writes a conflist anew (the network's own pod, at its start)
-//! takes podshaper out; the node's systemd then installs again, where there is one. A list of ours that delegates stays ([`delegating`]).
+//! A running node is changed while its runtime is working. So each file is replaced in one step, the program before the
+//! list that names it, and an edited list keeps every other byte. A lone configuration (`.conf`), which other programs
+//! may watch, stays, too: a list of ours that sorts before it has its plugin as the first one. A program that rewrites
+//! a conflist (the network's own pod, at its start) takes podshaper out; the node's systemd, if there is one, then
+//! installs again. The network does not rewrite a delegating list of ours ([`delegating`]).
 
 mod conflist;
 mod delegating;
@@ -42,10 +43,11 @@ use seen::Seen;
 pub use uninstall::Uninstall;
 pub use units::not_enabled;
 
-/// Where the keys of an installation stand.
+/// The option with the keys of an installation.
 const CONFIG: &str = "--config";
 
-/// How often `--and-sync` looks again whether something came or went meanwhile. What changes more often than that is found by the timer.
+/// How often `--and-sync` checks again whether a file came or went meanwhile. If files change more often than that, the
+/// timer finds the rest.
 const MAX_ROUNDS: usize = 20;
 
 /// Put podshaper on this node: the program, an entry at the end of the conflist the runtime uses (the first by name), and systemd units
@@ -86,12 +88,12 @@ pub struct Install {
 }
 
 impl Install {
-    /// Installs, and says what was done.
+    /// Installs, and prints what was done.
     ///
     /// # Errors
-    /// Before anything is changed: a conflist that cannot be one, keys podshaper would refuse.
+    /// Before anything is changed: a file that cannot be a conflist, or keys that podshaper would refuse.
     pub fn run(self) -> Result<ExitCode> {
-        // While its path is known: the node may not have it.
+        // The program is opened before the root directory changes: its path may not exist on the node.
         let own = File::open("/proc/self/exe")
             .map_err(|cause| Error::because(Code::Io, "read this program from /proc/self/exe", cause))?;
         self.place.enter()?;
@@ -101,7 +103,7 @@ impl Install {
         self.install_and_sync(&own)
     }
 
-    /// Again and again, until nothing came or went meanwhile.
+    /// Installs and syncs again and again, until no file came or went meanwhile.
     fn install_and_sync(&self, own: &File) -> Result<ExitCode> {
         if self.if_changed && Seen::recall() == Some(self.seen()) {
             return Ok(ExitCode::SUCCESS);
@@ -109,7 +111,7 @@ impl Install {
         let mut status = ExitCode::SUCCESS;
         for _ in 0..MAX_ROUNDS {
             let before = self.seen();
-            // A network that is not there yet, or is just being written, keeps no pod from what it asks for.
+            // If the network's file does not exist yet, or is being written, pods still get their limits.
             let installed = self.install(own).and_then(|report| output::print(&report));
             if let Err(error) = &installed {
                 output::complain(&error.to_string());
@@ -144,7 +146,7 @@ impl Install {
     /// Returns what was done, line by line.
     fn install(&self, own: &File) -> Result<String> {
         let keys = self.config.as_deref().map_or(Ok(Map::new()), keys)?;
-        // Once, and not every few seconds.
+        // These checks run at a person's call, and not every few seconds.
         if !self.and_sync {
             request_of(&keys, CONFIG)?
                 .check_namespaces()
@@ -296,7 +298,7 @@ impl Install {
         }
         units::write(directory, &missing)?;
         if self.place.systemd_reads_units() {
-            // Also where nothing is missing: somebody may have stopped them.
+            // Units are enabled even if none is missing: a person may have stopped them.
             units::enable()?;
         }
         match missing.as_slice() {
@@ -310,7 +312,7 @@ impl Install {
         Ok(())
     }
 
-    /// What the service calls: this very installation, with the keys that the entry has now, and a sync.
+    /// The command of the service: this same installation, with the present keys of the entry, and a sync.
     fn command(&self, edits: &[Edit], unit_dir: &Path) -> Vec<String> {
         let keys = edits.iter().find_map(|edit| Conflist::parse(&edit.after).ok()?.entry_keys());
         let own = |option: &str| units::option_before(unit_dir, option);
@@ -338,7 +340,8 @@ impl Install {
     }
 }
 
-/// Not from current_exe(): the open one is readable after the file was replaced, too.
+/// Copies the program from the open file, and not from current_exe(): the open file stays readable after it was
+/// replaced on disk.
 fn install_program(mut own: &File, place: &Place, report: &mut Report) -> Result<()> {
     let bin_dir = place.bin_dir();
     let target = bin_dir.join(PODSHAPER);
@@ -372,7 +375,7 @@ fn install_program(mut own: &File, place: &Place, report: &mut Report) -> Result
     Ok(())
 }
 
-/// podshaper's keys, taken as an ADD will take them: a mistake in them would stop every pod of the node.
+/// podshaper's keys, read as an ADD will read them: a mistake in them would stop every pod of the node.
 fn keys(json: &str) -> Result<Map<String, Value>> {
     let wrong = |cause| Error::because(Code::Config, "--config is not a JSON object", cause);
     let keys: Map<String, Value> = serde_json::from_str(json).map_err(wrong)?;
@@ -380,7 +383,7 @@ fn keys(json: &str) -> Result<Map<String, Value>> {
     Ok(keys)
 }
 
-/// `of`: where they stand.
+/// Checks the keys as an ADD would. `of` names where the keys were given.
 fn request_of(keys: &Map<String, Value>, of: &str) -> Result<Request> {
     let request = Request::of_keys(keys).map_err(|error| Error::because(Code::Config, of, error))?;
     match request.unknown_keys.first() {

@@ -31,7 +31,7 @@ impl Arguments {
     }
 }
 
-/// What `list` prints, and `top` where there is no terminal.
+/// The table that `list` prints, and `top` without a terminal.
 pub fn table(found: &[Attachment]) -> Table {
     let mut table = Table::new(&[
         ("POD", Left),
@@ -55,7 +55,7 @@ pub fn table(found: &[Attachment]) -> Table {
         for (direction, measured) in attachment.directions() {
             table.row(row(attachment, direction.name(), cells(measured)));
         }
-        // Nothing is left out because it cannot be read.
+        // An attachment that cannot be read still gets a line.
         if attachment.directions().next().is_none() {
             table.row(row(attachment, NOTHING, std::array::from_fn(|_| NOTHING.to_owned())));
         }
@@ -63,7 +63,7 @@ pub fn table(found: &[Attachment]) -> Table {
     table
 }
 
-/// A line for each that is not held, with the reason.
+/// A line for each attachment that is not in force as it was made, with the reason.
 fn not_held(found: &[Attachment]) -> String {
     let line = |found: &Attachment| {
         let (name, interface) = (found.name(), &found.place.interface);
@@ -108,7 +108,7 @@ fn cells(measured: &Measured) -> [String; 10] {
     ]
 }
 
-/// What came by other paths, or that it is not known or not held.
+/// The packets that did not pass the pod's sockets: their number, or that they are not counted or not limited.
 pub fn other_paths(others: &OtherPaths) -> String {
     match others {
         OtherPaths::Held(others) => chart::short(others.bytes as f64),

@@ -1,4 +1,4 @@
-//! `podshaper man`: the manual pages, made of the same text as `--help`.
+//! `podshaper man`: the manual pages, generated from the same text as `--help`.
 
 use clap::{Args, CommandFactory};
 use clap_mangen::Man;

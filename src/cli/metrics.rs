@@ -1,4 +1,4 @@
-//! `podshaper metrics`: every attachment for Prometheus, in its text format, most often for node_exporter's textfile collector.
+//! `podshaper metrics`: every attachment in Prometheus' text format, most often for node_exporter's textfile collector.
 
 use std::{
     fs::{self, File},
@@ -18,9 +18,10 @@ use super::{
 };
 use crate::error::{Code, Error, Result};
 
-/// The histogram's buckets that are told of, by number: 0.13 ms, 1, 4, 8, 17, 67, 268 ms and 1.1 s. All would be 32 series a direction.
+/// The numbers of the histogram's buckets that are exported: 0.13 ms, 1, 4, 8, 17, 67, 268 ms and 1.1 s. All buckets
+/// would be 32 series for each direction.
 const BUCKETS: [usize; 8] = [7, 10, 12, 13, 14, 16, 18, 20];
-/// Nanoseconds of a second.
+/// Nanoseconds in a second.
 const SECOND: f64 = 1e9;
 
 #[derive(Args)]
@@ -56,7 +57,7 @@ impl Arguments {
     }
 }
 
-/// One metric: its name without "podshaper_", what it is, and its value of a direction that has one.
+/// One metric: its name without "podshaper_", its type, its help text, and its value for a direction, if there is one.
 type Metric = (&'static str, &'static str, &'static str, fn(&Measured) -> Option<f64>);
 
 const METRICS: [Metric; 10] = [
@@ -131,7 +132,7 @@ fn text(found: &[Attachment]) -> String {
     text
 }
 
-/// Whether pods come to their limits on this node.
+/// The metrics of the node: whether pods of this node get their limits.
 fn of_node(conf_dir: &Path, cache_dir: &Path) -> String {
     let mut text = String::new();
     let mut gauge = |name: &str, help: &str, value: usize| {
@@ -149,7 +150,7 @@ fn of_node(conf_dir: &Path, cache_dir: &Path) -> String {
     text
 }
 
-/// What `podshaper sync` could not do.
+/// The metrics of the last `podshaper sync`.
 fn of_sync(LastRun { ended_at_s, failures, error }: &LastRun) -> String {
     let mut text = String::new();
     head(&mut text, "sync_timestamp_seconds", "gauge", "When podshaper sync last ended.");
@@ -179,7 +180,8 @@ fn directions(found: &[Attachment]) -> impl Iterator<Item = (String, &Measured)>
     })
 }
 
-/// The UID is among them since a pod that is made anew may have the name of one that has not gone yet.
+/// The labels of an attachment. The UID is one of them: a pod that was made again may have the name of one that is
+/// still being removed.
 fn labels(attachment: &Attachment) -> String {
     let owner = &attachment.owner;
     let namespace = owner.pod_namespace.as_deref().unwrap_or_default();
@@ -223,12 +225,13 @@ fn histogram(labels: &str, counters: &Counters) -> String {
     text + &format!("{name}_sum{{{labels}}} {sum}\n{name}_count{{{labels}}} {packets}\n")
 }
 
-/// A label's value, as the text format has it.
+/// Escapes a label's value for the text format.
 fn escape(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
-/// Under another name, which the collector does not read, then renamed: nobody sees a part of it.
+/// Writes a file under another name, which the collector does not read, and renames it. So no reader sees a part of the
+/// file.
 fn write(path: &Path, text: &str) -> Result<()> {
     let mut name = path.as_os_str().to_owned();
     name.push(format!(".{}", std::process::id()));
@@ -243,7 +246,7 @@ fn write(path: &Path, text: &str) -> Result<()> {
 fn write_whole(path: &Path, text: &str) -> io::Result<()> {
     let mut file = File::create(path)?;
     file.write_all(text.as_bytes())?;
-    // After a power cut the new name must not stand for an empty file.
+    // Without the sync the new name could stand for an empty file after a power cut.
     file.sync_all()
 }
 

@@ -1,4 +1,4 @@
-//! What is printed, and how: the one place that writes to stdout and stderr for a person.
+//! Output for a person: the only module that writes to stdout and stderr.
 
 use std::io::{self, IsTerminal, Write};
 
@@ -28,7 +28,7 @@ enum Form {
 }
 
 impl Output {
-    /// Prints `value`, or what `table` makes of it.
+    /// Prints `value` as JSON, or the text of `table`.
     pub fn print<T: Serialize + ?Sized>(self, value: &T, table: impl FnOnce() -> String) -> Result<()> {
         if self.json || self.form == Form::Json {
             let json = serde_json::to_string_pretty(value);
@@ -39,12 +39,12 @@ impl Output {
     }
 }
 
-/// Prints to stdout. A reader that has seen enough is no error.
+/// Prints to stdout. A closed pipe is not an error.
 pub fn print(text: &str) -> Result<()> {
     print_to_reader(text).map(drop)
 }
 
-/// The same; whether anybody is still reading.
+/// Prints to stdout. Returns whether the reader still reads.
 pub fn print_to_reader(text: &str) -> Result<bool> {
     let mut stdout = io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
@@ -53,12 +53,12 @@ pub fn print_to_reader(text: &str) -> Result<bool> {
     }
 }
 
-/// A line on stderr. Nobody can be told if that fails.
+/// Prints a line to stderr. A failure is ignored: there is no other place to report it.
 pub fn complain(text: &str) {
     let _ = writeln!(io::stderr(), "podshaper: {text}");
 }
 
-/// The width of the terminal on stdout; `None` if it is none, where lines may be of any length.
+/// The width of the terminal on stdout. `None` if stdout is not a terminal; then lines may have any length.
 pub fn terminal_width() -> Option<usize> {
     io::stdout().is_terminal().then(crossterm::terminal::size)?.ok().map(|(columns, _)| columns.into())
 }

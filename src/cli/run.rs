@@ -1,7 +1,9 @@
-//! `podshaper run -- COMMAND`: a command in a cgroup of its own, limited; both are gone when it ends.
+//! `podshaper run -- COMMAND`: runs a command in a cgroup of its own, with a limit. Cgroup and limit are removed when
+//! the command ends.
 //!
-//! The cgroup is a child of podshaper's own, so that whatever accounts for that one goes on doing so. podshaper steps into it, starts
-//! the command there and steps out again: the command is limited from its first packet, without any code between fork and exec.
+//! The cgroup is a child of podshaper's own, so that the accounting of the parent still includes the command. podshaper
+//! moves itself into the new cgroup, starts the command there and moves back. So the command is limited from its first
+//! packet, without any code between fork and exec.
 
 use std::{
     ffi::OsString,
@@ -30,13 +32,13 @@ use crate::{
     sys,
 };
 
-/// What the directory is called, before the process id of the podshaper that made it.
+/// The prefix of the cgroup's name. The process id of the podshaper that made it follows.
 const PREFIX: &str = "podshaper-run-";
-/// How a shell reports a command that a signal ended: 128 and the signal.
+/// The base of the exit status with which a shell reports a command that a signal ended: 128 plus the signal.
 const EXIT_SIGNALLED: i32 = 128;
-/// What a shell reports of a command it cannot find.
+/// The exit status with which a shell reports that a command was not found.
 const EXIT_NOT_FOUND: u8 = 127;
-/// What ends a command that does not say otherwise.
+/// The signals that end a command by default.
 const ENDING: [Signal; 4] = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGHUP];
 
 #[derive(Args)]
@@ -51,7 +53,8 @@ pub struct Arguments {
 impl Arguments {
     /// Returns the command's exit status.
     pub fn run(self) -> Result<ExitCode> {
-        // Before anything is made: from here on a signal ends the command, and what was made is removed after it.
+        // Signals are blocked before anything is made. From here on a signal ends the command, and podshaper removes
+        // what it has made after that.
         let signals = Signals::block()?;
         let cgroup = RunCgroup::make()?;
         let target = Target::find(&cgroup.path, None, None)?;
@@ -94,7 +97,7 @@ impl Drop for Limited<'_> {
     }
 }
 
-/// The command's cgroup. What is left in it is killed and the directory removed when it is dropped.
+/// The command's cgroup. When it is dropped, the remaining processes are killed and the directory is removed.
 struct RunCgroup {
     path: PathBuf,
     home: PathBuf,
@@ -104,7 +107,7 @@ impl RunCgroup {
     fn make() -> Result<Self> {
         let home = own_cgroup()?;
         let path = home.join(format!("{PREFIX}{}", std::process::id()));
-        // Of a podshaper that had this process id before and was killed.
+        // An earlier podshaper with the same process id may have been killed and have left its cgroup.
         remove_cgroup_of_the_dead(&path);
         fs::create_dir(&path)
             .map_err(|cause| Error::because(Code::Cgroup, format!("make the cgroup {}", path.display()), cause))?;
@@ -128,7 +131,7 @@ impl Drop for RunCgroup {
     }
 }
 
-/// The directory of the cgroup podshaper is in; of the mount's root, if it is above what is mounted here.
+/// The directory of podshaper's own cgroup; the root of the mount, if podshaper's cgroup is above the visible mount.
 fn own_cgroup() -> Result<PathBuf> {
     const FILE: &str = "/proc/self/cgroup";
     let failed = |cause| Error::because(Code::Cgroup, format!("find podshaper's own cgroup in {FILE}"), cause);
@@ -139,12 +142,13 @@ fn own_cgroup() -> Result<PathBuf> {
     Ok(if own.join("cgroup.procs").exists() { own } else { mount })
 }
 
-/// "0" is the process that writes it.
+/// Moves this process. "0" means the process that writes.
 fn move_self(cgroup: &Path) -> io::Result<()> {
     fs::write(cgroup.join("cgroup.procs"), "0")
 }
 
-/// What the command started and left running ends with it: nothing would limit it any more.
+/// Kills the processes that the command has left running, and removes the cgroup. Nothing would limit these processes
+/// later.
 fn empty_and_remove(path: &Path) -> io::Result<()> {
     const ATTEMPTS: u32 = 100;
     let mut result = Ok(());
@@ -163,11 +167,13 @@ fn empty_and_remove(path: &Path) -> io::Result<()> {
 }
 
 fn kill_all(path: &Path) -> io::Result<()> {
-    // Linux 5.14 and later; before that one by one, until none is left.
+    // cgroup.kill exists since Linux 5.14. Before that the processes are killed one by one, until none is left.
     if fs::write(path.join("cgroup.kill"), "1").is_ok() {
         return Ok(());
     }
-    for id in fs::read_to_string(path.join("cgroup.procs"))?.lines().filter_map(|line| line.parse().ok()) {
+    let processes = fs::read_to_string(path.join("cgroup.procs"))?;
+    // A process of another PID namespace is 0 there, and kill() takes 0 for podshaper's own process group.
+    for id in processes.lines().filter_map(|line| line.parse().ok()).filter(|id| *id > 0) {
         match kill(Pid::from_raw(id), Signal::SIGKILL) {
             Ok(()) | Err(Errno::ESRCH) => {}
             Err(errno) => return Err(errno.into()),
@@ -176,7 +182,7 @@ fn kill_all(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether a cgroup is that of a `podshaper run` that was killed, and its command has ended too.
+/// Whether a cgroup is that of a `podshaper run` that was killed, and whose command has ended, too.
 pub fn is_of_the_dead(cgroup: &Path) -> bool {
     let name = cgroup.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     let maker = name.strip_prefix(PREFIX).and_then(|id| id.parse::<u32>().ok());
@@ -185,7 +191,7 @@ pub fn is_of_the_dead(cgroup: &Path) -> bool {
     maker.is_some_and(is_dead) && is_empty()
 }
 
-/// Removes such a cgroup; leaves any other alone.
+/// Removes the cgroup of a killed `podshaper run`; leaves any other cgroup alone.
 pub fn remove_cgroup_of_the_dead(cgroup: &Path) {
     if is_of_the_dead(cgroup)
         && let Err(cause) = fs::remove_dir(cgroup)
@@ -194,8 +200,8 @@ pub fn remove_cgroup_of_the_dead(cgroup: &Path) {
     }
 }
 
-/// The signals that would end podshaper before it has cleaned up, and the one that says that the command has ended. They are blocked, so
-/// that none is lost, and read from a file; the command has none blocked.
+/// The signals that would end podshaper before it has cleaned up, and the signal that reports the end of the command.
+/// They are blocked, so that none is lost, and read from a file descriptor. The command starts with no signal blocked.
 struct Signals {
     set: SigSet,
     file: SignalFd,
@@ -210,7 +216,7 @@ impl Signals {
         Ok(Self { set, file })
     }
 
-    /// The one that has come before there is a command to pass it on to.
+    /// A signal that has arrived before the command was started.
     fn early() -> Result<Option<i32>> {
         let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
         let come = SignalFd::with_flags(&ENDING.into_iter().collect(), flags).and_then(|file| file.read_signal());
@@ -224,7 +230,8 @@ impl Signals {
     }
 }
 
-/// Waits for the command, and passes on what other processes send. What the terminal sends (Ctrl-C) it has sent to the command, too.
+/// Waits for the command, and passes on the signals that other processes send. A signal of the terminal (Ctrl-C) has
+/// already been sent to the command as well.
 fn wait(mut child: Child, signals: &Signals) -> Result<ExitStatus> {
     let failed = |cause: io::Error| Error::because(Code::Io, "wait for the command", cause);
     loop {
@@ -234,7 +241,7 @@ fn wait(mut child: Child, signals: &Signals) -> Result<ExitStatus> {
         let Some(signal) = signals.file.read_signal().map_err(|errno| failed(errno.into()))? else { continue };
         let number = Signal::try_from(signal.ssi_signo as i32).ok().filter(|number| *number != Signal::SIGCHLD);
         if let Some(number) = number.filter(|_| signal.ssi_code <= libc::SI_USER) {
-            // Gone already: SIGCHLD comes next.
+            // The command has ended already: SIGCHLD comes next.
             let _ = kill(Pid::from_raw(child.id() as i32), number);
         }
     }

@@ -1,4 +1,4 @@
-//! Which attachments a person means.
+//! Finds the attachments that a command line means.
 
 use clap::Args;
 
@@ -20,10 +20,10 @@ impl Selector {
         Self { pod, interface }
     }
 
-    /// What is attached for the one pod that is meant.
+    /// The attachments of the one pod that is meant.
     ///
     /// # Errors
-    /// None is meant, or several are; the error names them.
+    /// No pod matches, or several do; the error names them.
     pub fn select(&self, all: Vec<Attachment>) -> Result<Vec<Attachment>> {
         let wanted =
             |attachment: &Attachment| self.interface.as_ref().is_none_or(|name| *name == attachment.place.interface);
@@ -42,10 +42,10 @@ impl Selector {
         Err(Error::new(Code::Config, text))
     }
 
-    /// The same, of one interface.
+    /// The attachment of the one interface that is meant.
     ///
     /// # Errors
-    /// Also where the pod has several and none is named.
+    /// Those of [`Selector::select`]; also if the pod has several interfaces and none is named.
     pub fn select_one(&self, all: Vec<Attachment>) -> Result<Attachment> {
         let mut found = self.select(all)?;
         match (found.pop(), found.is_empty()) {

@@ -1,5 +1,5 @@
-//! `podshaper set POD`: another limit for a running pod. It is in the pins alone: the pod's next sandbox has the limit that its
-//! annotation asks for.
+//! `podshaper set POD`: changes the limit of a running pod. The new limit is only in the pins: the pod's next sandbox
+//! has the limit of its annotation again.
 
 use clap::Args;
 
@@ -41,7 +41,7 @@ struct ChangeArguments {
     burst: Option<Burst>,
 }
 
-/// A direction before and after.
+/// The limits of a direction before and after the change.
 struct Changed {
     direction: Direction,
     before: Limit,
@@ -78,7 +78,7 @@ impl Arguments {
         let mut changes = Vec::new();
         for (direction, rate) in [(Direction::Egress, egress), (Direction::Ingress, ingress)] {
             let now = limits.of(direction).copied();
-            // A burst alone is for what is limited.
+            // A burst without a rate applies only to directions that are limited.
             if rate.is_none() && (names_a_rate || now.is_none()) {
                 continue;
             }
@@ -115,7 +115,8 @@ impl Changed {
     }
 }
 
-/// Programs are attached for what is limited at ADD, and connections are paced from their beginning or not at all.
+/// The error for a direction without a limit. Programs are attached only for directions that are limited at ADD, and a
+/// connection is paced from its beginning or never.
 fn not_limited(found: &Attachment, direction: Direction) -> Error {
     let owner = &found.owner;
     let remedy = if owner.network.is_empty() {

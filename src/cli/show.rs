@@ -1,4 +1,4 @@
-//! `podshaper show POD`: all that is known of one pod's attachments.
+//! `podshaper show POD`: everything that is known about the attachments of one pod.
 
 use std::time::Duration;
 
@@ -28,7 +28,7 @@ pub struct Arguments {
 
 impl Arguments {
     pub fn run(self) -> Result<()> {
-        // Who is not there is known without waiting.
+        // A wrong name is reported before the wait.
         let before = self.pod.select(attachments::read()?)?;
         let mut found = before;
         if !self.sample.is_zero() {
@@ -96,7 +96,7 @@ fn direction_text(direction: Direction, measured: &Measured, max: Option<Rate>) 
     text + &histogram(backlog)
 }
 
-/// A line for each bucket from the first to the last that has a packet.
+/// A line for each bucket, from the first to the last that has a packet.
 fn histogram(backlog: &[u64; BACKLOG_BUCKETS]) -> String {
     let most = backlog.iter().copied().max().unwrap_or_default();
     let first = backlog.iter().position(|count| *count > 0);

@@ -1,8 +1,10 @@
-//! `podshaper sync`: brings this node's pods to what is asked of them now, once. Nothing of it stays: what is to recur, the node calls.
+//! `podshaper sync`: brings the pods of this node to the limits that are asked for now, once. No process stays; the
+//! node's units or a person call it again.
 //!
-//! What is asked comes from the results that the runtime keeps of its ADDs ([`sandboxes`]) and, with a kubeconfig, from the pods'
-//! annotations as the API server has them. What is in force is pinned. [`decide`] compares the two; what is to be done goes the way of
-//! an ADD, a `set` and a `detach`. A pod that cannot be limited is told of, and does not keep the others from it.
+//! What is asked for comes from the results that the runtime keeps of its ADDs ([`sandboxes`]) and, with a kubeconfig,
+//! from the pods' annotations on the API server. The limits in force are pinned. [`decide`] compares the two. The
+//! changes are then made in the same way as by an ADD, a `set` and a `detach`. If a pod cannot be limited, the run
+//! reports it and goes on with the other pods.
 
 mod answer;
 mod decide;
@@ -42,9 +44,9 @@ use networks::Networks;
 use report::{Done, FORGET, HOLD, Report};
 use task::{Interface, Target, Task, perform};
 
-/// Where libcni has its results, unless a runtime says otherwise.
+/// The directory in which libcni keeps its results, unless a runtime sets another one.
 pub const CACHE_DIR: &str = "/var/lib/cni";
-/// The interface that a pod's annotations are about: every runtime for Kubernetes calls it so.
+/// The interface that a pod's annotations are about: every runtime for Kubernetes gives it this name.
 const DEFAULT_INTERFACE: &str = "eth0";
 
 #[derive(Args)]
@@ -85,7 +87,7 @@ Connections that exist already when a pod gets its first limit in a direction ar
 `podshaper install` has systemd run it every 8 seconds and whenever a network writes its conflist.
 Exit status: 0 if every pod has what it asks for, 1 if not; stderr, `podshaper doctor` and `podshaper metrics` say which.";
 
-/// An interface of a sandbox in a network of podshaper's, with what is in force on it.
+/// An interface of a sandbox in one of podshaper's networks, with the attachment on it.
 struct Candidate {
     interface: Interface,
     place: Place,
@@ -93,13 +95,13 @@ struct Candidate {
 }
 
 impl Arguments {
-    /// Those of a run that the units start.
+    /// The arguments of a run that the units start.
     pub fn of_units(kubeconfig: Option<PathBuf>, node: Option<String>, conf_dir: PathBuf, cache_dir: PathBuf) -> Self {
         let (conf_dir, output) = (Some(conf_dir), Output::default());
         Self { kubeconfig, node, conf_dir, cache_dir, dry_run: false, output }
     }
 
-    /// The exit status says whether every pod has what it asks for.
+    /// The exit status says whether every pod has the limit that it asks for.
     pub fn run(self) -> Result<ExitCode> {
         let mut report = Report { dry_run: self.dry_run, ..Report::default() };
         let networks = Networks::read(&Directories::of_this_node(self.conf_dir.as_deref(), None).conf)?;
@@ -129,7 +131,7 @@ impl Arguments {
         self.end(report)
     }
 
-    /// Puts back what somebody has taken off of what holds attachments.
+    /// Restores the filters and queues of attachments that another program has removed.
     fn hold_again(&self, found: &[Attachment], report: &mut Report) {
         for found in found.iter().filter(|found| found.not_held.is_some()) {
             match if self.dry_run { Ok(true) } else { attachment::hold_again(&found.place) } {
@@ -140,7 +142,7 @@ impl Arguments {
         }
     }
 
-    /// Removes what no pod has any more, and what killed calls left.
+    /// Removes the attachments that no pod has any longer, and the leftovers of killed calls.
     fn clear<'a>(&self, stale: impl Iterator<Item = &'a Attachment>, is_any_unfinished: bool, report: &mut Report) {
         for found in stale {
             match if self.dry_run { Ok(true) } else { gc::remove(found) } {
@@ -155,7 +157,7 @@ impl Arguments {
         }
     }
 
-    /// Removes what `install --delegate` has left of sandboxes that are gone.
+    /// Removes the records that delegated ADDs (`install --delegate`) have left of sandboxes that are gone.
     fn forget(&self, report: &mut Report) -> Result<()> {
         for stale in record::stale(&self.cache_dir)? {
             if !self.dry_run {
@@ -177,7 +179,7 @@ impl Arguments {
     }
 }
 
-/// The interfaces in podshaper's networks, each with what is in force on it, and the attachments of none of them.
+/// The interfaces in podshaper's networks, each with its attachment, and all other attachments.
 fn candidates(
     networks: &Networks,
     answer: &Answer<'_>,
@@ -190,7 +192,7 @@ fn candidates(
     }
     let mut newest: BTreeMap<(String, String), (Sandbox, Result<Request>)> = BTreeMap::new();
     for sandbox in sandboxes {
-        // What the API server has of a pod's annotations takes the place of what the runtime was told, which may be long.
+        // The annotations on the API server replace those that the runtime was told, which may be long.
         let has_newer = sandbox.ifname == DEFAULT_INTERFACE && answer.pod(sandbox.pod()).is_some();
         let Some(request) = networks.request(&sandbox, !has_newer) else { continue };
         let key = (sandbox.pod().to_owned(), sandbox.ifname.clone());
@@ -215,16 +217,16 @@ fn candidates(
     (candidates, by_place.into_values().collect())
 }
 
-/// The interfaces of pods that ask for a limit, by what the runtime kept of their ADDs, and have none. Where a sync has just looked at them,
-/// who may have asked the API server, they are those that it could not limit.
+/// The interfaces of pods that asked for a limit, according to the runtime's results of their ADDs, and have none. If a
+/// sync has just run, these are the pods that the sync could not limit: the sync may also have asked the API server.
 ///
 /// # Errors
-/// What cannot be read.
+/// A directory or file that cannot be read.
 pub fn unlimited(conf_dir: &Path, cache_dir: &Path) -> Result<Vec<String>> {
     if let Some(run) = LastRun::recall().filter(LastRun::is_recent) {
         return Ok(run.failures.iter().map(Failure::name).collect());
     }
-    // Without a directory there are no networks, which is told elsewhere.
+    // Without a directory there are no networks; this is reported elsewhere.
     let Ok(networks) = Networks::read(conf_dir) else { return Ok(Vec::new()) };
     let (found, (sandboxes, _)) = (attachments::read()?, sandboxes::read(cache_dir)?);
     let is_there = |sandbox: &Sandbox| {
@@ -232,7 +234,7 @@ pub fn unlimited(conf_dir: &Path, cache_dir: &Path) -> Result<Vec<String>> {
     };
     let is_unlimited = |sandbox: &&Sandbox| {
         let limits = networks.request(sandbox, true).map(|request| request?.limits_of_call(&Namespaces::new()));
-        // One that asks for nonsense has not got what it asks for either.
+        // A pod whose limit is malformed does not have the limit that it asks for either.
         !is_there(sandbox) && limits.is_some_and(|limits| limits.map_or(true, |limits| !limits.is_empty()))
     };
     let failure = |sandbox: &Sandbox| Failure::of_sandbox(sandbox, &Error::new(Code::Mismatch, "no limit")).name();
@@ -249,7 +251,7 @@ fn endpoint(request: &Request) -> Result<Endpoint> {
 }
 
 impl Candidate {
-    /// What is asked for now; `None` where nobody knows, and what is in force stays.
+    /// The limits that are asked for now; `None` if they are not known, and the limits in force are to stay.
     fn asked(&self, answer: &Answer<'_>) -> Result<Option<Limits>> {
         let Interface { sandbox, request, endpoint } = &self.interface;
         let uid = endpoint.key.uid().map(crate::pod::PodUid::as_str);
@@ -258,9 +260,9 @@ impl Candidate {
                 let are_its_annotations = sandbox.ifname == DEFAULT_INTERFACE;
                 request.limits_now(pod, are_its_annotations, &answer.namespaces).map(Some)
             }
-            // It gave no answer, or the pod is being deleted, or another pod of this name is there by now.
+            // The server gave no answer, or the pod is being deleted, or another pod has this name now.
             None if self.found.is_some() && uid.is_some() && !answer.is_of_nobody() => Ok(None),
-            // Also of a runtime that tells no UID: a pod of this name may be another one.
+            // This includes a runtime that passes no UID: the pod of this name on the server may be another one.
             None => request.limits_of_call(&answer.namespaces).map(Some),
         }
     }
@@ -282,7 +284,7 @@ impl Candidate {
 
 fn in_force(found: &Attachment, Interface { request, endpoint, .. }: &Interface) -> InForce {
     let Owner { asked, changed, list, interface: record, .. } = &found.owner;
-    // Where they cannot be held, though they are to be, the attachment is as good as it gets.
+    // If other packets cannot be limited though they should be, a new attachment would be no better.
     let are_others_as_wanted =
         if request.config.other_paths { !record.leaves_others } else { record.held_at.is_none() };
     InForce {

@@ -1,9 +1,9 @@
-//! The one printer of tables: aligned columns under a header, no colour, no lines.
+//! The only table printer: aligned columns under a header, no colour, no lines.
 
 use super::output;
 use crate::error::printable;
 
-/// Which side of its column a cell is on.
+/// The alignment of a column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Align {
     /// Text.
@@ -13,21 +13,21 @@ pub enum Align {
 }
 pub use Align::{Left, Right};
 
-/// What stands in a cell that has nothing to say.
+/// The content of a cell without a value.
 pub const NOTHING: &str = "-";
 
 const GAP: &str = "  ";
-/// What a cut cell is not made narrower than.
+/// The minimum width of a shortened cell.
 const NARROWEST: usize = 16;
 
-/// A table under construction.
+/// A table that is being built.
 pub struct Table {
     header: Vec<(&'static str, Align)>,
     rows: Vec<Vec<String>>,
 }
 
 impl Table {
-    /// An empty one.
+    /// A table without rows.
     pub fn new(header: &[(&'static str, Align)]) -> Self {
         Self { header: header.to_vec(), rows: Vec::new() }
     }
@@ -37,12 +37,13 @@ impl Table {
         self.rows.push(cells.iter().map(|cell| printable(cell)).collect());
     }
 
-    /// The table as text for stdout. On a terminal that is too narrow the cells of the last column lose their middle.
+    /// The table as text for stdout. If the terminal is too narrow, the cells of the last column are shortened in the
+    /// middle.
     pub fn text(&self) -> String {
         self.text_within(output::terminal_width())
     }
 
-    /// The table with nothing cut.
+    /// The table with no cell shortened.
     pub fn whole_text(&self) -> String {
         self.text_within(None)
     }
@@ -73,7 +74,7 @@ impl Table {
     }
 }
 
-/// A text no longer than `width`: of a path the beginning and the end tell most.
+/// Shortens a text to `width`. The middle is removed: the beginning and the end of a path say most.
 fn without_middle(text: &str, width: usize) -> String {
     let count = text.chars().count();
     if count <= width || width == 0 {

@@ -1,5 +1,5 @@
-//! `podshaper top`: what the limits let pass, reading after reading. On a terminal a table that can be sorted, with the last minute of
-//! each direction; else the lines of `list`, again and again.
+//! `podshaper top`: the traffic under each limit, refreshed at each reading. On a terminal it is a table that can be
+//! sorted, with a history of each direction; otherwise the lines of `list` are printed again and again.
 
 mod screen;
 
@@ -19,11 +19,11 @@ use super::{
 };
 use crate::{direction::Direction, error::Result};
 
-/// Readings that are kept of each direction.
+/// How many readings of each direction are kept.
 const HISTORY: usize = 60;
-/// How often links and owners are read, too.
+/// After how many readings links and owners are read again.
 const WHOLE_READING_EVERY: u64 = 10;
-/// Shorter ones would be all of what the command does.
+/// The shortest interval. With a shorter one the command would do nothing but read.
 const SHORTEST: Duration = Duration::from_millis(100);
 
 #[derive(Args)]
@@ -82,7 +82,7 @@ impl Arguments {
             thread::sleep(self.interval);
             let mut now = attachments::read_after(&before)?;
             attachments::compare(&before, &mut now);
-            // A reader that has gone away ends it.
+            // A closed pipe ends the command.
             if !output::print_to_reader(&(list::table(&now).text() + "\n"))? {
                 return Ok(());
             }
@@ -115,14 +115,14 @@ impl Row<'_> {
         self.measured.used().unwrap_or_default()
     }
 
-    /// Of the last reading alone.
+    /// The 99th percentile of the last interval.
     fn p99_ns(&self) -> Option<u64> {
         let passing = self.measured.passing.as_ref();
         passing.and_then(|passing| chart::percentile_ns(&passing.backlog, 0.99))
     }
 }
 
-/// Readings, and what they were before.
+/// The readings, with the history.
 #[derive(Default)]
 struct Watch {
     last: Vec<Attachment>,
@@ -132,13 +132,13 @@ struct Watch {
 
 impl Watch {
     fn read(&mut self) -> Result<()> {
-        // Links do not die often.
+        // Links rarely die.
         let is_whole = self.readings.is_multiple_of(WHOLE_READING_EVERY);
         let mut now = if is_whole { attachments::read()? } else { attachments::read_after(&self.last)? };
         self.readings += 1;
         attachments::compare(&self.last, &mut now);
         let mut before = std::mem::take(&mut self.history);
-        // What has gone is forgotten.
+        // The history of removed attachments is dropped.
         for attachment in &now {
             let mut history = before.remove(&attachment.directory).unwrap_or_default();
             for (shares, measured) in history.iter_mut().zip([&attachment.egress, &attachment.ingress]) {
@@ -164,7 +164,7 @@ impl Watch {
             })
         });
         let mut rows: Vec<Row<'_>> = rows.collect();
-        // Stable: equals stay in the order of their pins.
+        // The sort is stable: equal rows keep the order of their pins.
         match sort {
             Sort::Now => rows.sort_by(|a, b| b.bits_per_s().total_cmp(&a.bits_per_s())),
             Sort::Used => rows.sort_by(|a, b| b.used().total_cmp(&a.used())),

@@ -1,4 +1,4 @@
-//! `podshaper upgrade`: this program's eBPF programs for pods that run already.
+//! `podshaper upgrade`: gives running pods this program's eBPF programs.
 
 use clap::Args;
 
@@ -17,7 +17,7 @@ impl Arguments {
     }
 }
 
-/// What was done, a line each.
+/// The report: a line for each action.
 pub fn text(upgrade: &Upgrade) -> String {
     let Upgrade { links, left } = upgrade;
     let done = match links {

@@ -1,8 +1,9 @@
-//! The network's list: the file that a runtime would take if podshaper's own were not there, read as libcni reads it
-//! (libcni/conf.go: `NetworkConfFromFile`, `ConfFiles`).
+//! The network's list: the file that a runtime would use if podshaper's own list did not exist. It is read as libcni
+//! reads it (libcni/conf.go: `NetworkConfFromFile`, `ConfFiles`).
 //!
-//! A network may be writing its file at this moment, in place (`cp` of flannel's init container) or by way of a file of another name. What
-//! cannot be read is read again for a second, where libcni stops: it reads when a file has changed, podshaper when a pod is waiting.
+//! A network may be writing its file at this moment, in place (`cp` of flannel's init container) or by renaming another
+//! file. If the list cannot be read, podshaper tries again for a second, where libcni gives up: libcni reads a file
+//! after it has changed, podshaper when a pod is waiting.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -19,40 +20,41 @@ use crate::error::{Code, Error, Result, quoted};
 use crate::pod::NetworkName;
 use crate::request::{DELEGATE, Delegation};
 
-/// What libcni, and so every runtime, looks for.
+/// The file name extensions that libcni, and so every runtime, looks for.
 const EXTENSIONS: [&str; 3] = ["conf", "conflist", "json"];
 /// How long a network may take to write its list.
 const WRITTEN_WITHIN: Duration = Duration::from_secs(1);
 const READ_AGAIN_AFTER: Duration = Duration::from_millis(10);
-/// Plugins that have the first other network of the same directory make the interface. That may be podshaper's list, which is not to call them.
+/// Multus' plugins. They have the first other network of the same directory make the interface. This network may be
+/// podshaper's own list, which must not call Multus again.
 pub const MULTUS: [&str; 2] = ["multus", "multus-shim"];
 
 /// A network's list.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct List {
-    /// Where it stands.
+    /// The file of the list.
     pub file: PathBuf,
     #[serde(serialize_with = "as_text")]
     pub(super) name: NetworkName,
-    /// The highest of its versions that podshaper speaks.
+    /// The highest of the list's versions that podshaper supports.
     #[serde(rename = "cniVersion")]
     pub(super) version: SpecVersion,
     #[serde(rename = "disableCheck")]
     pub(super) disables_check: bool,
     #[serde(rename = "disableGC")]
     pub(super) disables_gc: bool,
-    /// Without podshaper, which is called already.
+    /// The plugins without podshaper, which is already running.
     pub plugins: Vec<Plugin>,
 }
 
-/// One of its plugins, as it stands in the list.
+/// One of the list's plugins, as it stands in the list.
 #[derive(Debug, Serialize)]
 #[serde(transparent)]
 pub struct Plugin {
     #[serde(skip)]
     pub(super) kind: String,
-    /// What it may be told of the runtime's offers.
+    /// The capabilities that the plugin declares: the runtime's offers that it is given.
     #[serde(skip)]
     pub capabilities: BTreeSet<String>,
     pub(super) text: Box<RawValue>,
@@ -78,7 +80,7 @@ struct Keys {
     plugins: Vec<Box<RawValue>>,
 }
 
-/// The keys of a plugin that a runtime looks at.
+/// The keys of a plugin that a runtime reads.
 #[derive(Deserialize)]
 struct PluginKeys {
     #[serde(rename = "type", default)]
@@ -89,17 +91,17 @@ struct PluginKeys {
     delegation: Value,
 }
 
-/// What a file of the directory is.
+/// The content of a file in the directory.
 enum Found {
     Network(List),
-    /// Multus' own, or one that delegates.
+    /// Multus' own configuration, or a list that delegates.
     PassedOver,
 }
 
 /// Every network configuration of a directory, in the order in which runtimes try them.
 ///
 /// # Errors
-/// The kernel's.
+/// The kernel's error.
 pub fn configurations(directory: &Path) -> io::Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(directory)? {
@@ -113,12 +115,12 @@ pub fn configurations(directory: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// Whether a file is a list of plugins, and not one plugin alone; runtimes tell them apart by the name.
+/// Whether a file is a list of plugins, and not one plugin alone. Runtimes tell the two apart by the name.
 pub fn is_list(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == "conflist")
 }
 
-/// The delegation of a list; `None` if it is none of podshaper's own.
+/// The delegation in a list; `None` if the list is not a delegating list of podshaper's.
 pub fn delegation(text: &str) -> Option<Delegation> {
     let Keys { plugins, .. } = serde_json::from_str(text).ok()?;
     let keys = plugins.iter().filter_map(|raw| serde_json::from_str::<PluginKeys>(raw.get()).ok());
@@ -126,10 +128,10 @@ pub fn delegation(text: &str) -> Option<Delegation> {
     serde_json::from_value(ours.delegation).ok()
 }
 
-/// The network's list, waited for.
+/// The network's list. Waits for a moment if the list cannot be read yet.
 ///
 /// # Errors
-/// [`Code::Unavailable`] where there is none, or it cannot be read.
+/// [`Code::Unavailable`] if there is no list, or if it cannot be read.
 pub fn in_force(directory: &Path) -> Result<List> {
     let start = Instant::now();
     loop {
@@ -140,10 +142,12 @@ pub fn in_force(directory: &Path) -> Result<List> {
     }
 }
 
-/// The network's list at this moment: the first by name of the directory that is neither podshaper's nor Multus' own.
+/// The network's list at this moment: the first file of the directory, by name, that is neither podshaper's nor Multus'
+/// own.
 ///
 /// # Errors
-/// [`Code::Unavailable`] where there is none, or it cannot be read. The next one is another network, which pods are not to be in.
+/// [`Code::Unavailable`] if there is no list, or if the first one cannot be read. The next file is not tried: it is
+/// another network, in which pods must not be placed.
 pub fn find(directory: &Path) -> Result<List> {
     let files = configurations(directory).map_err(|cause| {
         let text = format!("list {}, where the network's list is to be (key {DELEGATE:?})", directory.display());
@@ -175,9 +179,9 @@ fn read(file: &Path) -> Result<Found> {
     List::of(file.to_path_buf(), keys)
 }
 
-/// The plugins of a list that are files of their own: `NAME/*.conf` beside it, for libcni 1.3 and later.
+/// The plugins of a list that are files of their own: `NAME/*.conf` beside the list, for libcni 1.3 and later.
 fn beside(file: &Path, name: &str) -> Result<Vec<Box<RawValue>>> {
-    // Of a file name, or it would be another directory.
+    // The name must be a plain file name, or the path would lead to another directory.
     if name.parse::<NetworkName>().is_err() {
         return Ok(Vec::new());
     }
@@ -196,7 +200,7 @@ fn beside(file: &Path, name: &str) -> Result<Vec<Box<RawValue>>> {
 }
 
 fn parse(text: &str) -> Result<Keys> {
-    // serde takes an array for a struct, too.
+    // serde accepts an array for a struct, too.
     let object = raw(text)?;
     if !object.get().starts_with('{') {
         return Err(Error::new(Code::Decode, "it is not a JSON object"));
@@ -212,7 +216,7 @@ fn no_configuration(cause: serde_json::Error) -> Error {
     Error::because(Code::Decode, "it is not the JSON of a CNI configuration", cause)
 }
 
-/// libcni takes the word as well.
+/// libcni also accepts the string "true".
 fn is_true(value: &Value) -> bool {
     value == true || value.as_str().is_some_and(|text| text.eq_ignore_ascii_case("true"))
 }
@@ -252,7 +256,7 @@ impl List {
         }
     }
 
-    /// Takes the plugins of this type out.
+    /// Removes the plugins of this type from the list.
     pub(super) fn leave_out(&mut self, kind: &str) {
         self.plugins.retain(|plugin| plugin.kind != kind);
     }
@@ -267,7 +271,7 @@ impl List {
         self.plugins.first().map_or("", |plugin| &plugin.kind)
     }
 
-    /// The network that it is of.
+    /// The name of the network.
     pub fn network(&self) -> &str {
         self.name.as_str()
     }
@@ -278,7 +282,8 @@ impl List {
     }
 }
 
-/// As libcni 1.2 and later choose: the highest that is known. `declared` is shown where none is.
+/// Chooses the version as libcni 1.2 and later do: the highest supported one. `declared` appears in the error if none
+/// is supported.
 fn highest<'a>(all: impl Iterator<Item = &'a String>, declared: Option<&str>) -> Result<SpecVersion> {
     let known = PluginInfo::default();
     let parsed = all.filter_map(|text| text.parse::<SpecVersion>().ok());
@@ -337,10 +342,10 @@ mod tests {
             (vec![(FILE, &*ours), ("10-a.conflist", &first), ("20-b.conflist", &second)], is("a", &["bridge"])),
             (vec![(FILE, &ours), ("20-b.conflist", &second), ("10.json", lone)], is("lone", &["ovn"])),
             (vec![(FILE, &ours), ("10-ovn.conf", lone), ("9.txt", &first)], is("lone", &["ovn"])),
-            // Ours is ours by any name, and Multus would call it back.
+            // A list of ours is recognized under any name; and Multus would call it back.
             (vec![(FILE, "{"), ("01-copy.conflist", &ours), ("20-b.conflist", &second)], is("b", &["ptp"])),
             (vec![("00-multus.conf", multus), (FILE, &ours), ("20-b.conflist", &second)], is("b", &["ptp"])),
-            // It is called already.
+            // Podshaper is running already, so it is left out.
             (vec![(FILE, &ours), ("10-a.conflist", &both)], is("a", &["bridge", "portmap"])),
         ] {
             assert_eq!(found(&files), expected, "{files:?}");
@@ -403,7 +408,7 @@ mod tests {
         assert_eq!((list.version, list.disables_check, list.disables_gc), (SpecVersion::new(1, 0, 0), true, false));
         assert_eq!(list.plugins[0].capabilities, BTreeSet::from(["portMappings".to_owned()]));
         assert!(list.plugins[1].capabilities.is_empty());
-        // What a record holds is the same list, whatever is in the directory by then.
+        // A record holds the same list, whatever is in the directory later.
         let record = List::of_record(&serde_json::to_string(&list).unwrap()).unwrap();
         assert_eq!((&record.file, kinds(&record), record.version), (&list.file, kinds(&list), list.version));
         assert_eq!((record.disables_check, &record.plugins[0].capabilities), (true, &list.plugins[0].capabilities));

@@ -1,8 +1,8 @@
-//! One call of one plugin of the network's list: its configuration, derived as SPEC.md ("Deriving execution configuration from plugin
-//! configuration") has it, its environment, and its answer.
+//! One call of one plugin of the network's list: its configuration, derived according to SPEC.md ("Deriving execution
+//! configuration from plugin configuration"), its environment, and its answer.
 //!
-//! The environment is podshaper's own, and so the runtime's, but for the verb. There is no timeout: a call lasts as long as the runtime lets
-//! podshaper's last.
+//! The environment is podshaper's own, and so the runtime's, except for the verb. There is no timeout: a call may last
+//! as long as the runtime lets podshaper's own call last.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -21,20 +21,22 @@ use super::list::{List, Plugin};
 use crate::error::{Code, Error, Result, quoted};
 use crate::sys;
 
-/// How often, and after how long, a program that is just being written is tried again. libcni waits for it five times a second.
+/// How often, and at which interval, a program is tried again that is being written at this moment. libcni retries five
+/// times in a second.
 const BUSY_TRIES: u32 = 50;
 const BUSY: Duration = Duration::from_millis(100);
 
-/// What all plugins of a list are asked.
+/// The part of a call that is the same for all plugins of a list.
 pub(super) struct Call<'a> {
     pub(super) verb: Cmd,
     pub(super) list: &'a List,
-    /// What the runtime has, by capability.
+    /// What the runtime offers, by capability.
     pub(super) offers: BTreeMap<String, &'a RawValue>,
     pub(super) prev_result: Option<&'a RawValue>,
 }
 
-/// What a plugin that fails writes. The CNI library's own type puts its words in the place of the plugin's, where it knows the code.
+/// The error JSON of a plugin that fails. The CNI library's own type would replace the plugin's text where it knows the
+/// code.
 #[derive(Deserialize)]
 struct Failure {
     code: u32,
@@ -43,42 +45,42 @@ struct Failure {
     details: String,
 }
 
-/// A configuration's keys, with the values as they stand.
+/// The keys of a configuration, with their values unparsed.
 type Keys = BTreeMap<String, Box<RawValue>>;
 
 impl Call<'_> {
-    /// Makes an ADD; the result is kept as it comes.
+    /// Calls ADD. The result is kept byte for byte.
     pub(super) fn add(&self, plugin: &Plugin) -> Result<Box<RawValue>> {
         let answer = self.make(plugin)?;
         let text = || format!("{}: its result ({} bytes)", self.what(plugin), answer.len());
         serde_json::from_slice(&answer).map_err(|cause| Error::because(Code::Decode, text(), cause))
     }
 
-    /// Makes a GC.
+    /// Calls GC.
     pub(super) fn collect(&self, plugin: &Plugin, valid: &[GcAttachment]) -> Result<()> {
         let mut keys = self.keys(plugin)?;
-        // libcni gives the list both names: an earlier text of the specification had the second.
+        // libcni passes the list under both names: an earlier draft of the specification had the second.
         for name in ["cni.dev/valid-attachments", "cni.dev/attachments"] {
             self.insert(&mut keys, plugin, name, &valid)?;
         }
         self.run(plugin, &keys).map(drop)
     }
 
-    /// Makes a call; what the plugin writes.
+    /// Makes a call and returns the plugin's output.
     ///
     /// # Errors
-    /// The plugin's own, and why it could not be called.
+    /// The plugin's own error, or the reason why it could not be called.
     pub(super) fn make(&self, plugin: &Plugin) -> Result<Vec<u8>> {
         self.run(plugin, &self.keys(plugin)?)
     }
 
-    /// The configuration of one execution.
+    /// The configuration for one execution.
     fn keys(&self, plugin: &Plugin) -> Result<Keys> {
         let mut keys: Keys = serde_json::from_str(plugin.text.get())
             .map_err(|cause| Error::because(Code::Decode, self.what(plugin), cause))?;
         self.insert(&mut keys, plugin, "name", &self.list.network())?;
         self.insert(&mut keys, plugin, "cniVersion", &self.list.version)?;
-        // The runtime offers all that podshaper's list declares. A plugin gets what it declares itself.
+        // The runtime offers everything that podshaper's list declares. A plugin gets only what it declares itself.
         let declared = |(name, _): &(&String, &&RawValue)| plugin.capabilities.contains(*name);
         let offers: BTreeMap<_, _> = self.offers.iter().filter(declared).collect();
         if !offers.is_empty() {
@@ -103,7 +105,7 @@ impl Call<'_> {
         let mut child = start(&program, self.verb).map_err(failed)?;
         let pipe = child.stdin.take();
         let ended = thread::scope(|scope| {
-            // A plugin may answer before it has read all.
+            // A plugin may answer before it has read all of its input.
             scope.spawn(|| pipe.map(|mut pipe| pipe.write_all(&stdin)));
             child.wait_with_output()
         });
@@ -111,7 +113,8 @@ impl Call<'_> {
         if ended.status.success() { Ok(ended.stdout) } else { Err(self.error(plugin, ended.status, &ended.stdout)) }
     }
 
-    /// Where the runtime would find it (SPEC.md, "Execution protocol"): in the directories of `CNI_PATH`, in their order.
+    /// The program that the runtime would find (SPEC.md, "Execution protocol"): in the directories of `CNI_PATH`, in
+    /// their order.
     fn program(&self, plugin: &Plugin) -> Result<PathBuf> {
         let path = env::var_os(CNI_PATH).unwrap_or_default();
         let is_name = !plugin.kind.contains('/');
@@ -147,14 +150,15 @@ impl Call<'_> {
     }
 }
 
-/// Starts a program. A runtime that gives up kills podshaper alone, and calls DEL: an ADD that went on would make what nobody removes.
+/// Starts a program. A runtime that gives up kills podshaper alone and calls DEL. A plugin's ADD that went on after
+/// that would make an interface that no DEL removes.
 fn start(program: &PathBuf, verb: Cmd) -> io::Result<Child> {
     let mut command = Command::new(program);
     command.env(CNI_COMMAND, <&str>::from(verb)).stdin(Stdio::piped()).stdout(Stdio::piped());
     sys::kill_with_parent(&mut command);
     for _ in 1..BUSY_TRIES {
         match command.spawn() {
-            // The network's pod is putting another version there.
+            // The network's pod is replacing the program at this moment.
             Err(cause) if cause.kind() == io::ErrorKind::ExecutableFileBusy => thread::sleep(BUSY),
             started => return started,
         }

@@ -1,9 +1,13 @@
-//! What each ADD leaves for its DEL: the list that it was made by, a file for each interface of each sandbox.
+//! The record that each ADD leaves for its DEL: the list that was used. There is one file for each interface of each
+//! sandbox.
 //!
-//! The network's list may be another one by then, or be called otherwise. What the runtime keeps of an ADD holds podshaper's list and not
-//! the network's, and podshaper's own pins are there for limited pods alone and go with a reboot, after which IPAM still has to be told.
-//! A DEL takes a file that cannot be read for none. A file whose DEL never comes here, because podshaper was taken out meanwhile, stays until
-//! the runtime's GC or `uninstall --remove-binary`, or until sync or `podshaper gc` finds its sandbox gone ([`stale`]).
+//! The network's list may have changed or have another name at the time of the DEL. The runtime's cache of an ADD holds
+//! podshaper's list and not the network's. Podshaper's own pins exist only for limited pods, and a reboot removes them;
+//! after a reboot IPAM must still free the address.
+//!
+//! A DEL treats an unreadable file as missing. If the DEL never reaches podshaper, because podshaper was taken out in
+//! the meantime, the file stays until the runtime's GC, until `uninstall --remove-binary`, or until sync or
+//! `podshaper gc` finds that its sandbox is gone ([`stale`]).
 
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{self, Write};
@@ -18,13 +22,14 @@ use crate::error::{self, Code, Error, Result};
 use crate::request::Endpoint;
 use crate::sandboxes::{Results, is_namespace};
 
-/// Beside libcni's own (its `CacheDir`), which is on every node that has a runtime, and lasting.
+/// The directory beside libcni's own (its `CacheDir`), which exists on every node that has a runtime and survives a
+/// reboot.
 pub const DIRECTORY: &str = "/var/lib/cni/podshaper";
 
-/// What stands between container and interface in a file's name. Neither can hold a colon.
+/// Separates container and interface in the name of a file. Neither can hold a colon.
 const BETWEEN: char = ':';
 
-/// What is written.
+/// The content of a file.
 #[derive(Serialize)]
 struct Kept<'a> {
     #[serde(flatten)]
@@ -32,15 +37,15 @@ struct Kept<'a> {
     netns: Option<&'a Path>,
 }
 
-/// The file of a sandbox that is gone.
+/// The record of a sandbox that is gone.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Stale {
-    /// `CNI_CONTAINERID` of its ADD.
+    /// `CNI_CONTAINERID` of the ADD.
     pub container_id: String,
     /// `CNI_IFNAME`.
     pub interface: String,
-    /// Where it is.
+    /// The path of the file.
     pub record: PathBuf,
 }
 
@@ -52,10 +57,10 @@ fn file(endpoint: &Endpoint) -> PathBuf {
     Path::new(DIRECTORY).join(name(&endpoint.container_id, &endpoint.ifname))
 }
 
-/// Leaves the list of an ADD into a network namespace.
+/// Keeps the list of an ADD into a network namespace.
 ///
 /// # Errors
-/// [`Code::Io`]: a pod whose network nobody could remove is not made.
+/// [`Code::Io`]: the ADD must fail then, since no DEL could remove the pod's network.
 pub(super) fn keep(endpoint: &Endpoint, netns: Option<&Path>, list: &List) -> Result<()> {
     let path = file(endpoint);
     let text = || format!("write {}, by which DEL knows the network's plugins", path.display());
@@ -69,7 +74,7 @@ fn write(path: &Path, kept: &Kept<'_>) -> io::Result<()> {
     file.write_all(&serde_json::to_vec(kept)?)
 }
 
-/// The list of an ADD; `None` if none was left.
+/// The list of an ADD; `None` if no record was left.
 ///
 /// # Errors
 /// [`Code::Io`] and [`Code::Decode`].
@@ -85,12 +90,12 @@ pub(super) fn of(endpoint: &Endpoint) -> Result<Option<List>> {
     }
 }
 
-/// Removes what an ADD has left.
+/// Removes the record of an ADD.
 pub(super) fn forget(endpoint: &Endpoint) -> Result<()> {
     remove(&file(endpoint))
 }
 
-/// Removes what is of none of these attachments.
+/// Removes every record except those of these attachments.
 pub(super) fn forget_all_but(valid: &[GcAttachment]) -> Result<()> {
     let kept: Vec<String> = valid.iter().map(|valid| name(&valid.container_id, &valid.ifname)).collect();
     let is_kept = |path: &PathBuf| kept.iter().any(|kept| path.file_name().is_some_and(|name| name == kept.as_str()));
@@ -105,14 +110,15 @@ fn files() -> Result<Vec<PathBuf>> {
     }
 }
 
-/// What sandboxes have left of which the runtime keeps no result in this directory, and whose network namespace is gone. A result without a
-/// namespace is what a reboot leaves, and its DEL is still to come; a namespace without a result has an ADD at work in it, or one that
-/// could not be undone. A DEL that comes all the same goes by the list of now.
+/// The records of sandboxes that are gone: the runtime keeps no result of the sandbox in this directory, and its
+/// network namespace does not exist. A result without a namespace is left by a reboot, and its DEL is still to come. A
+/// namespace without a result belongs to an ADD that is running, or to one that could not be undone. If a DEL comes
+/// nevertheless, it uses the present list.
 ///
 /// # Errors
 /// [`Code::Io`]: a directory that cannot be listed.
 pub fn stale(cache_dir: &Path) -> Result<Vec<Stale>> {
-    // Before the results: a DEL that ends between the two takes its record with it.
+    // The records are listed before the results: a DEL that ends in between removes its own record.
     let records = files()?;
     if records.is_empty() {
         return Ok(Vec::new());
@@ -132,13 +138,13 @@ impl Stale {
         if results.has(container_id, interface) {
             return None;
         }
-        // One that is just being written says nothing yet.
+        // A file that is being written at this moment cannot be parsed yet; it is skipped.
         let Place { netns } = serde_json::from_slice(&fs::read(&record).ok()?).ok()?;
         let (container_id, interface) = (container_id.to_owned(), interface.to_owned());
         netns.is_some_and(|netns| !is_namespace(&netns)).then_some(Self { container_id, interface, record })
     }
 
-    /// Removes it.
+    /// Removes the record.
     ///
     /// # Errors
     /// [`Code::Io`].
@@ -147,7 +153,7 @@ impl Stale {
     }
 }
 
-/// Removes all, with the directory.
+/// Removes all records, with the directory.
 ///
 /// # Errors
 /// [`Code::Io`].

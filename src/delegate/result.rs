@@ -1,7 +1,8 @@
-//! The result of an ADD in another version of the specification: the network's list has one, the runtime asks podshaper in one.
+//! Converts the result of an ADD between versions of the specification: the network's list has one version, and the
+//! runtime may call podshaper in another.
 //!
-//! From 0.3.0 on results differ in one key that has to be there or not: `version` of an address, which 1.0.0 has done away with. What 1.1.0
-//! has added (`mtu`, ..) older readers do not look at.
+//! From 0.3.0 on results differ in one key, which is either required or not allowed: `version` of an address, which
+//! 1.0.0 has removed. Readers of older versions ignore the keys that 1.1.0 has added (`mtu`, ..).
 
 use rscni_plugin::version::SpecVersion;
 use serde::Deserialize;
@@ -17,10 +18,11 @@ struct Declared {
     cni_version: Option<SpecVersion>,
 }
 
-/// The result in version `to`, byte for byte if that is its own. One that does not say which version it is of is of the one it was asked in.
+/// The result in version `to`, byte for byte if it already has that version. A result without a version has the version
+/// in which it was asked for.
 ///
 /// # Errors
-/// [`Code::Decode`]: it is none of 0.3.0 or later.
+/// [`Code::Decode`]: the result is not one of 0.3.0 or later.
 pub(super) fn in_version(result: &RawValue, asked: SpecVersion, to: SpecVersion) -> Result<Box<RawValue>> {
     let failed = |cause| Error::because(Code::Decode, "decode the result of the network's plugins", cause);
     let Declared { cni_version } = serde_json::from_str(result.get()).map_err(failed)?;

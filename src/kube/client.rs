@@ -1,7 +1,8 @@
 //! One GET by ureq, over TLS 1.2 or 1.3 by rustls with ring, within bounds of time and size.
 //!
-//! Left to the library: HTTP, TLS, and the addresses tried one after the other. Here is what a kubeconfig asks for beyond that
-//! (the name in the certificate may be another than the server's), and what an operator reads when the server gives no answer.
+//! The library does HTTP and TLS, and tries the addresses one after the other. This file adds what a kubeconfig needs
+//! beyond that (the name in the certificate may differ from the server's name) and error texts for the operator if the
+//! server gives no answer.
 
 use std::io::{self, Read};
 use std::net::{IpAddr, SocketAddr};
@@ -23,37 +24,40 @@ use ureq::{Agent, Body, Timeout};
 use super::kubeconfig::Server;
 use crate::error::{Code, Error, Result};
 
-/// Most that is read of its head.
+/// How many bytes of an answer's header are read at most.
 const MAX_HEAD_BYTES: usize = 16 << 10;
 
-/// What is asked for, and how much of an answer is waited for.
+/// The path that is asked for, and the bounds on the answer.
 pub(super) struct Question<'a> {
-    /// Below the server's path, with its parameters.
+    /// The path below the server's own path, with its parameters.
     pub(super) path: &'a str,
     pub(super) accept: &'a str,
-    /// Of a list this bounds a refusal alone.
+    /// The bound on the body. For a list it applies to an error answer only.
     pub(super) max_body_bytes: u64,
-    /// Until the answer's body begins.
+    /// The time until the body begins.
     pub(super) time_until_body: Duration,
-    /// Until it ends.
+    /// The time until the body ends.
     pub(super) time: Duration,
 }
 
-/// Status and body.
+/// The status and the body.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Answer {
     pub(super) status: u16,
     pub(super) body: Vec<u8>,
 }
 
+/// Asks a question and returns the whole answer.
+///
 /// # Errors
-/// Also an answer too long, or not of HTTP.
+/// Besides a failed call: the answer is too long or is not HTTP.
 pub(super) fn get(server: &Server, question: &Question<'_>) -> Result<Answer> {
     let answer = call(server, question)?;
     whole(answer, question).map_err(|cause| explained(cause, question))
 }
 
-/// What `read` makes of a body as it comes, or an answer that is a refusal.
+/// Asks a question and passes the body to `read` as it arrives. The inner error is an answer with another status than
+/// 200.
 ///
 /// # Errors
 /// Those of [`get`].
@@ -75,7 +79,7 @@ fn whole(mut answer: Response<Body>, question: &Question<'_>) -> Result<Answer, 
     Ok(Answer { status: answer.status().as_u16(), body })
 }
 
-/// Asks; the body is still to be read.
+/// Sends the question. The caller reads the body.
 fn call(server: &Server, question: &Question<'_>) -> Result<Response<Body>> {
     let Question { path, accept, max_body_bytes: _, time_until_body, time } = *question;
     let config = Agent::config_builder()
@@ -87,7 +91,7 @@ fn call(server: &Server, question: &Question<'_>) -> Result<Response<Body>> {
         .max_redirects(0)
         .max_redirects_will_error(false)
         .https_only(true)
-        // Else it would be the one of the environment.
+        // Otherwise ureq would take the proxy from the environment.
         .proxy(None)
         .max_response_header_size(MAX_HEAD_BYTES)
         .max_idle_connections(0)
@@ -97,7 +101,7 @@ fn call(server: &Server, question: &Question<'_>) -> Result<Response<Body>> {
         .build();
     let host = Host { name: server.host.clone(), port: server.port };
     let agent = Agent::with_parts(config, Tcp.chain(RustlsConnector::default()), host);
-    // The URI's host is the name that the certificate has to be for; where the server is, Host knows.
+    // The host in the URI is the name that the certificate must be for. `Host` has the server's real address.
     let uri = Uri::builder().scheme("https").authority(server.authority_of(server.certificate_name()));
     let uri = uri.path_and_query(format!("{}{path}", server.path)).build();
     let uri = uri.map_err(|cause| Error::because(Code::Config, "put the URL together", cause))?;
@@ -108,7 +112,7 @@ fn call(server: &Server, question: &Question<'_>) -> Result<Response<Body>> {
     request.call().map_err(|cause| explained(cause, question))
 }
 
-/// Where the server is, whatever name is in its certificate.
+/// The server's name or address and its port, independent of the name in its certificate.
 #[derive(Debug)]
 struct Host {
     name: String,
@@ -125,7 +129,7 @@ impl Resolver for Host {
         crate::sys::look_up_names_without_plugins();
         let there =
             Uri::builder().scheme("https").authority(format!("{}:{}", self.name, self.port)).path_and_query("/");
-        // In a thread of its own, which is left behind when the time is over.
+        // The resolver runs in a thread of its own, which is left behind when the time is over.
         DefaultResolver::default().resolve(&there.build()?, config, timeout).map_err(|cause| {
             let text = format!("find the address of {} in /etc/hosts or by the servers of /etc/resolv.conf", self.name);
             failed(text, cause)
@@ -133,7 +137,7 @@ impl Resolver for Host {
     }
 }
 
-/// TCP as ureq has it, with the addresses in its errors.
+/// ureq's TCP connector, with the addresses added to its errors.
 #[derive(Debug)]
 struct Tcp;
 
@@ -148,7 +152,7 @@ impl Connector for Tcp {
     }
 }
 
-/// ureq's error of a step that has a name.
+/// Wraps an error of ureq with the name of the failed step.
 fn failed(step: String, cause: ureq::Error) -> ureq::Error {
     ureq::Error::Other(match cause {
         ureq::Error::Io(cause) => Error::because(Code::ApiServer, step, cause).into(),
@@ -165,7 +169,7 @@ fn tls(server: &Server) -> Result<TlsConfig> {
     let mut tls = TlsConfig::builder().unversioned_rustls_crypto_provider(provider.clone());
     tls = match &server.authority_pem {
         Some(pem) => tls.root_certs(authorities(pem)?),
-        // `insecure-skip-tls-verify`: the administrator says so.
+        // `insecure-skip-tls-verify`: the administrator has asked for it.
         None => tls.disable_verification(true),
     };
     if let Some((certificates, key)) = &server.client {
@@ -176,7 +180,7 @@ fn tls(server: &Server) -> Result<TlsConfig> {
 
 fn authorities(pem: &[u8]) -> Result<RootCerts> {
     let certificates = certificates_of(pem, "certificate-authority")?;
-    // Some of a bundle may be what rustls cannot read, which leaves them out; one has to be left.
+    // rustls leaves out certificates of a bundle that it cannot parse; at least one must be left.
     if RootCertStore::empty().add_parsable_certificates(certificates.iter().cloned()).0 == 0 {
         return Err(Error::new(Code::Config, "its certificate-authority holds no certificate that can be read"));
     }
@@ -188,7 +192,7 @@ fn client(certificates: &[u8], key_pem: &[u8], provider: &CryptoProvider) -> Res
     let no_key = "its client-key is no PEM of a key";
     let key = PrivateKeyDer::from_pem_slice(key_pem).map_err(|cause| Error::because(Code::Config, no_key, cause))?;
     let certificates = for_ureq(&chain);
-    // ureq panics where these are no pair that rustls can use.
+    // ureq panics if rustls cannot use the certificate and the key as a pair.
     CertifiedKey::from_der(chain, key, provider)
         .map_err(|cause| Error::because(Code::Config, "its client-certificate and client-key", cause))?;
     let key = PrivateKey::from_pem(key_pem).map_err(|cause| Error::because(Code::Config, no_key, cause))?;
@@ -205,7 +209,7 @@ fn for_ureq(certificates: &[CertificateDer<'_>]) -> Vec<Certificate<'static>> {
     certificates.iter().map(|certificate| Certificate::from_der(certificate).to_owned()).collect()
 }
 
-/// What went wrong, with what an operator can do about it.
+/// The error of a call, with a remedy for the operator.
 fn explained(cause: ureq::Error, question: &Question<'_>) -> Error {
     let text = match &cause {
         ureq::Error::Timeout(step) => {

@@ -1,7 +1,7 @@
-//! What is kept of the labels or annotations of a pod. A tenant may write a quarter of a megabyte of annotations on each, and a node has
-//! hundreds of pods: what can be no limit is not kept.
+//! The part of a pod's labels or annotations that is kept in memory. A tenant may write a quarter of a megabyte of
+//! annotations on each pod, and a node has hundreds of pods. Values that cannot be a limit are not kept.
 //!
-//! A long value is no rate. What is kept of it is enough for the error that says so.
+//! A long value cannot be a rate. Only its beginning is kept, for the error text.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -11,14 +11,15 @@ use serde::de::{Deserialize, Deserializer, Error, IgnoredAny, MapAccess, Visitor
 use super::MIRROR;
 use crate::direction::Direction;
 
-/// Most characters of a value.
+/// How many characters of a value are kept.
 const MAX_CHARACTERS: usize = 256;
-/// Most bytes of all keys and values that the configuration may mean (`rateKey`). Podshaper's own are kept beside them.
+/// How many bytes of keys and values are kept for keys that the configuration may name (`rateKey`). Podshaper's own
+/// keys do not count.
 const MAX_BYTES: usize = 64 << 10;
-/// Stands in the place of what is left out: a part of a number must not be taken for the number.
+/// Replaces the rest of a cut value: a part of a number must not be taken for the number.
 const LEFT_OUT: &str = "...";
 
-/// By their keys.
+/// The kept values, by key.
 #[derive(Debug, Default)]
 pub(super) struct Kept(pub(super) BTreeMap<String, String>);
 
@@ -56,7 +57,7 @@ impl<'de> Visitor<'de> for Members {
     }
 }
 
-/// A value, or its beginning.
+/// A value, or its first characters.
 struct Short(String);
 
 impl<'de> Deserialize<'de> for Short {

@@ -1,7 +1,7 @@
-//! A kubeconfig: where the API server is, how to know it, and what to show it.
+//! A kubeconfig: where the API server is, how to verify it, and which credentials to present.
 //!
-//! As client-go reads it (`staging/src/k8s.io/client-go/tools/clientcmd/api/v1/types.go`), less what would start programs in the
-//! middle of an ADD (exec, auth-provider) or speak for somebody else.
+//! The file is read as by client-go (`staging/src/k8s.io/client-go/tools/clientcmd/api/v1/types.go`), without the parts
+//! that would start programs during an ADD (exec, auth-provider) or act as another user.
 
 use std::fs::File;
 use std::io::Read;
@@ -16,23 +16,23 @@ use ureq::http::uri::Scheme;
 
 use crate::error::{Code, Error, Result, quoted};
 
-/// Most that is read of the kubeconfig, and of each file it names.
+/// How much is read at most of the kubeconfig, and of each file that it names.
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
 /// The API server, and this node's credentials.
 pub(super) struct Server {
-    /// As it stands in the kubeconfig, for messages.
+    /// The URL as written in the kubeconfig, for messages.
     pub(super) url: String,
-    /// Name or address, without brackets.
+    /// The name or address, without brackets.
     pub(super) host: String,
     pub(super) port: u16,
-    /// What the URL has behind the authority, without a slash at the end.
+    /// The part of the URL after the authority, without a slash at the end.
     pub(super) path: String,
-    /// The name in its certificate, where that is not `host`.
+    /// The name in the server's certificate, if it differs from `host`.
     pub(super) tls_name: Option<String>,
-    /// PEM. None: any certificate will do (`insecure-skip-tls-verify`).
+    /// The authorities' certificates as PEM. `None`: any certificate is accepted (`insecure-skip-tls-verify`).
     pub(super) authority_pem: Option<Vec<u8>>,
-    /// PEM of certificate and key.
+    /// The client's certificate and key as PEM.
     pub(super) client: Option<(Vec<u8>, Vec<u8>)>,
     pub(super) token: Option<String>,
 }
@@ -105,6 +105,8 @@ struct User {
 }
 
 impl Server {
+    /// Reads a kubeconfig.
+    ///
     /// # Errors
     /// [`Code::Config`], naming the file and the key.
     pub(super) fn read(path: &Path) -> Result<Self> {
@@ -113,7 +115,7 @@ impl Server {
         Self::parse(&bytes, path.parent().unwrap_or(Path::new("/"))).map_err(named)
     }
 
-    /// Files that the text names are relative to `directory`.
+    /// Parses a kubeconfig. The files that the text names are relative to `directory`.
     pub(super) fn parse(text: &[u8], directory: &Path) -> Result<Self> {
         let decoded =
             serde_norway::from_slice(text).map_err(|cause| Error::because(Code::Config, "it is no kubeconfig", cause));
@@ -162,17 +164,17 @@ impl Server {
         })
     }
 
-    /// The name or address that the server's certificate has to be for.
+    /// The name or address that the server's certificate must be for.
     pub(super) fn certificate_name(&self) -> &str {
         self.tls_name.as_ref().unwrap_or(&self.host)
     }
 
-    /// Host and port as HTTP writes them.
+    /// Host and port in the form that HTTP uses.
     pub(super) fn authority(&self) -> String {
         self.authority_of(&self.host)
     }
 
-    /// Another host's name and this port, likewise.
+    /// Another host's name with this port, in the form that HTTP uses.
     pub(super) fn authority_of(&self, host: &str) -> String {
         let port = self.port;
         if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
@@ -183,7 +185,7 @@ fn wrong(text: impl Into<String>) -> Error {
     Error::new(Code::Config, text)
 }
 
-/// What would be silently left out, and is not the same without it.
+/// Refuses settings that podshaper does not support and must not ignore silently.
 fn refuse(cluster: &Cluster, user: &User) -> Result<()> {
     let advice =
         "give podshaper a kubeconfig of its own with a token or a client certificate (install/labels-rbac.yaml)";
@@ -203,13 +205,13 @@ fn refuse(cluster: &Cluster, user: &User) -> Result<()> {
     Ok(())
 }
 
-/// `https://host[:port][/path]`. Whatever else a URL can hold has no meaning here.
+/// Splits `https://host[:port][/path]`. The other parts that a URL can have are refused.
 fn split(url: &str) -> Result<(String, u16, String)> {
     let no_url = || wrong(format!("its server {} is not of the form https://HOST:PORT", quoted(url)));
     let uri = url.parse::<Uri>().map_err(|_| no_url())?;
     let authority = uri.authority().filter(|_| uri.scheme() == Some(&Scheme::HTTPS)).ok_or_else(no_url)?;
     let (host, port) = (authority.host(), authority.port_u16());
-    // Else it has a user, or a port that is no number.
+    // Otherwise the URL has a user, or a port that is not a number.
     let plain = authority.as_str() == port.map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"));
     if host.is_empty() || !plain || uri.query().is_some() {
         return Err(no_url());
@@ -218,7 +220,7 @@ fn split(url: &str) -> Result<(String, u16, String)> {
     Ok((bare.to_owned(), port.unwrap_or(443), uri.path().trim_end_matches('/').to_owned()))
 }
 
-/// PEM from base64 in the kubeconfig, which counts first, or from a file.
+/// PEM from base64 in the kubeconfig, which has precedence, or from a file.
 fn material(key: &str, data: Option<String>, path: Option<String>, directory: &Path) -> Result<Option<Vec<u8>>> {
     let data = data.filter(|data| !data.is_empty());
     if let Some(data) = data {
@@ -232,7 +234,7 @@ fn material(key: &str, data: Option<String>, path: Option<String>, directory: &P
     path.map(read).transpose()
 }
 
-/// A file counts before what is written in the kubeconfig, since tokens are renewed in files.
+/// A token. The file has precedence over the text in the kubeconfig, since tokens are renewed in files.
 fn token(text: Option<String>, path: Option<String>, directory: &Path) -> Result<Option<String>> {
     let text = match path.filter(|path| !path.is_empty()) {
         Some(path) => {
@@ -243,7 +245,7 @@ fn token(text: Option<String>, path: Option<String>, directory: &Path) -> Result
         None => text,
     };
     let token = text.map(|text| text.trim().to_owned()).filter(|token| !token.is_empty());
-    // It becomes a part of a header's line.
+    // The token becomes a part of a header line.
     if token.as_ref().is_some_and(|token| !token.bytes().all(|byte| byte.is_ascii_graphic())) {
         return Err(wrong("its token has other than printable characters"));
     }

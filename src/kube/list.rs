@@ -1,7 +1,8 @@
-//! A list of objects, read as it comes: each is handed on before the next is read, and what is not asked of it is not kept.
+//! A list of objects, read as it arrives. Each object is handed on before the next one is read, and fields that are not
+//! needed are not kept.
 //!
-//! The bound is one of each object, not one of the list: the objects are many tenants', and none of them may make the list too long
-//! for the others.
+//! The size of each object is bounded, and not the size of the list: the objects belong to many tenants, and no tenant
+//! must be able to make the list too long for the others.
 
 use std::cell::Cell;
 use std::fmt;
@@ -10,12 +11,13 @@ use std::marker::PhantomData;
 
 use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-/// Most that is read of one object. etcd takes no object above 1.5 MiB, which are six times as many bytes where Go escapes each (`<`).
+/// How much is read of one object. etcd accepts no object above 1.5 MiB; the JSON is up to six times as long where Go
+/// escapes each byte (`<`).
 const MAX_OBJECT_BYTES: u64 = 16 << 20;
-/// What is read at once.
+/// The size of the read buffer.
 const BUFFER_BYTES: usize = 64 << 10;
 
-/// Reads a list of objects of a kind. The inner error is an answer that is no such list.
+/// Reads a list of objects of one kind. The inner error means that the answer is not such a list.
 ///
 /// # Errors
 /// Those of the reader.
@@ -36,7 +38,7 @@ pub(super) fn read<T: DeserializeOwned>(
     }
 }
 
-/// A body of which so many bytes may still be read.
+/// A reader that returns at most the given number of further bytes.
 struct Bounded<'a> {
     body: &'a mut dyn Read,
     left: &'a Cell<u64>,
@@ -54,7 +56,7 @@ impl Read for Bounded<'_> {
     }
 }
 
-/// The list, whose `items` are handed on.
+/// The list; its `items` are handed on one by one.
 struct List<'a, T> {
     left: &'a Cell<u64>,
     take: &'a mut dyn FnMut(T),
@@ -99,7 +101,7 @@ impl<'de, T: DeserializeOwned> Visitor<'de> for Items<'_, T> {
         f.write_str("objects")
     }
 
-    /// An API server writes null for none.
+    /// An API server writes null for an empty list.
     fn visit_none<E: Error>(self) -> Result<(), E> {
         Ok(())
     }

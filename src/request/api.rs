@@ -1,4 +1,4 @@
-//! When the API server is asked, and what a call makes of no answer; asking is [`crate::kube`]'s.
+//! When the API server is asked, and what a call does without an answer. [`crate::kube`] does the asking.
 
 use std::fs::File;
 
@@ -8,10 +8,11 @@ use crate::error::{Code, Error, Result};
 use crate::kube::{self, Labels, Metadata, Pod};
 
 impl Request {
-    /// The pod as the API server has it; None if nobody is to be asked, or, with `onApiError: ignore`, nobody answered.
+    /// The pod's metadata from the API server. `None` if no server is configured, or if it does not answer and
+    /// `onApiError` is `ignore`.
     pub(super) fn ask_api_server(&self) -> Result<Option<Metadata>> {
         let Some(kubeconfig) = &self.config.kubeconfig else { return Ok(None) };
-        // Other than Kubernetes name no pod.
+        // Orchestrators other than Kubernetes name no pod.
         let (Some(namespace), Some(name)) = (&self.pod_namespace, &self.pod_name) else { return Ok(None) };
         let answer = self.pod_uid().and_then(|uid| kube::metadata(kubeconfig, Pod { namespace, name, uid }));
         match (answer, self.config.on_api_error) {
@@ -23,7 +24,8 @@ impl Request {
         }
     }
 
-    /// The labels of the pod's namespace; None where nobody is to be asked, or, with `onApiError: ignore`, nobody answered.
+    /// The labels of the pod's namespace. `None` if no server is configured, or if it does not answer and `onApiError`
+    /// is `ignore`.
     pub(super) fn ask_for_namespace(&self, namespace: &str) -> Result<Option<Labels>> {
         let Some(kubeconfig) = &self.config.kubeconfig else { return Ok(None) };
         match (kube::labels_of_namespace(kubeconfig, namespace), self.config.on_api_error) {
@@ -35,8 +37,8 @@ impl Request {
         }
     }
 
-    /// Whether the kubeconfig is there, where an ADD fails without it. What is in it, and whether the server answers, is found when it
-    /// is asked: STATUS may not wait for a server.
+    /// Whether the kubeconfig exists, if an ADD would fail without it. The content of the kubeconfig, and whether the
+    /// server answers, only shows when the server is asked; STATUS must not wait for a server.
     ///
     /// # Errors
     /// [`Code::Unavailable`] with the reason.
@@ -46,12 +48,13 @@ impl Request {
         File::open(path).map(drop).map_err(|cause| Error::because(Code::Unavailable, text(), cause))
     }
 
-    /// Whether the API server tells the labels of namespaces, where they count: not every user may get them, and kubelet's may not.
+    /// Whether the API server returns the labels of namespaces, if these labels matter. Not every user may read them,
+    /// and kubelet's may not.
     ///
     /// # Errors
-    /// Those of every ADD, and of each sync.
+    /// Those of every ADD and of each sync.
     pub fn check_namespaces(&self) -> Result<()> {
-        /// Every cluster has it.
+        /// Every cluster has this namespace.
         const NAMESPACE: &str = "default";
         let Config { kubeconfig: Some(kubeconfig), policy, .. } = &self.config else { return Ok(()) };
         if !policy.asks_for_labels() {

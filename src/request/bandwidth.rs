@@ -1,6 +1,7 @@
 //! `runtimeConfig.bandwidth`: the limit as the runtime passes it, the capability `bandwidth` of the CNI conventions.
 //!
-//! Numbers, in bits. A rate of 0 is no rate, and three different numbers are no burst. Neither exists beyond this file.
+//! All values are numbers of bits. A rate of 0 means no rate, and three different numbers mean no burst. These special
+//! values do not leave this file.
 
 use serde::Deserialize;
 use serde_json::value::RawValue;
@@ -10,10 +11,10 @@ use crate::direction::Direction;
 use crate::error::{Code, Error, Result, quoted};
 use crate::units::{Burst, Rate};
 
-/// Burst in bits that means "not set": what kubelet (2^31-1) and containerd (2^32-1) put there, and nothing.
+/// Bursts in bits that mean "not set": 0, kubelet's value (2^31-1) and containerd's (2^32-1).
 const UNSET_BURSTS: [u64; 3] = [0, i32::MAX as u64, u32::MAX as u64];
 
-/// containerd spells the keys as Go does, CRI-O as the CNI conventions do.
+/// containerd spells the keys like Go fields, CRI-O as the CNI conventions do.
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Bandwidth {

@@ -4,20 +4,20 @@
 //! | --- | --- | --- |
 //! | `egress`, `ingress` | rate of pods that ask for none: quantity, or number of bits/s | unlimited |
 //! | `egressBurst`, `ingressBurst` | their bursts: quantity or number, bits | 5 ms, 10 packets at least |
-//! | `max` | `{"egress", "ingress"}`: no pod gets more, whatever it asks for, and one that asks for nothing gets this | none |
+//! | `max` | `{"egress", "ingress"}`: the cap for every pod, and the rate of a pod that asks for none | none |
 //! | `namespaces` | list of rates and `max` by namespace: see `policy.rs` | none |
 //! | `rateKey` | annotation that holds whole megabytes/s; `""` for none | `rate` |
 //! | `exemptSubnets`, `shapedSubnets` | remote addresses that are not limited, that are: see `subnets.rs` | none, all |
-//! | `otherPaths` | whether what passes by other paths than the pod's sockets is held: true, false | true |
+//! | `otherPaths` | whether packets that do not pass the pod's sockets are limited: true, false | true |
 //! | `cgroupPath` | below the cgroup2 mount, for runtimes that pass no UID; `{containerID}` is replaced | none |
-//! | `kubeconfig` | whom to ask for annotations and labels: absolute path | nobody |
-//! | `onApiError` | what an ADD does that gets no answer: fail, ignore | fail |
-//! | `delegate` | written by `install --delegate`: [`Delegation`] | none: podshaper is one plugin of the network's list |
+//! | `kubeconfig` | API server to ask for annotations and labels: absolute path | none is asked |
+//! | `onApiError` | what an ADD does if the API server does not answer: fail, ignore | fail |
+//! | `delegate` | written by `install --delegate`: [`Delegation`] | none: one plugin of the network's list |
 //! | `logFile`, `logLevel` | absolute path; off, error, warn, info, debug, trace | stderr, info |
 //!
-//! A key that nobody knows is an error to `install` and `doctor` and a warning of each ADD ([`UnknownKey`]): most often it is one of these,
-//! misspelt. In `max` it is an error of each ADD.
-//! Rates are decoded when a limit is asked for, everything else at once.
+//! An unknown key is an error for `install` and `doctor`, and a warning at each ADD ([`UnknownKey`]): most often it is
+//! a misspelling of a key above. An unknown key in `max` is an error at each ADD. Rates are decoded when a limit is
+//! asked for, all other keys at once.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -57,7 +57,8 @@ const OURS: [&str; 19] = [
     "namespaces",
     DELEGATE,
 ];
-/// Keys that the configuration of any plugin may have (SPEC.md, "Plugin configuration objects", "Deriving execution configuration").
+/// Keys that the configuration of any plugin may have (SPEC.md, "Plugin configuration objects", "Deriving execution
+/// configuration").
 const OF_ANY_PLUGIN: [&str; 12] = [
     "cniVersion",
     "cniVersions",
@@ -73,21 +74,22 @@ const OF_ANY_PLUGIN: [&str; 12] = [
     "disableCheck",
 ];
 
-/// The key of a [`Delegation`].
+/// The key that holds a [`Delegation`].
 pub const DELEGATE: &str = "delegate";
 
-/// podshaper is the only plugin of its list, and calls those of the network's list itself, as that stands at each call.
+/// Podshaper is the only plugin of its list. At each call podshaper reads the network's list and calls the plugins of
+/// that list itself.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Delegation {
-    /// Where the network's list is: no call of a runtime says from which directory its configuration comes.
+    /// The directory of the network's list. A runtime does not pass the directory of its configuration.
     pub directory: PathBuf,
-    /// Whether the network's bandwidth plugin is left out: one limit is enough.
+    /// Whether the network's bandwidth plugin is left out, so that a pod has only one limit.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub replace_bandwidth: bool,
 }
 
-/// A key that nobody knows.
+/// A key that neither podshaper nor the specification defines.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnknownKey {
     pub(super) key: String,
@@ -100,14 +102,14 @@ impl fmt::Display for UnknownKey {
     }
 }
 
-/// Those of a configuration's keys that nobody knows.
+/// The unknown ones among a configuration's keys.
 pub(super) fn unknown<'a>(keys: impl IntoIterator<Item = &'a String>) -> Vec<UnknownKey> {
     let is_known = |key: &str| OURS.contains(&key) || OF_ANY_PLUGIN.contains(&key) || is_foreign(key);
     let unknown = keys.into_iter().filter(|key| !is_known(key)).cloned();
     unknown.map(|key| UnknownKey { key, known: &OURS }).collect()
 }
 
-/// What a slash or an underscore marks as somebody else's, or as a comment.
+/// Whether a slash or an underscore marks the key as another program's, or as a comment.
 pub(super) fn is_foreign(key: &str) -> bool {
     key.contains('/') || key.starts_with(['_', '#'])
 }
@@ -115,15 +117,15 @@ pub(super) fn is_foreign(key: &str) -> bool {
 /// The plugin's own configuration.
 #[derive(Debug)]
 pub struct Config {
-    /// `logFile`; None is stderr.
+    /// `logFile`; `None` means stderr.
     pub log_file: Option<PathBuf>,
     /// `logLevel`.
     pub log_level: LevelFilter,
-    /// `rateKey`; None when switched off.
+    /// `rateKey`; `None` if switched off.
     pub rate_key: Option<String>,
     /// `cgroupPath`, with this call's container id in it; see [`super::Request::cgroup_hint`].
     pub cgroup_path: Option<PathBuf>,
-    /// `kubeconfig`; None to ask no API server.
+    /// `kubeconfig`; `None` if no API server is asked.
     pub kubeconfig: Option<PathBuf>,
     /// `onApiError`.
     pub on_api_error: OnApiError,
@@ -136,18 +138,18 @@ pub struct Config {
     pub(super) policy: Policy,
 }
 
-/// What a call does that the API server does not answer.
+/// What a call does if the API server does not answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnApiError {
-    /// It fails. The default: a pod that asks for a limit by label must not run without one because nobody could be asked, and
-    /// kubelet tries again.
+    /// The call fails. This is the default: a pod that asks for a limit by label must not run without the limit because
+    /// the server did not answer. kubelet tries again.
     #[default]
     Fail,
-    /// It goes on as if the pod had neither labels nor annotations there.
+    /// The call goes on as if the pod had neither labels nor annotations.
     Ignore,
 }
 
-/// The keys as they stand in stdin; null is like absent.
+/// The keys as they stand in stdin; null counts as absent.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Keys {
@@ -161,7 +163,8 @@ pub(super) struct Keys {
     exempt_subnets: Option<Box<RawValue>>,
     shaped_subnets: Option<Box<RawValue>>,
     other_paths: Option<Box<RawValue>>,
-    // The aliases, here and above, are the bandwidth plugin's keys, which mean the same; a conflist may be carried over from it.
+    // The aliases, here and above, are the bandwidth plugin's keys, which mean the same. So the keys can be copied from
+    // its entry.
     #[serde(alias = "egressRate")]
     egress: Option<Box<RawValue>>,
     #[serde(alias = "ingressRate")]
@@ -170,11 +173,11 @@ pub(super) struct Keys {
     ingress_burst: Option<Box<RawValue>>,
     max: Option<Box<RawValue>>,
     namespaces: Option<Box<RawValue>>,
-    // The name is `DELEGATE`.
+    // The name of this key is `DELEGATE`.
     delegate: Option<Box<RawValue>>,
 }
 
-/// The lists that the bandwidth plugin takes beside a pod's rates, too.
+/// The lists that the bandwidth plugin accepts beside a pod's rates.
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Lists {
@@ -183,10 +186,10 @@ struct Lists {
 }
 
 impl Keys {
-    /// With the lists of `runtimeConfig.bandwidth`, if there are none of the configuration's: so the bandwidth plugin has it.
+    /// Takes the lists of `runtimeConfig.bandwidth` if the configuration has none, as the bandwidth plugin does.
     pub(super) fn complete(&mut self, bandwidth: Option<&RawValue>) {
         if self.exempt_subnets.is_none() && self.shaped_subnets.is_none() {
-            // What is wrong with it is told where the rates are read.
+            // Malformed JSON is reported where the rates are read.
             let lists = bandwidth.and_then(|raw| serde_json::from_str::<Lists>(raw.get()).ok()).unwrap_or_default();
             (self.exempt_subnets, self.shaped_subnets) = (lists.unshaped_subnets, lists.shaped_subnets);
         }
@@ -194,7 +197,7 @@ impl Keys {
 }
 
 impl Config {
-    /// Decodes every key but the rates.
+    /// Decodes every key except the rates.
     pub(super) fn read(keys: Keys, container_id: Option<&str>, tolerance: &mut Tolerance) -> Result<Self> {
         let Keys { log_file, log_level, rate_key, cgroup_path, kubeconfig, on_api_error, .. } = keys;
         let Keys { exempt_subnets, shaped_subnets, other_paths, delegate, .. } = keys;
@@ -228,7 +231,7 @@ impl Config {
                 .unwrap_or_default(),
             subnets: tolerance.weigh(Subnets::read(exempt_subnets, shaped_subnets))?,
             other_paths: tolerance.weigh(switch("otherPaths", other_paths))?.unwrap_or(true),
-            // Not forgiven a DEL: it would leave what the network's plugins have made.
+            // An error here is not forgiven for a DEL: the DEL would leave behind what the network's plugins have made.
             delegate: delegation(delegate)?,
             policy: tolerance.weigh(Policy::read(rates, namespaces, has_kubeconfig))?,
         })
@@ -305,7 +308,7 @@ mod tests {
         assert_eq!((plain.on_api_error, request.config.on_api_error), (OnApiError::Fail, OnApiError::Ignore));
         assert_eq!((request.config.log_level, request.config.rate_key.as_deref()), (LevelFilter::Debug, None));
         assert_eq!(request.config.subnets.entries().count(), 2 + 1);
-        // The configured cgroup is for pods without a UID only.
+        // The configured cgroup is only for pods without a UID.
         assert_eq!(request.cgroup_hint(), Some(Path::new("/machine.slice/libpod-c1.scope")));
         assert_eq!(add("K8S_POD_UID=u", &config(keys)).unwrap().cgroup_hint(), None);
     }
@@ -314,7 +317,7 @@ mod tests {
     fn every_key_is_known_and_a_misspelt_one_is_not() {
         let keys = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
         let unknown = |names: &[&str]| unknown(&keys(names)).into_iter().map(|key| key.key).collect::<Vec<_>>();
-        // Each is a field or an alias of one: with two values it is there twice.
+        // Each key is a field or an alias of a field, so giving a key twice is a duplicate-field error.
         for key in OURS {
             let twice = format!(r#"{{"{key}": null, "{key}": null}}"#);
             assert!(serde_json::from_str::<Keys>(&twice).is_err(), "{key}");

@@ -1,7 +1,7 @@
 //! The `CNI_*` variables of a call, and the pairs that a runtime puts into `CNI_ARGS`.
 //!
-//! Which variables a verb needs is SPEC.md, "CNI operations". An empty variable is an unset one, as in the reference
-//! implementation: runtimes call the later DELs of a sandbox with `CNI_NETNS=`.
+//! SPEC.md, "CNI operations", says which variables a verb needs. An empty variable counts as unset, as in the reference
+//! implementation: runtimes repeat the DEL of a sandbox with `CNI_NETNS=`.
 
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ use super::{Endpoint, MAX_PATH_BYTES, Subject, Tolerance};
 use crate::error::{Code, Error, Result, quoted};
 use crate::pod::{PodKey, container_id, interface_name, object_name};
 
-/// The variables as they were set.
+/// The variables as set in the environment.
 #[derive(Clone, Debug, Default)]
 pub struct Env {
     /// `CNI_COMMAND`
@@ -30,7 +30,7 @@ pub struct Env {
     pub path: Option<OsString>,
 }
 
-/// What the variables say.
+/// The content of the variables.
 pub(super) struct Call {
     pub(super) subject: Subject,
     pub(super) netns: Option<PathBuf>,
@@ -47,7 +47,7 @@ impl Env {
         Self { command, container_id, netns, ifname, args, path }
     }
 
-    /// The verb; None when no runtime is calling.
+    /// The verb; `None` if the caller is not a runtime.
     ///
     /// # Errors
     /// `CNI_COMMAND` is not one of the specification's.
@@ -83,13 +83,13 @@ impl Env {
         Ok(Call { subject, netns, pod_namespace, pod_name, args })
     }
 
-    /// Names every variable that `cmd` needs and that is not set.
+    /// Returns an error that names every variable that `cmd` needs and that is not set.
     fn require(&self, cmd: Cmd) -> Result<()> {
         let needed: &[(&str, &Option<OsString>)] = match cmd {
             Cmd::Add | Cmd::Check => {
                 &[(CNI_CONTAINERID, &self.container_id), (CNI_NETNS, &self.netns), (CNI_IFNAME, &self.ifname)]
             }
-            // The specification wants DEL to complete when the namespace is gone.
+            // The specification requires DEL to succeed when the namespace is gone.
             Cmd::Del => &[(CNI_CONTAINERID, &self.container_id), (CNI_IFNAME, &self.ifname)],
             Cmd::Gc => &[(CNI_PATH, &self.path)],
             Cmd::Status | Cmd::Version => &[],
@@ -111,14 +111,14 @@ impl Env {
     }
 }
 
-/// A variable as text; None when unset or empty.
+/// A variable as text; `None` if unset or empty.
 fn utf8<'a>(name: &str, value: Option<&'a OsStr>) -> Result<Option<&'a str>> {
     let Some(value) = value.filter(|value| !value.is_empty()) else { return Ok(None) };
     let shown = || quoted(&value.to_string_lossy());
     value.to_str().map(Some).ok_or_else(|| Error::new(Code::Environment, format!("{name}: {} is not UTF-8", shown())))
 }
 
-/// A key of `CNI_ARGS`, None when absent or empty.
+/// The value of a key of `CNI_ARGS`; `None` if absent or empty.
 fn arg<T>(args: &[(String, String)], key: &str, read: impl Fn(&str) -> Result<T>) -> Result<Option<T>> {
     let named = |error| Error::because(Code::Environment, format!("CNI_ARGS: {key}"), error);
     value(args, key).filter(|value| !value.is_empty()).map(read).transpose().map_err(named)
@@ -129,8 +129,8 @@ pub(super) fn value<'a>(args: &'a [(String, String)], key: &str) -> Option<&'a s
     args.iter().find(|(name, _)| name == key).map(|(_, value)| value.as_str())
 }
 
-/// Takes `CNI_ARGS` apart: `K=V;K=V`. Returns the pairs that are well formed, the first of each key, and what is wrong with
-/// the first that is not. Keys that nobody here knows are left alone, with and without `IgnoreUnknown`.
+/// Splits `CNI_ARGS`: `K=V;K=V`. Returns the well-formed pairs, the first of each key, and the error of the first
+/// malformed one. Unknown keys are ignored, with and without `IgnoreUnknown`.
 fn pairs(text: &str) -> (Vec<(String, String)>, Option<Error>) {
     let mut pairs: Vec<(String, String)> = Vec::new();
     let mut malformed = None;

@@ -1,14 +1,16 @@
-//! What the pod is limited to: for each direction the first of these sources that names a rate, then the cap.
+//! The pod's limits: for each direction the first of these sources that names a rate, then the cap.
 //!
-//! 1. `runtimeConfig.bandwidth`, what kubelet made of the two standard annotations
+//! 1. `runtimeConfig.bandwidth`, which kubelet makes of the two standard annotations
 //! 2. the pod's annotations, where the runtime passes them
-//! 3. `args.cni`, 4. `CNI_ARGS`: the same keys
-//! 5. the pod's annotations, then its labels, as the API server has them, if `kubeconfig` says to ask it
+//! 3. `args.cni`
+//! 4. `CNI_ARGS`: the same keys
+//! 5. the pod's annotations, then its labels, from the API server, if `kubeconfig` names one
 //! 6. `egress` and `ingress` of the configuration, else its `max`, both by the pod's namespace: see `policy.rs`
 //!
-//! A source below the first one that is set is not looked at: a tenant cannot break a pod by writing nonsense into a key
-//! that does not count. The keys of 2 to 5 are [`Direction::annotation`], in bits per second, and the ancestor's `rate`. The burst is looked
-//! for in the same order, as [`Direction::burst_annotation`], whichever source has named the rate.
+//! Sources after the first one that is set are not read: a tenant cannot break a pod with nonsense in a key that does
+//! not count. The keys of sources 2 to 5 are [`Direction::annotation`], in bits per second, and the ancestor project's
+//! `rate`. The burst is looked up in the same order, under [`Direction::burst_annotation`], whichever source has named
+//! the rate.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -23,17 +25,17 @@ use crate::error::{Code, Error, Result, quoted};
 use crate::kube::{Labels, Metadata};
 use crate::units::{Burst, Rate, UnitError};
 
-/// The limits of one attachment; None is unlimited.
+/// The limits of one attachment; `None` means unlimited.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
-    /// From the pod.
+    /// The limit of packets from the pod.
     pub egress: Option<Limit>,
-    /// To the pod.
+    /// The limit of packets to the pod.
     pub ingress: Option<Limit>,
 }
 
 impl Limits {
-    /// Whether there is nothing to do.
+    /// Whether neither direction is limited.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
@@ -50,15 +52,15 @@ impl Limits {
 /// The limit of one direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limit {
-    /// What the pod gets.
+    /// The rate that the pod gets.
     pub rate: Rate,
-    /// What it may send at once.
+    /// How much the pod may send at once.
     pub burst: Burst,
-    /// What was asked for; above `rate` if the administrator's `max` is less, which is worth a line in the log.
+    /// The rate that was asked for. It is above `rate` if the administrator's `max` is lower; then the log says so.
     pub asked: Rate,
     /// The administrator's `max` for this pod.
     pub max: Option<Rate>,
-    /// Who asked.
+    /// Where the rate was asked for.
     pub source: Source,
 }
 
@@ -74,19 +76,19 @@ impl Limit {
 pub enum Source {
     /// `runtimeConfig.bandwidth`
     RuntimeConfig,
-    /// An annotation, passed by the runtime.
+    /// An annotation, passed on by the runtime.
     Annotation,
     /// `args.cni`
     Args,
     /// `CNI_ARGS`
     CniArgs,
-    /// An annotation, asked for by podshaper.
+    /// An annotation, read from the API server.
     ApiAnnotation,
-    /// A label, likewise.
+    /// A label, read from the API server.
     ApiLabel,
     /// The plugin's configuration.
     Config,
-    /// A person's command.
+    /// A command of the operator.
     Operator,
 }
 
@@ -105,7 +107,7 @@ impl fmt::Display for Source {
     }
 }
 
-/// Where limits may be, undecoded.
+/// The sources that may hold limits, undecoded.
 #[derive(Debug)]
 pub(super) struct Sources {
     pub(super) bandwidth: Option<Box<RawValue>>,
@@ -119,14 +121,14 @@ struct Args {
     cni: Option<Box<RawValue>>,
 }
 
-/// What is asked for in one direction by the sources that were looked at so far.
+/// The rate and burst that the sources read so far ask for in one direction.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Asked {
     pub(super) rate: Option<(Rate, Source)>,
     pub(super) burst: Option<Burst>,
 }
 
-/// Both directions.
+/// Egress and ingress.
 type Both = [Asked; 2];
 
 impl Asked {
@@ -135,7 +137,7 @@ impl Asked {
     }
 }
 
-/// What stands at a key; errs with what stands there instead of a string.
+/// The value of a key; the error is the JSON value that stands there instead of a string.
 type Value<'a> = &'a dyn Fn(&str) -> Result<Option<String>, String>;
 
 impl Request {
@@ -145,7 +147,7 @@ impl Request {
     /// [`Code::Config`], naming source, key, value, reason and remedy.
     pub fn limits(&self) -> Result<Limits> {
         let mut asked = self.called_for()?;
-        // Nobody is asked for what is known.
+        // The API server is not asked if both rates are already known.
         if asked.iter().any(|asked| asked.rate.is_none())
             && let Some(pod) = self.ask_api_server()?
         {
@@ -155,7 +157,7 @@ impl Request {
         self.complete(&asked, &|namespace| self.ask_for_namespace(namespace))
     }
 
-    /// The same without the API server; of namespaces these labels are known.
+    /// The limits without asking the API server, with the given labels of namespaces.
     ///
     /// # Errors
     /// Those of [`Request::limits`].
@@ -163,9 +165,10 @@ impl Request {
         self.complete(&self.called_for()?, &|namespace| Ok(namespaces.get(namespace).cloned()))
     }
 
-    /// The limits that are asked for now, of a pod as the API server has it. On the interface that the annotations are about, they take
-    /// the place of what the runtime made of them at ADD; on another one the runtime was told of a limit in another way, and that
-    /// counts. Labels count where an ADD asks for them.
+    /// The limits that are asked for now, for a pod as the API server has it. On the interface that the annotations are
+    /// about, the annotations replace the limits that the runtime derived from them at ADD. On another interface the
+    /// limits of the runtime's call count, since they do not come from these annotations. Labels count where an ADD
+    /// reads them.
     ///
     /// # Errors
     /// Those of [`Request::limits`].
@@ -183,7 +186,8 @@ impl Request {
         self.complete(&asked, &|namespace| Ok(namespaces.get(namespace).cloned()))
     }
 
-    /// The limits that a pod's annotations ask for, as the API server has them, and nobody else, held to the administrator's `max`.
+    /// The limits that a pod's annotations on the API server ask for, capped by the administrator's `max`. No other
+    /// source counts.
     ///
     /// # Errors
     /// Those of [`Request::limits`].
@@ -195,26 +199,26 @@ impl Request {
         Ok(Limits { egress: egress.filter(|_| of_egress), ingress: ingress.filter(|_| of_ingress) })
     }
 
-    /// Whether the labels of namespaces say something about limits.
+    /// Whether limits depend on the labels of namespaces.
     pub fn asks_for_namespaces(&self) -> bool {
         self.config.policy.asks_for_labels()
     }
 
-    /// Source 6, for what nobody else has asked for, and the cap.
+    /// Applies source 6 where no other source has asked for a limit, and the cap.
     fn complete(&self, asked: &Both, labels: &dyn Fn(&str) -> Result<Option<Labels>>) -> Result<Limits> {
         let policy = self.config.policy.of(self.pod_namespace.as_deref(), labels)?;
         let complete = |direction: Direction| -> Result<Option<Limit>> {
             let Asked { rate, burst } = asked[direction.index() as usize];
             let most = policy.max(direction)?;
             let max = most.map(|most| most.rate);
-            // Nobody asks for more at once than the administrator allows, who may give it.
+            // A pod cannot get a larger burst than `max` allows. The configuration's default burst is not capped.
             let burst = burst.map(|burst| most.map_or(burst, |most| burst.min(most.burst)));
             let (rate, source, burst) = match rate {
                 Some((rate, source)) => (Some(rate), source, burst),
                 None => {
                     let default = policy.default(direction)?;
                     let given = default.and_then(|(_, burst)| burst);
-                    // No pod gets more than max, nor does one that asks for nothing.
+                    // `max` is also the rate of a pod that asks for none.
                     (default.map(|(rate, _)| rate).or(max), Source::Config, burst.or(given))
                 }
             };
@@ -227,18 +231,18 @@ impl Request {
         Ok(Limits { egress: complete(Direction::Egress)?, ingress: complete(Direction::Ingress)? })
     }
 
-    /// The first part of source 5.
+    /// Source 5, first part: the annotations.
     fn annotations(&self, pod: &Metadata, asked: &mut Both) -> Result<()> {
         check_own_keys(Source::ApiAnnotation, pod.annotations.keys())?;
         self.keys(Source::ApiAnnotation, &|key| Ok(pod.annotations.get(key).cloned()), asked)
     }
 
-    /// Its second part.
+    /// Source 5, second part: the labels.
     fn labels(&self, pod: &Metadata, asked: &mut Both) -> Result<()> {
         self.keys(Source::ApiLabel, &|key| Ok(pod.labels.get(key).cloned()), asked)
     }
 
-    /// Sources 1 to 4, which the call brings along.
+    /// Sources 1 to 4, which the call itself carries.
     fn called_for(&self) -> Result<Both> {
         let Sources { bandwidth, annotations, .. } = &self.sources;
         let mut asked = Both::default();
@@ -263,7 +267,7 @@ impl Request {
         self.keys(Source::CniArgs, &|key| Ok(env::value(cni_args, key).map(str::to_owned)), asked)
     }
 
-    /// The keys that sources 2 to 5 have in common, for what nobody has asked for yet.
+    /// Reads the keys that sources 2 to 5 have in common, as far as no earlier source has set them.
     fn keys(&self, source: Source, value: Value<'_>, asked: &mut Both) -> Result<()> {
         for (direction, asked) in Direction::BOTH.into_iter().zip(asked) {
             if asked.rate.is_none() {
@@ -286,7 +290,7 @@ impl Request {
     }
 }
 
-/// What stands at a key, as `parse` understands it.
+/// The value of a key, parsed by `parse`.
 fn read<T>(
     source: Source,
     key: &str,
@@ -303,7 +307,8 @@ fn read<T>(
     }
 }
 
-/// A key of podshaper's own prefix that nobody knows is most often misspelt: what was asked for by it would be ignored in silence.
+/// Refuses an unknown key with podshaper's own prefix. Such a key is most often misspelt, and its limit would be
+/// ignored silently.
 fn check_own_keys<'a>(source: Source, mut keys: impl Iterator<Item = &'a String>) -> Result<()> {
     let known = Direction::BOTH.map(Direction::burst_annotation);
     match keys.find(|key| key.starts_with(OWN_PREFIX) && !known.contains(&key.as_str())) {
@@ -315,13 +320,13 @@ fn check_own_keys<'a>(source: Source, mut keys: impl Iterator<Item = &'a String>
     }
 }
 
-/// What begins the keys that are podshaper's alone.
+/// The prefix of keys that only podshaper defines.
 const OWN_PREFIX: &str = "podshaper.io/";
 const QUANTITY: &str = "a rate (write bits per second, 1k to 1P, such as \"10M\")";
 const MEGABYTES: &str = "a rate (write whole megabytes per second, such as \"1M\")";
 const BURST: &str = "a burst (write bits, below 4 GiB, such as \"400k\")";
 
-/// The members of an object, undecoded: one that is not ours may be anything.
+/// The members of an object, undecoded: another program's member may hold any value.
 fn members(name: &str, raw: Option<&RawValue>) -> Result<BTreeMap<String, Box<RawValue>>> {
     raw.map_or(Ok(BTreeMap::new()), |raw| decode(name, raw))
 }
@@ -330,7 +335,7 @@ pub(super) fn decode<T: for<'de> Deserialize<'de>>(name: &str, raw: &RawValue) -
     json::object(raw.get()).map_err(|cause| Error::because(Code::Config, format!("decode {name}"), cause))
 }
 
-/// A member that should be a string. A number counts as its text, null as absent.
+/// A member that should be a string. A number counts as its text, null counts as absent.
 fn text(members: &BTreeMap<String, Box<RawValue>>, key: &str) -> Result<Option<String>, String> {
     match members.get(key).map(|raw| (raw.get(), json::string(raw))) {
         None | Some(("null", _)) => Ok(None),
@@ -363,7 +368,8 @@ pub(super) mod tests {
 
     #[test]
     fn the_first_source_that_is_set_counts_and_no_other_is_looked_at() {
-        // From last to first, each in front of all before; the wrong values are those that must not be looked at.
+        // From the last source to the first; each is put in front of all earlier ones. The malformed values are those
+        // that must not be read.
         let defaults = r#""egress": "7M", "ingress": 7000000, "egressBurst": "160k", "ingressBurst": 240000"#;
         let by_key = |value: &str| format!(r#"{{"kubernetes.io/egress-bandwidth": {value}, "rate": "nonsense"}}"#);
         let args = |value: &str| format!(r#""args": {{"cni": {}}}"#, by_key(value));

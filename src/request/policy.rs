@@ -1,5 +1,5 @@
-//! What the administrator allows and gives: rates of pods that ask for none, and the most that a pod gets, for all namespaces and, by
-//! their name or labels, for some.
+//! The administrator's policy: the rates of pods that ask for none, and the cap of every pod. Both can be set for all
+//! namespaces and, by name or labels, for some.
 //!
 //! ```json
 //! "namespaces": [
@@ -8,9 +8,9 @@
 //! ]
 //! ```
 //!
-//! Of these the first that is for the pod's namespace counts, and what it has takes the place of the same key of the configuration, in
-//! each direction by itself. Labels are the API server's to tell. Rates are decoded when a limit is asked for, all else at once. A key that
-//! nobody knows is one as it is outside ([`UnknownKey`]).
+//! The first element that matches the pod's namespace counts. Each key that it sets replaces the same key of the
+//! configuration, in each direction separately. The API server has the labels. Rates are decoded when a limit is asked
+//! for, all other keys at once. An unknown key is treated like one outside of `namespaces` ([`UnknownKey`]).
 
 use std::collections::BTreeMap;
 
@@ -27,10 +27,10 @@ use crate::units::{Burst, Rate};
 
 /// What an administrator can write instead of a rate that was refused.
 const RATE: &str = "a rate (\"10M\", or a number of bits per second, 1k to 1P)";
-/// The same for a burst.
+/// What an administrator can write instead of a burst that was refused.
 const BURST: &str = "a burst (\"400k\", or a number of bits, below 4 GiB)";
 
-/// Rates of the configuration, or of one of its `namespaces`.
+/// The rates of the configuration, or of one element of its `namespaces`.
 #[derive(Debug, Default)]
 pub(super) struct Rates {
     pub(super) egress: Option<Box<RawValue>>,
@@ -38,11 +38,11 @@ pub(super) struct Rates {
     pub(super) egress_burst: Option<Box<RawValue>>,
     pub(super) ingress_burst: Option<Box<RawValue>>,
     pub(super) max: Option<Box<RawValue>>,
-    /// What stands before their keys where one is named.
+    /// The text in front of a key when an error names it.
     pub(super) prefix: String,
 }
 
-/// `max`, in both directions.
+/// The two directions of `max`.
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Max {
@@ -52,12 +52,12 @@ struct Max {
     ingress_burst: Option<Box<RawValue>>,
 }
 
-/// The most that a pod gets in a direction.
+/// The cap of a pod in one direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Most {
-    /// In the long run.
+    /// The highest rate.
     pub(super) rate: Rate,
-    /// At once, if that is what it asks for.
+    /// The largest burst, if the pod asks for one.
     pub(super) burst: Burst,
 }
 
@@ -90,7 +90,7 @@ struct Rule {
     unknown_keys: Vec<UnknownKey>,
 }
 
-/// Rates for all pods, and for those of some namespaces.
+/// Rates for all pods, and for the pods of some namespaces.
 #[derive(Debug, Default)]
 pub(super) struct Policy {
     general: Rates,
@@ -107,7 +107,8 @@ impl Policy {
     /// Reads `namespaces`.
     ///
     /// # Errors
-    /// [`Code::Config`]: not a list of objects that each name namespaces and rates, or labels where nobody can be asked for them.
+    /// [`Code::Config`]: not a list of objects that each name namespaces and rates; or labels without a `kubeconfig` to
+    /// read them by.
     pub(super) fn read(general: Rates, namespaces: Option<Box<RawValue>>, has_kubeconfig: bool) -> Result<Self> {
         let wrong = |shown: String| {
             let remedy =
@@ -128,21 +129,22 @@ impl Policy {
         Ok(policy)
     }
 
-    /// Whether labels of namespaces count.
+    /// Whether the policy depends on the labels of namespaces.
     pub(super) fn asks_for_labels(&self) -> bool {
         self.rules.iter().any(|rule| !rule.labels.is_empty())
     }
 
-    /// Keys that nobody knows.
+    /// The unknown keys.
     pub(super) fn unknown_keys(&self) -> impl Iterator<Item = &UnknownKey> {
         self.rules.iter().flat_map(|rule| &rule.unknown_keys)
     }
 
-    /// The rates that count for a pod of a namespace. `labels` is called for its labels if that depends on them; where it knows none, no
-    /// namespace has them. Every `max` is checked, so that a mistake in one is not found by the pod it should have stopped.
+    /// The rates that count for a pod of a namespace. `labels` is called for the namespace's labels if the result
+    /// depends on them; if it returns `None`, no element with labels matches. Every `max` is checked, so that a mistake
+    /// in one shows at every pod, and not only at the pods that it should have capped.
     ///
     /// # Errors
-    /// [`Code::Config`] for a `max` that is none, and those of `labels`.
+    /// [`Code::Config`] for a malformed `max`, and the errors of `labels`.
     pub(super) fn of(
         &self,
         namespace: Option<&str>,
@@ -186,7 +188,8 @@ impl Rule {
         Ok(Self { name, labels, rates, unknown_keys })
     }
 
-    /// Whether nothing but labels can speak against it. What is in no namespace is no pod.
+    /// Whether the element matches as far as the name tells; labels may still exclude it. A call without a namespace is
+    /// not about a pod.
     fn may_be_for(&self, namespace: Option<&str>) -> bool {
         namespace.is_some() && self.name.as_deref().is_none_or(|name| Some(name) == namespace)
     }
@@ -199,7 +202,7 @@ impl Counting<'_> {
         if special.is_some() { Ok(special) } else { self.general.default(direction) }
     }
 
-    /// The most that a pod gets.
+    /// The cap of the pod.
     pub(super) fn max(&self, direction: Direction) -> Result<Option<Most>> {
         let special = self.special.map_or(Ok(None), |rates| rates.max(direction))?;
         if special.is_some() { Ok(special) } else { self.general.max(direction) }
@@ -215,7 +218,7 @@ impl Rates {
         }
     }
 
-    /// Of one direction, with both checked.
+    /// The cap of one direction. Both directions are checked.
     fn max(&self, direction: Direction) -> Result<Option<Most>> {
         let wrong = |cause| {
             let text = format!(
@@ -241,7 +244,7 @@ impl Rates {
         Ok(both[direction.index() as usize].map(most))
     }
 
-    /// A rate and its burst, by these keys.
+    /// A rate and its burst, under these keys.
     fn pair(
         &self,
         rate: &Option<Box<RawValue>>,
@@ -256,7 +259,7 @@ impl Rates {
     }
 }
 
-/// Labels of namespaces by their names, as far as they are known.
+/// Labels of namespaces, by name, as far as they are known.
 pub type Namespaces = BTreeMap<String, Labels>;
 
 #[cfg(test)]
@@ -298,7 +301,7 @@ mod tests {
 
     #[test]
     fn a_key_that_nobody_knows_is_told_with_its_place() {
-        // Each is a field or an alias of one: with two values it is there twice.
+        // Each key is a field or an alias of a field, so giving a key twice is a duplicate-field error.
         for key in OF_RULE {
             let twice = format!(r#"{{"{key}": null, "{key}": null}}"#);
             assert!(serde_json::from_str::<RuleKeys>(&twice).is_err(), "{key}");
@@ -329,7 +332,7 @@ mod tests {
             burst(r#""max": {"egress": "1G", "egressBurst": "80k"}"#, "kubernetes.io/egress-bandwidth=10M"),
             10_000
         );
-        // His own is.
+        // The administrator's own burst may be above the cap.
         assert_eq!(burst(r#""max": {"egress": "1G"}, "egress": "1M", "egressBurst": "80M""#, ""), 10_000_000);
     }
 
@@ -349,7 +352,7 @@ mod tests {
                 r#""namespaces": [{"labels": {"a": "b"}}]"#,
                 "only the API server knows the labels of a namespace; name a \"kubeconfig\"",
             ),
-            // Whatever the pod's namespace.
+            // Whatever the pod's namespace is.
             (
                 r#""namespaces": [{"name": "a", "max": {"ingress": "fast"}}]"#,
                 r#"configuration key "namespaces[0].max.ingress": "fast" is not a rate"#,

@@ -1,4 +1,4 @@
-//! Every recorded call of tests/records, replayed: what a runtime really sends is understood.
+//! Replays every recorded call of tests/records: podshaper understands what runtimes really send.
 
 use std::path::{Path, PathBuf};
 
@@ -8,8 +8,8 @@ use serde_json::Value;
 
 use super::{Env, Request, Subject};
 
-/// What all calls of one pod have in common: directory, infix of the file names, version, network, name, UID, whether the
-/// runtime passes its cgroup, egress and ingress as printed.
+/// What all calls of one pod have in common: directory, infix of the file names, version, network, name, UID, whether
+/// the runtime passes the pod's cgroup, egress and ingress as printed.
 type Pod = (
     &'static str,
     &'static str,

@@ -1,5 +1,5 @@
-//! `exemptSubnets` and `shapedSubnets`: which remote addresses a limit is for. An address belongs to the longest listed subnet around
-//! it; one that is in none is shaped, unless `shapedSubnets` says which ones are.
+//! `exemptSubnets` and `shapedSubnets`: the remote addresses that a limit applies to. The longest listed subnet that
+//! contains an address decides. An address in no listed subnet is shaped, unless `shapedSubnets` is given.
 
 use std::{
     collections::BTreeMap,
@@ -12,10 +12,10 @@ use serde_json::value::RawValue;
 
 use crate::error::{Code, Error, Result, quoted};
 
-/// Bits of an IPv4 address that the mapping to IPv6 puts before it.
+/// The number of bits in front of an IPv4 address that is mapped to IPv6.
 const MAPPED_BITS: u32 = 96;
 
-/// The listed subnets as the eBPF programs have them.
+/// The listed subnets in the form that the eBPF programs use.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Subnets {
     listed: BTreeMap<(u32, SubnetAddress), u32>,
@@ -26,7 +26,7 @@ impl Subnets {
     /// Reads both lists.
     ///
     /// # Errors
-    /// [`Code::Config`]: not a list of subnets, too many, or one that is in both lists.
+    /// [`Code::Config`]: not a list of subnets, too many subnets, or a subnet that is in both lists.
     pub(super) fn read(exempt: Option<Box<RawValue>>, shaped: Option<Box<RawValue>>) -> Result<Self> {
         let mut subnets = Self { unlisted_are_exempt: shaped.is_some(), ..Self::default() };
         for (key, raw, kind) in [("exemptSubnets", exempt, SUBNET_EXEMPT), ("shapedSubnets", shaped, SUBNET_SHAPED)] {
@@ -47,12 +47,13 @@ impl Subnets {
         }
     }
 
-    /// Whether every address is shaped, there being no list.
+    /// Whether there is no list, so that every address is shaped.
     pub fn is_empty(&self) -> bool {
         self.listed.is_empty() && !self.unlisted_are_exempt
     }
 
-    /// The list's number: the same for equal lists, another one for others. 0 where there is none.
+    /// A number that identifies the list: equal lists have the same number, different lists have different ones. 0
+    /// means no list.
     pub fn number(&self) -> u64 {
         if self.is_empty() {
             return 0;
@@ -62,7 +63,8 @@ impl Subnets {
         hasher.finish().max(1)
     }
 
-    /// Prefix length in bits, address and kind of each listed subnet, the shortest last: that one is around every address.
+    /// Prefix length in bits, address and kind of each listed subnet. The last one has prefix length 0 and contains
+    /// every address.
     pub fn entries(&self) -> impl Iterator<Item = (u32, SubnetAddress, u32)> {
         const EVERY: (u32, SubnetAddress) = (0, [0; 16]);
         let unlisted = if self.unlisted_are_exempt { SUBNET_EXEMPT } else { SUBNET_SHAPED };

@@ -1,15 +1,17 @@
-//! Kubernetes quantities (`10M`, `1.5Gi`, `1e6`, `500m`) as whole numbers, rounded up, exact whatever their length.
+//! Kubernetes quantities (`10M`, `1.5Gi`, `1e6`, `500m`) as whole numbers: rounded up, and exact at any length.
 //!
-//! This is podshaper's own parser because kube_quantity 0.9, when tried, computed in floating point and cut fractions off:
-//! "1.5M" came out as 1000000, 9007199254740993 lost its last digit, "1E" was refused and "M" and "--5" were numbers.
+//! Podshaper has its own parser because kube_quantity 0.9 computed in floating point and cut fractions off when it was
+//! tried: "1.5M" became 1000000, 9007199254740993 lost its last digit, "1E" was refused, and "M" and "--5" were
+//! accepted as numbers.
 
 use super::{UnitError, is_digits};
 
-/// Longest text taken for a number. The longest sensible one, 1P in bits with nine decimals, has 26 characters.
+/// The longest text that is accepted as a number. The longest reasonable one, 1P in bits with nine decimals, has 26
+/// characters.
 pub(super) const MAX_TEXT: usize = 64;
 
-/// A Kubernetes quantity as a whole number, rounded up: apimachinery's `ParseQuantity(text).Value()`, but that a sign must
-/// be followed by digits and nothing is capped.
+/// A Kubernetes quantity as a whole number, rounded up. The result is that of apimachinery's
+/// `ParseQuantity(text).Value()`, except that a sign must be followed by digits and that large values are not capped.
 pub(super) fn round_up(text: &str) -> Result<u64, UnitError> {
     if text.len() > MAX_TEXT {
         return Err(UnitError::TooLong);
@@ -28,7 +30,7 @@ pub(super) fn round_up(text: &str) -> Result<u64, UnitError> {
     let (exponent, doublings) = scale(suffix)?;
     let zeros = digits.bytes().take_while(|digit| *digit == b'0').count();
     let digits: Vec<u8> = digits.bytes().skip(zeros).map(|digit| digit - b'0').collect();
-    // At most 64 each, so the conversions hold.
+    // Both are at most 64, so the conversions do not overflow.
     let point = (integer.len() as i64 - zeros as i64).saturating_add(exponent);
     round_up_scaled(Decimal { digits, point }, doublings)
 }
@@ -65,17 +67,18 @@ fn scale(suffix: &str) -> Result<(i64, u32), UnitError> {
     })
 }
 
-/// The number times 2^`doublings`, rounded up; exact, whatever its length.
+/// The number times 2^`doublings`, rounded up; exact at any length.
 fn round_up_scaled(number: Decimal, doublings: u32) -> Result<u64, UnitError> {
     let Decimal { digits, point } = number;
     if digits.is_empty() {
         return Ok(0);
     }
-    // 10^17 is beyond every bound, and its product with 2^60 still fits in 128 bits.
+    // 10^17 is above every bound, and its product with 2^60 still fits into 128 bits.
     if point > 17 {
         return Err(UnitError::TooLarge);
     }
-    // 64 places below the point: an exponent moves no digit of a binary quantity, and any other is just rounded up to 1.
+    // 64 places below the point are enough. An exponent moves no digit of a binary quantity, and any other number this
+    // small is rounded up to 1.
     let leading = usize::try_from(point.saturating_neg().clamp(0, MAX_TEXT as i64)).unwrap_or(0);
     let in_front = usize::try_from(point).unwrap_or(0);
     let mut whole = 0u128;
@@ -115,7 +118,7 @@ mod tests {
             let (integer, fraction) = digits.split_at(12 - places);
             let text = format!("{integer}.{fraction}{}", unit.0);
             let expected = (u128::from(number) * unit.1).div_ceil(10u128.pow(places as u32));
-            // 17 digits in front of the point is where the parser gives up before multiplying.
+            // The parser gives up before multiplying at 17 digits in front of the point.
             let in_reach = expected <= 10_000_000_000_000_000;
             prop_assert_eq!(round_up(&text).ok().filter(|_| in_reach), in_reach.then_some(expected as u64), "{}", text);
         }

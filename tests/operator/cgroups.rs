@@ -116,8 +116,11 @@ fn a_container_with_a_namespace_of_its_own_is_limited_by_its_interface() {
     };
     assert!(within(Duration::from_secs(5), in_netns));
     let limits = ["--egress", "20M", "--ingress", "20M", "--interface"];
-    let text = refuses(&[&["attach", "--cgroup", container.to_str().unwrap()], &limits[..], &["lo"]].concat());
-    assert!(text.contains("--netns /proc/"), "{text}");
+    // The process is in the container's cgroup, which is below the pod's.
+    for cgroup in [container.to_str().unwrap(), &path] {
+        let text = refuses(&[&["attach", "--cgroup", cgroup], &limits[..], &["lo"]].concat());
+        assert!(text.contains("--netns /proc/"), "{cgroup}: {text}");
+    }
     let netns = pod.netns.path().display().to_string();
     // Run on its node, where the other end of the veth is.
     on_node(&pod, &[&["attach", "--cgroup", &path], &limits[..], &["eth0", "--netns", &netns]].concat());

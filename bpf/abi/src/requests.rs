@@ -1,55 +1,59 @@
-//! When requests for connections (SYN) enter a pod whose first flights nothing else holds: as fast as the link can carry what they bring.
+//! When SYNs enter a pod whose first flights nothing else holds: as fast as the link can carry the data that the
+//! connections bring.
 
-/// The longest wait: a client asks again after a second (RFC 6298, 2.1).
+/// The longest wait of a SYN: a client repeats its SYN after a second (RFC 6298, 2.1).
 pub const BOUND_NS: u64 = 800_000_000;
-/// How many requests wait at most: the node's waiting room has no place for a flood of them.
+/// How many SYNs wait at most: the node's waiting room has no room for a SYN flood.
 pub const MAX_WAITING: u64 = 1 << 12;
-/// The backlog that requests aim for. While it is longer, fewer of them enter than the link could serve, else more.
+/// The target backlog. While the backlog is longer, fewer SYNs enter than the link could serve; else more enter.
 const TARGET_NS: u64 = 12_000_000;
-/// Up to this backlog a request enters that no other one is before: bulk flows at a low rate have as much.
+/// Up to this backlog a SYN enters at once if no other SYN is before it: bulk flows at a low rate have as much backlog.
 const AHEAD_NS: u64 = 100_000_000;
-/// What counts of a connection in the mean of what requests bring. What comes later is held by acknowledgements.
+/// Bytes of a connection that count in the mean, at most. Held acknowledgements hold the bytes that come later.
 pub const MAX_BYTES: u64 = 64 << 10;
-/// What a connection brings besides data, in bytes on the wire: the request, the acknowledgements of its answer and of the data's, and the end.
+/// Bytes on the wire that a connection brings in addition to data: the SYN, the acknowledgements of the SYN-ACK and of
+/// the pod's data, and the FIN.
 pub const CONNECTION_BYTES: u64 = 60 + 3 * 52;
-/// Of how many requests that mean is.
+/// The number of SYNs over which the mean is taken.
 const REQUESTS: u64 = 32;
-/// The least mean, in bytes on the wire: a request brings itself at least. 0 is the mean of none.
+/// The smallest mean, in bytes on the wire: a connection brings at least its SYN. A mean of 0 stands for no SYN yet.
 const MIN_BYTES: u64 = 60;
 
-/// When a request enters.
+/// When a SYN enters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// How long it waits, in nanoseconds.
+    /// How long the SYN waits, in nanoseconds.
     pub wait_ns: u64,
-    /// When the one after it may enter.
+    /// When the next SYN may enter.
     pub next_ns: u64,
 }
 
-/// When a request may enter that comes now, finds this backlog, and has no other before it.
+/// When a SYN may enter that comes now, finds this backlog, and has no other SYN before it.
 #[inline(always)]
 pub fn free_ns(next_ns: u64, now_ns: u64, backlog_ns: u64) -> u64 {
     next_ns.max(now_ns + backlog_ns.max(AHEAD_NS) - AHEAD_NS)
 }
 
-/// When a request enters. `free_ns` is what the function of that name said, and `first_ns` how long the link takes for what a request brings.
+/// When a SYN enters. `free_ns` is the result of the function of that name. `first_ns` is the time that the link takes
+/// for the bytes that a connection brings.
 #[inline(always)]
 pub fn entry(free_ns: u64, now_ns: u64, backlog_ns: u64, first_ns: u64) -> Entry {
     let gap_ns = if backlog_ns > TARGET_NS { first_ns + first_ns / 4 } else { first_ns - first_ns / 8 };
     let wait_ns = (free_ns - now_ns).min(BOUND_NS);
-    // Those that wait for long are closer and closer. At the bound all that came meanwhile would else enter at once.
+    // SYNs that wait longer are closer together. Else all SYNs that reach the bound would enter at once.
     let closer_ns = (2 * (BOUND_NS - wait_ns)).min(BOUND_NS);
     let step_ns = (gap_ns.min(BOUND_NS) * closer_ns / BOUND_NS).max(BOUND_NS / MAX_WAITING);
     Entry { wait_ns, next_ns: now_ns + wait_ns + step_ns }
 }
 
-/// The mean of what requests bring, in bytes on the wire, once another one has entered. `before` is the mean without it.
+/// The mean of the bytes on the wire that connections bring, after another SYN has entered. `before_bytes` is the mean
+/// without that SYN.
 #[inline(always)]
 pub fn mean_with_request(before_bytes: u64) -> u64 {
     (before_bytes - before_bytes / REQUESTS).max(MIN_BYTES)
 }
 
-/// What is added to that mean when so many bytes on the wire have come on a connection that such a request has opened.
+/// The increase of that mean when so many bytes on the wire have come on a connection.
 #[inline(always)]
 pub fn part_of_mean(wire_bytes: u64) -> u64 {
     wire_bytes.min(MAX_BYTES) / REQUESTS
@@ -63,7 +67,7 @@ mod tests {
     /// Ten segments at 10 Mbit/s.
     const FIRST_NS: u64 = 12 * MS;
 
-    /// When each of so many requests enters that all come at the same moment, an hour after the machine's start.
+    /// The waits of so many SYNs that all come at the same moment, an hour after the machine's start.
     fn enter(requests: usize, backlog_ns: u64, first_ns: u64) -> Vec<u64> {
         let (now_ns, mut next_ns) = (3_600_000 * MS, 0);
         let one = |_| {
@@ -86,7 +90,7 @@ mod tests {
         let waits = enter(32, 0, FIRST_NS);
         let gaps: Vec<u64> = waits.windows(2).map(|two| two[1] - two[0]).collect();
         assert!(gaps.iter().all(|gap| (FIRST_NS / 8 * 7..=FIRST_NS).contains(gap)), "{gaps:?}");
-        // Beside a backlog they are slower than the link.
+        // With a backlog, SYNs enter more slowly than the link could serve them.
         assert_eq!(enter(2, TARGET_NS + 1, FIRST_NS), [0, FIRST_NS / 4 * 5]);
     }
 
@@ -113,11 +117,11 @@ mod tests {
         let mut mean = 14_480;
         for _ in 0..1_000 {
             mean = mean_with_request(mean);
-            // In two packets, as it comes.
+            // In two packets, as the data of a connection comes.
             mean += part_of_mean(6_000) + part_of_mean(4_000);
         }
         assert!((9_500..=10_500).contains(&mean), "{mean} bytes");
-        // Requests that bring nothing make nobody wait.
+        // SYNs of connections that bring nothing make no other SYN wait.
         for _ in 0..1_000 {
             mean = mean_with_request(mean);
         }

@@ -1,4 +1,4 @@
-//! Which attachments are not held as they were made: by filters and queues that somebody has taken off since.
+//! Which attachments are not in force as they were made, because another program has removed filters or queues since.
 
 use super::{Attachment, Measured, OtherPaths, Sets};
 use crate::{
@@ -6,7 +6,8 @@ use crate::{
     error::{Code, Result},
 };
 
-/// Looks at all of them, and notes why one is not held. It takes some system calls each, in their namespaces, too.
+/// Checks all attachments and notes why one is not in force. Each check takes some system calls, also in the network
+/// namespace.
 pub fn look_whether_held(found: &mut [Attachment]) {
     let (node, mut sets) = (Node::default(), Sets::default());
     for attachment in found {
@@ -16,13 +17,13 @@ pub fn look_whether_held(found: &mut [Attachment]) {
 
 impl Attachment {
     fn look_whether_held(&mut self, node: &Node, sets: &mut Sets) {
-        // Those are told of elsewhere.
+        // These faults are reported elsewhere.
         if self.problem.is_some() || self.links.are_dead() || self.has_lost_namespace() {
             return;
         }
         let limits = self.limits();
         let check = |sets: &mut Sets| -> Result<()> { node.check(&self.owner, &limits, sets.of(&self.directory)?) };
-        // Nothing passes an interface that is gone.
+        // No packet passes an interface that is gone.
         let Some(error) = check(sets).err().filter(|error| error.code() != Code::Netns) else { return };
         self.not_held = Some(error.to_string());
         let are_held = sets.of(&self.directory).and_then(|set| node.check_other_paths(&self.owner, &limits, set));
@@ -33,7 +34,7 @@ impl Attachment {
 }
 
 impl Measured {
-    /// `are_others_held`: no more than the pod's queue is gone.
+    /// `are_others_held`: only the pod's queue is gone, and other packets are still limited.
     fn lose(&mut self, are_others_held: bool) {
         match self.others {
             OtherPaths::Held(others) if !are_others_held => self.others = OtherPaths::Lost(others),

@@ -1,4 +1,4 @@
-//! Attachments for programs: `-o json`. The keys are stable.
+//! Attachments as JSON for programs: `-o json`. The keys are stable.
 
 use podshaper_abi::Counters;
 use serde::{Serialize, Serializer, ser::SerializeMap};
@@ -8,7 +8,7 @@ use crate::{cli::chart, interface::Record, owner::Owner};
 
 impl Serialize for Attachment {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        // The interface is in `place`, the mechanisms are in the directions.
+        // The interface is part of `place`, the mechanisms are part of the directions.
         let Owner {
             container_id,
             network,

@@ -8,7 +8,7 @@ use crate::shaper::Pinned;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Links {
     live: usize,
-    /// Whose cgroup the kernel itself says is gone.
+    /// The number of links whose cgroup is gone according to the kernel.
     dead: usize,
     faults: Vec<String>,
 }
@@ -32,22 +32,22 @@ impl Links {
         links
     }
 
-    /// Whether not one is live.
+    /// Whether no program is attached.
     pub fn are_dead(&self) -> bool {
         self.live == 0
     }
 
-    /// Whether none can ever be again: a cgroup of the same name is not the same.
+    /// Whether no program can be attached again through these links: a new cgroup of the same name is another cgroup.
     pub fn are_dead_for_good(&self) -> bool {
         self.live == 0 && self.dead > 0 && self.dead == self.faults.len()
     }
 
-    /// What is wrong, of each that is not live.
+    /// What is wrong with each link that is not live.
     pub fn faults(&self) -> &[String] {
         &self.faults
     }
 
-    /// `live`, `dead`, or how many are.
+    /// `live`, `dead`, or how many are live.
     pub fn text(&self) -> String {
         match (self.live, self.faults.len()) {
             (0, _) => "dead".to_owned(),

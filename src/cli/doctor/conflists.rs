@@ -1,4 +1,5 @@
-//! The runtime's network configuration: whether podshaper is called, with what it needs, and is the only one to limit.
+//! Checks the runtime's network configuration: whether podshaper is called, with the data that it needs, and as the
+//! only plugin that limits.
 
 use std::{
     fs,
@@ -16,13 +17,13 @@ use crate::{
 };
 
 const CHECK: &str = "conflist";
-/// Capabilities by which limits reach podshaper: one of them at least.
+/// The two capabilities through which limits reach podshaper. At least one of them is needed.
 const BANDWIDTH: &str = "bandwidth";
 const ANNOTATIONS: &str = "io.kubernetes.cri.pod-annotations";
-/// One that saves a search.
+/// The capability that saves the search for the cgroup.
 const CGROUP_PATH: &str = "cgroupPath";
 
-/// The keys that are looked at.
+/// The keys that the check reads.
 #[derive(Deserialize)]
 struct Conflist {
     #[serde(default)]
@@ -39,7 +40,7 @@ struct Plugin {
     others: Map<String, Value>,
 }
 
-/// What is found in the directories of configurations and of plugins.
+/// Checks the directories of configurations and of plugins.
 pub(super) fn check(conf_dir: &Path, bin_dir: &Path) -> Vec<Finding> {
     let files = match list::configurations(conf_dir) {
         Ok(files) if !files.is_empty() => files,
@@ -51,7 +52,7 @@ pub(super) fn check(conf_dir: &Path, bin_dir: &Path) -> Vec<Finding> {
         *rank += usize::from(!is_multus(path));
         Some((own, path))
     });
-    // It is called by that list, and wherever else it is named it is passed over.
+    // Podshaper is called through this list. Entries of podshaper in other lists are passed over.
     let delegation = files.iter().find(|path| !is_multus(path)).and_then(|path| delegation(path));
     let mut findings: Vec<Finding> = ranked
         .filter(|(rank, _)| *rank == 0 || delegation.is_none())
@@ -82,7 +83,7 @@ fn delegation(path: &Path) -> Option<Delegation> {
     list::delegation(&fs::read_to_string(path).ok()?)
 }
 
-/// The network's list that podshaper's own delegates to.
+/// The network's list to which podshaper's own list delegates.
 fn delegated(delegation: &Delegation) -> Finding {
     match list::find(&delegation.directory) {
         Ok(list) if list.has_bandwidth() && !delegation.replace_bandwidth => {
@@ -103,14 +104,15 @@ fn delegated(delegation: &Delegation) -> Finding {
     }
 }
 
-/// The file by which a runtime makes pods, if podshaper is not in it. Of one that cannot be read something else is to be said.
+/// The file that a runtime uses for new pods, if podshaper is not in it. `None` if the file cannot be read, which is
+/// reported elsewhere.
 pub fn misses_podshaper(conf_dir: &Path) -> Option<PathBuf> {
     let in_force = list::configurations(conf_dir).ok()?.into_iter().find(|path| !is_multus(path))?;
     let conflist = read(&in_force).ok()?;
     problems(&conflist.plugins).is_none().then_some(in_force)
 }
 
-/// Multus has the one that it delegates to make the pod's interface.
+/// Whether the file is Multus'. Multus calls the network that it delegates to, which makes the pod's interface.
 fn is_multus(path: &Path) -> bool {
     fs::read_to_string(path).is_ok_and(|text| install::is_multus(&text))
 }
@@ -121,7 +123,7 @@ fn none(conf_dir: &Path, why: &str) -> Finding {
     Finding::new(CHECK, State::Warn, text)
 }
 
-/// Findings of one file; none if it has nothing to do with podshaper.
+/// The findings of one file; none if the file does not concern podshaper.
 fn check_file(rank: usize, path: &Path) -> Vec<Finding> {
     let shown = path.display();
     let finding = |state, text: &str| Finding::new(CHECK, state, format!("{shown}: {text}"));
@@ -152,7 +154,7 @@ fn read(path: &Path) -> Result<Conflist, String> {
     serde_json::from_str(&text).map_err(|cause| cause.to_string())
 }
 
-/// What is wrong with a chain that has podshaper in it; `None` if it has not.
+/// The problems of a chain with podshaper in it; `None` if podshaper is not in the chain.
 fn problems(plugins: &[Plugin]) -> Option<Vec<(State, String)>> {
     let place = plugins.iter().position(|plugin| plugin.kind == "podshaper")?;
     let podshaper = plugins.get(place)?;
@@ -191,7 +193,7 @@ fn problems(plugins: &[Plugin]) -> Option<Vec<(State, String)>> {
     Some(problems)
 }
 
-/// The capabilities that podshaper has not in this conflist, and what that means.
+/// The capabilities that podshaper lacks in this conflist, and the consequences.
 fn lacks(podshaper: &Plugin) -> Vec<(State, String)> {
     let all = podshaper.capabilities.as_ref();
     let has = |name: &str| all.and_then(|all| all.get(name)).and_then(Value::as_bool) == Some(true);

@@ -1,7 +1,7 @@
-//! The text of a conflist, edited where it stands: what is not podshaper's keeps every byte, comments of style included.
+//! The text of a conflist, edited in place: every byte outside of podshaper's entry is kept, including white space.
 //!
-//! serde finds the members, as slices of the text; the text between them is kept or copied, never written anew. So an entry that
-//! was put in and taken out again leaves the file as it was.
+//! serde finds the members as slices of the text. The text between them is kept or copied, never regenerated. So
+//! putting an entry in and taking it out again restores the file exactly.
 
 use std::ops::Range;
 
@@ -13,17 +13,17 @@ use serde_json::{Map, Value};
 use crate::error::{Code, Error, Result, quoted};
 use crate::request::DELEGATE;
 
-/// `type` of podshaper's entry, and the name of its program.
+/// `type` of podshaper's entry, and the file name of its program.
 pub(super) const PODSHAPER: &str = "podshaper";
-/// `type` of the plugin whose limits podshaper's would come on top of.
+/// `type` of the bandwidth plugin. With both plugins a pod would be limited twice.
 pub(super) const BANDWIDTH: &str = "bandwidth";
-/// What the runtime is to tell podshaper.
+/// The capabilities that podshaper's entry declares: the data that the runtime is to pass.
 pub(super) const CAPABILITIES: [&str; 3] = ["bandwidth", "cgroupPath", "io.kubernetes.cri.pod-annotations"];
 
-/// The keys of its entry that install writes.
+/// The keys of podshaper's entry that install itself writes.
 const OF_INSTALL: [&str; 3] = ["type", "capabilities", DELEGATE];
 
-/// A conflist, and where its plugins are in the text.
+/// A conflist, and the positions of its plugins in the text.
 pub(super) struct Conflist<'a> {
     text: &'a str,
     plugins: Vec<Plugin>,
@@ -49,8 +49,10 @@ struct Kind {
 }
 
 impl<'a> Conflist<'a> {
+    /// Parses a conflist.
+    ///
     /// # Errors
-    /// [`Code::Decode`], without the file's name: the caller has it.
+    /// [`Code::Decode`], without the file's name, which the caller knows.
     pub(super) fn parse(text: &'a str) -> Result<Self> {
         let list: List<'a> = object(text)?;
         check_version(list.cni_version.as_deref())?;
@@ -80,20 +82,20 @@ impl<'a> Conflist<'a> {
         self.plugins.first().map_or("", |plugin| &plugin.kind)
     }
 
-    /// podshaper's entry as it stands.
+    /// podshaper's entry as it stands in the text.
     pub(super) fn entry(&self) -> Option<&'a str> {
         let entry = self.plugins.iter().find(|plugin| plugin.kind == PODSHAPER)?;
         Some(&self.text[entry.at.clone()])
     }
 
-    /// The keys of it that are podshaper's own, as `--config` takes them.
+    /// The keys of the entry that belong to podshaper's configuration, in the form that `--config` takes.
     pub(super) fn entry_keys(&self) -> Option<Map<String, Value>> {
         let mut keys: Map<String, Value> = serde_json::from_str(self.entry()?).ok()?;
         OF_INSTALL.iter().for_each(|key| drop(keys.remove(*key)));
         Some(keys)
     }
 
-    /// The text with podshaper as the last plugin, or with its entry written anew where it is.
+    /// The text with podshaper as the last plugin, or with its present entry replaced.
     pub(super) fn with(&self, entry: &Entry) -> String {
         if let Some(index) = self.plugins.iter().position(|plugin| plugin.kind == PODSHAPER) {
             let new = entry.text(self.space_before(index));
@@ -104,7 +106,8 @@ impl<'a> Conflist<'a> {
         self.replaced(last.at.end..last.at.end, &format!(",{space}{}", entry.text(space)))
     }
 
-    /// The text without the plugins of this type, each taken out with the comma in front of it. The only plugin stays.
+    /// The text without the plugins of this type. Each is removed together with the comma in front of it. If it is the
+    /// only plugin, it stays.
     pub(super) fn without(&self, kind: &str) -> String {
         let Some(index) = self.plugins.iter().rposition(|plugin| plugin.kind == kind) else {
             return self.text.to_owned();
@@ -114,11 +117,12 @@ impl<'a> Conflist<'a> {
         let to_the_next = self.plugins.get(index + 1).map(|next| at.start..next.at.start);
         let Some(range) = from_the_one_before.or(to_the_next) else { return self.text.to_owned() };
         let text = self.replaced(range, "");
-        // Where the others are has changed. What was a list is one still.
+        // The positions of the other plugins have changed, so the text is parsed again. The shorter text is still a
+        // list.
         Conflist::parse(&text).map(|shorter| shorter.without(kind)).unwrap_or(text)
     }
 
-    /// The white space in front of a plugin, which the next one is given as well.
+    /// The white space in front of a plugin, which is copied in front of the next one.
     fn space_before(&self, index: usize) -> &'a str {
         let before = &self.text[..self.plugins[index].at.start];
         &before[before.trim_end().len()..]
@@ -133,7 +137,7 @@ impl<'a> Conflist<'a> {
 
 impl Plugin {
     fn find(text: &str, raw: &RawValue) -> Result<Self> {
-        // Both point into one buffer: serde_json lends what it read.
+        // Both pointers are into the same buffer: serde_json borrows from the text.
         let start = raw.get().as_ptr().addr() - text.as_ptr().addr();
         let Kind { kind } = object(raw.get())?;
         let kind = kind.ok_or_else(|| Error::new(Code::Decode, "one of its plugins has no \"type\""))?;
@@ -141,13 +145,13 @@ impl Plugin {
     }
 }
 
-/// What podshaper's object in the list is to say.
+/// podshaper's entry for the list.
 pub(super) struct Entry {
     keys: Map<String, Value>,
 }
 
 impl Entry {
-    /// With these keys of podshaper's own, see [`crate::request::Config`].
+    /// An entry with these keys of podshaper's configuration, see [`crate::request::Config`].
     pub(super) fn new(keys: Map<String, Value>) -> Result<Self> {
         if let Some(taken) = OF_INSTALL.into_iter().find(|key| keys.contains_key(*key)) {
             return Err(Error::new(
@@ -158,7 +162,7 @@ impl Entry {
         Ok(Self { keys })
     }
 
-    /// podshaper's own.
+    /// The keys of podshaper's configuration.
     pub(super) fn keys(&self) -> &Map<String, Value> {
         &self.keys
     }
@@ -173,7 +177,7 @@ impl Entry {
         Value::Object(keys)
     }
 
-    /// In the style of a list whose plugins stand behind `space`: on lines of its own, or on one.
+    /// The entry in the style of a list whose plugins follow `space`: on several lines, or on one.
     fn text(&self, space: &str) -> String {
         let capabilities = CAPABILITIES.map(|name| format!("{name:?}: true")).join(", ");
         let mut members = vec![format!("\"type\": {PODSHAPER:?}"), format!("\"capabilities\": {{ {capabilities} }}")];
@@ -197,8 +201,8 @@ struct Lone<'a> {
     kind: Option<String>,
 }
 
-/// The conflist that means what a lone plugin's configuration (`.conf`) means. That stands in it as it was: libcni gives each plugin
-/// of a list the list's name and version, so the keys in it are no contradiction.
+/// The conflist that is equivalent to the configuration of a lone plugin (`.conf`). The lone configuration is copied
+/// unchanged: libcni gives each plugin of a list the list's name and version, so the keys of the same name do no harm.
 pub(super) fn from_lone(text: &str) -> Result<String> {
     let lone: Lone<'_> = object(text)?;
     if lone.kind.is_none_or(|kind| kind == PODSHAPER) {
@@ -220,7 +224,7 @@ pub(super) fn from_lone(text: &str) -> Result<String> {
     Ok(list)
 }
 
-/// In an older one every ADD of podshaper would fail, and with it every pod.
+/// With an older version every ADD of podshaper would fail, and so every pod.
 fn check_version(version: Option<&str>) -> Result<()> {
     let supported = PluginInfo::default();
     let known =
@@ -242,7 +246,7 @@ fn decode<'a, T: Deserialize<'a>>(text: &'a str) -> Result<T> {
         .map_err(|cause| Error::because(Code::Decode, "it is not the JSON of a CNI configuration", cause))
 }
 
-/// serde would take an array for a struct, too, member by member.
+/// Decodes an object only: serde would also accept an array for a struct, member by member.
 fn object<'a, T: Deserialize<'a>>(text: &'a str) -> Result<T> {
     let whole: &RawValue = decode(text)?;
     if whole.get().starts_with('{') { decode(text) } else { Err(Error::new(Code::Decode, "it is not a JSON object")) }

@@ -1,7 +1,7 @@
-//! `podshaper install --delegate`: the conflist of podshaper's own, which delegates to the network's.
+//! `podshaper install --delegate`: writes podshaper's own conflist, which delegates to the network's.
 //!
-//! It is written once and says nothing of the network but in which directory its list is. Who has installed so is served so by each later
-//! `install`, until `uninstall`.
+//! The file stays valid when the network rewrites its list: of the network it holds only the directory of that list,
+//! and the capabilities that its plugins have declared. Each later `install` keeps delegating, until `uninstall`.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -15,8 +15,9 @@ use crate::delegate::{FILE, NETWORK};
 use crate::error::{Code, Error, Result};
 use crate::request::{DELEGATE, Delegation};
 
-/// What runtimes have for plugins that declare it (the specification's CONVENTIONS.md, and what containerd and CRI-O add): they offer it to
-/// podshaper's list alone, and to the network's plugins podshaper passes on what each of them declares.
+/// Capabilities that runtimes support (the specification's CONVENTIONS.md, and the additions of containerd and CRI-O).
+/// A runtime offers them to podshaper's list only; podshaper passes on to each of the network's plugins those that the
+/// plugin declares.
 const WELL_KNOWN: [&str; 11] = [
     "aliases",
     "bandwidth",
@@ -30,8 +31,8 @@ const WELL_KNOWN: [&str; 11] = [
     "mac",
     "portMappings",
 ];
-/// For every runtime: libcni before 1.2 looks at the first key alone, libcni from then on takes the highest of the second that it knows.
-/// STATUS and GC are 1.1.0's.
+/// The versions for every runtime: libcni before 1.2 reads the first key only; later versions take the highest one of
+/// the second key that they support. STATUS and GC came with 1.1.0.
 const VERSIONS: (&str, [&str; 3]) = ("0.4.0", ["0.4.0", "1.0.0", "1.1.0"]);
 /// `type` of Cilium's plugin.
 const CILIUM: &str = "cilium-cni";
@@ -41,31 +42,32 @@ impl Install {
         self.place.conf_dir().join(FILE)
     }
 
-    /// The list that is there.
+    /// The text of the present delegating list, if there is one.
     fn delegating_text(&self) -> Option<String> {
         files::read(&self.delegating_path()).ok().filter(|text| list::delegation(text).is_some())
     }
 
-    /// Whether that is asked for, or was by an earlier installation. A conflist that is named is that one.
+    /// Whether to delegate: the option is given, or an earlier installation delegates and no conflist is named.
     pub(super) fn delegates(&self) -> bool {
         self.delegate || self.place.named().is_none() && self.delegating_text().is_some()
     }
 
-    /// Our list as it is to be.
+    /// The delegating list to write.
     ///
     /// # Errors
-    /// Where it would not be the one in force, and where there is no network's list to delegate to: a runtime would say that the node is ready.
+    /// The list would not be the first of its directory; or there is no network's list to delegate to, and a runtime
+    /// would call the node ready without a network.
     pub(super) fn delegating(&self, entry: &Entry, report: &mut Report) -> Result<Edit> {
         self.check_that_it_is_first()?;
         let (path, there) = (self.delegating_path(), self.delegating_text());
-        // A runtime calls podshaper in another working directory.
+        // The path must be absolute: a runtime calls podshaper in another working directory.
         let directory = std::path::absolute(self.place.conf_dir())
             .map_err(|cause| Error::because(Code::Io, "find the working directory (--conf-dir)", cause))?;
         let network = list::find(&directory)?;
         let before = there.as_deref().and_then(list::delegation);
         let replace_bandwidth = self.replace_bandwidth || before.is_some_and(|before| before.replace_bandwidth);
         let delegation = Delegation { directory, replace_bandwidth };
-        // Those of the entry that is there, or that was in the network's list so far.
+        // The keys of the present entry, or of the entry in the network's list until now.
         let in_network = files::read(&network.file).ok();
         let keys_there =
             [&there, &in_network].into_iter().flatten().find_map(|text| Conflist::parse(text).ok()?.entry_keys());
@@ -120,8 +122,8 @@ impl Install {
     }
 }
 
-/// What our list declares: a runtime offers nothing else. What another network has declared stays, so that a list that is being written
-/// changes nothing.
+/// The capabilities that the list declares; a runtime offers no others. Capabilities that were declared for another
+/// network stay, so that a list that is being written changes nothing.
 fn capabilities(network: &List, there: Option<&str>) -> Value {
     let of_entry = |text: &str| -> Option<Map<String, Value>> {
         let entry: Value = serde_json::from_str(Conflist::parse(text).ok()?.entry()?).ok()?;

@@ -1,6 +1,6 @@
-//! What an edit changes, line by line, as a person reads it: one hunk, since install changes one place of a file.
+//! The line-by-line diff of an edit for a person: a single hunk, since install changes one place of a file.
 
-/// Lines of the text around the change.
+/// The number of unchanged lines around the change.
 const CONTEXT: usize = 3;
 
 /// A unified diff; empty if nothing changes.

@@ -1,34 +1,34 @@
-//! One file that podshaper is put into, as it is and as it is to be.
+//! One file that podshaper is put into: its present text and its new text.
 
 use std::path::PathBuf;
 
 use super::{files, place, report::Report};
 use crate::error::Result;
 
-/// A file as it is to be.
+/// A file to write.
 pub(super) struct Edit {
     pub(super) path: PathBuf,
-    /// What is there; nothing, if there is no such file.
+    /// The present text; `None` if the file does not exist.
     pub(super) before: Option<String>,
     pub(super) after: String,
-    /// Whose mode and owner it has.
+    /// The file whose mode and owner the new file gets.
     pub(super) like: PathBuf,
     pub(super) what: What,
 }
 
-/// What a file is that podshaper is put into.
+/// The kind of file that podshaper is put into.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum What {
-    /// The network's. What is there is kept for uninstall.
+    /// The network's file. The present text is kept for uninstall.
     Network,
-    /// Ours, made of a lone configuration.
+    /// Our list, made of a lone configuration.
     OwnList,
-    /// Ours, which delegates to the network's.
+    /// Our list, which delegates to the network's.
     Delegating,
 }
 
 impl Edit {
-    /// The backup first, then the file.
+    /// Writes the backup first, then the file.
     pub(super) fn perform(&self, report: &mut Report) -> Result<()> {
         let Self { path, before, after, like, what } = self;
         report.change(path, before.as_deref().unwrap_or_default(), after);
@@ -39,7 +39,7 @@ impl Edit {
         if report.dry_run {
             return Ok(());
         }
-        // What has podshaper in it is not what uninstall is to bring back.
+        // A text with podshaper in it must not become the backup that uninstall restores.
         let backup = before.as_ref().filter(|before| *what == What::Network && !place::has_podshaper(before));
         if let Some(before) = backup {
             files::replace(&files::backup(path), before.as_bytes(), path)?;

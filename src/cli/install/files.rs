@@ -1,5 +1,5 @@
-//! The files of a node that install changes: which one the runtime reads, and how one is replaced so that the runtime reads the old
-//! or the new one, whole.
+//! The files of a node that install changes: which one the runtime reads, and how a file is replaced so that the
+//! runtime reads either the complete old file or the complete new one.
 
 use std::ffi::OsString;
 use std::fs::{self, File, Metadata, OpenOptions};
@@ -10,13 +10,13 @@ use std::path::{Path, PathBuf};
 use crate::delegate::{self, list};
 use crate::error::{Code, Error, Result};
 
-/// Behind the name of a file as it was before install. No runtime reads such a name.
+/// The suffix of the backup of a file. No runtime reads a file of such a name.
 const BACKUP: &str = ".before-podshaper";
 
-/// What follows the stem in the name of a list that was made of a lone configuration. '-' sorts before '.'.
+/// The end of the name of a list that was made of a lone configuration, after the stem. '-' sorts before '.'.
 const OWN_LIST: &str = "-podshaper.conflist";
 
-/// Every network of the directory, in the order in which runtimes try them.
+/// Every network configuration of the directory, in the order in which runtimes try them.
 pub fn networks(directory: &Path) -> Result<Vec<PathBuf>> {
     list::configurations(directory).map_err(|cause| {
         Error::because(Code::Io, format!("list {} (--conf-dir names another directory)", directory.display()), cause)
@@ -27,21 +27,22 @@ pub(super) fn read(path: &Path) -> Result<String> {
     fs::read_to_string(path).map_err(|cause| Error::because(Code::Io, format!("read {}", path.display()), cause))
 }
 
-/// Our list of a lone configuration that stays where it is: its name sorts directly before, so that runtimes take this one.
+/// The path of our list for a lone configuration, which stays in place. Its name sorts directly before that of the lone
+/// configuration, so that runtimes use the list.
 pub(super) fn own_list(lone: &Path) -> PathBuf {
     let mut name = lone.file_stem().unwrap_or_default().to_owned();
     name.push(OWN_LIST);
     lone.with_file_name(name)
 }
 
-/// The lone configurations that a list of ours can have been made of; `None` if it is not ours.
+/// The lone configurations that a list of ours can have been made of; `None` if the list is not ours.
 pub(super) fn lone_of(list: &Path) -> Option<[PathBuf; 2]> {
     let name = list.file_name()?.to_str().filter(|name| *name != delegate::FILE)?;
     let stem = name.strip_suffix(OWN_LIST)?;
     Some(["conf", "json"].map(|extension| list.with_file_name(format!("{stem}.{extension}"))))
 }
 
-/// What is in a file, or None if there is no such file.
+/// The content of a file; `None` if the file does not exist.
 pub(super) fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>> {
     match fs::read(path) {
         Ok(bytes) => Ok(Some(bytes)),
@@ -50,32 +51,32 @@ pub(super) fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>> {
     }
 }
 
-/// Whether both are one file.
+/// Whether both are the same file.
 pub(super) fn is_same(one: &File, other: &Path) -> bool {
     let [one, other] = [one.metadata(), fs::metadata(other)].map(|found| found.map(|found| (found.dev(), found.ino())));
     matches!((one, other), (Ok(one), Ok(other)) if one == other)
 }
 
-/// Where the file is kept as it was.
+/// The path of the backup of a file.
 pub(super) fn backup(path: &Path) -> PathBuf {
     let mut name = OsString::from(path);
     name.push(BACKUP);
     PathBuf::from(name)
 }
 
-/// Makes `path` a file of these bytes, in one step, with the mode and owner of `like`.
+/// Atomically makes `path` a file with these bytes, and with the mode and owner of `like`.
 pub(super) fn replace(path: &Path, bytes: &[u8], like: &Path) -> Result<()> {
     let metadata =
         fs::metadata(like).map_err(|cause| Error::because(Code::Io, format!("look at {}", like.display()), cause))?;
     put(path, bytes, metadata.mode(), Some(&metadata))
 }
 
-/// Makes `path` a program of these bytes, in one step: a runtime may be starting it.
+/// Atomically makes `path` a program with these bytes: a runtime may be starting the program at this moment.
 pub(super) fn replace_program(path: &Path, bytes: &[u8]) -> Result<()> {
     put(path, bytes, 0o755, None)
 }
 
-/// Makes `path` a file of these bytes that everybody may read, in one step.
+/// Atomically makes `path` a file with these bytes that everybody may read.
 pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
     put(path, bytes, 0o644, None)
 }
@@ -90,23 +91,26 @@ fn put(path: &Path, bytes: &[u8], mode: u32, owner: Option<&Metadata>) -> Result
         let _ = fs::remove_file(&temporary);
         Error::because(Code::Io, format!("write {} (through {})", path.display(), temporary.display()), cause)
     })?;
-    // The rename is lasting once the directory is; without it the node has the old file after a power cut, which is no harm.
+    // The rename is durable once the directory is synced. Without the sync a node may have the old file after a power
+    // cut, which does no harm.
     let _ = File::open(path.parent().unwrap_or(Path::new("/"))).and_then(|directory| directory.sync_all());
     Ok(())
 }
 
 fn write(path: &Path, bytes: &[u8], mode: u32, owner: Option<&Metadata>) -> io::Result<()> {
-    // In a container the process has the same id each time: a file that a killed one left is in the way, and ours.
+    // In a container the process id is the same each time. A temporary file of a killed run may have the same name; it
+    // is ours, and is removed.
     match fs::remove_file(path) {
         Err(cause) if cause.kind() != io::ErrorKind::NotFound => return Err(cause),
         _ => {}
     }
-    // A conflist may hold a token: nobody reads it before it has its mode.
+    // A conflist may hold a token: the file is private until it gets its final mode.
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
-    // The mode first: of a file of another owner only CAP_FOWNER changes it, which the DaemonSet's container has not.
+    // The mode is set before the owner: changing the mode of another owner's file takes CAP_FOWNER, which the
+    // DaemonSet's container does not have.
     file.set_permissions(fs::Permissions::from_mode(mode & 0o7777))?;
     let own = file.metadata()?;
-    // Only if it has to be: in a container without capabilities it may not.
+    // The owner is set only if it differs: a container without capabilities may not set it.
     if let Some(owner) = owner.filter(|owner| (owner.uid(), owner.gid()) != (own.uid(), own.gid())) {
         fchown(&file, Some(owner.uid()), Some(owner.gid()))?;
     }
@@ -114,13 +118,13 @@ fn write(path: &Path, bytes: &[u8], mode: u32, owner: Option<&Metadata>) -> io::
     file.sync_all()
 }
 
-/// Gives a file another name in its directory.
+/// Renames a file within its directory.
 pub(super) fn rename(from: &Path, to: &Path) -> Result<()> {
     let doing = || format!("rename {} to {}", from.display(), to.display());
     fs::rename(from, to).map_err(|cause| Error::because(Code::Io, doing(), cause))
 }
 
-/// Removes a file that may not be there.
+/// Removes a file, if it exists.
 pub(super) fn remove(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
         Err(cause) if cause.kind() != io::ErrorKind::NotFound => {

@@ -1,7 +1,9 @@
-//! Multus' own file: it is the first of its directory, and its plugin makes no interface but has the cluster's network make it.
+//! Multus' own file is the first of its directory. Multus' plugin makes no interface itself; it calls the cluster's
+//! network, which makes the interface.
 //!
-//! podshaper goes into that network. Where it is a file of the directory, named or the next one, that file is edited; a copy that stands
-//! in Multus' file (`delegates`, the first of them) is edited where it stands.
+//! podshaper goes into the cluster's network. If that network is a file of the directory (the file that Multus names,
+//! or the next one), this file is edited. If a copy of it stands in Multus' file (the first of `delegates`), the copy
+//! is edited in place.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -13,7 +15,7 @@ use super::conflist::{self, Conflist};
 use crate::delegate::list::MULTUS;
 use crate::error::{Code, Error, Result};
 
-/// What is looked at of the file.
+/// The keys of Multus' file that are read.
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 struct Multus<'a> {
@@ -40,18 +42,18 @@ fn parse(text: &str) -> Multus<'_> {
     serde_json::from_str(text).unwrap_or_default()
 }
 
-/// Whether a network's configuration is Multus'.
+/// Whether a network configuration is Multus'.
 pub fn is(text: &str) -> bool {
     let Multus { kind, plugins, .. } = parse(text);
     let first = || serde_json::from_str::<Kind>(plugins?.first()?.get()).ok().map(|plugin| plugin.kind);
     kind.or_else(first).is_some_and(|kind| MULTUS.contains(&kind.as_str()))
 }
 
-/// Of the other files of the directory, the one that Multus has make the cluster's network: the one it names by path or by network, else the
-/// first, as it chooses for itself.
+/// The file among `others` with which Multus makes the cluster's network: the one that Multus names by path or by
+/// network, else the first, as Multus itself chooses.
 pub(super) fn cluster_network(text: &str, others: &[PathBuf]) -> Option<PathBuf> {
     let Some(named) = parse(text).cluster_network else { return others.first().cloned() };
-    // In its container the directory has another name.
+    // In Multus' container the directory has another path.
     let by_file = others.iter().find(|path| path.file_name() == Path::new(&named).file_name());
     let has_name = |path: &&PathBuf| {
         let text = std::fs::read_to_string(path).unwrap_or_default();
@@ -60,10 +62,11 @@ pub(super) fn cluster_network(text: &str, others: &[PathBuf]) -> Option<PathBuf>
     by_file.or_else(|| others.iter().find(has_name)).cloned()
 }
 
-/// The text with the copy of the cluster's network edited, which may be a lone configuration; `None` if there is no copy.
+/// The text with the copy of the cluster's network edited; the copy may be a lone configuration. `None` if there is no
+/// copy.
 ///
 /// # Errors
-/// Those of `edit`, and of a copy that cannot be in a conflist.
+/// The errors of `edit`, and of a copy that cannot be put into a conflist.
 pub(super) fn with_delegate(text: &str, edit: impl FnOnce(&str) -> Result<String>) -> Result<Option<String>> {
     let Some(delegate) = parse(text).delegates.and_then(|delegates| delegates.first().copied()) else {
         return Ok(None);
@@ -71,20 +74,21 @@ pub(super) fn with_delegate(text: &str, edit: impl FnOnce(&str) -> Result<String
     let wrong = |cause| Error::because(Code::Decode, "the first of its \"delegates\"", cause);
     let Kind { plugins, .. } = serde_json::from_str(delegate.get()).map_err(wrong)?;
     let list = if plugins.is_some() { delegate.get().to_owned() } else { conflist::from_lone(delegate.get())? };
-    // Both point into one buffer: serde_json lends what it read.
+    // Both pointers are into the same buffer: serde_json borrows from the text.
     let start = delegate.get().as_ptr().addr() - text.as_ptr().addr();
     let mut edited = text.to_owned();
     edited.replace_range(start..start + delegate.get().len(), edit(&list)?.trim_end());
     Ok(Some(edited))
 }
 
-/// Whether podshaper is in the copy.
+/// Whether podshaper is in the copy of the cluster's network.
 pub(super) fn has_podshaper(text: &str) -> bool {
     let delegate = parse(text).delegates.and_then(|delegates| delegates.first().copied());
     delegate.is_some_and(|delegate| Conflist::parse(delegate.get()).is_ok_and(|list| list.has(conflist::PODSHAPER)))
 }
 
-/// Whether Multus passes on the limits that a runtime has from a pod's annotations: its own file has to ask for them.
+/// Whether Multus passes on the limits that a runtime has from a pod's annotations: Multus' own file has to declare the
+/// capability.
 pub(super) fn passes_bandwidth(text: &str) -> bool {
     let value: serde_json::Value = serde_json::from_str(text).unwrap_or_default();
     value["capabilities"]["bandwidth"] == true

@@ -39,9 +39,9 @@ pub(super) struct Place {
 pub(super) enum Target {
     /// A conflist.
     List(PathBuf),
-    /// A lone configuration, which stays: a list beside it is podshaper's.
+    /// A lone configuration, which stays unchanged: podshaper is in a list beside it.
     Lone(PathBuf),
-    /// Multus' file with a copy of the cluster's network.
+    /// Multus' file, with a copy of the cluster's network in it.
     Delegate(PathBuf),
 }
 
@@ -52,7 +52,7 @@ impl Target {
         }
     }
 
-    /// The file that podshaper is in.
+    /// The file that holds podshaper's entry.
     pub(super) fn edited(&self) -> PathBuf {
         match self {
             Self::List(path) | Self::Delegate(path) => path.clone(),
@@ -62,7 +62,7 @@ impl Target {
 }
 
 impl Place {
-    /// From here on every path is the node's.
+    /// Changes the root directory. From here on every path is the node's.
     pub(super) fn enter(&self) -> Result<()> {
         let Some(root) = &self.host_root else { return Ok(()) };
         let entered = chroot(root).and_then(|()| chdir("/"));
@@ -84,7 +84,7 @@ impl Place {
         self.dry_run
     }
 
-    /// The conflist that a person has named.
+    /// The conflist that the operator has named.
     pub(super) fn named(&self) -> Option<&Path> {
         self.conflist.as_deref()
     }
@@ -93,24 +93,24 @@ impl Place {
         self.unit_dir.as_deref().unwrap_or(Path::new(units::DIRECTORY))
     }
 
-    /// Whether there is a systemd to give units to: a person who names its directory knows.
+    /// Whether to write systemd units: systemd runs, or the operator has named their directory.
     pub(super) fn has_systemd(&self) -> bool {
         self.unit_dir.is_some() || units::are_possible()
     }
 
-    /// Whether it is this host's.
+    /// Whether this host's systemd reads the units.
     pub(super) fn systemd_reads_units(&self) -> bool {
         units::are_possible() && self.unit_dir() == Path::new(units::DIRECTORY)
     }
 
-    /// The file that is named, or else the network that the runtime uses: the first by name. Behind Multus it is the network that Multus
-    /// has make the pod's interface, and the copy of it in Multus' own file.
+    /// The file that the operator has named, or else the network that the runtime uses: the first by name. With Multus
+    /// these are the network that makes the pod's interface and the copy of that network in Multus' own file.
     pub(super) fn targets(&self) -> Result<Vec<Target>> {
         if let Some(named) = &self.conflist {
             let path = if named.components().count() > 1 { named.clone() } else { self.conf_dir().join(named) };
             return Ok(vec![Target::of(resolve(&path)?)]);
         }
-        // What is made of a lone configuration is not what there is to be put into.
+        // Lists that install has made of a lone configuration are not targets themselves.
         let mut found = networks(&self.conf_dir())?;
         found.retain(|path| files::lone_of(path).is_none());
         let Some((first, others)) = found.split_first() else {
@@ -139,7 +139,8 @@ impl Place {
         Ok(targets)
     }
 
-    /// Removes lists of ours that were made of a lone configuration, which is there as it was: what delegates would take them for the network's.
+    /// Removes lists of ours that were made of a lone configuration; the lone configuration itself is unchanged. A
+    /// delegating list would take such a list for the network's.
     pub(super) fn clear_own_lists(&self, report: &mut Report) -> Result<()> {
         for path in networks(&self.conf_dir())? {
             let is_ours = files::lone_of(&path).is_some() && files::read(&path).is_ok_and(|text| has_podshaper(&text));
@@ -153,8 +154,9 @@ impl Place {
         Ok(())
     }
 
-    /// Removes lists of ours whose lone configuration is gone, and with it the network: a runtime would go on using them. So was a list
-    /// that an earlier version made under the lone configuration's name, once that configuration is back.
+    /// Removes lists of ours whose lone configuration, and so the network, is gone: a runtime would go on using them.
+    /// Also removes a list that an earlier version made under the name of the lone configuration, once that
+    /// configuration is back.
     pub(super) fn clear_leftovers(&self, report: &mut Report) -> Result<()> {
         for path in networks(&self.conf_dir())? {
             let is_ours = files::read(&path).is_ok_and(|text| has_podshaper(&text));
@@ -184,7 +186,7 @@ impl Target {
     }
 }
 
-/// Whether a list was made of a lone configuration that had to give way, and is back.
+/// Whether the list was made of a lone configuration that an earlier version had moved away, and which is back.
 fn is_superseded(list: &Path) -> bool {
     let lone = ["conf", "json"].map(|extension| list.with_extension(extension));
     list::is_list(list) && lone.iter().any(|lone| lone.exists() && files::backup(lone).exists())
@@ -194,12 +196,12 @@ fn is_multus(path: &Path) -> bool {
     files::read(path).is_ok_and(|text| multus::is(&text))
 }
 
-/// Whether podshaper is in a configuration, or in the copy of one in Multus'.
+/// Whether podshaper is in a configuration, or in the copy that Multus' configuration holds.
 pub(super) fn has_podshaper(text: &str) -> bool {
     multus::has_podshaper(text) || Conflist::parse(text).is_ok_and(|list| list.has(PODSHAPER))
 }
 
-/// An edit replaces the file; a link to it stays one.
+/// Resolves links: an edit replaces the file, and the link to it stays a link.
 fn resolve(path: &Path) -> Result<PathBuf> {
     path.canonicalize().map_err(|cause| Error::because(Code::Io, format!("find {}", path.display()), cause))
 }

@@ -1,16 +1,16 @@
-//! What `install` and `uninstall` say.
+//! The output of `install` and `uninstall`.
 
 use std::path::Path;
 
 use super::diff;
 
-/// What a person is told.
+/// The messages for the operator.
 pub(super) struct Report {
-    /// Whether nothing is done.
+    /// Whether nothing is changed.
     pub(super) dry_run: bool,
-    /// Whether only what was changed is of interest.
+    /// Whether only changes are reported.
     is_quiet: bool,
-    /// It, line by line.
+    /// The messages, line by line.
     pub(super) text: String,
 }
 
@@ -24,7 +24,7 @@ impl Report {
         self.text.push('\n');
     }
 
-    /// What is as it should be.
+    /// Reports a part that needs no change.
     pub(super) fn unchanged(&mut self, line: impl AsRef<str>) {
         if !self.is_quiet {
             self.say(line);
@@ -42,7 +42,7 @@ impl Report {
     }
 }
 
-/// Who writes the conflist of this plugin anew, and from what.
+/// The program that rewrites the conflist of this plugin, and its source.
 pub(super) fn writer(primary: &str) -> Option<&'static str> {
     match primary {
         "flannel" => Some("flannel's pod writes this file anew when it starts, from the ConfigMap kube-flannel-cfg"),

@@ -1,8 +1,8 @@
-//! What a run of the units has seen where they look: names, times, sizes, and what the conflists say. A run that ends compares it with what
-//! is there, and leaves it for the next one ([`Seen::keep`]).
+//! A fingerprint of the directories that the units watch: names, times, sizes, and the text of the conflists. At its
+//! end a run compares the fingerprint with the directories, and keeps it for the next run ([`Seen::keep`]).
 //!
-//! The time of a directory is not enough: a file that is written in place changes none, and the kernel counts times in ticks, so that two
-//! changes within one look like one.
+//! The time of a directory is not enough. Writing a file in place does not change the time of the directory. The kernel
+//! counts times in ticks, so two changes within one tick have the same time.
 
 use std::collections::hash_map::DefaultHasher;
 use std::fs;
@@ -15,13 +15,13 @@ use crate::probe;
 /// The file in [`probe::MEMORY`].
 const FILE: &str = "seen";
 
-/// A fingerprint of directories. It means nothing to another version of podshaper, which then looks once more.
+/// A fingerprint of directories. Another version of podshaper computes another one and then runs once more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Seen(u64);
 
 impl Seen {
-    /// What is there now: the directory of the conflists with what is in its files, the others with the times of theirs. What cannot be
-    /// read counts as not there.
+    /// The present fingerprint: for the directory of the conflists it covers the files' text, for the other directories
+    /// only the times of the files. A file that cannot be read counts as missing.
     pub(super) fn now(conflists: &Path, others: &[PathBuf]) -> Self {
         let mut hasher = DefaultHasher::new();
         for file in files(conflists) {
@@ -36,7 +36,7 @@ impl Seen {
         Self(hasher.finish())
     }
 
-    /// Leaves it for [`Seen::recall`]. Without it the next run does what there may be nothing to do of.
+    /// Keeps the fingerprint for [`Seen::recall`]. If it cannot be kept, the next run may do unneeded work.
     pub(super) fn keep(self) {
         let memory = Path::new(probe::MEMORY);
         let kept = probe::make_memory(memory).and_then(|()| fs::write(memory.join(FILE), self.0.to_string()));
@@ -45,7 +45,7 @@ impl Seen {
         }
     }
 
-    /// What the last run that ended has seen.
+    /// The fingerprint that the last complete run has kept.
     pub(super) fn recall() -> Option<Self> {
         fs::read_to_string(Path::new(probe::MEMORY).join(FILE)).ok()?.parse().ok().map(Self)
     }
@@ -57,7 +57,7 @@ fn files(directory: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// What changes with a file: another one in its place, its bytes, its owner.
+/// Values that change when a file is replaced, or when its bytes or its owner change.
 fn times(file: &Path) -> Option<[i64; 4]> {
     let found = fs::metadata(file).ok()?;
     Some([found.ino() as i64, found.size() as i64, found.ctime(), found.ctime_nsec()])
@@ -84,7 +84,7 @@ mod tests {
         let list = conf.join("10.conflist");
         fs::write(&list, "one").unwrap();
         is_seen("a conflist");
-        // In place and as long as before, however short ago.
+        // Written in place, with the same length, within the same tick.
         fs::write(&list, "two").unwrap();
         is_seen("a conflist that is written in place");
         fs::write(conf.join(".new"), "two").unwrap();

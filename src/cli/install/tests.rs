@@ -1,4 +1,5 @@
-//! The edits of a conflist's text, on lists as people and programs write them; the files themselves are tests/install.rs's.
+//! Tests of the edits of a conflist's text, on lists as people and programs write them. tests/install.rs tests the
+//! files themselves.
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -50,7 +51,7 @@ fn the_entry_is_written_in_the_style_of_its_list() {
         r#"{{"type":"a"}},{{ "type": "podshaper", {CAPABILITIES}, "max": {{"egress":"1G"}}, "rateKey": "a\"b" }}]"#
     );
     assert!(limited.contains(&keys), "{limited}");
-    // Other keys take the place of those that are there.
+    // The given keys replace those of the present entry.
     assert_eq!(with(&limited, "{}"), with(list, "{}"));
 }
 
@@ -138,7 +139,7 @@ fn space() -> impl Strategy<Value = String> {
     "[ \t\r\n]{0,4}"
 }
 
-/// A value as text, with brackets and quotes where a careless scan would trip over them.
+/// A value as text, with brackets and quotes in places that would mislead a careless scan.
 fn value() -> impl Strategy<Value = String> {
     let leaf = prop_oneof![
         Just("true".to_owned()),

@@ -1,4 +1,5 @@
-//! `podshaper uninstall`: the files of a node as they were before `install`, byte for byte where nobody has changed them since.
+//! `podshaper uninstall`: restores the files of a node as they were before `install`, byte for byte if nobody has
+//! changed them since.
 
 use std::path::{Path, PathBuf};
 
@@ -33,7 +34,7 @@ impl Uninstall {
     pub fn run(self) -> Result<String> {
         self.place.enter()?;
         let mut report = Report::new(self.place.is_dry_run(), false);
-        // First, or they would install it again.
+        // The units are removed first, or they would install podshaper again.
         self.remove_units(&mut report)?;
         let files = match self.place.named() {
             Some(_) => self.place.targets()?.iter().map(Target::edited).collect(),
@@ -72,7 +73,7 @@ impl Uninstall {
         if is_read { units::reload() } else { Ok(()) }
     }
 
-    /// Takes podshaper out of a file; whether it was in there.
+    /// Takes podshaper out of a file. Returns whether podshaper was in the file.
     fn take_out(&self, path: &Path, report: &mut Report) -> Result<bool> {
         let Some(bytes) = files::read_if_there(path)? else { return Ok(false) };
         let text = String::from_utf8_lossy(&bytes).into_owned();
@@ -176,12 +177,12 @@ impl Uninstall {
             return Ok(());
         }
         files::remove(&program)?;
-        // Nobody is left who would read it.
+        // No later call reads the records.
         record::forget_all()
     }
 }
 
-/// What install kept of a file, or, in an earlier version, of the lone configuration it made a conflist of.
+/// The backup that install kept of a file, or, in an earlier version, of the lone configuration that became a conflist.
 struct Original {
     backup: PathBuf,
     path: PathBuf,
@@ -200,12 +201,12 @@ impl Original {
         Ok(None)
     }
 
-    /// Whether `without`, which podshaper was taken out of, is what install had put podshaper into.
+    /// Whether `without`, the text without podshaper, is the text that install had put podshaper into.
     fn became(&self, without: &str) -> bool {
         let less = |list: &str| Conflist::parse(list).map(|parsed| parsed.without(BANDWIDTH));
         let is_it = |list: &str| list == without || less(list).is_ok_and(|less| less == without);
         let of_multus = || {
-            // A copy that was a lone configuration is a list now.
+            // A copy that was a lone configuration has become a list.
             let [whole, less] = [
                 |list: &str| Ok(list.to_owned()),
                 |list: &str| Conflist::parse(list).map(|parsed| parsed.without(BANDWIDTH)),

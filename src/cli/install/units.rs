@@ -1,10 +1,12 @@
-//! What the node's systemd is given, so that podshaper stays in a conflist that its network writes anew, and pods follow what is asked of
-//! them: a service that does both once, a path unit that starts it when a conflist or a pod's CNI result comes or goes, and a timer for
-//! what leaves no trace on the node, such as an annotation.
+//! The systemd units of a node. They put podshaper back into a conflist that its network rewrites, and make running
+//! pods follow what is asked of them. A service does both once. A path unit starts the service when a conflist or a
+//! pod's CNI result comes or goes. A timer starts it for changes that leave no trace on the node, such as an
+//! annotation.
 //!
-//! A path unit does not see what happens while its service runs. The service looks again before it ends (`install --and-sync`), and what
-//! comes after that, until systemd has seen the end and watches again, is for a second service. systemd starts that one when the first has
-//! ended, and most often it finds that nothing has changed since (`--if-changed`).
+//! A path unit does not see changes while its service runs. The service checks again before it ends
+//! (`install --and-sync`). A second service covers changes between this check and the moment when systemd watches
+//! again. systemd starts the second service after the first one has ended; most often it finds that nothing has changed
+//! since (`--if-changed`).
 
 use std::{
     fs, io,
@@ -15,27 +17,28 @@ use std::{
 use super::files;
 use crate::error::{Code, Error, Result};
 
-/// Where an administrator's units are.
+/// The directory of the administrator's units.
 pub(super) const DIRECTORY: &str = "/etc/systemd/system";
-/// What is there where systemd runs (sd_booted(3)).
+/// The directory that exists if systemd runs (sd_booted(3)).
 const BOOTED: &str = "/run/systemd/system";
-/// Those that are enabled.
+/// The units that are enabled.
 const ENABLED: [&str; 2] = ["podshaper.path", "podshaper.timer"];
 const SERVICE: &str = "podshaper.service";
-/// The one that looks once more, after it.
+/// The second service, which checks once more after the first one.
 const AGAIN: &str = "podshaper-again.service";
-/// Seconds between two runs. With the second that systemd may be late by, and a run, an annotation is followed within ten.
+/// Seconds between two runs. systemd may be a second late, and a run takes time; with both, an annotation is followed
+/// within ten seconds.
 const EVERY_S: u32 = 8;
 
-/// A unit by its name.
+/// A unit's name and its text.
 pub(super) type Unit = (&'static str, String);
 
-/// Whether this host is systemd's.
+/// Whether systemd runs on this host.
 pub(super) fn are_possible() -> bool {
     Path::new(BOOTED).is_dir()
 }
 
-/// All of them. `command` is the service's, program first; what is watched are directories.
+/// All units. `command` is the service's command, program first; `watched` are directories.
 pub(super) fn all(command: &[String], watched: &[PathBuf]) -> Vec<Unit> {
     let written_by = "# Written by `podshaper install`; `podshaper uninstall` removes it.\n";
     let service = |description: &str, order: &str, option: &[&str]| {
@@ -70,41 +73,42 @@ pub(super) fn all(command: &[String], watched: &[PathBuf]) -> Vec<Unit> {
     vec![(SERVICE, first), (AGAIN, again), ("podshaper.path", path), ("podshaper.timer", timer)]
 }
 
-/// The value that an option had in the service that is there.
+/// The value of an option in the service that is installed now.
 pub(super) fn option_before(directory: &Path, option: &str) -> Option<String> {
     let text = fs::read_to_string(directory.join(SERVICE)).ok()?;
     let words = unquote(text.lines().find_map(|line| line.strip_prefix("ExecStart="))?);
     words.iter().zip(words.iter().skip(1)).find(|(word, _)| *word == option).map(|(_, value)| value.clone())
 }
 
-/// Those that are not there as they should be.
+/// The units that are missing or have another text.
 pub(super) fn missing(directory: &Path, units: &[Unit]) -> Vec<Unit> {
     let is_there = |(name, text): &&Unit| fs::read_to_string(directory.join(name)).is_ok_and(|there| there == *text);
     units.iter().filter(|unit| !is_there(unit)).cloned().collect()
 }
 
-/// Writes them.
+/// Writes the units.
 pub(super) fn write(directory: &Path, units: &[Unit]) -> Result<()> {
     units.iter().try_for_each(|(name, text)| files::write_new(&directory.join(name), text.as_bytes()))
 }
 
-/// Has systemd read them and start those that wait.
+/// Makes systemd read the units, and enables and starts the path unit and the timer.
 pub(super) fn enable() -> Result<()> {
     systemctl(&["daemon-reload"])?;
     systemctl(&[&["enable", "--now"], &ENABLED[..]].concat())
 }
 
-/// Has systemd stop them and forget that it was to start them.
+/// Makes systemd stop and disable the path unit and the timer.
 pub(super) fn disable() -> Result<()> {
     systemctl(&[&["disable", "--now"], &ENABLED[..]].concat())
 }
 
-/// Has systemd read again what is there.
+/// Makes systemd read its units again.
 pub(super) fn reload() -> Result<()> {
     systemctl(&["daemon-reload"])
 }
 
-/// Those that systemd would not start after a boot, where it runs on this host: not there, or not enabled.
+/// The units that are missing or not enabled, so that systemd would not start them at boot; empty if systemd does not
+/// run here.
 pub fn not_enabled() -> Vec<&'static str> {
     if are_possible() { not_enabled_in(Path::new(DIRECTORY)) } else { Vec::new() }
 }
@@ -115,7 +119,7 @@ fn not_enabled_in(directory: &Path) -> Vec<&'static str> {
     wanted.into_iter().filter(|unit| !is_enabled(unit)).map(|(name, _)| name).collect()
 }
 
-/// Those of this directory that are podshaper's.
+/// podshaper's units in this directory.
 pub(super) fn there(directory: &Path) -> Vec<PathBuf> {
     let names = ENABLED.into_iter().chain([SERVICE, AGAIN]);
     names.map(|name| directory.join(name)).filter(|path| path.exists()).collect()
@@ -124,7 +128,7 @@ pub(super) fn there(directory: &Path) -> Vec<PathBuf> {
 fn systemctl(arguments: &[&str]) -> Result<()> {
     let call = || format!("call systemctl {} (--no-units installs without)", arguments.join(" "));
     let failed = |cause: io::Error| Error::because(Code::Io, call(), cause);
-    // In a container (--host-root) it would think that the system is none that runs.
+    // In a container (--host-root) systemctl would conclude that systemd does not run.
     let mut command = Command::new("systemctl");
     let output = command.args(arguments).env("SYSTEMD_IGNORE_CHROOT", "1").output().map_err(failed)?;
     if output.status.success() {
@@ -134,18 +138,18 @@ fn systemctl(arguments: &[&str]) -> Result<()> {
     Err(Error::new(Code::Io, format!("{}: {}: {}", call(), output.status, said.trim())))
 }
 
-/// A word of a command, as systemd.service(5) reads it.
+/// Quotes a word of a command for systemd.service(5).
 fn quote(word: &str) -> String {
     let escaped = word.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n").replace('$', "$$");
     format!("\"{}\"", escape(&escaped))
 }
 
-/// Without systemd's specifiers.
+/// Escapes systemd's specifiers.
 fn escape(text: &str) -> String {
     text.replace('%', "%%")
 }
 
-/// The words of a command that [`quote`] has written.
+/// The words of a command that [`quote`] has quoted.
 fn unquote(command: &str) -> Vec<String> {
     let command = command.replace("%%", "%").replace("$$", "$");
     let (mut words, mut word, mut characters) = (Vec::new(), None, command.chars());

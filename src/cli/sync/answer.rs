@@ -1,4 +1,4 @@
-//! What the API server says about this node's pods and their namespaces, as far as it was asked and answers.
+//! The API server's answer about this node's pods and their namespaces, if it was asked and has answered.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,7 +15,7 @@ use crate::{
 
 use super::report::Report;
 
-/// What is known from it.
+/// The content of the answer.
 pub struct Answer<'a> {
     kubeconfig: Option<&'a Path>,
     pods: Pods,
@@ -23,18 +23,18 @@ pub struct Answer<'a> {
     pub namespaces: Namespaces,
 }
 
-/// What was asked about the pods.
+/// The answer about the pods.
 enum Pods {
-    /// There is nobody to ask.
+    /// No API server is configured.
     OfNobody,
-    /// It gave no answer.
+    /// The API server has not answered.
     Unknown,
     /// The pods of the node of this name, by the UIDs that the runtime knows.
     Of { node: String, by_uid: BTreeMap<String, Metadata> },
 }
 
 impl<'a> Answer<'a> {
-    /// Asks for the pods of a node, if there is somebody to ask.
+    /// Asks for the pods of a node, if an API server is configured.
     pub fn about_pods(kubeconfig: Option<&'a Path>, node: Option<&str>, report: &mut Report) -> Self {
         let namespaces = Namespaces::new();
         let Some(path) = kubeconfig else { return Self { kubeconfig, pods: Pods::OfNobody, namespaces } };
@@ -46,7 +46,7 @@ impl<'a> Answer<'a> {
         Self { kubeconfig, pods, namespaces }
     }
 
-    /// Asks for the labels of the namespaces. Without them nobody knows what any pod is to have now.
+    /// Asks for the labels of the namespaces. If the server does not answer, the limits of all pods count as unknown.
     pub fn ask_for_namespaces(&mut self, report: &mut Report) {
         let (Some(kubeconfig), Pods::Of { .. }) = (self.kubeconfig, &self.pods) else { return };
         match kube::labels_of_namespaces(kubeconfig) {
@@ -58,7 +58,7 @@ impl<'a> Answer<'a> {
         }
     }
 
-    /// The pod of a UID.
+    /// The pod with a UID.
     pub fn pod(&self, uid: &str) -> Option<&Metadata> {
         match &self.pods {
             Pods::Of { by_uid, .. } => by_uid.get(uid),
@@ -66,7 +66,7 @@ impl<'a> Answer<'a> {
         }
     }
 
-    /// All of them, by their UIDs.
+    /// All pods, with their UIDs.
     pub fn pods(&self) -> impl Iterator<Item = (&str, &Metadata)> {
         let by_uid = match &self.pods {
             Pods::Of { by_uid, .. } => Some(by_uid),
@@ -75,12 +75,12 @@ impl<'a> Answer<'a> {
         by_uid.into_iter().flatten().map(|(uid, pod)| (uid.as_str(), pod))
     }
 
-    /// Whether there is nobody to ask.
+    /// Whether no API server is configured.
     pub fn is_of_nobody(&self) -> bool {
         matches!(self.pods, Pods::OfNobody)
     }
 
-    /// Whether it is about this node at all, whose runtime has pods with these UIDs.
+    /// Checks that the answer is about this node, whose runtime has pods with these UIDs.
     pub fn check_node(&self, uids: &BTreeSet<&str>, report: &mut Report) {
         let Pods::Of { node, by_uid } = &self.pods else { return };
         if !uids.is_empty() && !uids.iter().any(|uid| by_uid.contains_key(*uid)) {
@@ -92,7 +92,7 @@ impl<'a> Answer<'a> {
     }
 }
 
-/// kubelet calls a node by the name of its host in lower case, unless it is told another one.
+/// The name of this node. kubelet takes the host's name in lower case, unless another name is configured.
 fn node_name(given: Option<&str>) -> Result<String> {
     const HOSTNAME: &str = "/proc/sys/kernel/hostname";
     let own = || {

@@ -1,4 +1,5 @@
-//! What is to be done for one interface of one pod, from what is asked for now and what is in force: no more than a comparison.
+//! Decides what to do for one interface of one pod. A pure comparison of the limits that are asked for now with those
+//! in force.
 
 use crate::{
     direction::Direction,
@@ -9,35 +10,35 @@ use crate::{
 /// An attachment as it was found.
 #[derive(Clone, Debug)]
 pub struct InForce {
-    /// Its limits; `None` where they cannot be read, being of another layout.
+    /// The limits; `None` if they cannot be read because they are of another layout.
     pub limits: Option<Limits>,
-    /// What was asked for when they last followed it; `None` in the record of an earlier version.
+    /// What was asked for when the limits last followed it; `None` in the record of an earlier version.
     pub asked: Option<Asked>,
-    /// Whether a person has changed them since.
+    /// Whether a person has changed the limits since.
     pub by_hand: bool,
-    /// Whether it was made for this very sandbox.
+    /// Whether the attachment was made for this sandbox.
     pub is_of_sandbox: bool,
-    /// Whether all its programs are attached.
+    /// Whether all programs are attached.
     pub is_whole: bool,
 }
 
-/// What is to be done.
+/// The action for one interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
     /// Nothing.
     Keep,
-    /// An attachment is to be made, or made anew in the place of the one that is there.
+    /// Make an attachment, or replace the present one.
     Attach(Limits),
-    /// The limits of the one that is there are to be these.
+    /// Change the limits of the present attachment.
     Change(Limits),
-    /// It is to be taken off.
+    /// Remove the attachment.
     Remove,
 }
 
 /// Compares what is asked for with what is in force.
 pub fn decide(asked: &Limits, found: Option<&InForce>) -> Step {
     let Some(found) = found.filter(|found| found.is_of_sandbox) else {
-        // What another sandbox of the pod had, and what was set there by hand, went with that sandbox.
+        // The limits of an earlier sandbox of the pod, also those set by hand, ended with that sandbox.
         return match (asked.is_empty(), found) {
             (true, None) => Step::Keep,
             (true, Some(_)) => Step::Remove,
@@ -56,17 +57,18 @@ pub fn decide(asked: &Limits, found: Option<&InForce>) -> Step {
     if !found.is_whole || found.limits.is_none() || has(&wanted) != has(&now) {
         return Step::Attach(wanted);
     }
-    // Also where only the record is behind: what is set by hand from now on is compared with it.
+    // Also a change if only the record is outdated: a limit that is set by hand later is compared with the record.
     let is_recorded = found.asked.is_none_or(|recorded| recorded == Asked::of(asked));
     if Asked::of(&wanted) == Asked::of(&now) && is_recorded { Step::Keep } else { Step::Change(wanted) }
 }
 
-/// What a direction is to have. As long as the same is asked for as before, that is what it has, by whomever.
+/// The limit that a direction is to have. A limit that was set by hand stays as long as the same limit is asked for as
+/// before.
 fn wanted(direction: Direction, asked: &Limits, now: &Limits, found: &InForce) -> Option<Limit> {
     let (asked, now) = (asked.of(direction).copied(), now.of(direction).copied());
     let is_the_same = match found.asked {
         Some(recorded) => recorded.in_direction(direction) == asked.map(Amount::of),
-        // An earlier version recorded no more than that they were changed.
+        // An earlier version recorded only that the limits were changed.
         None => found.by_hand,
     };
     if is_the_same && found.by_hand { now.or(asked) } else { asked }
@@ -118,7 +120,7 @@ mod tests {
             ([10, 20], [10, 20], Step::Keep),
             ([50, 0], [10, 0], change([50, 0])),
             ([10, 50], [10, 20], change([10, 50])),
-            // A direction more takes other programs, and so does one less.
+            // One direction more needs other programs, and so does one direction less.
             ([10, 20], [10, 0], attach([10, 20])),
             ([10, 0], [10, 20], attach([10, 0])),
             ([0, 20], [10, 20], attach([0, 20])),
@@ -134,12 +136,12 @@ mod tests {
             ([10, 0], [50, 0], [10, 0], Step::Keep),
             ([10, 20], [50, 20], [10, 20], Step::Keep),
             ([20, 0], [50, 0], [10, 0], change([20, 0])),
-            // In each direction by itself.
+            // Each direction is decided separately.
             ([10, 30], [50, 20], [10, 20], change([50, 30])),
             ([10, 20], [50, 0], [10, 0], attach([50, 20])),
             ([10, 0], [50, 60], [10, 20], attach([50, 0])),
             ([0, 0], [50, 0], [10, 0], Step::Remove),
-            // What is asked for is now what was set: from here on it is not by hand.
+            // The limit that was set by hand is now asked for: from here on it does not count as set by hand.
             ([50, 0], [50, 0], [10, 0], change([50, 0])),
         ] {
             let found = in_force(now, recorded);

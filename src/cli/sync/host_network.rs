@@ -1,11 +1,11 @@
-//! Pods in the node's own network namespace (`hostNetwork`): no runtime calls a CNI plugin for them, so their annotations are sync's
-//! alone to follow. The limit is on the pod's cgroup, on every interface but loopback, as `podshaper attach` has it: the node's interfaces
-//! stay as they are, and what is received is held by drops.
+//! Pods in the node's own network namespace (`hostNetwork`). No runtime calls a CNI plugin for them, so only sync can
+//! follow their annotations. The limit is on the pod's cgroup, on every interface but loopback, as with
+//! `podshaper attach`: the node's interfaces stay unchanged, and received packets are limited by drops.
 //!
-//! Only a pod that carries the annotation gets a limit. The `max` and the defaults of the configuration hold for the pod network: those
-//! who run in the node's namespace are most often what the node itself needs.
+//! Only a pod with the annotation gets a limit. The `max` and the defaults of the configuration apply to the pod
+//! network: pods in the node's namespace are most often needed by the node itself.
 
-use std::{collections::BTreeSet, fs, io, os::unix::fs::MetadataExt, path::Path};
+use std::{collections::BTreeSet, path::Path};
 
 use super::{
     super::{attachments::Attachment, gc},
@@ -18,8 +18,8 @@ use super::{
 };
 use crate::{
     attachment::{self, Directory, EVERY_INTERFACE, Interfaces, Plan},
-    cgroup::{self, Hierarchies, PodCgroup, Wanted},
-    error::{Code, Error, Result},
+    cgroup::{self, Hierarchies, PodCgroup, Wanted, network_namespace_of, network_namespaces},
+    error::{Error, Result},
     interface::Record,
     kube::Metadata,
     owner::Owner,
@@ -27,20 +27,15 @@ use crate::{
     request::{Limits, Request},
 };
 
-/// Namespace of this process, which is the node's.
-const OWN_NAMESPACE: &str = "/proc/self/ns/net";
-/// How far containers' cgroups are below their pod's.
-const MAX_DEPTH: u32 = 4;
-
-/// One that asks for a limit, or has one.
+/// A host-network pod that asks for a limit, or has one.
 pub struct HostPod {
-    /// What it asks for, as if a runtime had called for it.
+    /// The pod's request, as if a runtime had called.
     pub request: Request,
     uid: String,
     cgroup: PodCgroup,
 }
 
-/// What is to be done for them. Their attachments are taken out of `others`; what has gone stale stays there.
+/// The tasks for these pods. Their attachments are taken out of `others`; stale attachments stay in `others`.
 pub fn tasks(
     networks: &Networks,
     answer: &Answer<'_>,
@@ -72,12 +67,12 @@ fn task(
     let Some(request) = networks.request_of_host_pod(uid, pod) else { return Ok(None) };
     let request = request?;
     let asked = request.limits_by_annotation(pod, &answer.namespaces)?;
-    // Most pods ask for nothing, and their cgroups need not be looked for.
+    // Most pods ask for no limit, and the search for their cgroups is saved.
     if asked.is_empty() && found.is_none() {
         return Ok(None);
     }
     let Ok(cgroup) = cgroup::find(hierarchies, Wanted::Uid(uid)) else { return Ok(None) };
-    if found.is_none() && !is_of_host(&cgroup.path)? {
+    if found.is_none() && !is_of_host(&cgroup.path) {
         return Ok(None);
     }
     let in_force = found.as_ref().map(|found| InForce {
@@ -93,26 +88,10 @@ fn task(
     Ok((step != Step::Keep).then_some(Task { target, place, found, asked, step }))
 }
 
-/// Whether what runs in a pod is in the node's own network namespace. Nothing runs in one that starts or ends.
-fn is_of_host(cgroup: &Path) -> Result<bool> {
-    let failed = |cause| Error::because(Code::Netns, format!("look at {OWN_NAMESPACE}"), cause);
-    let own = fs::metadata(OWN_NAMESPACE).map_err(failed)?.ino();
-    let process = a_process(cgroup, MAX_DEPTH);
-    // One that has just ended is in none.
-    let namespace = process.and_then(|process| fs::metadata(format!("/proc/{process}/ns/net")).ok());
-    Ok(namespace.is_some_and(|namespace| namespace.ino() == own))
-}
-
-/// A process of a cgroup, or of one below it.
-fn a_process(cgroup: &Path, depth: u32) -> Option<String> {
-    let read = |directory: &Path| -> io::Result<Option<String>> {
-        Ok(fs::read_to_string(directory.join("cgroup.procs"))?.lines().next().map(str::to_owned))
-    };
-    if let Ok(Some(process)) = read(cgroup) {
-        return Some(process);
-    }
-    let below = fs::read_dir(cgroup).ok()?.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-    below.filter(|_| depth > 0).find_map(|entry| a_process(&entry.path(), depth - 1))
+/// Whether a pod has processes in the node's own network namespace, which is that of this process. A pod that is
+/// starting or ending may have no process.
+fn is_of_host(cgroup: &Path) -> bool {
+    network_namespace_of("self").is_some_and(|own| network_namespaces(cgroup).contains_key(&own))
 }
 
 fn failure(uid: &str, pod: &Metadata, error: &Error) -> Failure {
@@ -126,12 +105,12 @@ fn failure(uid: &str, pod: &Metadata, error: &Error) -> Failure {
 }
 
 impl HostPod {
-    /// Whether its cgroup is there.
+    /// Whether the pod's cgroup exists.
     pub fn is_there(&self) -> bool {
         self.cgroup.path.exists()
     }
 
-    /// That it is not limited as it asks.
+    /// The failure to give the pod its limit.
     pub fn failure(&self, error: &Error) -> Failure {
         let Request { pod_namespace, pod_name, .. } = &self.request;
         Failure {
@@ -143,10 +122,10 @@ impl HostPod {
         }
     }
 
-    /// Limits it. Connections that it has already are counted and not paced.
+    /// Limits the pod. Connections that exist already are counted and not paced.
     ///
     /// # Errors
-    /// What the kernel says. Nothing is left then.
+    /// The kernel's error. No part of the attachment is left then.
     pub fn limit(&self, limits: Limits, record: impl FnOnce(Owner) -> Owner) -> Result<()> {
         if limits.ingress.is_some() {
             log::warn!(
@@ -161,7 +140,7 @@ impl HostPod {
             pod_name: self.request.pod_name.clone(),
             uid: Some(self.uid.clone()),
             cgroup: self.cgroup.path.to_string_lossy().into_owned(),
-            // No network's: a runtime's GC names none of these.
+            // The attachment belongs to no network, and a runtime's GC does not name it.
             ..Owner::default()
         });
         let plan = Plan {

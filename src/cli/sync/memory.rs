@@ -1,4 +1,4 @@
-//! What the last `sync` could not do, for `metrics` and `doctor`, which look at a node between two of them.
+//! The failures of the last `sync`, kept for `metrics` and `doctor`, which run between two syncs.
 
 use std::{
     fs, io,
@@ -13,36 +13,36 @@ use crate::probe;
 /// The file in [`probe::MEMORY`].
 const FILE: &str = "sync";
 
-/// A pod that is not limited as it asks.
+/// A pod that does not have the limit that it asks for.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Failure {
-    /// Namespace and name, where it has them.
+    /// The namespace of the pod, if known.
     pub namespace: Option<String>,
-    /// The same.
+    /// The name of the pod, if known.
     pub pod: Option<String>,
-    /// UID, or the container's id.
+    /// The UID, or the id of the container.
     pub uid: String,
     /// The interface.
     pub interface: String,
-    /// Why.
+    /// The reason.
     pub error: String,
 }
 
-/// What a run left behind.
+/// The result of a run.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct LastRun {
-    /// When it ended, in seconds since 1970.
+    /// When the run ended, in seconds since 1970.
     pub ended_at_s: u64,
-    /// What it could not do.
+    /// The pods that the run could not limit.
     pub failures: Vec<Failure>,
-    /// Why it knows too little: an API server that does not answer.
+    /// Why the run lacks information: for example an API server that does not answer.
     pub error: Option<String>,
 }
 
 impl Failure {
-    /// What a person calls it.
+    /// The name for a person.
     pub fn name(&self) -> String {
         let pod = match (&self.namespace, &self.pod) {
             (Some(namespace), Some(pod)) => format!("{namespace}/{pod}"),
@@ -53,24 +53,24 @@ impl Failure {
 }
 
 impl LastRun {
-    /// One that ends now.
+    /// The result of a run that ends now.
     pub fn now(failures: Vec<Failure>, error: Option<String>) -> Self {
         let ended_at_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         Self { ended_at_s, failures, error }
     }
 
-    /// Whether it was so lately that pods are now as it left them: the units have one every eight seconds.
+    /// Whether the run is so recent that its result still holds: the units start a run every eight seconds.
     pub fn is_recent(&self) -> bool {
         let now_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         (self.ended_at_s..self.ended_at_s + 30).contains(&now_s)
     }
 
-    /// `None` if there was none since boot.
+    /// The last run's result; `None` if there was no run since boot.
     pub fn recall() -> Option<Self> {
         Self::recall_from(Path::new(probe::MEMORY))
     }
 
-    /// Leaves it for [`LastRun::recall`].
+    /// Keeps the result for [`LastRun::recall`].
     pub fn keep(&self) {
         let memory = Path::new(probe::MEMORY);
         if let Err(cause) = self.keep_in(memory) {
@@ -84,7 +84,7 @@ impl LastRun {
 
     fn keep_in(&self, memory: &Path) -> io::Result<()> {
         probe::make_memory(memory)?;
-        // Renamed, so that nobody reads a part of it.
+        // The file is renamed into place, so that no reader sees a part of it.
         let beside = memory.join(format!("{FILE}.{}", std::process::id()));
         fs::write(&beside, serde_json::to_vec(self)?)?;
         fs::rename(&beside, memory.join(FILE))

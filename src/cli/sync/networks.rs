@@ -1,5 +1,5 @@
-//! The networks of this node that podshaper is in, as their conflists stand now: a pod that was made by an older one is limited as this
-//! one says.
+//! The networks of this node that podshaper is in, according to their present conflists. A pod that was made by an
+//! older conflist is limited as the present one says.
 
 use std::{collections::BTreeMap, fs, path::Path};
 
@@ -17,30 +17,31 @@ use crate::{
 use rscni_plugin::types::Cmd;
 
 const PODSHAPER: &str = "podshaper";
-/// The capability by which a runtime passes a pod's annotations on.
+/// The capability with which a runtime passes a pod's annotations.
 const ANNOTATIONS: &str = "io.kubernetes.cri.pod-annotations";
 
 /// Networks by name.
 #[derive(Default)]
 pub struct Networks {
     by_name: BTreeMap<String, Network>,
-    /// The first that was found, which is the pods' default.
+    /// The network that was found first, which is the default network of pods.
     first: Option<String>,
 }
 
-/// podshaper's object in a conflist.
+/// podshaper's entry in a conflist.
 #[derive(Clone)]
 struct Network {
-    /// The capabilities that it has.
+    /// The capabilities that the entry declares.
     capabilities: Vec<String>,
     kubeconfig: Option<String>,
-    /// It, with the network's version, as a plugin gets it on stdin; without the name, which comes last, and the last brace.
+    /// The entry, with the network's version, as a plugin gets it on stdin. The name and the closing brace are missing;
+    /// they are added last.
     stdin: String,
     name: String,
 }
 
 impl Networks {
-    /// Reads every configuration of a directory. One that cannot be read is told of: it may be podshaper's.
+    /// Reads every configuration of a directory. One that cannot be read is reported, since podshaper may be in it.
     ///
     /// # Errors
     /// The directory cannot be listed.
@@ -61,16 +62,17 @@ impl Networks {
         Ok(networks)
     }
 
-    /// Pods that were made by the network's list, before podshaper delegated to it, are limited as those that are made now.
+    /// Adds the network that podshaper delegates to. Pods that the network's list made before podshaper delegated are
+    /// then limited like new pods.
     fn take_delegated(&mut self, delegation: &Delegation) {
-        // Without a list there is nothing to say of its name.
+        // Without the list the network's name is not known.
         let Ok(list) = list::find(&delegation.directory) else { return };
         if let Some(ours) = self.by_name.get(NETWORK).cloned() {
             self.by_name.entry(list.network().to_owned()).or_insert_with(|| ours.named(list.network()));
         }
     }
 
-    /// Adds a network, and those that Multus delegates to. The first of a name counts, as it does for a runtime.
+    /// Adds a network, and those that Multus delegates to. The first network of a name counts, as for a runtime.
     fn take(&mut self, list: &Value) {
         let entry = list["plugins"].as_array().into_iter().flatten().find(|plugin| plugin["type"] == PODSHAPER);
         if let (Some(name), Some(Value::Object(entry))) = (list["name"].as_str(), entry) {
@@ -80,21 +82,22 @@ impl Networks {
         list["delegates"].as_array().into_iter().flatten().for_each(|delegate| self.take(delegate));
     }
 
-    /// Whether podshaper is in none of them.
+    /// Whether podshaper is in no network.
     pub fn are_none(&self) -> bool {
         self.by_name.is_empty()
     }
 
-    /// The kubeconfig of the first that names one.
+    /// The kubeconfig of the first network that names one.
     pub fn kubeconfig(&self) -> Option<&Path> {
         self.by_name.values().find_map(|network| network.kubeconfig.as_deref()).map(Path::new)
     }
 
-    /// What an ADD of this sandbox would be asked for by its network as it stands now, or as it stood at the ADD, where it is not in
-    /// the directory; with the pod's annotations as the runtime has them, or without. `None` if podshaper is not in it.
+    /// The request that an ADD of this sandbox would make in the present network; if the network is no longer in the
+    /// directory, in the network as it was at ADD. The pod's annotations are those that the runtime has, or are left
+    /// out. `None` if podshaper is not in the network.
     ///
     /// # Errors
-    /// Those of the ADD.
+    /// The errors of the ADD.
     pub fn request(&self, sandbox: &Sandbox, with_annotations: bool) -> Option<Result<Request>> {
         let of_add = || {
             let mut then = Self::default();
@@ -107,11 +110,11 @@ impl Networks {
         }
     }
 
-    /// What would be asked for a pod in the node's own network namespace, if a runtime called for it: by the configuration of the pods'
-    /// default network. `None` if podshaper is in none.
+    /// The request that a runtime would make for a pod in the node's own network namespace, if it called podshaper. It
+    /// uses the configuration of the pods' default network. `None` if podshaper is in no network.
     ///
     /// # Errors
-    /// Those of an ADD.
+    /// The errors of an ADD.
     pub fn request_of_host_pod(&self, uid: &str, pod: &Metadata) -> Option<Result<Request>> {
         let network = self.by_name.get(self.first.as_ref()?)?;
         let Metadata { namespace, name, .. } = pod;
@@ -147,15 +150,15 @@ impl Network {
     }
 
     fn request(&self, sandbox: &Sandbox, with_annotations: bool) -> Result<Request> {
-        // libcni gives a plugin what it has the capability for. As the runtime wrote it: a number in there may be larger than this
-        // library's.
+        // libcni gives a plugin the values of the capabilities that the plugin declares. The runtime's text is copied:
+        // a number in it may be larger than serde_json's numbers.
         let wanted = self.capabilities.iter().filter(|name| with_annotations || *name != ANNOTATIONS);
         let offered = wanted.filter_map(|name| Some((name, sandbox.offers.get(name)?)));
         let offered: Vec<String> = offered.map(|(name, offer)| format!("{}:{}", json!(name), offer.get())).collect();
         self.call(&sandbox.env(), &offered)
     }
 
-    /// An ADD with these members of its `runtimeConfig`.
+    /// An ADD with these members of `runtimeConfig`.
     fn call(&self, env: &Env, offered: &[String]) -> Result<Request> {
         let name = json!(self.name);
         let stdin = format!("{},\"name\":{name},\"runtimeConfig\":{{{}}}}}", self.stdin, offered.join(","));

@@ -1,4 +1,4 @@
-//! What a run of `sync` has done and could not do, for a person and for programs.
+//! The report of a `sync` for a person and for programs: what it has done, and what it could not do.
 
 use serde::Serialize;
 
@@ -16,12 +16,12 @@ use crate::{
     sandboxes::Sandbox,
 };
 
-/// That filters and queues which hold it were put back.
+/// The action: filters and queues of an attachment were restored.
 pub const HOLD: &str = "hold";
-/// That what a delegated ADD has left for its DEL was removed.
+/// The action: a record that a delegated ADD had left for its DEL was removed.
 pub const FORGET: &str = "forget";
 
-/// What was done.
+/// One action of the run.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Done {
@@ -34,14 +34,14 @@ pub struct Done {
     ingress: Difference,
 }
 
-/// A direction before and after.
+/// The limits of a direction before and after the action.
 #[derive(Debug, Default, Serialize)]
 pub struct Difference {
     was: Option<Shown>,
     is: Option<Shown>,
 }
 
-/// A limit, for programs.
+/// A limit in the JSON output.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Shown {
@@ -51,33 +51,33 @@ pub struct Shown {
     text: String,
 }
 
-/// All of a run.
+/// The report of a run.
 #[derive(Default, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Report {
-    /// Whether nothing was done.
+    /// Whether the run changed nothing because of --dry-run.
     pub dry_run: bool,
-    /// What was done.
+    /// The actions.
     pub changes: Vec<Done>,
-    /// The pods that are not limited as they ask.
+    /// The pods that do not have the limit that they ask for.
     pub failures: Vec<Failure>,
-    /// What could not be known.
+    /// The information that the run lacks.
     pub error: Option<String>,
 }
 
 impl Done {
-    /// What was done to an attachment.
+    /// An action on an attachment.
     pub fn to(action: &'static str, found: &Attachment, is: &Limits) -> Self {
         let Owner { pod_namespace, pod_name, .. } = found.owner.clone();
         Self::at(action, &found.place, &found.limits(), is).of(pod_namespace, pod_name)
     }
 
-    /// The same of a pod with these names.
+    /// Adds the names of the pod.
     pub fn of(self, namespace: Option<String>, pod: Option<String>) -> Self {
         Self { namespace, pod, ..self }
     }
 
-    /// What was done at a place that had and has these limits.
+    /// An action at a place, with the limits before and after.
     pub fn at(action: &'static str, place: &Place, was: &Limits, is: &Limits) -> Self {
         let difference = |direction| Difference { was: Shown::of(was.of(direction)), is: Shown::of(is.of(direction)) };
         Self {
@@ -91,7 +91,7 @@ impl Done {
         }
     }
 
-    /// A line for each direction that is not as it was.
+    /// A line for each direction whose limit has changed.
     fn text(&self) -> String {
         let name = match (&self.namespace, &self.pod) {
             (Some(namespace), Some(pod)) => format!("{namespace}/{pod}"),
@@ -117,7 +117,7 @@ impl Done {
             .collect();
         match (text.is_empty(), self.action) {
             (false, _) => text,
-            // It had its limits, and not on this sandbox or not by all its programs.
+            // The limits are the same, but were not on this sandbox, or not all programs were attached.
             (true, "attach") => format!("{name}: attached anew\n"),
             (true, _) => format!("{name}: asks for what it has\n"),
         }
@@ -135,14 +135,14 @@ impl Shown {
 }
 
 impl Failure {
-    /// Of what is attached.
+    /// The failure of an attachment.
     pub fn of(found: &Attachment, error: &Error) -> Self {
         let Owner { pod_namespace: namespace, pod_name: pod, .. } = found.owner.clone();
         let Place { pod: uid, interface } = found.place.clone();
         Self { namespace, pod, uid, interface, error: error.to_string() }
     }
 
-    /// Of a sandbox, whatever is in its names.
+    /// The failure of a sandbox, whose names may hold any character.
     pub fn of_sandbox(sandbox: &Sandbox, error: &Error) -> Self {
         let name = |key| sandbox.arg(key).and_then(|name| object_name(name).ok());
         Self {
@@ -157,13 +157,13 @@ impl Failure {
 }
 
 impl Report {
-    /// A pod that is not limited as it asks.
+    /// Adds a pod that does not have the limit that it asks for.
     pub fn fail(&mut self, failure: Failure) {
         output::complain(&format!("{}: {}", failure.name(), failure.error));
         self.failures.push(failure);
     }
 
-    /// Something that this run cannot know.
+    /// Adds an error because of which this run lacks information.
     pub fn know_less(&mut self, error: &Error) {
         output::complain(&error.to_string());
         let text = error.to_string();

@@ -1,4 +1,4 @@
-//! What a run of `sync` does for one attachment, once it is decided: the way of an ADD, a `set` or a `detach`.
+//! Carries out the decision of `sync` for one attachment, in the same way as an ADD, a `set` or a `detach`.
 
 use std::thread;
 
@@ -20,21 +20,21 @@ use crate::{
     sandboxes::Sandbox,
 };
 
-/// What is to be done for one.
+/// One attachment to make, change or remove.
 pub struct Task {
-    /// Whose limit it is.
+    /// The interface or pod to limit.
     pub target: Target,
-    /// Where it is pinned.
+    /// The place of the pins.
     pub place: Place,
-    /// What is there.
+    /// The present attachment.
     pub found: Option<Attachment>,
-    /// What is asked for.
+    /// The limits that are asked for.
     pub asked: Limits,
-    /// What follows from both.
+    /// The decision.
     pub step: Step,
 }
 
-/// What is limited.
+/// What a task limits.
 pub enum Target {
     /// An interface of a sandbox.
     Interface(Box<Interface>),
@@ -49,8 +49,8 @@ pub struct Interface {
     pub endpoint: Endpoint,
 }
 
-/// Does all of them, whatever becomes of each. What is to lose its limit is let go of first, all at once: the kernel keeps a socket's
-/// pace when the programs go.
+/// Performs all tasks; an error in one does not stop the others. Limits that are to be removed are lifted first, all at
+/// once, since the kernel keeps a socket's pacing rate when the programs are removed.
 pub fn perform(tasks: Vec<Task>, report: &mut Report) {
     let has_lifted: Vec<bool> =
         tasks.iter().map(|task| task.lift().unwrap_or_else(|error| task.note(&error))).collect();
@@ -60,7 +60,7 @@ pub fn perform(tasks: Vec<Task>, report: &mut Report) {
     for task in tasks {
         match task.perform() {
             Ok(()) => report.changes.push(task.done()),
-            // It went away meanwhile, or another sandbox came in its place: the next run knows more.
+            // The sandbox ended meanwhile, or another one has replaced it. The next run will see it.
             Err(error) if !task.target.is_there() => log::debug!("{error}"),
             Err(error) => report.fail(task.target.failure(&error)),
         }
@@ -75,7 +75,7 @@ impl Target {
         }
     }
 
-    /// That it is not limited as it asks.
+    /// The failure to give the interface or pod its limit.
     pub fn failure(&self, error: &Error) -> Failure {
         match self {
             Self::Interface(interface) => Failure::of_sandbox(&interface.sandbox, error),
@@ -99,7 +99,7 @@ impl Target {
 }
 
 impl Task {
-    /// What it is to have.
+    /// The limits after the task.
     fn wanted(&self) -> Limits {
         match self.step {
             Step::Attach(limits) | Step::Change(limits) => limits,
@@ -107,7 +107,7 @@ impl Task {
         }
     }
 
-    /// Lifts the limits of the directions that are to have none; whether there are any.
+    /// Lifts the limits of the directions that are to have none. Returns whether there are any.
     fn lift(&self) -> Result<bool> {
         let Some(found) = self.found.as_ref().filter(|found| !found.links.are_dead()) else {
             return Ok(false);
@@ -122,7 +122,8 @@ impl Task {
             .map(|()| true)
     }
 
-    /// A pace that stays with some connections is not worth leaving a limit where none is asked for.
+    /// Logs that some connections may keep their pacing rate. This is no reason to keep a limit that is no longer asked
+    /// for.
     fn note(&self, error: &Error) -> bool {
         log::warn!("connections of {} may keep their pace: {error}", self.place.pod);
         false
@@ -139,13 +140,13 @@ impl Task {
         }
     }
 
-    /// The record, with what was asked for and what the administrator allows, which may have changed with it.
+    /// The record with what was asked for, and with the administrator's `max`, which may have changed as well.
     fn record(&self, owner: Owner) -> Owner {
         let changed = Asked::of(&self.wanted()) != Asked::of(&self.asked);
         Owner { changed, followed: true, ..owner.asked_for(&self.asked) }
     }
 
-    /// Changes the attachment that was found, and no other one.
+    /// Changes the attachment that was found, but not one that has replaced it.
     fn change(&self, found: &Attachment, to: impl FnOnce(&Owner) -> Change) -> Result<()> {
         attachment::change(&found.place, |present| {
             if found.is_still(&present.directory, Some(&present.owner)) {
@@ -157,7 +158,7 @@ impl Task {
         })
     }
 
-    /// That it was done.
+    /// The report of the task.
     pub fn done(&self) -> Done {
         let action = match self.step {
             Step::Keep => "keep",

@@ -1,4 +1,4 @@
-//! The screen of `podshaper top`, and its keys.
+//! The terminal screen of `podshaper top`, and its keys.
 
 use std::time::{Duration, Instant};
 
@@ -20,7 +20,7 @@ use crate::{
 const BAR_WIDTH: usize = 10;
 const SPARKLINE_WIDTH: u16 = super::HISTORY as u16;
 
-/// What is to be seen.
+/// The state of the screen.
 struct View {
     watch: Watch,
     sort: Sort,
@@ -28,7 +28,7 @@ struct View {
     paused: bool,
 }
 
-/// Shows it until a key, or the number of readings, ends it. The terminal is left as it was, whatever happens.
+/// Shows the screen until a key or the number of readings ends it. The terminal is restored in every case.
 pub fn run(arguments: &Arguments) -> Result<()> {
     let mut terminal = ratatui::try_init().map_err(failed)?;
     let ended = watch(&mut terminal, arguments);
@@ -42,7 +42,7 @@ fn failed(cause: std::io::Error) -> Error {
 
 fn watch(terminal: &mut DefaultTerminal, arguments: &Arguments) -> Result<()> {
     let mut view = View { watch: Watch::default(), sort: arguments.sort, first: 0, paused: false };
-    // The first reading has nothing to be compared with.
+    // The first reading has no earlier one to compare with.
     view.watch.read()?;
     let mut left = arguments.count;
     let mut next = Instant::now() + arguments.interval;
@@ -71,7 +71,7 @@ fn watch(terminal: &mut DefaultTerminal, arguments: &Arguments) -> Result<()> {
 }
 
 impl View {
-    /// Whether that was the last event.
+    /// Handles an event. Returns whether it ends the command.
     fn handle(&mut self, event: &Event) -> bool {
         let Event::Key(KeyEvent { code, modifiers, kind: KeyEventKind::Press, .. }) = event else { return false };
         match code {
@@ -98,7 +98,7 @@ impl View {
         let pause = if self.paused { ", paused" } else { "" };
         let title = format!("podshaper: {} limits, {}bit/s through them{pause}", rows.len(), chart::short(total));
         frame.render_widget(Line::from(title), top);
-        // Only what can be seen is made.
+        // Only the visible rows are built.
         let height = usize::from(middle.height);
         let seen = rows.get(self.first..).unwrap_or_default();
         let seen = seen.get(..height).unwrap_or(seen);
@@ -172,7 +172,7 @@ fn line(row: &Row<'_>) -> Line_<'static> {
         number(chart::short(counters.marks as f64)),
         number(chart::short(counters.bytes as f64)),
         number(list::other_paths(others)),
-        // The newest reading is on the right; a narrow screen cuts the oldest.
+        // The newest reading is on the right; a narrow screen cuts off the oldest ones.
         number(chart::sparkline(row.history.into_iter().flatten().copied())),
     ])
     .style(style)
