@@ -17,7 +17,7 @@ use tempfile::TempDir;
 
 use crate::harness::{Context, Result};
 
-/// What the server does with a request.
+/// The server's reaction to a request.
 #[derive(Clone, Debug)]
 pub enum Reply {
     /// Sends these bytes and closes the connection.

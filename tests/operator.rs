@@ -4,9 +4,9 @@
 
 /// Limits of cgroups other than pods.
 mod cgroups;
-/// `install --delegate`: podshaper calls the network's list in place of the runtime, whatever the list has.
+/// `install --delegate`: podshaper calls the network's list in place of the runtime, whatever the list contains.
 mod delegate;
-/// Whether sync follows what concerns a pod beside its rates.
+/// Changes beside a pod's rates that sync follows.
 mod follow;
 /// doctor and gc.
 mod health;

@@ -347,8 +347,8 @@ fn nothing_on_the_wire() -> Vec<String> {
     ["-"; 6].map(String::from).to_vec()
 }
 
-/// Measures, and meanwhile times in `replies` how another pod of the same node is answered: the delay that the
-/// machine itself causes.
+/// Calls `measure`, and stores in `replies` the times of another pod's replies on the same node meanwhile: the delay
+/// that the machine itself causes.
 fn with_idle_pod(
     options: &Options,
     pod: &Pod,

@@ -77,8 +77,8 @@ fn an_applications_own_departure_times_hold() {
     assert_eq!(later >= AFTER, has_fq(&pod), "{what}");
 }
 
-/// An application can forbid pacing for one segment only: podshaper then sets the pacing rate of the socket again,
-/// and the clock counts that segment.
+/// An application can forbid pacing for one segment at a time only: podshaper then sets the pacing rate of the socket
+/// again, and the clock counts that segment.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn an_application_that_forbids_pacing_is_limited() {

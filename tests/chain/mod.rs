@@ -138,8 +138,8 @@ impl Drop for Attachment {
 /// machine never increases a rate.
 const BUSY: f64 = 0.15;
 
-/// Panics unless `measured` is within `tolerance` of `wanted`, both in bits per second. Below `wanted`, [`BUSY`] is
-/// allowed as well.
+/// Panics unless `measured` is within `tolerance` of `wanted`, both in bits per second. Below that range, another
+/// [`BUSY`] is allowed.
 #[track_caller]
 pub fn assert_rate(what: &str, measured: f64, wanted: u64, tolerance: f64) {
     let share = measured / wanted as f64;

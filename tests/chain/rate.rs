@@ -168,7 +168,7 @@ fn few_flows_build_large_packets() {
     for (congestion, limit, flows, allowed) in [
         ("cubic", 10 * MBIT, 1, 12.0..=18.0),
         ("cubic", 10 * MBIT, 8, 1.5..=3.5),
-        // Half of an initial window, which has not grown yet, is ten segments.
+        // With a congestion window that does not open, packets stay at half of the window: ten segments.
         ("cubic", 500 * MBIT, 16, 20.0..=46.0),
         ("bbr", 10 * MBIT, 1, 10.0..=18.0),
         ("bbr", 10 * MBIT, 8, 1.5..=3.5),
@@ -192,7 +192,8 @@ fn a_full_pod_answers_like_an_idle_one() {
     /// An idle pod has about 0.3 ms. Where the machine is busy, the idle pod is the reference.
     const MOST_P99_US: f64 = 2_000.0;
     const MOST_IDLE_P99S: f64 = 4.0;
-    /// A tenth of the 12 ms that everybody waits behind a token bucket with a burst of 1 Mbit.
+    /// Replies must be at least this many times faster than behind a token bucket with a burst of 1 Mbit, where they
+    /// wait 12 ms.
     const LEAST_GAIN: f64 = 10.0;
     let bed = Bed::new();
     let reply = |limiter| -> Latency {

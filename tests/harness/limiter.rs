@@ -16,7 +16,7 @@ use super::{Context, Failure, Result, podshaper_program};
 /// the start.
 const BANDWIDTH_BURST_BITS: u64 = 1_000_000;
 
-/// What limits a pod.
+/// The way in which a pod is limited, or not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Limiter {

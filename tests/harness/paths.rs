@@ -28,7 +28,7 @@ const GROUP: [u8; 4] = [239, 77, 0, 1];
 /// The number of a nested namespace's interface, where it must differ from the number of the pod's interface.
 const OTHER_NUMBER: u32 = 77;
 
-/// Such a way.
+/// One of these paths.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Path {
     /// Processes of another cgroup in the pod's namespace.

@@ -13,7 +13,7 @@ use super::process::Running;
 use super::seen::{self, Look, Seen};
 use super::{Result, quic_program};
 
-/// What to send.
+/// The traffic to send.
 #[derive(Clone, Copy, Debug)]
 pub struct Quic {
     pub way: Way,

@@ -13,7 +13,7 @@ use super::pod::{INTERFACE, Pod};
 use super::process::Running;
 use super::{Context, Failure, Result, meter};
 
-/// What to look at.
+/// The directions to watch, and how long.
 #[derive(Clone, Debug)]
 pub struct Look {
     /// The directions whose wire is watched. Small requests go in the first of these directions.

@@ -17,7 +17,7 @@ use super::{Context, Failure, Result, traffic_program};
 /// How long the connection for small requests has been in use when the clients begin.
 const ASKED_BEFORE: Duration = Duration::from_millis(300);
 
-/// What the clients do.
+/// The clients and their requests.
 #[derive(Clone, Debug)]
 pub struct Web {
     /// The direction of the data.

@@ -1,5 +1,5 @@
-//! Whether sync follows what concerns a pod beside its rates: namespaces, bursts, lists of subnets, and pods for
-//! which no runtime calls podshaper.
+//! Changes beside a pod's rates that sync follows: namespaces, bursts, lists of subnets, and pods for which no
+//! runtime calls podshaper.
 
 use std::fs;
 use std::process::{Command, Stdio};

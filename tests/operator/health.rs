@@ -78,7 +78,7 @@ fn doctor_finds_this_node_fit_and_a_bad_conflist_not() {
 }
 
 /// With net_cls of cgroup v1 in use, which lasts until the kernel ends. Linux 5.10.0-32 of Debian then forgets the
-/// cgroup of sockets; other kernels are fit. The test compares doctor's finding with what a limit counts.
+/// cgroup of sockets; other kernels do not. The test compares doctor's finding with the bytes that a limit counts.
 #[test]
 #[ignore = "needs a kernel of its own"]
 fn a_kernel_that_forgets_the_cgroup_of_sockets_is_told_so() {

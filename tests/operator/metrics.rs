@@ -147,7 +147,7 @@ fn other_paths_are_held_or_not_or_there_are_none() {
     };
     let bed = Bed::new();
     for (keys, expected) in [(json!({}), "1"), (json!({ "otherPaths": false }), "0")] {
-        // Without fq, a tbf at the host end would hold ingress in any case.
+        // Without an ingress limit: without fq, a tbf at the host end would hold ingress in any case.
         let pod = bed.pod_of(bed.host.bridge_chain().unwrap(), keys, Limits { ingress: None, ..both });
         assert_eq!(series(&pod.uid), [expected]);
     }
