@@ -250,7 +250,7 @@ fn a_process_that_may_not_is_told_what_it_needs() {
 }
 
 /// The programs load even where the kernel cannot keep their state with a socket, and then nothing would be paced.
-/// Before Linux 6.8 a separate network namespace always has enough room for that.
+/// Before Linux 6.8 the room for that (net.core.optmem_max) cannot be made so small in a network namespace of its own.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn a_node_where_nothing_can_be_kept_with_a_socket_is_told_so() {

@@ -266,8 +266,8 @@ fn write_verdict(
     rows: &[&Row],
     machine: &Machine,
 ) -> String {
-    /// Outside of this range the share of the limit is mentioned: a limiter that passes less, or more, is better
-    /// elsewhere without effort.
+    /// Outside of this range, in percent, the share of the limit is mentioned: a limiter that passes less or more has
+    /// an advantage in the other numbers.
     const HELD: Range<f64> = 90.0..110.0;
     let row = rows.iter().find(|row| row.limiter == verdict.best);
     let percent = row.and_then(|row| row.values.get("percent")).filter(|percent| !HELD.contains(&percent.median));

@@ -144,7 +144,7 @@ pub fn all(machine: &Machine, is_quick: bool) -> Vec<Workload> {
     list
 }
 
-/// On the machine's kernel, which has all CPUs and no fq.
+/// The list for the machine's own kernel, which has all CPUs and no fq.
 fn of_a_machine(machine: &Machine) -> Vec<Workload> {
     use Way::{In, Out};
     let mut list = vec![bulk::idle(3.0)];
@@ -181,7 +181,7 @@ fn of_a_machine(machine: &Machine) -> Vec<Workload> {
     list
 }
 
-/// User Mode Linux has one slow CPU, and fq, netem, fq_codel and cake.
+/// The list for User Mode Linux, which has one slow CPU, and fq, netem, fq_codel and cake.
 fn of_user_mode_linux(machine: &Machine) -> Vec<Workload> {
     use Way::{In, Out};
     let mut list = vec![bulk::idle(3.0)];
