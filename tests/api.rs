@@ -1,4 +1,5 @@
-//! An API server, as far as podshaper asks one: TLS on loopback with certificates of its own, and answers as a test wants them.
+//! An API server, as far as podshaper talks to one: TLS on loopback with its own certificates, and the answers that a
+//! test asks for.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -16,18 +17,18 @@ use tempfile::TempDir;
 
 use crate::harness::{Context, Result};
 
-/// What the server does with a request.
+/// The server's reaction to a request.
 #[derive(Clone, Debug)]
 pub enum Reply {
-    /// Sends these bytes and closes.
+    /// Sends these bytes and closes the connection.
     Bytes(Vec<u8>),
-    /// Sends these bytes one by one, a moment apart.
+    /// Sends these bytes one by one, with a short pause between them.
     Drip(Vec<u8>),
     /// Sends these bytes again and again.
     Flood(Vec<u8>),
-    /// Sends nothing and stays.
+    /// Sends nothing and keeps the connection open.
     Silence,
-    /// What the first of these says whose path the request's begins with.
+    /// Sends the first of these replies whose path is a prefix of the request's path.
     ByPath(Vec<(&'static str, Reply)>),
 }
 
@@ -49,7 +50,7 @@ impl Reply {
         )
     }
 
-    /// A pod, in chunks as Go's server sends them.
+    /// A pod, sent in chunks as Go's server sends them.
     pub fn pod(uid: &str, labels: &Value, annotations: &Value) -> Self {
         let pod = json!({
             "kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1",
@@ -62,9 +63,10 @@ impl Reply {
         Self::Bytes((sent + "0\r\n\r\n").into())
     }
 
-    /// The pods of a node: as many in front, each with the annotations that make the longest answer, and one behind them.
+    /// The pods of a node: `in_front` pods with the annotations that make the longest answer, then one more pod.
     pub fn pods(in_front: usize, last: &Value) -> Self {
-        /// What an API server takes of annotations on a pod, of a character that Go escapes with six bytes.
+        /// The most bytes of annotations on a pod that an API server takes, here of a character that Go escapes with
+        /// six bytes.
         const ANNOTATIONS_BYTES: usize = 256 << 10;
         let annotation = "\\u003c".repeat(ANNOTATIONS_BYTES);
         let mut items = String::new();
@@ -77,7 +79,7 @@ impl Reply {
         Self::Bytes(format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len()).into())
     }
 
-    /// The API server's own kind of refusal.
+    /// An error in the format of the API server.
     pub fn status(status: &str, message: &str) -> Self {
         Self::json(status, &json!({ "kind": "Status", "status": "Failure", "message": message }))
     }
@@ -93,12 +95,12 @@ pub struct ApiServer {
 }
 
 impl ApiServer {
-    /// On loopback, in this thread's network namespace.
+    /// Starts on loopback, in this thread's network namespace.
     pub fn start(reply: Reply) -> Result<Self> {
         Self::start_with("127.0.0.1:0", rustls::ALL_VERSIONS, reply)
     }
 
-    /// At another address, with these versions of TLS.
+    /// Starts at another address, with these versions of TLS.
     pub fn start_with(address: &str, versions: &[&'static SupportedProtocolVersion], reply: Reply) -> Result<Self> {
         let key = || KeyPair::generate().context("make a key");
         let mut authority = CertificateParams::default();
@@ -124,19 +126,20 @@ impl ApiServer {
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 let (config, requests, reply) = (config.clone(), requests.clone(), reply.clone());
-                // A client that gives up is a test's business.
+                // A client that gives up is no failure here: the test judges it.
                 std::thread::spawn(move || serve(stream, config, &requests, &reply));
             }
         });
         Ok(this)
     }
 
-    /// What was asked so far, head by head; the names of headers in lower case.
+    /// The requests so far, each as its head; header names are in lower case.
     pub fn requests(&self) -> Vec<String> {
         self.requests.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
     }
 
-    /// A kubeconfig for this server, with a client certificate; `keys` take the place of the same ones in cluster and user.
+    /// A kubeconfig for this server, with a client certificate. `cluster_keys` and `user_keys` replace keys of the
+    /// same name.
     pub fn kubeconfig(&self, cluster_keys: &Value, user_keys: &Value) -> Result<PathBuf> {
         let write = |name: &str, text: &str| -> Result<PathBuf> {
             let path = self.directory.path().join(name);
@@ -153,7 +156,7 @@ impl ApiServer {
                 object.extend(keys.clone());
             }
         }
-        // YAML has JSON in it; the block style is what people have.
+        // JSON is valid YAML, but real kubeconfigs use YAML's block style.
         let text = format!(
             "apiVersion: v1\nkind: Config\nclusters:\n- name: here\n  cluster: {cluster}\nusers:\n- name: node\n  user: {user}\n\
              contexts:\n- name: node@here\n  context:\n    cluster: here\n    user: node\ncurrent-context: node@here\n"
@@ -181,7 +184,7 @@ fn tls(
         .context("use the certificate")
 }
 
-/// HTTP knows the name of a header in any case.
+/// Header names in HTTP are case-insensitive.
 fn with_lower_names(head: &str) -> String {
     let lower = |(at, line): (usize, &str)| match line.split_once(':') {
         Some((name, value)) if at > 0 => format!("{}:{value}", name.to_ascii_lowercase()),

@@ -16,7 +16,7 @@ fn directory(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
 }
 
-/// The plugins are looked for in this build's directory, then in Debian's.
+/// Reads an example. Its plugins are looked for in this build's directory, then in Debian's.
 fn example(name: &str) -> Chain {
     let podshaper = podshaper_program().unwrap();
     Chain::read(&directory("conflist-examples").join(name), &[podshaper.parent().unwrap(), Path::new(PLUGIN_DIR)])
@@ -35,9 +35,10 @@ fn multus_example() -> Chain {
     chain
 }
 
-/// What the primary plugin of an example answers. Flannel's was recorded. The others' are written from their sources (Calico's
-/// cni-plugin/pkg/plugin/plugin.go; Cilium's plugins/cilium-cni/cmd/cmd.go: Add, prepareIP; AWS' cmd/routed-eni-cni-plugin/cni.go, with a
-/// number where a namespace would be; OVN-Kubernetes' go-controller/pkg/cni): their daemons are not to be had here.
+/// The result of an example's primary plugin. Flannel's was recorded. The others are written from the plugins'
+/// sources (Calico's cni-plugin/pkg/plugin/plugin.go; Cilium's plugins/cilium-cni/cmd/cmd.go: Add, prepareIP; AWS'
+/// cmd/routed-eni-cni-plugin/cni.go, with a number where a namespace would be; OVN-Kubernetes'
+/// go-controller/pkg/cni), since their daemons are not available here.
 fn recorded(primary: &str) -> String {
     fs::read_to_string(directory("tests/records").join(format!("{primary}.result.json"))).unwrap()
 }
@@ -68,7 +69,7 @@ fn every_example_ends_with_podshaper_and_its_capabilities() {
         let podshaper = podshaper(&chain);
         let mut capabilities = podshaper["capabilities"].clone();
         if podshaper.contains_key("delegate") {
-            // Those of the network's plugins as well.
+            // This includes the capabilities of the network's plugins.
             capabilities.as_object_mut().unwrap().retain(|name, _| wanted.get(name).is_some());
         }
         assert_eq!((&podshaper["type"], &capabilities), (&json!("podshaper"), &wanted), "{name}");
@@ -76,7 +77,7 @@ fn every_example_ends_with_podshaper_and_its_capabilities() {
     }
 }
 
-/// Examples whose primary plugin does not run here, each with the plugin whose result stands in for it.
+/// Examples whose primary plugin does not run here, each with the plugin whose result is used instead.
 const FOREIGN: [(&str, &str); 7] = [
     ("10-flannel", "flannel"),
     ("10-weave", "weave"),
@@ -86,10 +87,10 @@ const FOREIGN: [(&str, &str); 7] = [
     ("10-ovn-kubernetes-podshaper", "ovn"),
     (K3S, "flannel"),
 ];
-/// Flannel in another version of the specification than the one that was recorded.
+/// Flannel in another version of the specification than the recorded one.
 const K3S: &str = "10-k3s";
 
-/// Other plugins' results have fields and layouts of their own, and Weave's has no interfaces.
+/// Other plugins' results have fields and layouts of their own; Weave's has no interfaces.
 #[test]
 fn without_a_limit_the_primary_plugins_result_comes_out_byte_for_byte() {
     for (file, primary) in FOREIGN.into_iter().filter(|(file, _)| *file != K3S) {
@@ -99,7 +100,7 @@ fn without_a_limit_the_primary_plugins_result_comes_out_byte_for_byte() {
         let mut config = podshaper(&chain).clone();
         config.insert("name".into(), json!(chain.name));
         config.insert("cniVersion".into(), json!(chain.cni_version));
-        // By hand: a JSON library would write the result anew.
+        // Joined by hand: a JSON library would format the result anew.
         let config = Value::Object(config).to_string();
         let stdin = format!("{},\"prevResult\":{result}}}", config.strip_suffix('}').unwrap());
         let call = Cni::new(podshaper_program().unwrap(), "ADD")
@@ -119,7 +120,7 @@ fn offer_annotation(pod: &mut Pod) {
     pod.offer("io.kubernetes.cri.pod-annotations", annotation);
 }
 
-/// The kernel has the limit, and traffic keeps to it.
+/// Asserts that the kernel has the limit, and that traffic keeps to it.
 fn assert_limited(what: &str, pod: &Pod, to: &str) {
     assert_eq!(meter::egress_limit(pod, INTERFACE).unwrap().rate_bits_per_s, LIMIT, "{what}");
     let bulk = Bulk { flows: 2, seconds: 2.0, to: Some(to.parse().unwrap()), ..Bulk::default() };
@@ -131,7 +132,7 @@ fn assert_limited(what: &str, pod: &Pod, to: &str) {
 fn the_bridge_example_makes_a_limited_pod() {
     let bed = Bed::new();
     let mut chain = example("10-bridge.conflist");
-    // The node is thrown away, and what host-local writes must be as well. Everything else is as it stands in the file.
+    // The node is temporary, so the files of host-local must be as well. Everything else is as in the example.
     chain.plugins[0]["ipam"]["dataDir"] = json!(bed.host.state());
     let mut pod = Pod::new(&bed.host, "conflist").unwrap();
     pod.offer_bandwidth(Some(LIMIT), None, None);
@@ -139,7 +140,7 @@ fn the_bridge_example_makes_a_limited_pod() {
     pod.add(&chain).unwrap();
     let call = pod.last_call("podshaper", "ADD").unwrap();
     assert!(call.stdin.contains(&format!("\"prevResult\":{}", call.stdout)), "{call}");
-    // On each kernel what comes by other paths is held.
+    // On every kernel, traffic by other paths is limited.
     let owner = meter::owner(&meter::directory(&pod, INTERFACE)).unwrap();
     assert!(owner["heldAt"]["ifindex"].is_u64(), "{owner} {call}");
     assert_limited("bridge", &pod, "10.244.1.1");
@@ -148,8 +149,8 @@ fn the_bridge_example_makes_a_limited_pod() {
     assert!(!meter::directory(&pod, INTERFACE).exists());
 }
 
-/// None of them runs without its daemon: a pod of the bridge plugin stands in for theirs, and their own results tell
-/// podshaper of it. The second way a limit is asked for is by annotation alone.
+/// These networks do not run without their daemons: a pod of the bridge plugin is used instead, and podshaper gets
+/// the networks' own results. The limit is requested in the second way, by annotation alone.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn the_examples_of_other_networks_make_limited_pods() {
@@ -172,7 +173,7 @@ fn the_examples_of_other_networks_make_limited_pods() {
     }
 }
 
-/// kindnet's plugins are those of the containernetworking project: its own daemon only writes the file.
+/// kindnet's plugins are the containernetworking project's: kindnet's own daemon only writes the file.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn the_kindnet_example_makes_a_limited_pod() {
@@ -182,20 +183,20 @@ fn the_kindnet_example_makes_a_limited_pod() {
     let mut pod = Pod::new(&bed.host, "kindnet").unwrap();
     pod.offer_bandwidth(Some(LIMIT), None, None);
     pod.add(&chain).unwrap();
-    // ptp gives the node's end of the veth the gateway's address.
+    // ptp gives the gateway's address to the node's end of the veth.
     assert_limited("kindnet", &pod, "10.244.0.1");
     pod.del().unwrap();
     assert!(!meter::directory(&pod, INTERFACE).exists());
 }
 
-/// As Multus calls it: a second interface, no annotations and no cgroupPath.
+/// As Multus calls podshaper: a second interface, no annotations and no cgroupPath.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn the_multus_example_limits_the_second_interface_alone() {
     const SECOND: &str = "net1";
     let bed = Bed::new();
     let mut chain = multus_example();
-    // The node of the tests has no other interface than its bridge.
+    // The node of the tests has no interface other than its bridge.
     chain.plugins[0]["master"] = json!("cni0");
     chain.plugins[0]["ipam"]["dataDir"] = json!(bed.host.state());
     let mut pod = bed.pod(Limiter::Bare, 0);

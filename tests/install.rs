@@ -19,7 +19,7 @@ const CAPABILITIES: [&str; 3] = ["bandwidth", "cgroupPath", "io.kubernetes.cri.p
 const CAPABILITIES_LINE: &str =
     r#""capabilities": { "bandwidth": true, "cgroupPath": true, "io.kubernetes.cri.pod-annotations": true }"#;
 
-/// /etc/cni/net.d and /opt/cni/bin of a node.
+/// A node's /etc/cni/net.d and /opt/cni/bin.
 struct Node {
     root: TempDir,
 }
@@ -80,7 +80,7 @@ impl Node {
             .arg(self.path("net.d"))
             .arg("--bin-dir")
             .arg(self.path("bin"))
-            // Else it would be this machine's.
+            // The default would be this machine's directory.
             .arg("--unit-dir")
             .arg(self.path("systemd"))
             .args(options);
@@ -106,7 +106,7 @@ fn example(name: &str) -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("conflist-examples").join(name)).unwrap()
 }
 
-/// As a network's own pod leaves it: flannel's, without podshaper.
+/// A conflist as the network's own pod leaves it: flannel's, without podshaper.
 const FLANNEL: &str = "{\n  \"name\": \"cbr0\",\n  \"cniVersion\": \"0.3.1\",\n  \"plugins\": [\n    {\n      \"type\": \"flannel\",\n      \"delegate\": {\n        \"hairpinMode\": true,\n        \"isDefaultGateway\": true\n      }\n    },\n    {\n      \"type\": \"portmap\",\n      \"capabilities\": {\n        \"portMappings\": true\n      }\n    }\n  ]\n}\n";
 
 fn plugins(text: &str) -> Vec<Value> {
@@ -137,7 +137,7 @@ fn install_changes_the_first_network_and_uninstall_brings_it_back() {
     let program = fs::metadata(node.path("bin/podshaper")).unwrap();
     assert_eq!((program.mode() & 0o7777, program.len()), (0o755, fs::metadata(PODSHAPER).unwrap().len()));
 
-    // A second time nothing happens: not even to the files' times.
+    // A second installation changes nothing, not even the files' times.
     let inodes = || [&list, &node.path("bin/podshaper")].map(|path| fs::metadata(path).unwrap().ino());
     let before = (inodes(), node.files());
     let said = node.ok("install", &[]);
@@ -204,7 +204,7 @@ fn what_was_changed_since_install_stays_changed() {
     node.ok("install", &[]);
     let edited = node.read("10-flannel.conflist").replace("\"hairpinMode\": true", "\"hairpinMode\": false");
     node.write("10-flannel.conflist", &edited);
-    // Other keys for the entry, in place.
+    // The entry gets other keys and keeps its place.
     node.ok("install", &["--config", r#"{"rateKey": "", "egress": "10M"}"#]);
     assert_eq!(plugins(&node.read("10-flannel.conflist"))[2]["egress"], "10M");
     let said = node.ok("uninstall", &[]);
@@ -213,7 +213,7 @@ fn what_was_changed_since_install_stays_changed() {
         "{said}"
     );
     assert_eq!(node.read("10-flannel.conflist"), FLANNEL.replace("\"hairpinMode\": true", "\"hairpinMode\": false"));
-    // Whoever writes the file anew takes podshaper out; the next install keeps the new one.
+    // Another program writes the file anew, without podshaper; the next install keeps the new file's network.
     node.ok("install", &[]);
     node.write("10-flannel.conflist", &FLANNEL.replace("cbr0", "cbr1"));
     node.ok("install", &[]);
@@ -231,7 +231,7 @@ fn a_list_that_delegates_is_written_once_whatever_the_network_writes() {
     let said = node.ok("install", &["--delegate", "--dry-run"]);
     assert!(said.contains("+  \"name\": \"podshaper\",\n") && node.files() == ["10-flannel.conflist"], "{said}");
     node.ok("install", &["--delegate", "--no-units"]);
-    // The example is what install writes, for the directory where it goes.
+    // install writes the same list as the example, for the directory of this node.
     let example = example(DELEGATING).replace("/etc/cni/net.d", &node.path("net.d").display().to_string());
     assert_eq!(node.read(DELEGATING), example);
     let list = node.path("net.d").join(DELEGATING);
@@ -240,7 +240,8 @@ fn a_list_that_delegates_is_written_once_whatever_the_network_writes() {
         (node.files(), node.read("10-flannel.conflist").as_str()),
         (vec![DELEGATING.into(), "10-flannel.conflist".into()], FLANNEL)
     );
-    // So it stays, asked for or not; a network that is written anew, and as another, changes nothing.
+    // The list stays, with or without --delegate. A network's list that is written anew, as another network, changes
+    // nothing.
     let inode = || fs::metadata(&list).unwrap().ino();
     let before = inode();
     for options in [&["--delegate"][..], &[]] {
@@ -257,7 +258,7 @@ fn a_list_that_delegates_is_written_once_whatever_the_network_writes() {
         (&entry["max"], &entry["delegate"]["directory"]),
         (&json!({ "egress": "1G" }), &json!(node.path("net.d")))
     );
-    // A capability that nobody knows has to be asked for, too, and stays.
+    // An unknown capability must be declared, too, and stays declared.
     let unknown = FLANNEL.replace("\"portMappings\"", "\"myCapability\"");
     for text in [unknown.as_str(), FLANNEL] {
         node.write("10-flannel.conflist", text);
@@ -283,7 +284,7 @@ fn what_an_earlier_installation_made_gives_way_to_a_list_that_delegates() {
     );
     assert_eq!(node.files(), [DELEGATING, "10-ovn-kubernetes.conf"]);
     assert_eq!(plugins(&node.read(DELEGATING))[0]["max"]["egress"], "1G");
-    // Where podshaper is in the network's own list it stays, and is not called twice.
+    // podshaper stays in the network's own list, and is not called twice.
     let node = Node::new(&[("10-flannel.conflist", FLANNEL)]);
     node.ok("install", &["--config", r#"{"max": {"egress": "2G"}}"#]);
     let said = node.ok("install", &["--delegate"]);
@@ -320,7 +321,7 @@ fn where_a_list_that_delegates_would_not_be_in_force_none_is_written() {
         "{error}"
     );
     assert!(node.ok("install", &["--delegate"]).contains("unless its Helm value cni.exclusive is false"));
-    // A network that goes leaves the list, and an installation says so.
+    // A network that is removed leaves the list, and the next installation says so.
     fs::remove_file(node.path("net.d/05-cilium.conflist")).unwrap();
     assert!(node.refused("install", &[]).contains("has no network's list beside podshaper's own"));
     assert_eq!(node.files(), [DELEGATING]);
@@ -328,7 +329,7 @@ fn where_a_list_that_delegates_would_not_be_in_force_none_is_written() {
 
 const OVN: &str = "{\"cniVersion\":\"1.0.0\",\"name\":\"ovn-kubernetes\",\"type\":\"ovn-k8s-cni-overlay\",\"ipam\":{},\"dns\":{},\"logFile\":\"/a\"}";
 
-/// OVN-Kubernetes watches its file, and Multus takes it for the sign that there is a network.
+/// OVN-Kubernetes watches its file, and Multus takes the file for the sign that there is a network.
 #[test]
 fn a_lone_configuration_stays_and_a_list_that_sorts_before_it_is_used() {
     let node = Node::new(&[("10-ovn-kubernetes.conf", OVN), ("20-other.conflist", FLANNEL)]);
@@ -340,7 +341,7 @@ fn a_lone_configuration_stays_and_a_list_that_sorts_before_it_is_used() {
     let list = node.read(files[0]);
     assert_eq!(types(&list), ["ovn-k8s-cni-overlay", "podshaper"]);
     assert_eq!(plugins(&list)[0], serde_json::from_str::<Value>(OVN).unwrap());
-    // Written anew by its owner, as often as it likes; the keys of podshaper's entry stay.
+    // The owner writes its file anew several times; the keys of podshaper's entry stay.
     for log_file in ["/b", "/c", "/c"] {
         node.write(files[1], &OVN.replace("/a", log_file));
         let said = node.ok("install", &[]);
@@ -359,7 +360,7 @@ fn a_lone_configuration_stays_and_a_list_that_sorts_before_it_is_used() {
         (node.files(), node.read(files[1])),
         (files[1..].iter().map(|name| (*name).to_owned()).collect(), OVN.replace("/a", "/c"))
     );
-    // A network that goes takes the list with it, and the runtime goes on to the next one.
+    // When the network's file is removed, install removes the list, and the runtime uses the next network.
     node.ok("install", &[]);
     fs::remove_file(node.path("net.d").join(files[1])).unwrap();
     let said = node.ok("install", &[]);
@@ -367,8 +368,8 @@ fn a_lone_configuration_stays_and_a_list_that_sorts_before_it_is_used() {
     assert_eq!(types(&node.read(files[2])), ["flannel", "portmap", "podshaper"]);
 }
 
-/// The first podshaper renamed a lone configuration, whose owner then wrote it again; from there on install failed for good.
-/// The example is what install makes of the configuration that OVN-Kubernetes writes.
+/// The first versions of podshaper renamed a lone configuration. When its owner then wrote the file again, every
+/// later install failed. The example is the list that install makes of the configuration that OVN-Kubernetes writes.
 #[test]
 fn the_example_for_ovn_kubernetes_is_what_install_makes() {
     let list = example("10-ovn-kubernetes-podshaper.conflist");
@@ -392,7 +393,7 @@ fn a_list_of_an_earlier_version_gives_way_when_the_configuration_it_was_made_of_
     earlier();
     node.ok("install", &[]);
     assert_eq!(node.files(), ["10-ovn-kubernetes-podshaper.conflist", "10-ovn-kubernetes.conf"]);
-    // As long as it is not back, the list is the network's.
+    // As long as the owner has not written the file again, the list is the network's.
     earlier();
     fs::remove_file(node.path("net.d/10-ovn-kubernetes.conf")).unwrap();
     node.ok("install", &[]);
@@ -402,7 +403,7 @@ fn a_list_of_an_earlier_version_gives_way_when_the_configuration_it_was_made_of_
         (node.files(), node.read("10-ovn-kubernetes.conf").as_str()),
         (vec!["10-ovn-kubernetes.conf".to_owned()], OVN)
     );
-    // A list of somebody else's that happens to be called so is not used, and is left alone.
+    // Another program's list that happens to have this name is not used, and is left alone.
     node.write("10-ovn-kubernetes.conflist", FLANNEL);
     node.ok("install", &[]);
     assert_eq!(node.read("10-ovn-kubernetes.conflist"), FLANNEL);
@@ -450,7 +451,7 @@ fn behind_multus_podshaper_goes_into_the_network_that_it_delegates_to() {
         }
         assert!(node.ok("install", &[]).contains("has podshaper already"));
         assert_eq!(node.read("00-multus.conf"), installed);
-        // Its owner writes it anew, and install comes again.
+        // The owner writes its file anew, and install runs again.
         node.write("00-multus.conf", &text);
         node.ok("install", &[]);
         assert_eq!(node.read("00-multus.conf"), installed);
@@ -481,7 +482,8 @@ fn units_call_the_same_installation_again_and_go_with_it() {
          \"--cache-dir\" \"/var/lib/cni\" \"--config\" \"{{\\\"max\\\":{{\\\"egress\\\":\\\"1G\\\"}}}}\" \"--kubeconfig\" \"/etc/k\" \"--node\" \"n1\""
     );
     assert_eq!(command(), expected);
-    // What podshaper.path does not see while that one ends is looked for after it.
+    // podshaper.path does not see changes while podshaper.service runs. The second service looks for such changes
+    // afterwards.
     let again = fs::read_to_string(node.path("systemd/podshaper-again.service")).unwrap();
     assert!(again.contains(&format!("\nExecStart={expected} \"--if-changed\"\n")), "{again}");
     assert!(again.contains("\nAfter=podshaper.service\n") && service().contains("\nWants=podshaper-again.service\n"));
@@ -489,7 +491,7 @@ fn units_call_the_same_installation_again_and_go_with_it() {
     for watched in [node.path("net.d"), "/var/lib/cni/results".into(), "/var/lib/cni/multus/results".into()] {
         assert!(path.contains(&format!("PathChanged={}\n", watched.display())), "{path}");
     }
-    // A later installation keeps what it is not told otherwise.
+    // A later installation keeps all options that it is not given.
     let before = service();
     assert!(node.ok("install", &[]).contains("podshaper's units are there"));
     assert_eq!(service(), before);
@@ -516,7 +518,7 @@ fn units_call_the_same_installation_again_and_go_with_it() {
     assert_eq!(fs::read_dir(node.path("systemd")).unwrap().count(), 0);
 }
 
-/// Labels of namespaces are the API server's to tell, and kubelet's user may not ask for them.
+/// podshaper asks the API server for the labels of namespaces, which kubelet's user may not get.
 #[test]
 fn a_user_who_may_not_get_namespaces_is_found_before_any_pod_fails() {
     let namespace = json!({ "metadata": { "name": "default", "uid": "n-1" } });
@@ -526,7 +528,7 @@ fn a_user_who_may_not_get_namespaces_is_found_before_any_pod_fails() {
     for (one, all, what) in [
         (one.clone(), all.clone(), None),
         (no(), no(), Some("namespace default")),
-        // An ADD would do, and no sync.
+        // Enough for an ADD, but not for sync.
         (one, no(), Some("the namespaces")),
     ] {
         let replies = vec![("/api/v1/namespaces?", all), ("/api/v1/namespaces/default", one)];
@@ -553,7 +555,7 @@ fn a_user_who_may_not_get_namespaces_is_found_before_any_pod_fails() {
         let refusal = node.refused("install", &["--config", &keys.to_string()]);
         assert!(refusal.contains(&remedy), "{refusal}");
         assert_eq!(node.read("10-flannel.conflist"), FLANNEL);
-        // As somebody else may write it.
+        // As another program may write the list.
         let mut list: Value = serde_json::from_str(FLANNEL).unwrap();
         let mut entry = keys.clone();
         entry["type"] = json!("podshaper");
@@ -584,7 +586,7 @@ fn nothing_is_changed_on_a_node_that_cannot_be_understood() {
     assert!(ran.status != 0, "the option is there twice: {}", ran.stdout);
     assert_eq!(node.files(), ["10-a.conflist", "20-b.conflist"]);
     assert_eq!(fs::read_dir(node.path("bin")).unwrap().count(), 0);
-    // The one that is named is taken, by name or by path; uninstall leaves alone what it does not understand.
+    // --conflist chooses the list, by name or by path. uninstall leaves alone a list that it cannot parse.
     node.ok("install", &["--conflist", "20-b.conflist"]);
     node.ok("install", &["--conflist", node.path("net.d/20-b.conflist").to_str().unwrap()]);
     let said = node.ok("uninstall", &[]);
@@ -592,7 +594,7 @@ fn nothing_is_changed_on_a_node_that_cannot_be_understood() {
     assert_eq!(node.read("20-b.conflist"), FLANNEL);
 }
 
-/// A mistake in the entry that is there is one of every ADD.
+/// A mistake in an existing entry fails every ADD.
 #[test]
 fn keys_of_an_entry_that_is_there_are_looked_at() {
     for (key, reason) in [("egres", "\"egres\" is no key of podshaper's"), ("egress", "\"1MB\" is not a rate")] {
@@ -612,12 +614,12 @@ fn keys_of_an_entry_that_is_there_are_looked_at() {
     }
 }
 
-/// Those of conflist-examples are what install makes of the networks' own.
+/// install makes the lists of conflist-examples from the networks' own lists.
 #[test]
 fn every_example_survives_uninstall_and_install() {
     let names = fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("conflist-examples")).unwrap();
     let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
-    // A list that install makes of a lone configuration goes with that.
+    // A list that install makes of a lone configuration is removed together with that.
     let is_list = |name: &String| name.ends_with(".conflist") && !name.ends_with("-podshaper.conflist");
     for name in names.filter(is_list) {
         let node = Node::new(&[(&name, &example(&name))]);
@@ -643,7 +645,7 @@ fn a_link_to_the_conflist_stays_one() {
     assert_eq!(fs::read_to_string(node.path("real.conflist")).unwrap(), FLANNEL);
 }
 
-/// What the DaemonSet's init container runs.
+/// A manifest, and the arguments of its init container.
 fn manifest(name: &str) -> (Value, Vec<String>) {
     let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("install").join(name)).unwrap();
     let manifest: Value = serde_norway::from_str(&text).unwrap();
@@ -670,7 +672,8 @@ fn the_kustomization_names_what_is_there() {
     assert_eq!(installer["image"], named.join(":"), "or the image would not be replaced");
 }
 
-/// On the node's root directory, which the container becomes: here one without a systemd, and with k3s' directories.
+/// On the node's root directory, into which the program changes its root: here of a node without systemd, with the
+/// directories of k3s.
 #[test]
 fn the_manifests_install_and_uninstall_on_the_nodes_root() {
     let root = tempfile::tempdir().unwrap();
@@ -687,7 +690,8 @@ fn the_manifests_install_and_uninstall_on_the_nodes_root() {
     let run = |arguments: &[String]| {
         let root = format!("--host-root={}", root.path().display());
         let arguments = arguments.iter().map(|argument| argument.replace("--host-root=/host", &root));
-        // As in a container of nothing but the program: no PATH, no HOME, no CNI_COMMAND; and root's chroot without root.
+        // As in a container that has only the program: no PATH, no HOME, no CNI_COMMAND. The user namespace permits
+        // chroot without root.
         let mut command = Command::new("unshare");
         let output = command.args(["--map-root-user", PODSHAPER]).args(arguments).env_clear().output().unwrap();
         assert!(output.status.success(), "{output:?}");
@@ -708,7 +712,7 @@ fn the_manifests_install_and_uninstall_on_the_nodes_root() {
     assert_eq!(fs::read_to_string(&list).unwrap(), FLANNEL);
 }
 
-/// podshaper with the capabilities of the DaemonSet's container and no other.
+/// Runs podshaper with exactly the capabilities of the DaemonSet's container.
 fn as_the_daemonset(verb: &str, node: &Node, bin: &Path) -> Ran {
     let container = &manifest("podshaper.yaml").0["spec"]["template"]["spec"]["initContainers"][0];
     let added = container["securityContext"]["capabilities"]["add"].as_array().unwrap();
@@ -751,7 +755,7 @@ fn directories_and_files_of_another_owner_are_written_and_stay_that_owners() {
     );
 }
 
-/// Nothing is changed before it is known that the program has a place; then by another directory all goes well.
+/// install changes nothing before it knows that it can write the program. With another directory it succeeds.
 #[test]
 #[ignore = "needs root"]
 fn a_directory_of_plugins_that_is_read_only_is_told_of_and_another_one_does() {
@@ -775,7 +779,8 @@ fn a_directory_of_plugins_that_is_read_only_is_told_of_and_another_one_does() {
     });
 }
 
-/// What it takes on a node with SELinux, with directories of another owner, and without more than that.
+/// The manifests permit what the work needs on a node with SELinux and with directories of another owner, and no
+/// more.
 #[test]
 fn the_manifests_may_do_what_the_work_takes_and_no_more() {
     for name in ["podshaper.yaml", "uninstall.yaml"] {
@@ -805,7 +810,7 @@ fn the_manifests_may_do_what_the_work_takes_and_no_more() {
     }
 }
 
-/// What it calls is what the units call, on what the manifest has put there and mounted.
+/// The probe calls the same commands as the units, with the files and mounts of the manifest.
 #[test]
 fn kubelets_probe_calls_what_the_units_call() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("install");
@@ -815,7 +820,7 @@ fn kubelets_probe_calls_what_the_units_call() {
     assert_eq!(container["name"], whole["containers"][0]["name"], "or it would be another container");
     assert_eq!(container["volumeMounts"][0]["name"], whole["volumes"][0]["name"]);
     assert_eq!((&pod["hostPID"], &whole["hostNetwork"]), (&json!(true), &json!(true)));
-    // kubelet would not start both.
+    // kubelet would not start a privileged container without privilege escalation.
     let security = &container["securityContext"];
     assert_eq!((&security["privileged"], &security["allowPrivilegeEscalation"]), (&json!(true), &json!(true)));
     let mount = &container["volumeMounts"][0];
@@ -827,7 +832,7 @@ fn kubelets_probe_calls_what_the_units_call() {
     assert_eq!((&probe["periodSeconds"], &probe["failureThreshold"]), (&json!(10), &json!(1)));
 }
 
-/// `tests/run cluster` renders the chart by helm and compares.
+/// `tests/run cluster` renders the chart with helm and compares the result.
 #[test]
 fn the_chart_is_of_this_version() {
     let read = |name: &str| -> Value {

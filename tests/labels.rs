@@ -1,5 +1,5 @@
-//! A pod's labels and annotations, from an API server that a test makes. That a label was read shows without root in the error about
-//! one that is no rate.
+//! A pod's labels and annotations, from an API server that the test makes. Without root, the error about a label that
+//! is no rate shows that the label was read.
 
 use std::net::{TcpListener, UdpSocket};
 use std::path::Path;
@@ -35,7 +35,7 @@ fn stdin(kubeconfig: &Path, keys: &str) -> String {
     )
 }
 
-/// An ADD for pod default/web-0 in a sandbox that is nowhere.
+/// An ADD for the pod default/web-0 in a sandbox that does not exist.
 fn add(kubeconfig: &Path, keys: &str) -> Cni {
     Cni::new(PODSHAPER, "ADD")
         .env("CNI_CONTAINERID", "c1")
@@ -89,14 +89,14 @@ fn a_pod_without_limits_is_let_through_and_asked_for_once() {
 fn nobody_is_asked_for_what_is_known() {
     let server = ApiServer::start(Reply::pod(UID, &json!({ "rate": "fast" }), &json!(null))).unwrap();
     let path = kubeconfig(&server);
-    // Both directions set: the sandbox that is nowhere is what fails.
+    // Both directions are set, so the API server is not asked, and the missing sandbox is the error.
     let (code, details) =
         refused(&add(&path, r#", "runtimeConfig": {"bandwidth": {"EgressRate": 1000000, "IngressRate": 1000000}}"#));
     assert!(code != API && !details.contains("API server"), "{code} {details}");
-    // No pod of Kubernetes.
+    // A pod outside of Kubernetes.
     assert_eq!(ok(&add(&path, "").env("CNI_ARGS", "IgnoreUnknown=1")).stdout, RESULT);
     assert_eq!(server.requests(), [""; 0]);
-    // One direction set, and the other one is the API server's to tell; its default is behind that.
+    // One direction is set. For the other direction, the API server comes before the default.
     let (_, details) =
         refused(&add(&path, r#", "egress": "5M", "runtimeConfig": {"bandwidth": {"IngressRate": 1000000}}"#));
     assert!(details.starts_with("API server's pod label rate: \"fast\""), "{details}");
@@ -121,7 +121,7 @@ fn tokens_are_shown_and_static_pods_known_by_their_mirror() {
     );
 }
 
-/// Every way of not answering, what is said about it, and that `onApiError` decides.
+/// All kinds of missing answers, the error for each, and the effect of `onApiError`.
 #[test]
 fn no_answer_is_an_error_that_says_why_unless_it_is_to_be_ignored() {
     let flood = Reply::Flood(vec![b'x'; 1 << 16]);
@@ -168,7 +168,7 @@ fn no_answer_is_an_error_that_says_why_unless_it_is_to_be_ignored() {
 #[test]
 fn an_answer_that_does_not_end_costs_two_seconds() {
     let head = b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n".to_vec();
-    // Takes the connection, and no TLS comes of it.
+    // Accepts connections, but speaks no TLS.
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let no_tls = json!({ "server": format!("https://{}", silent.local_addr().unwrap()) });
     let server = ApiServer::start(Reply::Silence).unwrap();
@@ -193,7 +193,7 @@ fn a_server_that_is_not_the_one_is_not_believed() {
     let advice =
         "; is certificate-authority the one of this cluster, and server a name or address in the server's certificate?";
     let none = json!({});
-    // The other's authority did not sign this one's certificate.
+    // The other server's authority did not sign this server's certificate.
     let (code, details) = refused(&add(&other.kubeconfig(&here(&server), &none).unwrap(), ""));
     assert_eq!(code, API, "{details}");
     assert!(details.contains("invalid peer certificate: ") && details.ends_with(advice), "{details}");
@@ -206,11 +206,11 @@ fn a_server_that_is_not_the_one_is_not_believed() {
         "{details}"
     );
     assert_eq!(server.requests(), [""; 0], "nothing is sent to a server that is not known");
-    // As the administrator says.
+    // With the administrator's consent.
     let skip = json!({ "insecure-skip-tls-verify": true, "tls-server-name": "kubernetes" });
     let (_, details) = refused(&add(&server.kubeconfig(&skip, &none).unwrap(), ""));
     assert!(details.starts_with("API server's pod label rate"), "{details}");
-    // No TLS at all, and nobody there.
+    // A server without TLS, and an address without a server.
     let plain = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = plain.local_addr().unwrap();
     std::thread::spawn(move || {
@@ -235,7 +235,7 @@ fn a_server_that_is_not_the_one_is_not_believed() {
     );
 }
 
-/// What ureq alone would not do, or not so: see src/kube/client.rs.
+/// Behaviour that ureq alone does not have: see src/kube/client.rs.
 #[test]
 fn the_server_is_asked_where_the_kubeconfig_says_and_under_its_own_name() {
     let reply = || Reply::pod(UID, &json!({ "rate": "fast" }), &json!(null));
@@ -246,7 +246,7 @@ fn the_server_is_asked_where_the_kubeconfig_says_and_under_its_own_name() {
         ApiServer::start_with("127.0.0.1:0", &[&rustls::version::TLS12], reply()).unwrap(),
         ApiServer::start_with("127.0.0.1:0", &[&rustls::version::TLS13], reply()).unwrap(),
     ] {
-        // A name that nobody can look up, and a proxy that nobody is.
+        // A name that cannot be resolved, and a proxy that does not exist.
         for cluster in [&none, &json!({ "tls-server-name": "api.example.org" })] {
             let path = server.kubeconfig(cluster, &none).unwrap();
             let (_, details) = refused(&add(&path, "").env("HTTPS_PROXY", "http://127.0.0.1:1"));
@@ -264,7 +264,7 @@ fn the_server_is_asked_where_the_kubeconfig_says_and_under_its_own_name() {
 #[test]
 fn credentials_that_are_none_are_said() {
     let server = ApiServer::start(Reply::Silence).unwrap();
-    // Not base64 of a certificate's insides: PEM all the same.
+    // PEM whose content is no certificate.
     let hollow = STANDARD.encode("-----BEGIN CERTIFICATE-----\nYQ==\n-----END CERTIFICATE-----\n");
     let key = STANDARD.encode(KeyPair::generate().unwrap().serialize_pem());
     let none = json!({});
@@ -301,7 +301,7 @@ fn serve_names(socket: &UdpSocket) {
         let (known, kind) = (question.starts_with(b"\x03api\x07example\x03org\0"), question[end - 3]);
         let address: &[u8] =
             if kind == 1 { &[127, 0, 0, 1] } else { &[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1] };
-        // RFC 1035, 4.1: a response, of one question, with two answers or without such a name.
+        // RFC 1035, 4.1: a response to one question, with two answers, or with the error that there is no such name.
         let mut packet = buffer[..2].to_vec();
         packet.extend([0x81, if known { 0x80 } else { 0x83 }, 0, 1, 0, if known { 2 } else { 0 }, 0, 0, 0, 0]);
         packet.extend(&question[..end]);
@@ -314,7 +314,8 @@ fn serve_names(socket: &UdpSocket) {
     }
 }
 
-/// The nsswitch.conf names libraries alone. Had podshaper loaded them, which a static binary must not, no name would be found.
+/// The nsswitch.conf names only libraries. If podshaper loaded them, which a static binary must not do, it would find
+/// no name.
 #[test]
 #[ignore = "needs root"]
 fn names_come_from_name_servers_in_time_and_from_no_library_of_the_node() {
@@ -339,7 +340,8 @@ fn names_come_from_name_servers_in_time_and_from_no_library_of_the_node() {
             let (start, answer) = (Instant::now(), refused(&cni).1);
             (start.elapsed(), answer)
         };
-        // Nobody is at the first server's address, which is told at once, and then one is there who says nothing.
+        // First no server has the first address, which the kernel reports at once. Then a server has the address and
+        // does not answer.
         for silent in [None, Some(UdpSocket::bind("127.0.0.9:53").unwrap())] {
             let (took, details) = call("api.example.org");
             assert!(details.starts_with("API server's pod label rate: \"fast\""), "{silent:?}: {details}");
@@ -351,7 +353,7 @@ fn names_come_from_name_servers_in_time_and_from_no_library_of_the_node() {
         std::fs::write(directory.path().join("resolv.conf"), "nameserver 127.0.0.9\n").unwrap();
         let _silent = UdpSocket::bind("127.0.0.9:53").unwrap();
         let (took, details) = call("api.example.org");
-        // The C library gives up after two seconds as well: whichever is first says so.
+        // The C library also gives up after two seconds; the first of the two reports the error.
         let texts = [": no answer in time", ": Temporary failure in name resolution"];
         assert!(texts.iter().any(|text| details.ends_with(text)), "{details}");
         assert!(took > Duration::from_millis(1900) && took < Duration::from_millis(2600), "{took:?}: {details}");

@@ -1,4 +1,5 @@
-//! The tests, one binary. What needs root is `#[ignore]`d with its reason and run by `tests/run`: counted, never passed over.
+//! The tests, as one binary. Tests that need root are `#[ignore]`d with the reason and run by `tests/run`, so they
+//! are counted and never skipped silently.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod api;
@@ -9,20 +10,20 @@ mod conflist_examples;
 mod harness;
 /// `podshaper install`, `uninstall`, and what is in install/.
 mod install;
-/// State and failure: pins, links and cgroups of the kernel, whatever order and company the calls come in.
+/// State and failures: pins, links and cgroups in the kernel, in any order and concurrency of calls.
 mod kernel;
 /// Labels and annotations from an API server.
 mod labels;
-/// podshaper's own: iproute2 lacks what is read and set with it.
+/// podshaper's own module, since iproute2 lacks what these tests read and set.
 #[allow(dead_code, reason = "the tests use a part")]
 #[path = "../src/netlink.rs"]
 mod netlink;
 /// The commands for a person.
 mod operator;
-/// The protocol: what a runtime writes and reads, as far as it needs no privilege.
+/// The protocol: input and output of a runtime, as far as this needs no privilege.
 mod plain;
-/// What real runtimes sent, call by call.
+/// Recorded calls of real runtimes, one by one.
 mod replay;
 mod sandbox;
-/// The harness itself: what it makes, what it measures, and that nothing of it is left.
+/// The harness itself: what it makes, what it measures, and that it leaves nothing behind.
 mod selftest;

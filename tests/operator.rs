@@ -1,23 +1,24 @@
-//! What an operator does with podshaper on a node: look, change, diagnose, measure. What acts on everything that is attached (gc, many
-//! attachments) does so in a bpffs of its own, since other tests and other people have theirs in the node's.
+//! The commands that an operator runs on a node: look, change, diagnose, measure. Tests that act on all attachments
+//! of the node (gc, many attachments) do so in a bpffs of their own, since the node's bpffs may have attachments of
+//! other tests and of real pods.
 
-/// Limits of cgroups that are no pods.
+/// Limits of cgroups other than pods.
 mod cgroups;
-/// `install --delegate`: the network's list called in the runtime's place, whatever is written there.
+/// `install --delegate`: podshaper calls the network's list in place of the runtime, whatever the list contains.
 mod delegate;
-/// What sync follows beside a pod's rates.
+/// Changes beside a pod's rates that sync follows.
 mod follow;
 /// doctor and gc.
 mod health;
-/// What somebody takes off that holds a pod.
+/// Parts of a limit that another tool removes.
 mod held;
-/// Calls that come between the reading and the change of another.
+/// Calls between the reading and the change of another call.
 mod meanwhile;
-/// Prometheus and node_exporter, the real ones.
+/// With the real Prometheus and node_exporter.
 mod metrics;
-/// Limits of cgroups with a namespace of their own, whose interface podshaper changes.
+/// Limits of cgroups with a network namespace of their own, whose interface podshaper changes.
 mod namespaces;
-/// Many attachments, and what the commands cost.
+/// Many attachments, and the costs of the commands.
 mod scale;
 /// list, show, top.
 mod see;
@@ -25,7 +26,7 @@ mod see;
 mod set;
 /// sync.
 mod sync;
-/// Pins of an older layout.
+/// Pins with an older layout.
 mod upgrade;
 
 use std::path::Path;
@@ -37,7 +38,7 @@ use serde_json::{Value, json};
 use crate::kernel::mounts;
 use crate::sandbox::{RATE, Sandbox, netns_with, netns_with_host_end};
 
-/// podshaper as a person calls it.
+/// podshaper as a person calls it, without a runtime's environment.
 pub fn podshaper(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_podshaper"));
     command.args(arguments).env_remove("CNI_COMMAND");
@@ -73,7 +74,7 @@ pub fn listed(uid: &str) -> Option<Value> {
     all.as_array().unwrap().iter().find(|entry| entry["key"] == uid).cloned()
 }
 
-/// A pod whose traffic could be limited both ways, whatever this kernel has.
+/// A pod that may be limited in both directions, with any features of the kernel.
 pub fn limited_both_ways(max: Option<u64>) -> Sandbox {
     let (netns, _) = netns_with_host_end();
     let mut pod = Sandbox::with_netns(Arc::new(netns));
@@ -84,8 +85,8 @@ pub fn limited_both_ways(max: Option<u64>) -> Sandbox {
     pod
 }
 
-/// Runs `work` where nothing is attached but by it, in a network namespace of its own: a node has one waiting room, and who finds no pod beside its
-/// own takes it away.
+/// Runs `work` in a bpffs without other attachments and in a network namespace of its own: a node has one waiting
+/// room, and a call that finds no pods beside its own removes it.
 pub fn alone<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     let with_own = || {
         mounts::with_own(|| {

@@ -16,7 +16,7 @@ const VERSIONS: [&str; 5] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 const DECODE: u64 = 6;
 const CONFIG: u64 = 7;
 
-/// A well-formed call for a sandbox that is nowhere.
+/// A well-formed call for a sandbox that does not exist.
 fn cni(verb: &str) -> Cni {
     Cni::new(PODSHAPER, verb)
         .env("CNI_CONTAINERID", "c1")
@@ -25,15 +25,15 @@ fn cni(verb: &str) -> Cni {
         .env("CNI_PATH", "/opt/cni/bin")
 }
 
-/// stdin with `keys`, which are JSON as it stands, beside those that every configuration has.
+/// stdin with `keys`, inserted as literal JSON, beside the keys that every configuration has.
 fn config(keys: &str) -> String {
     format!(r#"{{"cniVersion": "1.1.0", "name": "net", "type": "podshaper", "prevResult": {{"ips": []}}{keys}}}"#)
 }
 
-/// One way in which a call can ask for an egress rate.
+/// One way for a call to ask for an egress rate.
 struct Source {
     what: &'static str,
-    /// stdin and CNI_ARGS of a call that asks for this value, which is JSON.
+    /// stdin and CNI_ARGS of a call that asks for this value (literal JSON).
     spell: fn(&str) -> (String, String),
 }
 
@@ -81,7 +81,7 @@ const SOURCES: [Source; 7] = [
 
 #[test]
 fn a_rate_that_is_none_is_refused_wherever_it_stands() {
-    // Valid nowhere: too much, too little, not a quantity, not a number.
+    // Invalid everywhere: too large, too small, not a quantity, not a number.
     let values = [
         "\"1e30\"",
         "\"10MB\"",
@@ -98,7 +98,7 @@ fn a_rate_that_is_none_is_refused_wherever_it_stands() {
         "18446744073709551616",
         "99999999999999999",
     ];
-    // What is no string cannot be spelt in CNI_ARGS, where all is text.
+    // Only strings can be spelt in CNI_ARGS, which is text.
     let of_json = ["true", "{}", "[10000000]", "\"\""];
     for source in &SOURCES {
         let is_json = !source.what.starts_with("CNI_ARGS");
@@ -115,7 +115,8 @@ fn a_rate_that_is_none_is_refused_wherever_it_stands() {
             assert_eq!(code, DECODE, "{} NaN: {details}", source.what);
         }
     }
-    // A number of an annotation counts as its text, which is a quantity; where numbers are due they are whole.
+    // A number in an annotation is read as a quantity, like its text. Where a number is required, it must be an
+    // integer.
     for source in [&SOURCES[0], &SOURCES[5], &SOURCES[6]] {
         let (code, details) = refused(&cni("ADD").stdin((source.spell)("10000.5").0));
         assert_eq!(code, CONFIG, "{} 10000.5: {details}", source.what);
@@ -234,7 +235,7 @@ fn stdin_that_is_no_configuration_is_refused_by_every_verb_but_a_del_which_goes_
     }
 }
 
-/// As much as an API server takes, twice, each byte of it six where Go has written it.
+/// The most annotations that an API server takes, twice, each byte written as six bytes by Go.
 #[test]
 fn the_largest_annotations_of_a_pod_are_read() {
     let annotation = "\\u003c".repeat(256 << 10);
@@ -323,7 +324,7 @@ fn version_answers_in_the_version_it_is_asked_in() {
         (r#"{"cniVersion": "0.4.0"}"#, "0.4.0"),
         (r#"{"cniVersion": "1.1.0", "name": 1}"#, "1.1.0"),
         (r#"{"cniVersion": "9.9.9"}"#, "9.9.9"),
-        // A person, or a runtime from before the specification asked for it.
+        // A person, or a runtime from before the specification required the version on stdin.
         ("", "1.1.0"),
         ("{}", "1.1.0"),
         ("nonsense", "1.1.0"),
@@ -334,7 +335,7 @@ fn version_answers_in_the_version_it_is_asked_in() {
     }
 }
 
-/// A process without a capability, which may still read the plugin if only root may.
+/// A process without capabilities. It may still read a plugin that only root may read.
 fn unprivileged(cni: &Cni) -> Cni {
     let root = nix::unistd::Uid::effective().is_root();
     let without = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"];
@@ -368,7 +369,8 @@ fn a_key_that_nobody_knows_is_warned_of() {
 #[test]
 fn a_del_succeeds_whatever_the_pod_and_its_runtime_write() {
     let nested = "[".repeat(50_000) + &"]".repeat(50_000);
-    // All that an API server takes of annotations, as Go writes it where it escapes each character, and the runtime has it twice.
+    // The most annotations that an API server takes, as Go writes them when it escapes each character; the runtime
+    // passes them twice.
     let most = r"\u003c".repeat(256 << 10);
     for keys in [
         &format!(
@@ -388,17 +390,17 @@ fn a_del_succeeds_whatever_the_pod_and_its_runtime_write() {
     }
 }
 
-/// What would change a terminal, or a line of a log, if it were written there.
+/// Text that would change a terminal, or break a line of a log, if it were written there.
 pub const HOSTILE: &str = "\u{1b}[2J\u{1b}]0;x\u{7}\r\n\u{8}\u{7f}\u{85}\u{9b}31m\u{202e}\u{2028}\"\\'";
 
-/// Panics if any of it is there.
+/// Panics if the text has such a character.
 #[track_caller]
 pub fn assert_printable(what: &str, text: &str) {
     let is_hostile = |c: char| c.is_control() && c != '\n' || matches!(c, '\u{202e}' | '\u{2028}');
     assert!(!text.contains(is_hostile), "{what}: {text:?}");
 }
 
-/// Whoever wrote it: a pod, its runtime, an administrator.
+/// Whoever wrote the text: a pod, its runtime, or an administrator.
 #[test]
 fn foreign_text_is_spelt_out_in_answers_and_logs() {
     let directory = tempfile::tempdir().unwrap();
@@ -497,15 +499,16 @@ fn a_result_that_nobody_reads_is_a_failure_and_no_panic() {
     assert!(stderr.contains("write the result to stdout: No space left on device (os error 28)"), "{stderr}");
 }
 
-/// Runs a plugin with bytes on stdin that may be no text.
+/// Runs a plugin with bytes on stdin that need not be text.
 fn run(mut command: Command, stdin: &[u8]) -> Output {
     let mut child = command.spawn().unwrap();
-    // It may have seen enough before the end.
+    // The plugin may stop reading before the end.
     let _ = child.stdin.take().unwrap().write_all(stdin);
     child.wait_with_output().unwrap()
 }
 
-/// The modules that a source file uses: what follows `crate::` outside of comments, also as one of several in braces.
+/// The modules that a source file uses: the names after `crate::` outside of comments, also several of them in
+/// braces.
 fn used(source: &str) -> BTreeSet<String> {
     let source = source.split("#[cfg(test)]").next().unwrap_or_default();
     let lines = source.lines().filter(|line| !line.trim_start().starts_with("//"));
@@ -539,7 +542,8 @@ fn sources(directory: &Path) -> Vec<PathBuf> {
     entries.flat_map(|path| if path.is_dir() { sources(&path) } else { vec![path] }).collect()
 }
 
-/// The modules below a directory, each with those of them that it uses. The root of a crate, which uses all, is none.
+/// The modules below a directory, each with the modules of that directory that it uses. The crate's root is left out,
+/// since it uses all.
 fn modules(root: &Path) -> BTreeMap<String, BTreeSet<String>> {
     let mut needs: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for path in sources(root) {
@@ -558,7 +562,7 @@ fn no_two_modules_need_each_other() {
     for (root, user, needed) in [("src", "cli", "attachment"), ("bpf/src", "window", "clock")] {
         let mut needs = modules(&Path::new(env!("CARGO_MANIFEST_DIR")).join(root));
         assert!(needs[user].contains(needed), "{root}: {needs:?}");
-        // Whoever needs nobody that is left is taken away, until nobody is left.
+        // Modules that need no remaining module are removed, until none is left.
         while let Some(module) = needs.iter().find(|(_, needed)| needed.is_empty()).map(|(module, _)| module.clone()) {
             needs.remove(&module);
             needs.values_mut().for_each(|needed| needed.retain(|other| *other != module));

@@ -10,10 +10,10 @@ use super::harness::cni::Cni;
 use super::harness::netns::Netns;
 use super::sandbox::{RATE, Sandbox, netns_with, ok};
 
-/// A pod of a recorded run: its name in CNI_ARGS, the limits that must be in force while it is added, egress first, and where
-/// kubelet has its cgroup, whether the runtime says so or not.
+/// A pod of a recorded run: its name in CNI_ARGS, the limits that must be in force while it is added (egress first),
+/// and the path of kubelet's cgroup for it, whether the runtime passes that path or not.
 type RecordedPod = (&'static str, [u64; 2], fn(&str) -> String);
-/// A run, by its directory.
+/// A run, identified by its directory.
 type Run = (&'static str, &'static [RecordedPod]);
 
 const RUNS: [Run; 6] = [
@@ -49,7 +49,7 @@ impl Recorded {
         }
     }
 
-    /// A key of CNI_ARGS.
+    /// The value of a key of CNI_ARGS.
     fn arg(&self, key: &str) -> Option<&str> {
         self.env["CNI_ARGS"].split(';').find_map(|pair| pair.strip_prefix(key)?.strip_prefix('='))
     }
@@ -59,7 +59,7 @@ impl Recorded {
         self.env.iter().fold(call, |call, (name, value)| call.env(name, value))
     }
 
-    /// `prevResult` as its bytes are in stdin.
+    /// `prevResult` with exactly the bytes that stdin has.
     fn prev_result(&self) -> &str {
         #[derive(serde::Deserialize)]
         struct Stdin<'a> {
@@ -74,7 +74,7 @@ fn records() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/records")
 }
 
-/// The calls of a run, in their order: the file names are numbered.
+/// The calls of a run in their order: the file names are numbered.
 fn calls(run: &str) -> Vec<Recorded> {
     let entries = fs::read_dir(records().join(run)).unwrap().map(|entry| entry.unwrap().path());
     let mut paths: Vec<PathBuf> = entries.filter(|path| path.extension().is_some_and(|it| it == "env")).collect();
@@ -82,10 +82,10 @@ fn calls(run: &str) -> Vec<Recorded> {
     paths.iter().map(|path| Recorded::read(path)).collect()
 }
 
-/// The sandbox that a recorded ADD is for: its namespace where it was, its cgroup empty, as kubelet leaves it.
+/// The sandbox of a recorded ADD: its namespace at the recorded path, its cgroup empty, as kubelet leaves it.
 fn sandbox(call: &Recorded, place: fn(&str) -> String) -> Sandbox {
     let path = Path::new(&call.env["CNI_NETNS"]);
-    // /var/run is a link to /run everywhere; where it is not, the plugin is not to blame.
+    // /var/run is a link to /run everywhere. If it is not, the failure is not the plugin's.
     let netns = Netns::new(path.file_name().unwrap().to_str().unwrap()).unwrap();
     assert!(path.exists(), "{} is not where `ip netns` puts it", path.display());
     netns.run("ip", &["link", "add", "eth0", "type", "veth", "peer", "name", "peer0"]).unwrap();
@@ -96,7 +96,7 @@ fn sandbox(call: &Recorded, place: fn(&str) -> String) -> Sandbox {
         assert_eq!(given, &json!(expected), "{}", call.name);
     }
     let directory = cgroup::mount().unwrap().join(&expected[1..]);
-    // What is attached to a cgroup that a killed run has left, with the recorded UID, goes with it.
+    // If a killed run has left a cgroup with the recorded UID, removing the cgroup also ends its attachments.
     let _ = fs::remove_dir(&directory);
     let cgroup = PodCgroup::new(directory).unwrap();
     Sandbox::of(cgroup, uid.to_owned(), Arc::new(netns))
@@ -105,8 +105,8 @@ fn sandbox(call: &Recorded, place: fn(&str) -> String) -> Sandbox {
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn every_recorded_run_leaves_after_each_call_what_it_should() {
-    // UIDs and namespaces are the recorded ones: two runs of the tests at once would be in each other's way. A lock on a
-    // directory that is there anyway leaves no file.
+    // UIDs and namespaces are the recorded ones, so two test runs at the same time would disturb each other. The lock
+    // is on a directory that exists anyway, so it leaves no file.
     let lock = File::open(cgroup::mount().unwrap()).unwrap();
     lock.lock().unwrap();
     let mut recorded: Vec<_> = fs::read_dir(records()).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -120,7 +120,7 @@ fn every_recorded_run_leaves_after_each_call_what_it_should() {
 fn replay(run: &str, pods: &[RecordedPod]) {
     let mut sandboxes: BTreeMap<String, Sandbox> = BTreeMap::new();
     let mut objects = BTreeMap::new();
-    // Who is added, by name: container and limits.
+    // The added pods by name: container and limits.
     let mut added: BTreeMap<String, (String, [u64; 2])> = BTreeMap::new();
     for call in calls(run) {
         let shown = &call.name;
@@ -137,7 +137,7 @@ fn replay(run: &str, pods: &[RecordedPod]) {
                 let answer = ok(&call.cni());
                 assert_eq!(answer.stdout, call.prev_result(), "{shown}");
                 if *limits == [0, 0] {
-                    // The recorded configurations have a key that nobody knows.
+                    // The recorded configurations have an unknown key.
                     let others: Vec<&str> =
                         answer.stderr.lines().filter(|line| !line.contains("\"myKey\" is no key")).collect();
                     assert_eq!(others, [""; 0], "{shown}");
@@ -149,11 +149,11 @@ fn replay(run: &str, pods: &[RecordedPod]) {
             }
             "DEL" => {
                 let sandbox = &sandboxes[name];
-                // After its first DEL the pod's cgroup and namespace go.
+                // After its first DEL the pod's cgroup and namespace are removed.
                 if call.env["CNI_NETNS"].is_empty() {
                     sandbox.cgroup.remove().unwrap();
                 }
-                // A runtime may make the same call twice at the same moment.
+                // A runtime may make the same call twice at the same time.
                 let answers = std::thread::scope(|scope| {
                     [(); 2].map(|()| scope.spawn(|| ok(&call.cni()))).map(|answer| answer.join().unwrap())
                 });

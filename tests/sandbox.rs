@@ -1,7 +1,8 @@
-//! A pod as the control plane sees it: a namespace with an interface that leads nowhere, a cgroup, and identifiers; and what the
-//! kernel has of podshaper for it, asked of `bpftool`, which knows nothing of podshaper.
+//! A pod as the control plane sees it: a namespace with an interface that leads nowhere, a cgroup, and identifiers;
+//! and podshaper's objects in the kernel for it, read by `bpftool`, which knows nothing of podshaper.
 //!
-//! No plugin makes it, so it costs 20 ms and not 200; traffic needs a [`super::harness::pod::Pod`].
+//! No plugin makes the network, so a sandbox takes 20 ms instead of 200. Traffic needs a
+//! [`super::harness::pod::Pod`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -23,29 +24,31 @@ use super::harness::pod::{container_id, uuid};
 use super::harness::{meter, process, unique};
 use super::netlink;
 
-/// Where podshaper of this layout pins.
+/// The directory of podshaper's pins in this layout.
 pub const PINS: &str = "/sys/fs/bpf/podshaper/v7";
-/// Where it pins the programs and maps that its pods share.
+/// The directory of the programs and maps that all pods share.
 pub const NODE: &str = "/sys/fs/bpf/podshaper/v7/%node";
-/// What a sandbox asks for unless told otherwise, in bits per second.
+/// The egress rate that a sandbox asks for by default, in bits per second.
 pub const RATE: u64 = 10_000_000;
-/// How long the kernel may take to free what nothing refers to any more: it does so after a grace period of RCU, in a worker.
+/// The most time that the kernel may take to free an object without references: a worker frees it after an RCU grace
+/// period.
 const FREED_AFTER: Duration = Duration::from_secs(2);
-/// It frees maps one after the other, each after a few grace periods: a thousand of them take a slow kernel minutes.
+/// The kernel frees maps one after the other, each after a few grace periods: a thousand maps take a slow kernel
+/// minutes.
 const NEXT_FREED_AFTER: Duration = Duration::from_secs(10);
 /// The pins of an attachment that shares the node's programs.
 pub const ATTACHMENT: [&str; 1] = ["OWNER"];
-/// The directory of a pod's links, and those of one egress limit.
+/// The directory of a pod's links, and the links of an egress limit.
 pub const LINKS: (&str, [&str; 3]) = ("%links", ["count_egress", "note_setsockopt", "pace_tcp"]);
-/// The programs on a cgroup with one such attachment: where, and which.
+/// The programs on a cgroup with one such attachment: hook and name.
 pub const PROGRAMS: [(&str, &str); 3] =
     [("cgroup_inet_egress", "count_egress"), ("cgroup_setsockopt", "note_setsockopt"), ("cgroup_sock_ops", "pace_tcp")];
 
-/// A pod's sandbox. Dropping it removes everything, whatever a failed test left.
+/// A pod's sandbox. Dropping it removes everything, even after a failed test.
 pub struct Sandbox {
     pub uid: String,
     pub container_id: String,
-    /// Each has its own, so that a GC of one test spares the others' attachments.
+    /// Each sandbox has a network of its own, so that the GC of one test spares the attachments of others.
     pub network: String,
     pub netns: Arc<Netns>,
     pub cgroup: PodCgroup,
@@ -53,7 +56,8 @@ pub struct Sandbox {
     pub stdin: Map<String, Value>,
 }
 
-/// What attachments have in the kernel: maps by id, which the kernel does not use again before all 2^31 have been, and slots.
+/// Objects of attachments in the kernel: slots, and maps by id. The kernel does not use an id again before it has
+/// used all 2^31.
 #[derive(Debug, Default)]
 pub struct Objects {
     maps: BTreeSet<u64>,
@@ -61,12 +65,12 @@ pub struct Objects {
 }
 
 impl Sandbox {
-    /// With a cgroup of kubelet's cgroupfs driver that the runtime names.
+    /// With a cgroup that the runtime names, as kubelet's cgroupfs driver makes it.
     pub fn new() -> Self {
         Self::with_netns(Arc::new(netns_with(&["eth0"])))
     }
 
-    /// The same in a namespace that several can share: nothing is sent.
+    /// The same in a namespace that several sandboxes can share, since nothing is sent.
     pub fn with_netns(netns: Arc<Netns>) -> Self {
         let uid = uuid().unwrap();
         let path = Driver::Cgroupfs.path(&uid);
@@ -75,7 +79,7 @@ impl Sandbox {
         sandbox
     }
 
-    /// With a cgroup that has to be searched for.
+    /// With a cgroup that podshaper has to search for.
     pub fn at(path: &str, uid: String, netns: Arc<Netns>) -> Self {
         let cgroup = PodCgroup::new(cgroup::mount().unwrap().join(path.trim_start_matches('/'))).unwrap();
         Self::of(cgroup, uid, netns)
@@ -140,7 +144,7 @@ impl Sandbox {
         ok(&self.cni(verb))
     }
 
-    /// What is pinned for the pod: directories with their pins' names.
+    /// The pins of the pod: directories with the names of the pins in them.
     pub fn pins(&self) -> BTreeMap<String, Vec<String>> {
         names(&self.pod_directory())
             .into_iter()
@@ -151,7 +155,7 @@ impl Sandbox {
             .collect()
     }
 
-    /// The interfaces that have an attachment, finished or not, as they are spelt in the pins.
+    /// The interfaces with an attachment, finished or not, as they are spelt in the pins.
     pub fn interfaces(&self) -> Vec<String> {
         self.pins().into_keys().filter(|name| name != LINKS.0).collect()
     }
@@ -161,12 +165,12 @@ impl Sandbox {
         Path::new(PINS).join(&self.uid)
     }
 
-    /// Who the attachment of an interface is recorded to belong to; the interface as it is spelt in the pins.
+    /// The owner's record in the attachment of an interface, which is spelt as in the pins.
     pub fn owner(&self, interface: &str) -> Value {
         meter::owner(&self.pod_directory().join(interface)).unwrap()
     }
 
-    /// Writes another record of an attachment, whatever it says.
+    /// Overwrites the record of an attachment with any text.
     pub fn write_owner(&self, text: &str) {
         let path = self.pod_directory().join("eth0/OWNER").display().to_string();
         let size = bpftool(&["map", "show", "pinned", &path]).unwrap()["bytes_value"].as_u64().unwrap() as usize;
@@ -200,7 +204,8 @@ impl Sandbox {
         programs.iter().find(|program| self.name(program) == name).unwrap()["id"].as_u64().unwrap()
     }
 
-    /// A program's name. On a kernel without tracepoints (User Mode Linux) aya gives none; the pin of its link has it.
+    /// A program's name. On a kernel without tracepoints (User Mode Linux) aya sets none, so the name is taken from
+    /// the pin of the program's link.
     fn name(&self, program: &Value) -> String {
         let name = program["name"].as_str().unwrap_or_default();
         if !name.is_empty() {
@@ -218,7 +223,7 @@ impl Sandbox {
         pins.into_iter().find(is_its).map(|(_, pin)| pin).unwrap_or_default()
     }
 
-    /// What the pod's attachments have in the kernel beside their links.
+    /// The objects of the pod's attachments in the kernel, except for their links.
     pub fn objects(&self) -> Objects {
         let mut objects = Objects::default();
         for interface in &self.interfaces() {
@@ -230,12 +235,13 @@ impl Sandbox {
         objects
     }
 
-    /// That eth0 is limited so, egress first and 0 for not at all, and that nothing but the programs this takes is attached.
+    /// Asserts that eth0 has these limits (egress first, 0 for none), and that exactly the programs for them are
+    /// attached.
     #[track_caller]
     pub fn assert_rates(&self, rates: [u64; 2]) {
         assert_eq!(self.rates("eth0"), rates);
         let mut expected: Vec<(&str, &str)> = if rates[0] > 0 { PROGRAMS.to_vec() } else { Vec::new() };
-        // Which it is depends on the kernel and the interface.
+        // The way of limiting ingress depends on the kernel and the interface.
         match self.owner("eth0").get("ingressBy").and_then(Value::as_str) {
             None => assert_eq!(rates[1], 0),
             Some("held-acks" | "held-data") => {
@@ -254,7 +260,7 @@ impl Sandbox {
         assert_eq!(links_on(self.cgroup.path()).len(), expected.len());
     }
 
-    /// That exactly one whole attachment is there, for egress, and whose.
+    /// Asserts that exactly one complete attachment is there, for egress, with this owner.
     #[track_caller]
     pub fn assert_limited(&self, container_id: &str, egress: u64) {
         let whole = ATTACHMENT.map(String::from).to_vec();
@@ -266,7 +272,7 @@ impl Sandbox {
         self.assert_rates([egress, 0]);
     }
 
-    /// That nothing is pinned for the pod or attached to its cgroup.
+    /// Asserts that nothing is pinned for the pod or attached to its cgroup.
     #[track_caller]
     pub fn assert_unlimited(&self) {
         assert!(!self.pod_directory().exists(), "left in bpffs: {:?}", self.pins());
@@ -277,13 +283,13 @@ impl Sandbox {
 
 impl Drop for Sandbox {
     fn drop(&mut self) {
-        // Pins first: with the cgroup gone their programs are detached, but not freed.
+        // Pins first: removing the cgroup would detach their programs, but not free them.
         let _ = fs::remove_dir_all(self.pod_directory());
     }
 }
 
 impl Objects {
-    /// That the kernel has freed all of them.
+    /// Asserts that the kernel has freed all of them.
     #[track_caller]
     pub fn assert_freed(&self) {
         assert!(!self.slots.is_empty() && !self.maps.is_empty(), "there were none: {self:?}");
@@ -296,7 +302,7 @@ impl Objects {
             if left.is_empty() {
                 return;
             }
-            // Of all there are, since others of this test may be before these.
+            // Counts all maps, since the kernel may free other maps of this test first.
             fewest = fewest.min(there.len());
             let fewer = || maps().len() < fewest;
             assert!(within(NEXT_FREED_AFTER, fewer), "maps left: {left:?}");
@@ -309,12 +315,13 @@ impl Objects {
     }
 }
 
-/// Whether this kernel's TCP builds large packets for short round trips, whatever their pace: since Linux 5.18.
+/// Whether this kernel's TCP builds large packets for short round trips at any pacing rate: since Linux 5.18.
 pub fn builds_large_packets() -> bool {
     Path::new("/proc/sys/net/ipv4/tcp_tso_rtt_log").exists()
 }
 
-/// `gso_max_size` of a namespace's eth0, and `gso_ipv4_max_size`, which Linux has since 6.3 and the oldest iproute2 does not show.
+/// `gso_max_size` of a namespace's eth0, and `gso_ipv4_max_size`, which exists since Linux 6.3 and which the oldest
+/// iproute2 does not show.
 pub fn sizes(netns: &Netns) -> (u32, Option<u32>) {
     let link = netns.inside(|| netlink::link(if_nametoindex("eth0").unwrap()).unwrap().unwrap()).unwrap();
     let find = |wanted: fn(&LinkAttribute) -> Option<u32>| link.attributes.iter().find_map(wanted);
@@ -323,7 +330,7 @@ pub fn sizes(netns: &Netns) -> (u32, Option<u32>) {
     (max.unwrap(), ipv4)
 }
 
-/// Sets both; the second where there is one.
+/// Sets both sizes; the second only if the kernel has it.
 pub fn set_sizes(netns: &Netns, max: u32, ipv4: u32) {
     let has_ipv4 = sizes(netns).1.is_some();
     let ipv4 = has_ipv4.then_some(LinkAttribute::GsoIpv4MaxSize(ipv4));
@@ -331,7 +338,7 @@ pub fn set_sizes(netns: &Netns, max: u32, ipv4: u32) {
     netns.inside(|| netlink::set_link(if_nametoindex("eth0").unwrap(), attributes).unwrap()).unwrap();
 }
 
-/// A setting of the namespace's TCP; `None` where this kernel has no such one.
+/// A TCP setting of the namespace; `None` if this kernel lacks it.
 pub fn sysctl(netns: &Netns, name: &str) -> Option<u32> {
     let path = format!("/proc/sys/net/ipv4/{name}");
     netns.inside(|| fs::read_to_string(path)).unwrap().ok().map(|text| text.trim().parse().unwrap())
@@ -347,17 +354,17 @@ pub fn netns_with(interfaces: &[&str]) -> Netns {
     netns
 }
 
-/// A namespace with an eth0 whose other end is the host's, as the bridge plugin makes it; and the name of that end.
+/// A namespace with an eth0 whose other end is on the host, as the bridge plugin makes it; and the name of that end.
 pub fn netns_with_host_end() -> (Netns, String) {
     let netns = netns_with(&[]);
-    // Fifteen characters are what a name may have.
+    // An interface name has at most 15 characters.
     let host_end = format!("ps{}", &uuid().unwrap()[..8]);
     let words = ["link", "add", &host_end, "type", "veth", "peer", "name", "eth0", "netns", netns.name()];
     process::run(Command::new("ip").args(words)).unwrap();
     (netns, host_end)
 }
 
-/// How many qdiscs on both ends have the handle by which podshaper knows its own.
+/// The number of qdiscs on both ends that have podshaper's own handle.
 pub fn own_qdiscs(netns: &Netns, host_end: &str) -> usize {
     let outside = process::run(Command::new("tc").args(["qdisc", "show", "dev", host_end])).unwrap();
     let inside = netns.run("tc", &["qdisc", "show", "dev", "eth0"]).unwrap();
@@ -372,7 +379,8 @@ pub fn ok(cni: &Cni) -> Call {
     call
 }
 
-/// Makes a call that must fail, with nothing but an error of the specification's form on stdout: its code and details.
+/// Makes a call that must fail, and print only an error in the specification's form on stdout. Returns its code and
+/// details.
 #[track_caller]
 pub fn refused(cni: &Cni) -> (u64, String) {
     let call = cni.call().unwrap();
@@ -383,7 +391,7 @@ pub fn refused(cni: &Cni) -> (u64, String) {
     (error["code"].as_u64().unwrap(), error["details"].as_str().unwrap().to_owned())
 }
 
-/// Waits for something to come true.
+/// Waits for a condition to become true. Returns whether it did in time.
 pub fn within(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
     let start = Instant::now();
     loop {
@@ -397,20 +405,21 @@ pub fn within(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
     }
 }
 
-/// Ids of the links on a cgroup, the dead and the replaced too.
+/// Ids of the links on a cgroup, including dead and replaced links.
 pub fn links_on(cgroup: &Path) -> Vec<u64> {
     links(cgroup).unwrap().iter().map(|link| link["id"].as_u64().unwrap()).collect()
 }
 
 fn links(cgroup: &Path) -> Result<Vec<Value>, String> {
     let id = fs::metadata(cgroup).map_err(|error| error.to_string())?.ino();
-    // bpftool gives up where a link of another test goes away between being listed and being looked at.
+    // bpftool fails if a link of another test disappears after bpftool has listed it.
     let links = (0..5).find_map(|_| bpftool(&["link", "show"]).ok());
     let links = links.map_or_else(|| bpftool(&["link", "show"]), Ok)?;
     Ok(links.as_array().into_iter().flatten().filter(|link| link["cgroup_id"].as_u64() == Some(id)).cloned().collect())
 }
 
-/// bpftool asks for every hook it knows, and fails at the first that an old kernel (5.10) does not: there, by the links.
+/// bpftool asks for every hook that it knows, and fails at the first hook that an old kernel (5.10) does not know.
+/// There the programs are found by their links.
 fn programs_by_links(cgroup: &Path) -> Result<Value, String> {
     let program = |link: &Value| -> Result<Value, String> {
         let mut program = bpftool(&["prog", "show", "id", &link["prog_id"].to_string()])?;
@@ -420,23 +429,24 @@ fn programs_by_links(cgroup: &Path) -> Result<Value, String> {
     links(cgroup)?.iter().map(program).collect::<Result<Vec<_>, _>>().map(Value::Array)
 }
 
-/// The programs attached to a cgroup. bpftool fails if one goes while it looks, which on a slow machine it does again and again, and
-/// when the cgroup is gone.
+/// The programs attached to a cgroup. bpftool fails if a program disappears meanwhile, which happens repeatedly on a
+/// slow machine, and if the cgroup is gone.
 fn programs_on(cgroup: &Path) -> Vec<Value> {
     let show = || bpftool(&["cgroup", "show", cgroup.to_str().unwrap()]).or_else(|_| programs_by_links(cgroup)).ok();
     let found = (0..50).find_map(|_| if cgroup.exists() { show() } else { Some(json!([])) });
-    // Nothing at all is printed for a cgroup without programs.
+    // bpftool prints nothing for a cgroup without programs.
     found.unwrap().as_array().cloned().unwrap_or_default()
 }
 
 /// Ids of all maps.
 fn maps() -> BTreeSet<u64> {
-    // One of another test may go while bpftool looks.
+    // A map of another test may disappear while bpftool runs.
     let all = (0..5).find_map(|_| bpftool(&["map", "show"]).ok()).unwrap();
     all.as_array().into_iter().flatten().map(|object| object["id"].as_u64().unwrap()).collect()
 }
 
-/// What bpftool says. Up to Linux 5.10 what is on a cgroup counts as locked memory of its caller; not every root may raise that limit.
+/// The JSON that bpftool prints. Up to Linux 5.10 the kernel charges BPF objects to the caller's limit of locked
+/// memory, which not every root user may raise.
 pub fn bpftool(arguments: &[&str]) -> Result<Value, String> {
     const UNLOCKED: &str = "ulimit -l unlimited 2>/dev/null || true; exec bpftool -j \"$@\"";
     let output = process::run(Command::new("sh").args(["-c", UNLOCKED, "bpftool"]).args(arguments));

@@ -84,7 +84,7 @@ fn a_table_keeps_the_precision_that_its_numbers_have() {
     assert_eq!(text, "| a   |    b |\n| --- | ---: |\n| x   | 12.5 |\n");
 }
 
-/// Everything of this process that a pod or node leaves on a machine.
+/// All traces that pods and nodes of this process leave on a machine.
 fn traces() -> BTreeSet<PathBuf> {
     fn walk(path: &Path, found: &mut BTreeSet<PathBuf>) {
         for entry in fs::read_dir(path).into_iter().flatten().flatten() {
@@ -164,13 +164,14 @@ fn an_answer_of_failure_shows_the_whole_call() {
     assert!(call.error_code().is_some() && call.peak_rss_bytes > 0 && call.elapsed > Duration::ZERO);
 }
 
-/// Of packets that the pod's kernel leaves to be cut, with a tunnel's headers and without, against what the payload says.
+/// Compares the count of packets that the pod's kernel leaves to be cut, with and without a tunnel's headers, with
+/// the payload.
 #[test]
 #[ignore = "needs root"]
 fn a_watched_interface_counts_the_packets_within_a_gso_packet() {
     const BYTES_PER_S: u64 = 12_500_000;
     const SECONDS: f64 = 2.0;
-    /// In a packet of 1500 bytes.
+    /// The payload of a packet of 1500 bytes.
     const PAYLOAD: f64 = 1448.0;
     for (path, headers) in [(OtherPath::AnotherCgroup, 0.0), (OtherPath::Vxlan, 50.0)] {
         let host = Host::new().unwrap();
@@ -190,13 +191,13 @@ fn a_watched_interface_counts_the_packets_within_a_gso_packet() {
     }
 }
 
-/// The measurement is checked against a limiter that is known to hold.
+/// Checks the measurements against a limiter with known behaviour.
 #[test]
 #[ignore = "needs root and a calm machine"]
 fn the_bandwidth_plugin_measures_as_it_is_known_to() {
     let _alone = measure::alone();
-    // Where the CPU and not the limit is what holds the flows up, nobody waits in the plugin's queue: User Mode Linux on a busy host has
-    // less than 100 Mbit/s.
+    // Where the CPU is slower than the limit, no packet waits in the plugin's queue: User Mode Linux on a busy host
+    // reaches less than 100 Mbit/s.
     const LIMIT: u64 = 30_000_000;
     for way in [Way::Out, Way::In] {
         let host = Host::new().unwrap();
@@ -210,8 +211,8 @@ fn the_bandwidth_plugin_measures_as_it_is_known_to() {
             let result = measure::bulk(&pod, &bulk).unwrap();
             let share = result.timeline.steady_rate() / LIMIT as f64;
             assert!((0.85..1.01).contains(&share), "{way:?}, IPv6 {ipv6}: {share} of the limit");
-            // Of the time, not of the requests: after a moment in which all four flows had losses there is no queue, and then most of the
-            // requests are made.
+            // The median of the time and not of the requests: when all four flows have lost packets at the same
+            // moment there is no queue, and most requests are made at such moments.
             let p50_us = result.latency.unwrap().p50_of_time_us;
             assert!(p50_us > 2_000.0, "{way:?}, IPv6 {ipv6}: a queue that nobody waits in? {p50_us} us");
             assert_eq!(result.timeline.flows.len(), 4);
@@ -220,8 +221,9 @@ fn the_bandwidth_plugin_measures_as_it_is_known_to() {
             .unwrap();
         let share = udp.timeline.steady_rate() / LIMIT as f64;
         assert!((0.85..1.01).contains(&share), "UDP {way:?}: {share} of the limit");
-        // Sender and limiter share a kernel: the socket's buffer stays charged while a packet waits in the plugin's queue, so
-        // its sender blocks and almost nothing is dropped. Over a network card it would be half of what was sent.
+        // Sender and limiter share a kernel: the socket's buffer stays charged while a packet waits in the plugin's
+        // queue, so the sender blocks and nearly nothing is dropped. Over a network card half of the packets would be
+        // dropped.
         let arrived = *udp.timeline.wire_bytes.last().unwrap() / 1428;
         assert!(
             udp.sent >= arrived && udp.errors.is_empty(),

@@ -1,4 +1,5 @@
-//! Real servers in the pod and their usual clients on its node: nginx with wrk, nghttpd with h2load, redis with its benchmark.
+//! Real servers in the pod and their usual clients on its node: nginx with wrk, nghttpd with h2load, redis with its
+//! benchmark.
 
 use super::harness::apps::{self, App, Http, Http2, Redis, Served};
 use super::harness::measure;
@@ -8,7 +9,7 @@ use super::harness::{Result, table};
 use super::short::spread;
 use super::{Options, Table, Title, latency_cells};
 
-/// Of a response, of what is posted, of a value that redis sends by pipeline.
+/// Size of a response, of a posted body, and of the values that redis sends by pipeline.
 const BYTES: usize = 10_000;
 
 type Measure = fn(&Pod, &Options, u64) -> Result<App>;
@@ -52,7 +53,7 @@ pub fn apps(options: &Options, table: &mut Table) -> Result<Title> {
                         served.into_iter().map(|served| [served_cells(served), seen_cells(&seen)].concat()).collect();
                     Ok(rows.first().cloned().unwrap_or_default())
                 })?;
-                // A client that does several things has a row for each.
+                // A client that measures several things has a row for each.
                 let labels = [&labels[..], &[limiter.title().to_owned()]].concat();
                 table.rows.extend(rows.into_iter().skip(1).map(|cells| [&labels[..], &cells].concat()));
             }
@@ -87,7 +88,8 @@ fn served_cells(served: Served) -> Vec<String> {
     [vec![what, format!("{per_second:.0}")], times, vec![failed.to_string()]].concat()
 }
 
-/// First second, second by second, busiest second (out and in, where both were watched), retransmits, drops, replies beside.
+/// The cells: first second, second by second, busiest second (out and in, where both were watched), retransmits,
+/// drops, replies beside.
 pub fn seen_cells(seen: &Seen) -> Vec<String> {
     let each = |cell: &dyn Fn(&super::harness::seen::Wire) -> String| {
         seen.wire.iter().map(cell).collect::<Vec<_>>().join(", ")

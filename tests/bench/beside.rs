@@ -1,4 +1,4 @@
-//! What is small beside bulk flows, or beside what other protocols have for them: calls, look-ups of names, QUIC, short connections.
+//! Small traffic beside bulk flows: calls, DNS look-ups, QUIC, short connections.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use super::{Options, Table, Title, latency_cells};
 
 const LOOK_UP_EACH: Duration = Duration::from_millis(5);
 
-/// Which directions have bulk flows.
+/// The directions that have bulk flows.
 fn flows(options: &Options) -> [(&'static str, Flows); 2] {
     let flows = options.flows.iter().copied().max().unwrap_or_default();
     let one = match options.way() {
@@ -24,7 +24,7 @@ fn flows(options: &Options) -> [(&'static str, Flows); 2] {
     [one, ("out and in", Flows { out: flows, into: flows })]
 }
 
-/// Both limited, as a call has both.
+/// Both directions limited, since a call has two directions.
 fn both(limit: u64) -> Limits {
     Limits { egress: Some(limit), ingress: Some(limit) }
 }

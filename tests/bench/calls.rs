@@ -1,4 +1,5 @@
-//! What an ADD and a DEL take: whole processes, as a runtime calls them, on pods that bridge and host-local made.
+//! The time of an ADD and a DEL: whole processes, called as a runtime calls them, on pods that bridge and host-local
+//! made.
 
 use std::time::Duration;
 
@@ -15,11 +16,11 @@ use crate::{
     table,
 };
 
-/// Calls of each kind. They take turns, so that a slow moment of the machine is everybody's.
+/// Calls of each kind. The plugins take turns, so that a slow moment of the machine affects all of them.
 const CALLS: usize = 60;
 const SUBNETS: usize = 2_000;
 const RATE: u64 = 100_000_000;
-/// The bandwidth plugin's own default burst is seconds of the limit.
+/// Set explicitly: the bandwidth plugin's own default burst is seconds of the limit.
 const BURST: u64 = 1_000_000;
 
 /// One plugin on one pod.
@@ -28,9 +29,9 @@ struct Caller<'a> {
     host: &'a Host,
     pod: Pod<'a>,
     plugin: Value,
-    /// What bridge answered.
+    /// The result of the bridge plugin.
     result: Value,
-    /// ADD, DEL.
+    /// Times of the ADDs, and of the DELs.
     elapsed: [Vec<Duration>; 2],
     peak_bytes: u64,
 }
@@ -53,11 +54,12 @@ impl<'a> Caller<'a> {
         Ok(())
     }
 
-    /// Removes what the bandwidth plugin's DEL leaves to the end of the pod's interface, and its next ADD would find in its way.
+    /// Removes the qdiscs that the bandwidth plugin's DEL leaves on the host end. Its next ADD would fail because of
+    /// them.
     fn clear(&self) {
         let host_end = self.result["interfaces"][1]["name"].as_str().unwrap_or_default();
         for place in ["ingress", "root"] {
-            // There is none of a direction without a limit.
+            // A direction without a limit has no qdisc.
             let _ = self.host.netns.run("tc", &["qdisc", "del", "dev", host_end, place]);
         }
     }

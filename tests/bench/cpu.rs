@@ -9,7 +9,7 @@ use super::harness::{Result, check_stop, note, table};
 use super::{Options, Table, Title};
 
 const MBIT: u64 = 1_000_000;
-/// Limits, and flows at once.
+/// Limits, and the number of simultaneous flows.
 const CASES: [(u64, usize); 6] =
     [(1000 * MBIT, 1), (1000 * MBIT, 4), (1000 * MBIT, 16), (1000 * MBIT, 64), (1000 * MBIT, 120), (100 * MBIT, 64)];
 /// Pods that send one flow each.
@@ -31,7 +31,7 @@ pub fn cpu(options: &Options, table: &mut Table) -> Result<Title> {
             })?;
         }
     }
-    // Only what pods send is counted in one place.
+    // Only traffic that pods send is counted in one place.
     if !options.ingress {
         for limiter in options.limiters.iter().copied() {
             many_pods(options, table, limiter)?;

@@ -1,21 +1,22 @@
 //! bench: podshaper and the bandwidth plugin over many rates, flows and congestion controls, as Markdown tables.
 //!
-//! Every row is a fresh pod. It takes about six minutes; --quick takes one and shows whether something is off.
+//! Every row is a fresh pod. A run takes about six minutes; with --quick it takes one and shows whether something is
+//! wrong.
 
 #[path = "../harness/mod.rs"]
 mod harness;
 
 /// Real servers and their usual clients.
 mod apps;
-/// What is small beside bulk.
+/// Small traffic beside bulk flows.
 mod beside;
 mod calls;
-/// What limiting costs the machine.
+/// CPU time that limiting costs the machine.
 mod cpu;
 mod many;
-/// Traffic of no socket of the pod's cgroup.
+/// Traffic that belongs to no socket of the pod's cgroup.
 mod paths;
-/// Traffic that is not a few long flows of TCP.
+/// Traffic other than a few long TCP flows.
 mod short;
 
 use std::panic::resume_unwind;
@@ -32,9 +33,9 @@ use harness::paths::Path;
 use harness::pod::Pod;
 use harness::{Context, Failure, Result, check_stop, note, stop_on_signals, stopped, table};
 
-/// What a shell reports of a program that Ctrl-C ended.
+/// The exit status that a shell reports of a program that Ctrl-C ended.
 const EXIT_STOPPED: u8 = 130;
-/// More than any veth carries: what the limiter itself costs.
+/// More than any veth carries: shows the cost of the limiter itself.
 const ABOVE_LINK_BITS_PER_S: u64 = 100_000_000_000;
 
 /// Measures podshaper and the bandwidth plugin on throw-away pods
@@ -77,14 +78,16 @@ struct Options {
     /// Which tables
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Part::Tcp, Part::Udp, Part::AboveTheLink, Part::Calls])]
     parts: Vec<Part>,
-    /// Make the path this many milliseconds longer (with netem, where the kernel has it), after the pod and before the node
+    /// Make the path this many milliseconds longer (with netem, where the kernel has it), after the pod and before
+    /// the node
     #[arg(long, default_value_t = 0)]
     rtt_ms: u32,
     /// Both ends negotiate ECN (net.ipv4.tcp_ecn=1)
     #[arg(long)]
     ecn: bool,
-    /// Beside each TCP row the replies of another pod at the same time, which nothing limits and which is idle. What a pod receives is
-    /// counted in it; what it sends is counted on the node, where the other pod's requests would be counted too
+    /// Beside each TCP row the replies of another pod at the same time, which nothing limits and which is idle. What
+    /// a pod receives is counted in it; what it sends is counted on the node, where the other pod's requests would be
+    /// counted too
     #[arg(long, requires = "ingress")]
     beside: bool,
     /// Fewer and shorter: 10 and 100 Mbit/s, cubic, 3 seconds
@@ -154,7 +157,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// False if a row could not be measured; the others are printed all the same.
+/// Returns false if a row could not be measured; the other rows are printed nevertheless.
 fn run(options: &Options) -> Result<bool> {
     if !nix::unistd::geteuid().is_root() {
         return Err(Failure::new("it makes network namespaces and loads eBPF programs: run it as root"));
@@ -199,7 +202,7 @@ struct Table {
 }
 
 impl Table {
-    /// A row named by `labels`, of what `measure` finds on a fresh pod.
+    /// Adds a row named by `labels`, with the cells that `measure` returns for a fresh pod.
     fn row(
         &mut self,
         options: &Options,
@@ -211,7 +214,7 @@ impl Table {
         check_stop()?;
         note(format_args!("{}, {} ..", labels.join(", "), limiter.title()));
         let measured = self.measure(options, limiter, limits, measure);
-        // A stop shows up as a failure of whatever was running.
+        // A stop signal shows up as a failure of the running program.
         check_stop()?;
         let cells = measured.unwrap_or_else(|error| {
             note(error);
@@ -222,7 +225,7 @@ impl Table {
         Ok(())
     }
 
-    /// What `measure` finds on a fresh pod.
+    /// Calls `measure` on a fresh, limited pod.
     fn measure<T>(
         &self,
         options: &Options,
@@ -246,7 +249,7 @@ impl Options {
         if self.ingress { Way::In } else { Way::Out }
     }
 
-    /// Of the direction that is measured.
+    /// A limit for the direction that is measured.
     fn limits(&self, limit: u64) -> Limits {
         match self.way() {
             Way::Out => Limits { egress: Some(limit), ingress: None },
@@ -258,13 +261,14 @@ impl Options {
         if self.ingress { "to the pod" } else { "from the pod" }
     }
 
-    /// What the path has, for a title.
+    /// The properties of the path, for a title.
     fn path(&self) -> String {
         let rtt = (self.rtt_ms != 0).then(|| format!(", {} ms away", self.rtt_ms));
         rtt.into_iter().chain(self.ecn.then(|| ", with ECN".to_owned())).collect()
     }
 
-    /// `tc qdisc add dev VETH root netem delay`, at the node's end: what goes to the pod is late, data or acknowledgements.
+    /// `tc qdisc add dev VETH root netem delay` at the node's end: delays packets to the pod, data or
+    /// acknowledgements.
     fn lengthen(&self, pod: &Pod) -> Result<()> {
         if self.rtt_ms == 0 {
             return Ok(());
@@ -343,7 +347,8 @@ fn nothing_on_the_wire() -> Vec<String> {
     ["-"; 6].map(String::from).to_vec()
 }
 
-/// Measures, and in `replies` how another pod of the same node is answered meanwhile: what there is to wait for on the machine itself.
+/// Calls `measure`, and stores in `replies` the times of another pod's replies on the same node meanwhile: the delay
+/// that the machine itself causes.
 fn with_idle_pod(
     options: &Options,
     pod: &Pod,
@@ -360,7 +365,8 @@ fn with_idle_pod(
     })
 }
 
-/// As many flows each way; what is on the wire of one direction has the acknowledgements of the other in it, as the limit has.
+/// The same number of flows each way. The bytes on the wire of one direction include the acknowledgements of the
+/// other direction, as the limit does.
 fn both(options: &Options, table: &mut Table) -> Result<Title> {
     for limit in options.rates.iter().copied() {
         for flows in options.flows.iter().copied() {

@@ -1,5 +1,5 @@
-//! What a node with many limited pods pays: the time of an ADD and of `podshaper list`, the kernel's memory for each pod, and the time of each
-//! program for a packet.
+//! The costs of a node with many limited pods: the time of an ADD and of `podshaper list`, the kernel's memory for
+//! each pod, and the time that each program takes for a packet.
 
 use std::{path::PathBuf, process::Command, time::Instant};
 
@@ -18,7 +18,7 @@ use crate::{
     table,
 };
 
-/// ADDs and DELs that are timed beside the pods that are there.
+/// ADDs and DELs that are timed beside the pods that are there already.
 const CALLS: usize = 100;
 
 pub fn many(options: &Options, table: &mut Table) -> Result<Title> {
@@ -88,7 +88,8 @@ fn grow<'a>(
     Ok(())
 }
 
-/// What the programs take each time that they run, while one more pod sends and then receives: all pods have the same ones.
+/// The time of each run of the programs, while one more pod sends and then receives: all pods share the same
+/// programs.
 fn costs(table: &Table, host: &Host) -> Result<Vec<String>> {
     let mut pod = Pod::new(host, "bench")?;
     Limiter::Podshaper.add(&mut pod, Limits { egress: Some(RATE), ingress: Some(RATE) }, &table.programs)?;

@@ -1,4 +1,5 @@
-//! What passes a pod's interface by other paths than the sockets of its cgroup; and whether those notice that it is held.
+//! Traffic that passes a pod's interface by other paths than the sockets of its cgroup; and whether those sockets
+//! notice that the other paths are limited.
 
 use std::time::Duration;
 
@@ -58,12 +59,12 @@ fn parts(timeline: &Timeline, seconds: f64, limit: u64) -> String {
     format!("{:.3} ({largest:.2})", part(1.0, seconds))
 }
 
-/// Limits, if they are among those asked for, and flows at once.
+/// Limits (used if they are among the requested ones), and the number of simultaneous flows.
 const CASES: [(u64, usize); 3] = [(10_000_000, 4), (100_000_000, 32), (1_000_000_000, 8)];
-/// Of each; they take turns, so that a slow moment of the machine is everybody's.
+/// Rounds of each. The variants take turns, so that a slow moment of the machine affects all of them.
 const ROUNDS: usize = 5;
 
-/// What one round found.
+/// The result of one round.
 struct Round {
     cpus: f64,
     result: BulkResult,

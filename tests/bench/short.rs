@@ -9,10 +9,10 @@ use super::harness::table;
 use super::harness::web::{self, Web, WebResult};
 use super::{Options, Table, Title, bulk_cells, latency_cells};
 
-/// Between a reply and the next request beside short connections.
+/// Pause between a reply and the next request, of the requests beside short connections.
 const PAUSE: Duration = Duration::from_millis(2);
 
-/// Each request on a connection of its own.
+/// A web server, each request on a connection of its own.
 pub fn web(options: &Options, table: &mut Table) -> Result<Title> {
     for (limit, bytes, clients) in every(&options.rates, &options.sizes, &options.clients) {
         let labels = [table::limit(limit), format!("{} kB", bytes as f64 / 1e3), clients.to_string()];
@@ -81,7 +81,7 @@ pub fn times_cells(times: &Times) -> Vec<String> {
     [times.p50_us, times.p99_us].map(table::millis).to_vec()
 }
 
-/// The least and the most of a second, after the first.
+/// The least and the most of any second after the first.
 pub fn spread(seconds: &[f64]) -> String {
     least_and_most(seconds.get(1..).unwrap_or_default())
 }
@@ -93,7 +93,7 @@ pub fn least_and_most(rates: &[f64]) -> String {
     format!("{:.2} .. {}", least / 1e6, table::rate(most))
 }
 
-/// Bulk flows, as those of TCP.
+/// Bulk flows of MPTCP, measured like those of TCP.
 pub fn mptcp(options: &Options, table: &mut Table) -> Result<Title> {
     for limit in options.rates.iter().copied() {
         for flows in options.flows.iter().copied() {
@@ -125,7 +125,7 @@ pub fn mptcp(options: &Options, table: &mut Table) -> Result<Title> {
     ))
 }
 
-/// The receiving end sends a little on the same connections.
+/// Bulk flows whose receiving end sends a little on the same connections.
 pub fn chatter(options: &Options, table: &mut Table) -> Result<Title> {
     let kinds = [(1, 1), (100, 10)].map(|(bytes, ms)| Chatter { bytes, every: Duration::from_millis(ms) });
     for limit in options.rates.iter().copied() {

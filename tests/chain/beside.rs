@@ -7,15 +7,15 @@ use crate::harness::measure::Way;
 
 const RATE: u64 = 10 * MBIT;
 const LIMITS: Limits = Limits { egress: Some(RATE), ingress: Some(RATE) };
-/// Each way. A packet of each of them takes 10 ms of the link.
+/// Bulk flows each way. A packet of each flow takes 10 ms of the link in total.
 const FLOWS: Flows = Flows { out: 8, into: 8 };
 
-/// The sound of a call is a packet each 20 ms, both ways.
+/// The audio of a call is a packet every 20 ms, both ways.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn calls_beside_bulk_flows_are_neither_lost_nor_late() {
     const MOST_JITTER_US: f64 = 5_000.0;
-    // A tenth of what the queue of a token bucket costs at this rate.
+    // A tenth of the delay that the queue of a token bucket causes at this rate.
     const MOST_P99_US: f64 = 12_000.0;
     for way in [Way::Out, Way::In] {
         let bed = Bed::new();
@@ -30,7 +30,7 @@ fn calls_beside_bulk_flows_are_neither_lost_nor_late() {
     }
 }
 
-/// A resolver waits five seconds for what is lost.
+/// A resolver waits five seconds before it asks again, so a lost packet is expensive.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn names_are_answered_at_once_beside_bulk_flows() {

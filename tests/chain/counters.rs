@@ -4,13 +4,13 @@ use crate::harness::measure::{self, Bulk, Udp, received};
 use crate::harness::meter::{self, Counters};
 use crate::harness::pod::Pod;
 
-/// What the pod's kernel sends in its own name is no traffic of the pod: neighbour discovery and multicast reports, about 80
-/// bytes each.
+/// Packets that the pod's kernel sends by itself, which are not counted as the pod's: neighbour discovery and
+/// multicast reports, about 80 bytes each.
 const OF_THE_KERNEL_PACKETS: u64 = 30;
 const OF_THE_KERNEL_BYTES: u64 = OF_THE_KERNEL_PACKETS * 90;
 
-/// Sends bulk TCP and compares what podshaper has counted with what the node's kernel has received: to the byte, but for what
-/// is no socket's.
+/// Sends bulk TCP and compares podshaper's counters with the bytes that the node's kernel received: they must be
+/// equal, except for packets that belong to no socket.
 fn agrees(bed: &Bed, pod: &Pod, what: &str, ipv6: bool) {
     let (before, received_before) = (meter::egress(pod).unwrap(), received(&bed.host).unwrap());
     measure::bulk(pod, &Bulk { flows: 3, seconds: 1.2, ipv6, ..Bulk::default() }).unwrap();
@@ -53,7 +53,7 @@ fn every_byte_of_large_packets_is_counted() {
     agrees_in_both_families(&bed, &pod, "1 Gbit/s without timestamps");
 }
 
-/// The pod is not told apart from one whose kernel offloads nothing.
+/// Without GSO, podshaper sees this pod as it sees a pod whose kernel has no offloads.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn every_byte_of_small_packets_is_counted() {
@@ -63,7 +63,7 @@ fn every_byte_of_small_packets_is_counted() {
     agrees_in_both_families(&bed, &pod, "100 Mbit/s without GSO");
 }
 
-/// Packets of UDP, given to the kernel one by one and, as QUIC does, many at once.
+/// UDP packets, given to the kernel one by one and, as QUIC does, many at once.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn every_byte_of_udp_is_counted() {

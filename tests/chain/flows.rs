@@ -7,10 +7,11 @@ use crate::harness::measure::{self, Bulk, Chatter, Udp, Way};
 use crate::harness::meter;
 
 const TOLERANCE: f64 = 0.08;
-/// What is above any backlog is dropped; who is refused anything waits for it.
+/// The horizon: packets beyond it are dropped, whatever the backlog of a flow may be.
 const HORIZON_NS: u64 = 2_000_000_000;
 
-/// What a download's connection says the other way carries its newest acknowledgement, which nobody may then hold.
+/// Data that the pod sends on a download's connection carries the newest acknowledgement, so podshaper cannot hold
+/// that acknowledgement.
 fn assert_held_beside(chatter: Chatter, flows: usize) {
     const LIMIT: u64 = 10 * MBIT;
     let bed = Bed::new();
@@ -40,7 +41,7 @@ fn downloads_are_held_on_connections_that_say_a_hundred_bytes_now_and_then() {
     assert_held_beside(chatter, 8);
 }
 
-/// More flows than the rate has packets in two seconds: nobody is refused, they take turns.
+/// More flows than the rate has packets in two seconds: no flow is refused, they take turns.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn hundreds_of_flows_at_a_mbit_are_refused_nothing() {
@@ -53,13 +54,13 @@ fn hundreds_of_flows_at_a_mbit_are_refused_nothing() {
     assert_eq!(counters.drops, 0, "{what}");
 }
 
-/// One packet is seconds of such limits.
+/// One packet takes seconds at such limits.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn one_flow_at_some_kbit_is_refused_nothing() {
     const SECONDS: f64 = 12.0;
     const PACKET_BITS: f64 = 1500.0 * 8.0;
-    /// What the burst may be at such a rate: packets that leave at once.
+    /// The burst may be this many packets at such a rate: they leave at once.
     const MOST_AT_ONCE: f64 = 12.0;
     for rate in [8_000, 5_000] {
         let bed = Bed::new();
@@ -77,14 +78,14 @@ fn one_flow_at_some_kbit_is_refused_nothing() {
     }
 }
 
-/// A share is one of the wire: of a byte's packet all is headers.
+/// A flow's share is a share of the wire: a packet with one byte of payload is nearly all headers.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn a_flow_of_tiny_segments_has_its_share_of_the_wire_and_no_more() {
     const LIMIT: u64 = 10 * MBIT;
     const BULK_FLOWS: usize = 8;
     const WIRE_OF_PAYLOAD: f64 = 1500.0 / 1448.0;
-    /// Of an even share.
+    /// As a multiple of an even share.
     const MOST: f64 = 2.0;
     let bed = Bed::new();
     let pod = bed.pod(Limiter::Podshaper, LIMIT);
@@ -108,7 +109,7 @@ fn a_flow_of_tiny_segments_has_its_share_of_the_wire_and_no_more() {
     assert!(share <= MOST * even, "{text}");
 }
 
-/// What others are dropped at is no place for those who send without end.
+/// UDP senders without end stay well below the horizon, beyond which the packets of others would be dropped.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn udp_without_end_leaves_room_below_the_horizon() {
@@ -126,7 +127,7 @@ fn udp_without_end_leaves_room_below_the_horizon() {
     assert!(counters.max_backlog_ns < HORIZON_NS * 3 / 4, "{counters:?}");
 }
 
-/// The sparse flows' turn comes at once, however many others there are.
+/// Packets of sparse flows have their turn at once, however many other flows there are.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn replies_beside_very_many_flows_do_not_wait_for_them() {

@@ -10,7 +10,7 @@ use crate::harness::pod::{INTERFACE, Pod};
 use crate::harness::process::Running;
 use crate::harness::traffic_program;
 
-/// Applications pace themselves, and the lower of two rates is the one that holds.
+/// Applications may pace themselves. The lower of the two rates is in force.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn an_applications_own_lower_rate_holds() {
@@ -27,7 +27,7 @@ fn an_applications_own_lower_rate_holds() {
     }
 }
 
-/// Applications bound what they are sent, and the smaller of two windows is the one that holds.
+/// Applications may limit their receive window. The smaller of the two windows is in force.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn an_applications_own_window_clamp_holds() {
@@ -35,12 +35,12 @@ fn an_applications_own_window_clamp_holds() {
     let bed = Bed::new();
     let pod = bed.limited(Limits { egress: None, ingress: Some(100 * MBIT) });
     let bulk = Bulk { way: Way::In, window_clamp: Some(OWN_BYTES), seconds: 2.0, ..Bulk::default() };
-    // The receiving end fails where another one is in force.
+    // The receiving end fails where another clamp is in force.
     let rate = measure::bulk(&pod, &bulk).unwrap().timeline.steady_rate();
     assert!((1e6..105e6).contains(&rate), "{rate} bit/s");
 }
 
-/// The same by SO_RCVBUF: 32 KiB at most in 20 ms.
+/// Applications may limit their receive buffer (SO_RCVBUF): here to 32 KiB at most in 20 ms.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn an_applications_own_receive_buffer_holds() {
@@ -57,12 +57,13 @@ fn an_applications_own_receive_buffer_holds() {
     });
     let what = format!("{limited:.1} Mbit/s of 100, {own:.1} with a receive buffer of {OWN_BYTES} bytes");
     eprintln!("{what}");
-    // On a short path 100 Mbit/s have room in any buffer.
+    // On a short path any buffer has room for 100 Mbit/s.
     assert!(!is_far || (limited > 60.0 && own < 20.0), "{what}");
     assert!(own > 1.0 && own < 108.0, "{what}");
 }
 
-/// Applications say when a packet is to depart, and the later of two times is the one that holds. Only fq asks for it.
+/// Applications may set the departure time of a packet (SO_TXTIME). The later of the two times is in force. Only fq
+/// reads the application's time.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn an_applications_own_departure_times_hold() {
@@ -76,11 +77,12 @@ fn an_applications_own_departure_times_hold() {
     assert_eq!(later >= AFTER, has_fq(&pod), "{what}");
 }
 
-/// As far as one can: a socket that was told so sends one segment before its pace is set again, and the clock counts that one.
+/// An application can forbid pacing for one segment at a time only: podshaper then sets the pacing rate of the socket
+/// again, and the clock counts that segment.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn an_application_that_forbids_pacing_is_limited() {
-    /// Many times what a few flows have that do not resist.
+    /// Many times the backlog of a few flows that do not resist.
     const MOST_BACKLOG_NS: u64 = 300_000_000;
     for (rate, flows, pause_ms) in [(10 * MBIT, 1, 10), (100 * MBIT, 4, 10), (100 * MBIT, 4, 0)] {
         let bed = Bed::new();
@@ -89,17 +91,19 @@ fn an_application_that_forbids_pacing_is_limited() {
         let result = measure::bulk(&pod, &bulk).unwrap();
         let what = format!("{flows} flows, SO_MAX_PACING_RATE every {pause_ms} ms, {} retransmits", result.retransmits);
         assert_rate(&what, result.timeline.steady_rate(), rate, 0.10);
-        // The horizon alone would hold the rate as well, by drops and after two seconds of freedom.
+        // The horizon alone would hold the rate as well, but by drops, and only after two seconds without a limit.
         let counters = meter::egress(&pod).unwrap();
         assert!(counters.drops == 0 && counters.max_backlog_ns < MOST_BACKLOG_NS, "{what}: {counters:?}");
     }
 }
 
-/// A new socket is a sparse flow. All sparse flows that are not TCP share a quarter of the rate before the backlog, so a pod of
-/// nothing but new sockets gains nothing: what is more waits or is dropped as from one socket.
+/// A new socket is a sparse flow. All sparse flows that are not TCP share a quarter of the rate ahead of the backlog,
+/// so a pod of nothing but new sockets gains nothing: packets above that share wait or are dropped, as if they came
+/// from one socket.
 ///
-/// With fq it waits, and since no buffer of such a sender ever fills, up to the horizon. What left before these packets while they
-/// were waiting was more than the rate: a quarter of it, until the first of them are through.
+/// With fq these packets wait, and since such a sender never fills a socket buffer, they wait up to the horizon.
+/// Sparse packets that left before them in that time came on top of the rate: an additional quarter, until the first
+/// of the waiting packets have left.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn a_socket_for_each_packet_gets_no_more_than_one_for_all() {
@@ -121,7 +125,7 @@ fn a_socket_for_each_packet_gets_no_more_than_one_for_all() {
     assert!(backlog_ms <= most_backlog_ms + 10.0, "a backlog of {backlog_ms} ms");
 }
 
-/// TCP, then UDP at four times the limit, out of a pod that may do as it likes in its namespace.
+/// TCP, then UDP at four times the limit, out of a pod that may change anything in its namespace.
 #[track_caller]
 fn assert_sends_the_limit(what: &str, pod: &Pod, rate: u64, mark: Option<u32>) {
     const SECONDS: f64 = 3.0;
@@ -132,7 +136,8 @@ fn assert_sends_the_limit(what: &str, pod: &Pod, rate: u64, mark: Option<u32>) {
     assert_each_second(&format!("{what}, UDP"), &udp.timeline, SECONDS, rate);
 }
 
-/// What waits has no queue to wait in then, and is held all the same: by its sender, or at the host's end.
+/// Without a queue in the pod, packets wait at their sender's socket or at the host end. The limit holds
+/// nevertheless.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn a_pod_that_takes_its_queue_off_is_held() {
@@ -147,14 +152,15 @@ fn a_pod_that_takes_its_queue_off_is_held() {
     }
 }
 
-/// The host's end knows what has waited by a mark (`bpf/src/other_paths.rs`), which a pod may write on its packets as well.
+/// The host end recognises packets that have waited by a mark (`bpf/src/other_paths.rs`). A pod may write that mark
+/// on its packets as well.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn a_pod_that_marks_its_packets_is_held() {
     const RATE: u64 = 20 * MBIT;
     /// `IS_BACK`, `IS_BACK_TO_BE_CHARGED`, `IS_REQUEST_BACK`.
     const BACK: [u32; 3] = [0x7064_6261, 0x7064_6262, 0x7064_6263];
-    /// An interface to go back to, out of the pod and with `INTO_POD`.
+    /// An interface to which packets go back: out of the pod, and with `INTO_POD`.
     const PLACES: [u32; 2] = [2, 1 << 31 | 2];
     let bed = Bed::new();
     let pod = bed.pod(Limiter::Podshaper, RATE);
@@ -163,9 +169,10 @@ fn a_pod_that_marks_its_packets_is_held() {
     }
 }
 
-/// Programs at the setsockopt() hook see one page. An option of two must reach the kernel as if they were not there: iptables
-/// in a pod (a service mesh's init container) sets such. Linux 6.5 and later forgives programs that forget it (29ebbba7d461):
-/// this test can only fail below that.
+/// Programs at the setsockopt() hook see one page of an option. An option of two pages must reach the kernel as if
+/// these programs were not there: iptables in a pod (a service mesh's init container) sets such options. Linux 6.5
+/// and later tolerates programs that do not take care of this (29ebbba7d461), so this test can only fail on earlier
+/// kernels.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn an_option_longer_than_a_page_is_as_without_podshaper() {

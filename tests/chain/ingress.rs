@@ -4,12 +4,12 @@ use super::{Bed, MBIT, assert_rate};
 use crate::harness::limiter::Limits;
 use crate::harness::measure::{self, Bulk, Way};
 
-/// What a full TCP packet has of payload: 1448 bytes of 1500.
+/// The payload's part of a full TCP packet: 1448 bytes of 1500.
 const PAYLOAD_OF_WIRE: f64 = 1448.0 / 1500.0;
-/// On a busy machine held acknowledgements leave late.
+/// On a busy machine, acknowledgements that were held leave late.
 const TOLERANCE: f64 = 0.10;
 
-/// Bulk flows to a pod of this limit, which must be held.
+/// Sends bulk flows to a pod with this limit, and asserts that the limit holds.
 #[track_caller]
 fn assert_held(rate: u64, flows: usize, ipv6: bool) {
     let bed = Bed::new();
@@ -18,7 +18,7 @@ fn assert_held(rate: u64, flows: usize, ipv6: bool) {
     let result = measure::bulk(&pod, &bulk).unwrap();
     let what = format!("{flows} flows in at {} Mbit/s, {} retransmits", rate / MBIT, result.retransmits);
     assert_rate(&what, result.timeline.steady_rate(), rate, TOLERANCE);
-    // Nothing is lost; a remote may take a long hold for a loss when many flows begin at once.
+    // No packet is lost, but a remote may take a long hold for a loss when many flows begin at once.
     assert!(result.retransmits <= 20 * flows as u64, "{what}");
 }
 
@@ -48,7 +48,8 @@ fn both_directions_at_once_hold_their_own_limits() {
         let received = scope.spawn(|| run(Way::In, 4));
         (run(Way::Out, 4), received.join().unwrap())
     });
-    // The acknowledgements of one direction are traffic of the other: 26 of every 1500 bytes at most, and counted.
+    // The acknowledgements of one direction are counted as traffic of the other direction: at most 26 of every 1500
+    // bytes.
     for (what, result, limit, other) in [("out", sent, OUT, IN), ("in", received, IN, OUT)] {
         let acknowledgements = other as f64 * 52.0 / 3000.0;
         let payload = result.timeline.payload_rate(1.0, f64::INFINITY);
@@ -57,7 +58,8 @@ fn both_directions_at_once_hold_their_own_limits() {
     }
 }
 
-/// A request that is marked is acknowledged before it is answered, so the answer waits for as long as that acknowledgement is held.
+/// The pod acknowledges a request with a congestion mark before it answers, so the answer waits as long as podshaper
+/// holds that acknowledgement.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn requests_beside_downloads_do_not_wait_for_them_with_ecn_either() {

@@ -15,8 +15,8 @@ const BOTH: Limits = Limits { egress: Some(LIMIT), ingress: Some(LIMIT) };
 /// The node's own address on the link that ipvlan and macvlan share.
 const NODE: [u8; 4] = [10, 215, 0, 1];
 
-/// A network that is one plugin on a link of the node: `up0`, whose other end has the node's address. (A node cannot be reached over
-/// the very link that ipvlan and macvlan are on.)
+/// A network of a single plugin on a link of the node: `up0`, whose other end has the node's address. (ipvlan and
+/// macvlan cannot reach the node over the link that they are on.)
 fn over_a_link(host: &Host, mut plugin: Value) -> Chain {
     for arguments in
         ["link add up0 type veth peer name up1", "addr add 10.215.0.1/24 dev up1", "link set up0 up", "link set up1 up"]
@@ -28,8 +28,9 @@ fn over_a_link(host: &Host, mut plugin: Value) -> Chain {
     Chain::new(&json!({ "cniVersion": "1.0.0", "name": "podshaper-link", "plugins": [plugin] }), &[PLUGIN_DIR]).unwrap()
 }
 
-/// ipvlan and macvlan have no end on the host that a queue could be put on: egress is paced as ever, ingress is held where the
-/// kernel has fq and else by drops, which the attachment's record says. Nothing holds what other paths carry.
+/// ipvlan and macvlan have no host end for a queue. Egress is paced as with a veth. Ingress is held where the kernel
+/// has fq, and is limited by drops elsewhere; the attachment's record says which. Traffic by other paths is not
+/// limited.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn interfaces_that_are_no_veth_are_limited() {
@@ -48,7 +49,7 @@ fn interfaces_that_are_no_veth_are_limited() {
     }
 }
 
-/// The record names no end on the host, and `list` says in either form that nothing holds other paths.
+/// The record names no host end, and `list` says in both formats that other paths are not held.
 #[track_caller]
 fn assert_others_are_free(pod: &Pod, plugin: &Value) {
     let record = meter::owner(&meter::directory(pod, INTERFACE)).unwrap();
@@ -61,7 +62,7 @@ fn assert_others_are_free(pod: &Pod, plugin: &Value) {
     assert_eq!(table.matches("not held").count(), 2, "{plugin}: {table}");
 }
 
-/// Packets of 9000 bytes, and the 1450 that VXLAN leaves of 1500.
+/// Packets of 9000 bytes, and of the 1450 bytes that VXLAN leaves of 1500, are charged with their own size.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn packets_of_other_sizes_weigh_what_they_are() {

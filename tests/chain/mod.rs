@@ -1,33 +1,33 @@
 //! Traffic from real pods: made by the real bridge and host-local plugins, limited by the podshaper of this build.
 //!
-//! The machine may be small and busy: the bounds are wide and each message has the number that was measured. `tests/run bench`
-//! holds the narrow ones.
+//! The machine may be small and busy, so the bounds are wide, and each message has the measured number. `tests/run
+//! bench` has the narrow bounds.
 
-/// Calls and names beside bulk flows, which may not wait for these.
+/// Calls and DNS look-ups beside bulk flows, which must not delay them.
 mod beside;
-/// Bytes and packets: what the programs count is what a receiver gets.
+/// Bytes and packets: the programs count the same numbers as a receiver gets.
 mod counters;
-/// Flows that are not the usual ones: very many, very slow, with small segments, with traffic against the stream.
+/// Unusual flows: very many, very slow, with small segments, with traffic against the stream.
 mod flows;
-/// What a pod may do against its limit, and what it must still be able to do.
+/// What a pod may do against its limit, and what must still work in the pod.
 mod foes;
-/// What a pod receives.
+/// Traffic that a pod receives.
 mod ingress;
 /// Interfaces that are no veth, and packets of other sizes.
 mod links;
 /// Multipath TCP.
 mod mptcp;
-/// What passes by other paths than the sockets of the pod's cgroup.
+/// Traffic by other paths than the sockets of the pod's cgroup.
 mod paths;
-/// Rate, first second, retransmits, fairness, latency of TCP.
+/// TCP: rate, first second, retransmits, fairness, latency.
 mod rate;
-/// Which traffic is this attachment's, and what is not touched at all.
+/// Which traffic belongs to an attachment, and which traffic podshaper leaves alone.
 pub mod scope;
 /// Remote addresses that are exempt.
 mod subnets;
 /// UDP and ICMP.
 mod unpaced;
-/// Connections that are short.
+/// Short connections.
 mod web;
 
 use std::sync::MutexGuard;
@@ -45,7 +45,7 @@ use super::harness::podshaper_program;
 pub const MBIT: u64 = 1_000_000;
 const GBIT: u64 = 1_000 * MBIT;
 
-/// A node of its own, and no other measurement meanwhile.
+/// A node of its own. No other measurement runs while it exists.
 pub struct Bed {
     pub host: Host,
     _alone: MutexGuard<'static, ()>,
@@ -61,7 +61,7 @@ impl Bed {
         self.pod_by(limiter, Limits { egress: Some(rate), ingress: None })
     }
 
-    /// A pod with these limits by any of the limiters.
+    /// A pod with these limits, limited by any of the limiters.
     pub fn pod_by(&self, limiter: Limiter, limits: Limits) -> Pod<'_> {
         let mut pod = Pod::new(&self.host, "chain").unwrap();
         let programs = Programs::find(None, &[limiter]).unwrap();
@@ -74,7 +74,7 @@ impl Bed {
         self.pod_of(self.host.bridge_chain().unwrap(), json!({}), limits)
     }
 
-    /// A pod of another network than the bridge's, or with other keys in podshaper's configuration.
+    /// A pod in another network than the bridge's, or with other keys in podshaper's configuration.
     pub fn pod_of(&self, network: Chain, keys: Value, limits: Limits) -> Pod<'_> {
         let mut pod = Pod::new(&self.host, "chain").unwrap();
         let mut podshaper = podshaper_plugin();
@@ -85,7 +85,7 @@ impl Bed {
         pod
     }
 
-    /// Sets a sysctl of both ends.
+    /// Sets a sysctl at both ends.
     fn set(&self, pod: &Pod, key: &str, value: u64) {
         for netns in [&self.host.netns, &pod.netns] {
             netns.run("sysctl", &["-q", &format!("{key}={value}")]).unwrap();
@@ -93,7 +93,8 @@ impl Bed {
     }
 }
 
-/// `tc qdisc add dev VETH root netem delay 20ms`, at the node's end: what goes to the pod is late. Kernels that have fq have netem, too.
+/// `tc qdisc add dev VETH root netem delay 20ms` at the node's end: delays packets to the pod. Kernels with fq also
+/// have netem.
 pub fn move_away(pod: &Pod) {
     let links = pod.host.netns.run("ip", &["-br", "link", "show", "type", "veth"]).unwrap();
     let veth = links.split(['@', ' ']).next().unwrap_or_default();
@@ -101,23 +102,24 @@ pub fn move_away(pod: &Pod) {
     pod.host.netns.run("tc", &netem).unwrap();
 }
 
-/// Whether podshaper found fq in the kernel: packets that no socket paces then wait for their departure time.
+/// Whether podshaper found fq in the kernel. With fq, packets that no socket paces wait for their departure time.
 pub fn has_fq(pod: &Pod) -> bool {
     pod.netns.run("tc", &["qdisc", "show", "dev", INTERFACE]).unwrap().contains("qdisc fq ")
 }
 
-/// Whether packets whose sender has not waited have a queue to wait in: fq, or htb where there is none.
+/// Whether packets whose sender has not waited have a queue in the pod: fq, or htb where the kernel has no fq.
 fn has_queue(pod: &Pod) -> bool {
     has_fq(pod) || pod.netns.run("tc", &["qdisc", "show", "dev", INTERFACE]).unwrap().contains("qdisc htb ")
 }
 
-/// An attachment that no chain of the harness made; removed on drop.
+/// An attachment that was not made by a chain of the harness; removed on drop.
 pub struct Attachment {
     del: Cni,
 }
 
 impl Attachment {
-    /// Makes the call, an ADD. DEL is the same call with another verb: a runtime may pass `prevResult` then or not.
+    /// Makes the call, which is an ADD. The DEL is the same call with another verb, since a runtime may pass
+    /// `prevResult` or not.
     pub fn add(call: Cni) -> Self {
         call.call().unwrap().success().unwrap();
         Self { del: call.env("CNI_COMMAND", "DEL") }
@@ -131,11 +133,13 @@ impl Drop for Attachment {
     }
 }
 
-/// What a machine that is busy with something else may take from a rate: its pacing timers fire late, and what is late by more
-/// than the burst is lost. A virtual one that its host stops for some milliseconds lost up to 0.12. Nothing adds to a rate.
+/// The part of a rate that may be missing on a busy machine: pacing timers fire late there, and time that is late by
+/// more than the burst is lost. A virtual machine that its host stopped for some milliseconds lost up to 0.12. A busy
+/// machine never increases a rate.
 const BUSY: f64 = 0.15;
 
-/// Panics unless `measured` is within `tolerance` of `wanted`, both in bits per second, or [`BUSY`] below that.
+/// Panics unless `measured` is within `tolerance` of `wanted`, both in bits per second. Below that range, another
+/// [`BUSY`] is allowed.
 #[track_caller]
 pub fn assert_rate(what: &str, measured: f64, wanted: u64, tolerance: f64) {
     let share = measured / wanted as f64;
@@ -150,12 +154,14 @@ pub fn assert_rate(what: &str, measured: f64, wanted: u64, tolerance: f64) {
     );
 }
 
-/// What a second may have above the limit: packets that were sent a little before it, or that come a little after.
+/// The part of the limit that one second may have above the limit: packets that were sent shortly before the second,
+/// or that arrive shortly after.
 const SECOND_TOLERANCE: f64 = 0.08;
-/// What all seconds after the first may have above the limit.
+/// The part of the limit that the seconds after the first may have above the limit together.
 const ALL_TOLERANCE: f64 = 0.05;
 
-/// The same for each second after the first: a mean hides that a pod stands still in one and makes good in the next.
+/// Like [`assert_rate`], but for each second after the first: a mean hides a pod that stands still in one second and
+/// catches up in the next.
 #[track_caller]
 pub fn assert_each_second(what: &str, timeline: &Timeline, seconds: f64, wanted: u64) {
     let shares: Vec<f64> = timeline.each_second(seconds).iter().map(|rate| rate / wanted as f64).collect();

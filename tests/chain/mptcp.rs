@@ -4,10 +4,11 @@ use crate::harness::measure::{self, Bulk};
 use crate::harness::meter;
 
 const TOLERANCE: f64 = 0.05;
-/// A flow of MPTCP that nothing paces begins with two thirds more than its limit.
+/// An MPTCP flow that nothing paces begins with two thirds more than its limit.
 const FIRST_SECOND_TOLERANCE: f64 = 0.15;
 
-/// Its options fill all the room that TCP has for them, so programs that want to be called for some of it are not.
+/// The options of MPTCP fill all the space that TCP has for options, so programs that ask to be called for a part of
+/// that space are not called.
 fn assert_paced(rate: u64, flows: usize) {
     let bed = Bed::new();
     let pod = bed.pod(Limiter::Podshaper, rate);

@@ -17,24 +17,25 @@ use crate::harness::pod::{INTERFACE, Pod};
 use crate::harness::{podshaper_program, process};
 
 const SECONDS: f64 = 3.0;
-/// What a second after the first may have, as a part of the limit at layer 3, and what all of them may.
+/// The most that any second after the first, and their mean, may have, as a part of the limit at layer 3.
 const MOST: f64 = 1.03;
-/// TCP has to find its rate.
+/// TCP needs time to find its rate.
 const LEAST: f64 = 0.92;
-/// The largest packet that a sender gives to its interface. It is on the wire at one moment, and so wholly in one of two seconds: at
-/// 10 Mbit/s it is a twentieth of each.
+/// The largest packet that a sender gives to its interface. The whole packet counts at one moment, and so in one of
+/// two seconds: at 10 Mbit/s it is a twentieth of each.
 const LARGEST_PACKET_BITS: f64 = 65_536.0 * 8.0;
-/// A busy machine takes from a rate and adds nothing to it: what is too slow is measured again, and what is too fast is not.
+/// A busy machine lowers a rate and never increases one. So a rate that is too low is measured again, and a rate that
+/// is too high fails at once.
 const TRIES: usize = 3;
-/// UDP costs CPU time by the packet, of 1428 bytes here. Above this rate a busy machine is what limits.
+/// UDP costs CPU time for each packet, here of 1428 bytes. Above this rate the CPU of a busy machine is the limit.
 const MOST_OF_UDP: u64 = 10 * MBIT;
 
 fn both(rate: u64) -> Limits {
     Limits { egress: Some(rate), ingress: Some(rate) }
 }
 
-/// The limits that a path is measured with. Where the CPU is software, it is what limits above 10 Mbit/s. User Mode Linux can do more, and
-/// what this machine's kernel lacks is measured there at 100 Mbit/s as well.
+/// The limits that a path is measured with. With an emulated CPU (QEMU TCG), the CPU is the limit above 10 Mbit/s.
+/// User Mode Linux is faster, so paths that this machine's kernel lacks are measured there at 100 Mbit/s as well.
 fn limits(path: Path) -> &'static [u64] {
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap();
     let is_elsewhere = matches!(path, Path::Gre | Path::Ipip | Path::Ipvlan);
@@ -45,7 +46,7 @@ fn limits(path: Path) -> &'static [u64] {
     }
 }
 
-/// What was on the wire, as parts of the limit.
+/// The rates on the wire, as parts of the limit.
 struct Parts {
     /// Each second after the first.
     seconds: Vec<f64>,
@@ -59,7 +60,7 @@ impl Parts {
         Self { seconds, mean: part(1.0, SECONDS) }
     }
 
-    /// Panics if it is above the limit, in any second after the first or in their mean.
+    /// Panics if a second after the first, or their mean, is above the limit.
     #[track_caller]
     fn assert_not_above(&self, what: &str, rate: u64) {
         let most_of_a_second = MOST + LARGEST_PACKET_BITS / rate as f64;
@@ -78,7 +79,7 @@ impl Parts {
     }
 }
 
-/// On the wire: in every second after the first no more than the limit, and in their mean no less.
+/// Asserts that no second after the first has more than the limit on the wire, and that their mean has no less.
 #[track_caller]
 fn assert_held(what: &str, timeline: &Timeline, rate: u64) {
     let parts = Parts::of(timeline, rate);
@@ -87,7 +88,7 @@ fn assert_held(what: &str, timeline: &Timeline, rate: u64) {
     assert!(parts.mean >= LEAST - super::BUSY, "{}", parts.said(what, rate));
 }
 
-/// The same of one load, which is sent again where it was too slow.
+/// Asserts the same for one load. A load that was too slow is sent again.
 #[track_caller]
 fn assert_load_is_held(path: Path, pod: &Pod, ends: Ends, load: &Load) -> Parts {
     let Load { way, is_udp, limit, .. } = *load;
@@ -109,7 +110,7 @@ fn assert_load_is_held(path: Path, pod: &Pod, ends: Ends, load: &Load) -> Parts 
     panic!("{} is less than {least} in each of {TRIES} tries", parts.said(&what, limit));
 }
 
-/// TCP and UDP, the latter at more than the limit, as far as the path carries them: a row of the table.
+/// TCP and UDP, as far as the path carries them, UDP at more than the limit. Prints a row of the table.
 #[track_caller]
 fn assert_all_held(path: Path, pod: &Pod, ends: Ends, ways: &[Way], limit: u64) {
     let mut row = format!("| {} | {} Mbit/s |", path.title(), limit / MBIT);
@@ -124,7 +125,7 @@ fn assert_all_held(path: Path, pod: &Pod, ends: Ends, ways: &[Way], limit: u64) 
 
 const BOTH_WAYS: [Way; 2] = [Way::Out, Way::In];
 
-/// The same of a fresh pod whose traffic takes a path.
+/// Asserts the same for a fresh pod whose traffic takes a path.
 #[track_caller]
 fn assert_path_is_held(path: Path, limit: u64, and_then: impl FnOnce(&Pod)) {
     path.must_be_had().unwrap();
@@ -138,7 +139,7 @@ fn assert_path_is_held(path: Path, limit: u64, and_then: impl FnOnce(&Pod)) {
     and_then(&pod);
 }
 
-/// At each limit, by paths whose traffic is counted apart from that of the pod's sockets.
+/// At each limit, for paths whose traffic is counted apart from the traffic of the pod's sockets.
 #[track_caller]
 fn assert_held_and_counted(paths: &[Path]) {
     for (path, limit) in paths.iter().flat_map(|path| limits(*path).iter().map(move |limit| (*path, *limit))) {
@@ -146,7 +147,7 @@ fn assert_held_and_counted(paths: &[Path]) {
     }
 }
 
-/// At each limit.
+/// At each limit, for paths whose traffic need not be counted apart.
 #[track_caller]
 fn assert_paths_are_held(paths: &[Path]) {
     for (path, limit) in paths.iter().flat_map(|path| limits(*path).iter().map(move |limit| (*path, *limit))) {
@@ -154,7 +155,7 @@ fn assert_paths_are_held(paths: &[Path]) {
     }
 }
 
-/// It was counted apart.
+/// Asserts that the traffic was counted apart from the traffic of the pod's sockets.
 #[track_caller]
 fn assert_counted(pod: &Pod) {
     let [out, into] = meter::others(pod).unwrap();
@@ -187,14 +188,15 @@ fn a_tunnel_by_wireguard_is_held() {
     assert_held_and_counted(&[Path::Wireguard]);
 }
 
-/// What a VPN's program sends and gets is the pod's own: it waits at that program's socket, or at the host's end, and TCP within it has the limit.
+/// The packets of a VPN program in the pod belong to the pod's own sockets. They wait at the program's socket, or at
+/// the host end, and TCP within the tunnel has the limit.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn a_tunnel_of_a_program_in_the_pod_is_held() {
     assert_path_is_held(Path::Tun, 10 * MBIT, |_| ());
 }
 
-/// One clock for both: the sum is the limit, and neither starves.
+/// Both share one clock: their sum is the limit, and neither starves.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn other_paths_and_the_pods_sockets_share_the_limit() {
@@ -263,21 +265,23 @@ fn multicast_is_held() {
     assert_paths_are_held(&[Path::Multicast]);
 }
 
-/// What the pod's kernel says is no socket's of the pod.
+/// Answers that the pod's kernel sends belong to no socket of the pod.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn answers_of_the_pods_kernel_are_held() {
     assert_paths_are_held(&[Path::Answers]);
 }
 
-/// To the hook of the cgroup it looks as what the pod sends: it must not be charged there and at the host's end.
+/// The hook of the cgroup takes the forwarded traffic for the pod's own, since the interface numbers are equal. The
+/// traffic must not be charged both there and at the host end.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn a_nested_interface_with_the_number_of_the_pods_is_charged_once() {
     assert_held_and_counted(&[Path::SameNumber]);
 }
 
-/// What a process sends in another pod's namespace is that pod's, and not charged to its own for the like numbers of their interfaces.
+/// Traffic that a process sends in another pod's namespace is charged to that pod, and not to the process's own pod,
+/// though the interfaces of both pods have the same number.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn a_daemon_in_another_pods_namespace_is_charged_to_that_pod() {
@@ -293,7 +297,8 @@ fn a_daemon_in_another_pods_namespace_is_charged_to_that_pod() {
     assert!(sent.bytes < 20_000 && received.bytes < 20_000, "{sent:?}, {received:?}");
 }
 
-/// The host's end cannot tell for which socket they are, so it charges them, and the hook does not.
+/// The host end cannot tell the socket of a fragment, so it charges the fragments, and the hook of the cgroup does
+/// not.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn datagrams_that_come_in_fragments_are_charged_once() {
@@ -314,15 +319,15 @@ fn what_comes_to_a_raw_socket_is_charged_once() {
     assert!((PINGS * BYTES..PINGS * BYTES * 5 / 4).contains(&charged), "{charged} bytes");
 }
 
-/// To a program at the hook of the cgroup what passes is the bridge's.
+/// A program at the hook of the cgroup sees such traffic on the bridge, and not on the pod's interface.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn a_bridge_above_the_pods_interface_is_held() {
     assert_held_and_counted(&[Path::Bridge]);
 }
 
-/// What the pod's own sockets send and receive passes the host's end as if nothing were there: next to nothing of it is charged there. (ARP and
-/// IPv6's neighbours are the kernel's, and a socket's first packet is not known yet.)
+/// Traffic of the pod's own sockets passes the host end unaffected: nearly nothing of it is charged there. (The
+/// kernel itself sends ARP and IPv6 neighbour discovery, and the first packet of a socket is not recognised yet.)
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn sockets_of_the_pod_do_not_notice() {
@@ -345,7 +350,7 @@ fn sockets_of_the_pod_do_not_notice() {
     let [out, into] = counted();
     eprintln!("by other paths: {out:?}, {into:?}");
     assert!(out.packets <= MAX_PACKETS && into.packets <= MAX_PACKETS, "{out:?}, {into:?}");
-    // Into the pod UDP goes on when its receiver has gone, and that is nobody's.
+    // UDP packets still come into the pod after their receiver has ended. Those belong to no socket.
     let udp = Udp { way: Way::In, rate: RATE / 2, seconds: 2.0, ..Udp::default() };
     let sent = measure::udp(&pod, &udp).unwrap().sent;
     let later = counted()[1].packets - into.packets;
@@ -353,8 +358,8 @@ fn sockets_of_the_pod_do_not_notice() {
     assert_eq!(counted().map(|others| others.drops), [0, 0]);
 }
 
-/// What has waited comes back to where it was taken from, and all filters there see it: an `ifb` would send it past them, and past the
-/// policies of a network.
+/// Packets that have waited come back to the place from which they were taken, so all filters there see them. With an
+/// `ifb` they would bypass these filters, and with them a network's policies.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn filters_of_others_see_what_has_waited() {
@@ -367,7 +372,7 @@ fn filters_of_others_see_what_has_waited() {
             measure::udp(pod, &udp).is_ok()
         };
         assert!(arrives());
-        // One that drops what has no mark.
+        // A filter that drops packets without a mark.
         let drops = meter::directory(pod, INTERFACE).ancestors().nth(2).unwrap().join("%node/go_back");
         let filter = ["filter", "add", "dev", host_end, "ingress", "prio", "99", "bpf", "da", "object-pinned"];
         bed.host.netns.run("tc", &[&filter[..], &[drops.to_str().unwrap()]].concat()).unwrap();
@@ -378,8 +383,9 @@ fn filters_of_others_see_what_has_waited() {
     seen.unwrap();
 }
 
-/// A list may have both plugins. The other one redirects all that the pod sends to its `ifb`, at the place that podshaper's filter takes: what comes
-/// by other paths has that plugin's limit, and podshaper says that it holds the pod's own sockets alone.
+/// A list may have both plugins. The bandwidth plugin redirects all packets from the pod to its `ifb`, in the place
+/// that podshaper's filter takes. So traffic by other paths has the bandwidth plugin's limit, and podshaper logs that
+/// it limits the pod's own sockets only.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn beside_the_bandwidth_plugin_each_path_is_held_by_one_of_them() {
@@ -406,7 +412,8 @@ fn beside_the_bandwidth_plugin_each_path_is_held_by_one_of_them() {
     pod.del().unwrap();
 }
 
-/// A pod with NET_ADMIN gives the name of its interface to another one. Whoever limits that one would let go of the first.
+/// A pod with NET_ADMIN gives its interface's name to another interface. An ADD that limited the other interface
+/// would end the limit of the first one.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn a_pod_that_renames_its_interface_stays_limited() {
@@ -429,7 +436,7 @@ fn a_pod_that_renames_its_interface_stays_limited() {
     ] {
         paths::run(&pod.netns, command).unwrap();
     }
-    // As sync does where the pod asks for another direction.
+    // As sync calls it when the pod asks for another direction.
     let answer = config(&pod, 20 * MBIT).call_in(&bed.host.netns).unwrap();
     assert!(!answer.status.success() && answer.stdout.contains("whose name has been changed in the pod"), "{answer}");
     let send = |pod: &Pod| {
@@ -437,7 +444,7 @@ fn a_pod_that_renames_its_interface_stays_limited() {
         assert_held("after that", &measure::bulk(pod, &bulk).unwrap().timeline, 10 * MBIT);
     };
     send(&pod);
-    // Nor does it keep an administrator from another limit.
+    // The new name does not keep an administrator from setting another limit.
     paths::run(&pod.netns, "ip link del eth0").unwrap();
     let mut set = Command::new(podshaper_program().unwrap());
     set.args(["set", &pod.uid, "--egress", "5M"]);
@@ -450,7 +457,8 @@ fn a_pod_that_renames_its_interface_stays_limited() {
     pod.del().unwrap();
 }
 
-/// Pods in one network namespace: when the limit of the first one goes, that of another holds what passes by other paths.
+/// Several pods in one network namespace: when the limit of the first pod ends, the limit of the next pod holds
+/// traffic by other paths.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn of_two_limits_of_an_interface_the_second_takes_over() {
@@ -471,7 +479,7 @@ fn of_two_limits_of_an_interface_the_second_takes_over() {
     let rates = [20 * MBIT, 10 * MBIT, 5 * MBIT];
     call(&pod, "ADD", rates[0]);
     for (other, rate) in others.iter().zip(&rates[1..]) {
-        // Which is the older one is told by a clock of four milliseconds.
+        // The age of an attachment is compared by a clock with a resolution of four milliseconds.
         thread::sleep(Duration::from_millis(20));
         call(other, "ADD", *rate);
     }
@@ -495,7 +503,7 @@ fn a_changed_limit_is_that_of_other_paths_too() {
     let mut pod = bed.limited(both(10 * MBIT));
     let mut set = Command::new(podshaper_program().unwrap());
     set.args(["set", &pod.uid, "--egress", "30M"]);
-    // In the node's namespace, as ADD was.
+    // In the node's namespace, as the ADD was.
     pod.host.netns.inside(|| process::run(&mut set)).unwrap().unwrap();
     let held = Path::AnotherCgroup.with(&mut pod, |pod, ends| {
         assert_all_held(Path::AnotherCgroup, pod, ends, &[Way::Out], 30 * MBIT);
@@ -504,7 +512,8 @@ fn a_changed_limit_is_that_of_other_paths_too() {
     held.unwrap();
 }
 
-/// By the configuration they are left alone; and with the last pod nothing of podshaper's is on the node.
+/// With `otherPaths: false` other paths are not limited. After the last pod's DEL nothing of podshaper is left on the
+/// node.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn they_are_held_unless_the_configuration_says_otherwise() {
@@ -524,14 +533,15 @@ fn they_are_held_unless_the_configuration_says_otherwise() {
     }
 }
 
-/// The host's end of the only pod of a node.
+/// The host end of the only pod of a node.
 fn host_end(bed: &Bed) -> String {
     let links = bed.host.netns.run("ip", &["-o", "link", "show", "type", "veth"]).unwrap();
     let names = links.lines().filter_map(|line| line.split([' ', '@']).nth(1));
     names.map(|name| name.trim_end_matches(':')).find(|name| name.starts_with("veth")).unwrap().to_owned()
 }
 
-/// A veth may outlive DEL (a pod whose network is another plugin's to remove). Of podshaper nothing stays on it, and of others everything.
+/// A veth may outlive the DEL (another plugin may have to remove it). The DEL leaves nothing of podshaper on the
+/// veth, and leaves everything of others.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn nothing_is_left_on_a_veth_that_stays_but_what_is_of_others() {
@@ -549,7 +559,7 @@ fn nothing_is_left_on_a_veth_that_stays_but_what_is_of_others() {
         let call = |verb: &str| pod.environment(podshaper.call(&plugin, verb, &pod.offers, Some(&result)).unwrap());
         let [add, del] = ["ADD", "DEL"].map(call);
         pod.call(&add).unwrap().success().unwrap();
-        // Again, as for a new sandbox in the same namespace.
+        // A second ADD, as for a new sandbox in the same namespace.
         pod.call(&add).unwrap().success().unwrap();
         assert!(tc(&format!("qdisc show dev {veth}")).contains("clsact"));
         let theirs = format!("filter add dev {veth} ingress prio 50 protocol ip u32 match u32 0 0 flowid 1:1");

@@ -10,11 +10,11 @@ use crate::harness::remote::Remote;
 
 const STEADY_TOLERANCE: f64 = 0.05;
 const FIRST_SECOND_TOLERANCE: f64 = 0.15;
-/// The default burst as time at the rate, and the packets that it is at least (src/units.rs).
+/// The default burst: time at the rate, and the least number of packets (src/units.rs).
 const BURST_SECONDS: f64 = 0.005;
 const BURST_LEAST_BITS: f64 = 10.0 * 1500.0 * 8.0;
-/// On a busy machine, in some seconds: calm ones have none. The bandwidth plugin has hundreds, and a link whose machine stops for 10 ms
-/// drops dozens at 1 Gbit/s, limited or not.
+/// Retransmits on a busy machine, in some seconds: a calm machine has none. The bandwidth plugin has hundreds, and a
+/// link whose machine stops for 10 ms drops dozens at 1 Gbit/s, limited or not.
 const FEW: u64 = 20;
 const FEW_AT_A_GBIT: u64 = 300;
 
@@ -101,7 +101,8 @@ fn flows_share_the_limit_evenly() {
     }
 }
 
-/// Windows that grew and shrank by parts of themselves kept whatever shares they had: one of four flows had most of the limit.
+/// Windows that grew and shrank in proportion to their size kept the shares that they had: one of four flows had most
+/// of the limit.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn flows_into_a_pod_share_the_limit_evenly() {
@@ -116,8 +117,8 @@ fn flows_into_a_pod_share_the_limit_evenly() {
     assert!(jain >= LEAST_JAIN, "Jain's index {jain:.3} of the payload of 4 flows in 6 s: {flows:?}");
 }
 
-/// Each of many flows would be ahead of the limit by a packet, which together is a quarter of a second, once they have left the queue in which they
-/// began.
+/// Once many flows have left the queue in which they began, each of them could be ahead of the limit by a packet:
+/// together a quarter of a second.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn many_flows_have_the_limit_and_no_more() {
@@ -130,12 +131,12 @@ fn many_flows_have_the_limit_and_no_more() {
             measure::bulk(&pod, &Bulk { way, flows: 128, seconds: 4.0, ..Bulk::default() }).unwrap().timeline;
         let part = timeline.steady_rate() / LIMIT as f64;
         eprintln!("{way:?}: {part:.3} of the limit, {:?}", timeline.each_second(4.0));
-        // A User Mode Linux takes seconds until so many flows have the limit.
+        // In User Mode Linux it takes seconds until so many flows reach the limit.
         assert!((0.3..=MOST).contains(&part), "{way:?}: {part:.3} of the limit");
     }
 }
 
-/// What comes into a pod is a wake-up of both ends for each packet, so windows have room for large ones.
+/// Each packet into a pod wakes up both ends, so windows must have room for large packets.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn a_gigabit_into_a_pod_comes_in_large_packets() {
@@ -148,7 +149,7 @@ fn a_gigabit_into_a_pod_comes_in_large_packets() {
     assert!(bytes >= LEAST_BYTES, "packets of {bytes:.0} bytes");
 }
 
-/// Of what the pod's interface has sent (`tx`) or received (`rx`).
+/// The mean size of the packets that the pod's interface has sent (`tx`) or received (`rx`).
 fn mean_packet_bytes(pod: &Pod, direction: &str) -> f64 {
     let link = pod.netns.run("ip", &["-json", "-stats", "link", "show", "dev", INTERFACE]).unwrap();
     let link: Value = serde_json::from_str(&link).unwrap();
@@ -156,8 +157,9 @@ fn mean_packet_bytes(pod: &Pod, direction: &str) -> f64 {
     count("bytes") / count("packets")
 }
 
-/// Each packet costs a timer and a way through the stack, whatever its size: a hundred pods with a flow each and packets of two segments cost four
-/// times the CPU time of large ones. Many flows have small ones, since all wait for one of each.
+/// Each packet costs a timer and a way through the stack, whatever its size: a hundred pods with a flow each and
+/// packets of two segments cost four times the CPU time of large packets. Many flows build small packets, since each
+/// flow waits for one packet of every other flow.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn few_flows_build_large_packets() {
@@ -166,7 +168,7 @@ fn few_flows_build_large_packets() {
     for (congestion, limit, flows, allowed) in [
         ("cubic", 10 * MBIT, 1, 12.0..=18.0),
         ("cubic", 10 * MBIT, 8, 1.5..=3.5),
-        // Half of a window that has not opened is ten segments.
+        // With a congestion window that does not open, packets stay at half of the window: ten segments.
         ("cubic", 500 * MBIT, 16, 20.0..=46.0),
         ("bbr", 10 * MBIT, 1, 10.0..=18.0),
         ("bbr", 10 * MBIT, 8, 1.5..=3.5),
@@ -181,15 +183,17 @@ fn few_flows_build_large_packets() {
     }
 }
 
-/// Latency beside a full link is the point of it all; the bandwidth plugin shows in the same minute what a queue does.
+/// Low latency beside a full link is the purpose of podshaper. The bandwidth plugin is measured in the same minute,
+/// and shows the latency of a queue.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn a_full_pod_answers_like_an_idle_one() {
     const LIMIT: u64 = 100 * MBIT;
-    /// An idle one has about 0.3 ms. Where something else is busy, an idle one is the measure.
+    /// An idle pod has about 0.3 ms. Where the machine is busy, the idle pod is the reference.
     const MOST_P99_US: f64 = 2_000.0;
     const MOST_IDLE_P99S: f64 = 4.0;
-    /// A tenth of the 12 ms that a token bucket with a burst of 1 Mbit makes everybody wait.
+    /// Replies must be at least this many times faster than behind a token bucket with a burst of 1 Mbit, where they
+    /// wait 12 ms.
     const LEAST_GAIN: f64 = 10.0;
     let bed = Bed::new();
     let reply = |limiter| -> Latency {
@@ -205,7 +209,7 @@ fn a_full_pod_answers_like_an_idle_one() {
     assert!(queue.p50_us > LEAST_GAIN * ours.p50_us, "podshaper {ours:?}, the bandwidth plugin {queue:?}");
 }
 
-/// Behind a link that is slower than the limit, flows have the link, as they have it without a limit.
+/// Behind a link that is slower than the limit, flows have the rate of the link, as they have without a limit.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn behind_a_slower_link_flows_have_what_it_carries() {
@@ -225,15 +229,16 @@ fn behind_a_slower_link_flows_have_what_it_carries() {
     assert!(with >= LEAST_SHARE * without, "{text}");
 }
 
-/// A limit that nothing reaches costs nothing that this machine could measure. With cubic, where only the CPUs are slower than the limit, it does
-/// (README, "Compared"): whichever CPU empties the interface's queue sends what the other one has put there, and tens of gigabits arrive in
-/// disorder, which bbr does not mind.
+/// A limit that nothing reaches has no cost that this machine can measure. With cubic, where only the CPUs are slower
+/// than the limit, there is a cost (README, "Compared"): a CPU that empties the interface's queue also sends packets
+/// that another CPU has put there, and tens of gigabits arrive out of order, which bbr tolerates.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn a_limit_above_the_link_leaves_it_alone() {
     const LEAST_SHARE: f64 = 0.8;
     let bed = Bed::new();
-    // Side by side and in turns: whatever else runs here disturbs both. The best of each is what it can do.
+    // Side by side and in turns, since other load on the machine affects both. The best run of each shows its
+    // capacity.
     let (bare, limited) = (bed.pod(Limiter::Bare, 0), bed.pod(Limiter::Podshaper, 100 * GBIT));
     let (mut rates, mut retransmits) = ([0.0f64; 2], [0; 2]);
     for _ in 0..3 {
@@ -249,6 +254,7 @@ fn a_limit_above_the_link_leaves_it_alone() {
         format!("{:.2} Gbit/s of {:.2}, retransmits without and with: {retransmits:?}", with / 1e9, without / 1e9);
     eprintln!("{text}");
     assert!(with >= LEAST_SHARE * without, "{text}");
-    // A bare veth on a machine with two CPUs drops now and then, thousands in one run and none in the next. Of 5 million segments.
+    // A bare veth on a machine with two CPUs sometimes drops packets: thousands in one run, none in the next. Of 5
+    // million segments.
     assert!(retransmits[1] <= 10 * retransmits[0] + 5_000, "{text}");
 }

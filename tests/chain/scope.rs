@@ -11,8 +11,8 @@ use crate::harness::meter;
 use crate::harness::pod::{INTERFACE, Pod};
 use crate::harness::podshaper_program;
 
-/// Nothing limits what is faster than this, 10 times the largest limit here. User Mode Linux has 1 to 4 Gbit/s, by what else the
-/// machine does.
+/// A rate above this is not limited: it is 10 times the largest limit here. User Mode Linux reaches 1 to 4 Gbit/s,
+/// depending on the machine's other load.
 const FREE_BITS_PER_S: f64 = 3e8;
 const SECOND_INTERFACE: &str = "net1";
 const SECOND_NODE: Ipv4Addr = Ipv4Addr::new(10, 214, 0, 1);
@@ -34,7 +34,7 @@ fn what_a_pod_sends_to_itself_is_neither_limited_nor_counted() {
     let bed = Bed::new();
     let pod = bed.pod(Limiter::Podshaper, 10 * MBIT);
     assert_free("over 127.0.0.1", wire_rate(&pod, Way::Within, None));
-    // The kernel takes the loopback to the pod's own address on eth0, too.
+    // The kernel routes packets to the pod's own address on eth0 over the loopback as well.
     for address in pod.addresses() {
         assert_free("to its own address", wire_rate(&pod, Way::Within, Some(address)));
     }
@@ -42,7 +42,7 @@ fn what_a_pod_sends_to_itself_is_neither_limited_nor_counted() {
     assert_eq!((counters.bytes, counters.packets, counters.drops), (0, 0, 0));
 }
 
-/// A NodePort, a hostPort, a service's address: kube-proxy and portmap translate them by such rules.
+/// kube-proxy and portmap translate addresses (NodePort, hostPort, a service's address) by such rules.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn what_comes_and_goes_by_a_translated_address_has_the_rate_and_is_answered_at_once() {
@@ -56,7 +56,7 @@ fn what_comes_and_goes_by_a_translated_address_has_the_rate_and_is_answered_at_o
         let rule = ["--append", chain, "--destination", SERVICE, "--jump", "DNAT", "--to-destination", behind];
         bed.host.netns.run("iptables", &[&["--wait", "--table", "nat"], &rule[..]].concat()).unwrap();
     }
-    // A route is looked for before the address is translated.
+    // The kernel looks for a route before it translates the address.
     for (netns, via) in [(&bed.host.netns, &address), (&pod.netns, &gateway)] {
         netns.run("ip", &["route", "add", SERVICE, "via", via]).unwrap();
     }
@@ -72,7 +72,7 @@ fn what_comes_and_goes_by_a_translated_address_has_the_rate_and_is_answered_at_o
     }
 }
 
-/// Gives the pod an interface that podshaper has not heard of.
+/// Gives the pod an interface that podshaper does not know.
 fn link_second(pod: &Pod) {
     let node = &pod.host.netns;
     let peer = ["link", "add", "second", "type", "veth", "peer", SECOND_INTERFACE, "netns", pod.netns.name()];
@@ -85,12 +85,12 @@ fn link_second(pod: &Pod) {
     }
 }
 
-/// Limits that interface in a network of its own, as Multus has podshaper called.
+/// Limits that interface in a network of its own, as Multus calls podshaper.
 fn limit_second(pod: &Pod, rate: u64) -> Attachment {
     Attachment::add(call_alone(pod, rate).env("CNI_IFNAME", SECOND_INTERFACE))
 }
 
-/// An ADD of podshaper without a network before it.
+/// An ADD of podshaper without a network plugin before it.
 pub fn call_alone(pod: &Pod, rate: u64) -> Cni {
     let config = json!({
         "cniVersion": "1.0.0", "name": "second", "type": "podshaper",
@@ -118,12 +118,12 @@ fn a_limit_is_for_one_interface() {
     let after = meter::egress_by(&pod, SECOND_INTERFACE).unwrap();
     assert_eq!(after.packets, counted.packets, "net1 counts what leaves by eth0");
 
-    // Both at once, as one pod has them.
+    // Both at once, as in one pod.
     let (first, second) = thread::scope(|scope| {
         let second = scope.spawn(|| wire_rate(&pod, Way::Out, to_second));
         (wire_rate(&pod, Way::Out, None), second.join().unwrap())
     });
-    // The node's counters see the sum, from either sink.
+    // The node's counters see the sum, whichever sink reads them.
     assert_rate("eth0 and net1", first, 40 * MBIT, 0.1);
     assert_rate("net1 and eth0", second, 40 * MBIT, 0.1);
 }
@@ -140,7 +140,8 @@ fn a_limit_of_a_second_interface_leaves_the_first_alone() {
     assert!(!meter::directory(&pod, INTERFACE).exists());
 }
 
-/// Kernel settings are changed of the pod alone: without this one packets of 64 KiB leave at any rate (since Linux 5.18).
+/// podshaper changes kernel settings of the pod only. Without this setting, packets of 64 KiB leave at any rate
+/// (since Linux 5.18).
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn large_packets_are_turned_off_in_the_pod_and_nowhere_else() {
@@ -148,7 +149,7 @@ fn large_packets_are_turned_off_in_the_pod_and_nowhere_else() {
     let bed = Bed::new();
     let read = |pod: &Pod| {
         [&bed.host.netns, &pod.netns].map(|netns| {
-            // -e: a kernel that does not have it prints nothing, and ADD must have gone well all the same.
+            // -e: a kernel without the key prints nothing, and the ADD must succeed nevertheless.
             netns.run("sysctl", &["-n", "-e", KEY]).unwrap().trim().to_owned()
         })
     };
@@ -158,12 +159,12 @@ fn large_packets_are_turned_off_in_the_pod_and_nowhere_else() {
     assert_eq!(limited, if node.is_empty() { "" } else { "0" });
 }
 
-/// The first window of a connection is small where what comes on it is limited, and as ever where the remote is exempt or the pod itself.
-/// Where acknowledgements are not held, no window is podshaper's.
+/// The first receive window of a connection is small where the traffic is limited, and unchanged where the remote is
+/// exempt or is the pod itself. Where podshaper does not hold acknowledgements, it sets no window.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn the_first_window_is_limited_where_the_limit_is() {
-    /// A window of ten segments is not limited.
+    /// A first window of at least this size is not limited.
     const FREE_BYTES: u64 = 20_000;
     let bed = Bed::new();
     let window = |keys, way| {

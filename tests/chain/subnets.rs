@@ -7,7 +7,8 @@ use crate::harness::meter;
 use crate::harness::pod::Pod;
 
 const LIMIT: u64 = 10 * MBIT;
-/// Nothing limits what is faster than this, 30 times the limit. User Mode Linux has 1 to 4 Gbit/s, by what else the machine does.
+/// A rate above this is not limited: it is 30 times the limit. User Mode Linux reaches 1 to 4 Gbit/s, depending on
+/// the machine's other load.
 const FREE_BITS_PER_S: f64 = 3e8;
 /// The node's addresses are in 10.213.0.0/24 and fd00:213::/64.
 const LISTED: &str = "10.213.0.0/16";
@@ -17,7 +18,8 @@ fn rate(pod: &Pod, way: Way, ipv6: bool) -> f64 {
     measure::bulk(pod, &bulk).unwrap().timeline.payload_rate(0.3, 1.5)
 }
 
-/// Traffic of a pod with these keys, by family: which is free in the directions that are limited.
+/// Traffic of a pod with these keys. `free` says for each family (IPv4, IPv6) whether it is exempt in the directions
+/// that are limited.
 fn assert_free(keys: serde_json::Value, limits: Limits, free: [bool; 2]) {
     let bed = Bed::new();
     let pod = bed.pod_of(bed.host.bridge_chain().unwrap(), keys.clone(), limits);
@@ -54,11 +56,12 @@ fn with_shaped_subnets_all_else_is_exempt_and_the_longest_prefix_counts() {
     assert_free(both, egress, [true, false]);
 }
 
-/// An ADD of a pod that has thousands of subnets listed, in front of and behind the one that counts.
+/// An ADD of a pod with thousands of listed subnets, before and after the subnet that counts.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn thousands_of_subnets_are_listed_quickly() {
-    /// Measured: 14 ms more, in a release build on a calm machine; 340 ms in all in User Mode Linux. A busy machine takes longer.
+    /// Measured: 14 ms more, in a release build on a calm machine; 340 ms in total in User Mode Linux. A busy machine
+    /// takes longer.
     const MOST_MS: f64 = 2_000.0;
     let subnets: Vec<String> = (0..5_000).map(|i| format!("172.{}.{}.0/24", 16 + i / 256, i % 256)).collect();
     let bed = Bed::new();

@@ -8,7 +8,7 @@ use crate::harness::measure::{self, Bulk, Udp, Way};
 use crate::harness::meter;
 use crate::harness::pod::Pod;
 
-/// What `ping` says of 100 requests in 2 s.
+/// The summary that `ping` prints for 100 requests in 2 s.
 #[derive(Debug)]
 struct Ping {
     lost_percent: f64,
@@ -39,16 +39,17 @@ fn ping_beside<T: Send>(pod: &Pod, traffic: impl FnOnce() -> T + Send) -> (Ping,
     })
 }
 
-/// The sender sees no error and the link its rate, and somebody else's ping goes on. What is too much is dropped and counted, or,
-/// where fq is there to hold it, not even sent: the sender waits for room in its socket's buffer.
+/// The sender sees no error, the link has the rate, and the ping of another process goes on. Packets above the limit
+/// are dropped and counted. Where fq can hold them, they are not even sent: the sender waits for room in its socket's
+/// buffer.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn udp_above_the_limit_gets_the_limit_and_no_error() {
     assert_udp_is_held(10 * MBIT);
 }
 
-/// The queue is empty at one moment and not at the next, as QUIC keeps it: what finds it empty must not pass what has just left it, or QUIC takes
-/// that for a loss.
+/// The queue is empty at one moment and not at the next, as with QUIC. A datagram that finds the queue empty must not
+/// overtake a datagram that has just left the queue, since QUIC takes that for a loss.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn datagrams_of_a_flow_stay_in_order() {
@@ -76,7 +77,7 @@ fn udp_above_a_hundred_mbit_gets_a_hundred() {
     assert_udp_is_held(100 * MBIT);
 }
 
-/// Twice the limit.
+/// UDP at twice the limit.
 #[track_caller]
 fn assert_udp_is_held(rate: u64) {
     let bed = Bed::new();
@@ -97,10 +98,11 @@ fn assert_udp_is_held(rate: u64) {
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn ping_passes_beside_tcp() {
-    /// A tenth of what the queue of a token bucket costs at this rate.
+    /// A tenth of the delay that the queue of a token bucket causes at this rate.
     const MOST_AVERAGE_MS: f64 = 1.0;
     let bed = Bed::new();
-    // Slow enough that 8 flows have a backlog beyond the bound for packets that no socket paces: only sparse ones pass.
+    // Slow enough that 8 flows have a backlog beyond the bound for packets that no socket paces: only packets of
+    // sparse flows pass.
     let pod = bed.pod(Limiter::Podshaper, 10 * MBIT);
     let bulk = Bulk { flows: 8, seconds: 3.0, ..Bulk::default() };
     let (ping, _) = ping_beside(&pod, || measure::bulk(&pod, &bulk).unwrap());
@@ -115,7 +117,7 @@ fn ping_passes_beside_tcp() {
 fn ecn_capable_packets_are_marked_before_others_are_dropped() {
     let bed = Bed::new();
     let pod = bed.pod(Limiter::Podshaper, 10 * MBIT);
-    // First: what a sender leaves in fq still arrives when the next one is measured.
+    // Measured first: packets that a sender leaves in fq still arrive while the next sender is measured.
     let before = meter::egress(&pod).unwrap();
     let udp = Udp { rate: 20 * MBIT, seconds: 1.0, ..Udp::default() };
     let result = measure::udp(&pod, &udp).unwrap();
@@ -129,18 +131,19 @@ fn ecn_capable_packets_are_marked_before_others_are_dropped() {
         let (marks, marked) = (after.marks - before.marks, result.timeline.marked);
         let text = format!("IPv6 {ipv6}: {marks} marked, {marked} of them arrived in time, {} sent", result.sent);
         eprintln!("{text}");
-        // The sender goes on for 0.2 s after the last look at what arrived.
+        // The sender goes on for 0.2 s after the last sample of arrivals.
         assert!(marked > 500 && marked <= marks && marks <= marked + marked / 3, "{text}");
     }
 }
 
-/// A QUIC download, say, in the backlog of many TCP flows, which is longer than what packets that no socket paces may find.
+/// A QUIC download, for example, in the backlog of many TCP flows. That backlog is longer than the bound for packets
+/// that no socket paces.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn udp_beside_many_tcp_flows_has_a_share() {
     const LIMIT: u64 = 10 * MBIT;
     const FLOWS: usize = 8;
-    /// Of an even share.
+    /// As a part of an even share.
     const LEAST: f64 = 0.25;
     for way in [Way::Out, Way::In] {
         let bed = Bed::new();
@@ -154,7 +157,7 @@ fn udp_beside_many_tcp_flows_has_a_share() {
             (measure::udp(&pod, &udp).unwrap(), tcp.join().unwrap())
         });
         let udp_share = udp.timeline.steady_rate() / LIMIT as f64;
-        // While UDP was there too.
+        // For the time in which there was UDP as well.
         let tcp_share = tcp.timeline.payload_rate(1.5, 3.5) / LIMIT as f64;
         let text = format!("{way:?}: {udp_share:.3} of the limit to UDP, {tcp_share:.3} to {FLOWS} TCP flows");
         eprintln!("{text}");

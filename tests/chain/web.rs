@@ -5,15 +5,17 @@ use crate::harness::limiter::{Limiter, Limits};
 use crate::harness::measure::Way;
 use crate::harness::web::{self, Web, WebResult};
 
-/// Between a reply and the next request, on the one connection beside them that is old and quiet.
+/// Pause between a reply and the next request, on the one long-lived and quiet connection beside the clients.
 const PAUSE: Duration = Duration::from_millis(2);
-/// As many times what clients wait for the bandwidth plugin, whose queue is short. A stall is a hundred of them.
+/// As a multiple of the time that clients wait with the bandwidth plugin, whose queue is short. A stall would be a
+/// hundred times.
 const MAX_OF_PLUGIN: f64 = 2.5;
 const MAX_OF_PLUGIN_BESIDE: f64 = 4.0;
-/// What a busy machine makes anybody wait, and a virtual one that its host stops.
+/// The delay that a busy machine, or a virtual one that its host stops, may cause anywhere.
 const BUSY_US: f64 = 30_000.0;
 
-/// Clients that ask on a connection of its own each time: what they get, second by second, and what they and others wait.
+/// Clients that open a new connection for each request: checks the rate in each second, and the times that they and
+/// others wait.
 fn assert_served(way: Way, rate: u64, clients: usize) {
     let options = Web { way, clients, ask: Some(PAUSE), ..Web::default() };
     let limits = match way {
@@ -78,7 +80,8 @@ fn what_many_short_connections_bring_is_held_in_every_second() {
     assert_served(Way::In, 10 * MBIT, 64);
 }
 
-/// Posts of 300 bytes are more connections than data. What completes a connection is not dropped, and the connection counts with what it brings.
+/// Posts of 300 bytes are more connection set-up than data. The packet that completes a connection is not dropped,
+/// and podshaper charges the connection together with its data.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn small_posts_are_held_and_come_once() {
@@ -95,8 +98,8 @@ fn small_posts_are_held_and_come_once() {
     assert!(retransmits <= MOST_RETRANSMITS, "{text}");
 }
 
-/// A node's probe opens a connection each time, and kubelet waits a second for it. Those that post from elsewhere are many, and their
-/// connections wait for their turn.
+/// A node's probe opens a connection each time, and kubelet waits one second for the answer. Connections of the many
+/// remote clients that post wait for their turn.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn probes_of_the_node_do_not_wait_behind_those_that_post() {
@@ -115,7 +118,8 @@ fn probes_of_the_node_do_not_wait_behind_those_that_post() {
     assert!(probes.count >= 5 && probes.p50_us <= MOST_P50_US && probes.max_us < KUBELET_WAITS_US, "{text}");
 }
 
-/// A scan or a flood of requests for connections that bring nothing takes nothing of the link, so it takes no time of others.
+/// A scan or a flood of connection requests that carry no data takes nothing of the link, so it does not delay
+/// others.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn requests_that_bring_nothing_delay_nobody() {
@@ -128,7 +132,7 @@ fn requests_that_bring_nothing_delay_nobody() {
     assert!(latency.count >= 15 && latency.p50_us <= MOST_P50_US, "{latency:?}");
 }
 
-/// Half of the link is not much to ask for flows that stay, beside as many that come and go; nor for those.
+/// Bulk flows and as many short connections share the link: each kind must have a fair part of the rate.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn bulk_flows_and_short_connections_both_get_on() {

@@ -1,7 +1,7 @@
-//! demo: the README's first command. The same pod three times, without a limit, with podshaper and with the bandwidth plugin:
-//! how much it may send, and what becomes of its small requests meanwhile.
+//! demo: the README's first command. The same pod three times, without a limit, with podshaper and with the bandwidth
+//! plugin: how much it may send, and how long its small requests take meanwhile.
 //!
-//! Nothing outside this machine is touched and nothing is left on it, after Ctrl-C neither.
+//! The demo changes nothing outside its own namespaces and removes everything that it made, even on Ctrl-C.
 
 #[path = "../harness/mod.rs"]
 mod harness;
@@ -19,9 +19,9 @@ use harness::measure::{self, Bulk, Latency, Way};
 use harness::pod::Pod;
 use harness::{Context, Failure, Result, check_stop, note, stop_on_signals, stopped, table};
 
-/// How often each plugin is called, since a single call says little of its time: the table has the median.
+/// The number of calls of each plugin. A single call says little about its time, so the table has the median.
 const CALLS: usize = 9;
-/// What a shell reports of a program that Ctrl-C ended.
+/// The exit status that a shell reports of a program that Ctrl-C ended.
 const EXIT_STOPPED: u8 = 130;
 
 /// Compares a pod limited by podshaper with others, on throw-away pods
@@ -55,7 +55,7 @@ struct Options {
 struct Report {
     limit_bits_per_s: u64,
     flows: usize,
-    /// Replies on a link that carries nothing else and limits nothing.
+    /// Replies on a link without other traffic and without a limit.
     idle: Latency,
     rows: Vec<Row>,
 }
@@ -136,7 +136,7 @@ fn row(options: &Options, limiter: Limiter, programs: &Programs) -> Result<Row> 
         ..Bulk::default()
     };
     let result = measure::bulk(&pod, &bulk)?;
-    // As kubelet does: processes first.
+    // In the order of kubelet: processes first.
     pod.cgroup.kill();
     pod.del()?;
     let elapsed = |verb: &str| limiter.plugin().and_then(|plugin| median_ms(&pod, plugin, verb));

@@ -1,4 +1,5 @@
-//! Real servers in a pod and their usual clients on its node: nginx with wrk, nghttpd with h2load, redis with its benchmark.
+//! Real servers in a pod and their usual clients on its node: nginx with wrk, nghttpd with h2load, redis with its
+//! benchmark.
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr, TcpStream};
@@ -19,31 +20,31 @@ use super::{Context, Failure, Result};
 const HTTP_PORT: u16 = 8080;
 const HTTP2_PORT: u16 = 8082;
 const REDIS_PORT: u16 = 6379;
-/// Beyond what a client was told to take.
+/// Additional time beyond the time that a client was told to run.
 const GRACE: Duration = Duration::from_secs(60);
 
 /// Clients of nginx.
 #[derive(Clone, Copy, Debug)]
 pub struct Http {
-    /// Out: they GET. In: they POST.
+    /// Out: the clients GET. In: the clients POST.
     pub way: Way,
     pub clients: usize,
-    /// Of a response, or of what is posted.
+    /// Size of a response, or of a posted body.
     pub bytes: usize,
     /// Each client keeps its connection.
     pub keep: bool,
     pub seconds: f64,
-    /// As of [`Look`].
+    /// As in [`Look`].
     pub ask: Option<Duration>,
 }
 
 /// Clients of nghttpd.
 #[derive(Clone, Copy, Debug)]
 pub struct Http2 {
-    /// As of [`Http`].
+    /// As in [`Http`].
     pub way: Way,
     pub clients: usize,
-    /// Requests that each client has open at once.
+    /// Requests that each client has open at the same time.
     pub streams: usize,
     pub bytes: usize,
     pub seconds: f64,
@@ -53,24 +54,25 @@ pub struct Http2 {
 /// Clients of redis.
 #[derive(Clone, Copy, Debug)]
 pub struct Redis {
-    /// Where the bulk of it goes: values that are got or set, or the bulk flows.
+    /// The direction of most bytes: of the values that are got or set, or of the bulk flows.
     pub way: Way,
     pub clients: usize,
-    /// Of a value.
+    /// Size of a value.
     pub bytes: usize,
-    /// Requests that each client has open at once.
+    /// Requests that each client has open at the same time.
     pub pipeline: usize,
-    /// Flows of TCP beside them. With some, both SET and GET are measured; with none, the one whose values go that way.
+    /// TCP bulk flows beside the clients. With bulk flows, both SET and GET are measured; without, only the command
+    /// whose values go in this direction.
     pub bulk_flows: usize,
-    /// About how long each of SET and GET takes; so long the wire is watched.
+    /// About how long each of SET and GET takes. The wire is watched for the same time.
     pub seconds: f64,
     pub ask: Option<Duration>,
 }
 
-/// What a client program found.
+/// The results of a client program.
 #[derive(Clone, Debug, Serialize)]
 pub struct Served {
-    /// What was done, where one client does several things.
+    /// The kind of request, where one client does several kinds.
     pub what: String,
     pub per_second: f64,
     pub p50_us: f64,
@@ -79,14 +81,14 @@ pub struct Served {
     pub failed: u64,
 }
 
-/// What was found of a server in a pod.
+/// The results of a server in a pod.
 #[derive(Clone, Debug, Serialize)]
 pub struct App {
     pub served: Vec<Served>,
     pub seen: Seen,
 }
 
-/// nginx, and wrk on the node.
+/// Runs nginx, and wrk on the node.
 pub fn http(pod: &Pod, options: &Http) -> Result<App> {
     let address = SocketAddr::new(address(pod)?, HTTP_PORT);
     let directory = directory()?;
@@ -96,7 +98,7 @@ pub fn http(pod: &Pod, options: &Http) -> Result<App> {
     Ok(App { served: vec![served], seen })
 }
 
-/// It takes what is posted whole before it answers: as a proxy does, here to itself.
+/// Starts nginx. It reads a posted body completely before it answers, as a proxy does; here it is a proxy for itself.
 fn nginx(pod: &Pod, address: SocketAddr, directory: &Path, bytes: usize) -> Result<Running> {
     let at = directory.display();
     let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
@@ -150,7 +152,8 @@ fn wrk(pod: &Pod, server: SocketAddr, directory: &Path, options: &Http) -> Resul
     })
 }
 
-/// nghttpd, and h2load on the node. Its summary has no percentiles: they are taken from its log of every request.
+/// Runs nghttpd, and h2load on the node. The summary of h2load has no percentiles, so they are taken from its log of
+/// all requests.
 pub fn http2(pod: &Pod, options: &Http2) -> Result<App> {
     let Http2 { way, clients, streams, bytes, seconds, ask } = *options;
     let address = SocketAddr::new(address(pod)?, HTTP2_PORT);
@@ -175,7 +178,7 @@ pub fn http2(pod: &Pod, options: &Http2) -> Result<App> {
     let (text, seen) = seen::while_doing(pod, &look, || said_by(&mut command, seconds))?;
 
     let log = fs::read_to_string(&log).context(format_args!("read {}, the log of: {text}", log.display()))?;
-    // When it began, status, microseconds.
+    // Start time, status, microseconds.
     let fields = log.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
     let (done, failed): (Vec<_>, Vec<_>) = fields.partition(|fields| fields.get(1) == Some(&"200"));
     let mut times: Vec<f64> = done.iter().filter_map(|fields| fields.get(2)?.parse().ok()).collect();
@@ -192,7 +195,7 @@ pub fn http2(pod: &Pod, options: &Http2) -> Result<App> {
     Ok(App { served: vec![served], seen })
 }
 
-/// redis, and its benchmark on the node.
+/// Runs redis, and its benchmark on the node.
 pub fn redis(pod: &Pod, options: &Redis) -> Result<App> {
     let Redis { way, bulk_flows, seconds, ask, .. } = *options;
     let address = SocketAddr::new(address(pod)?, REDIS_PORT);
@@ -204,7 +207,7 @@ pub fn redis(pod: &Pod, options: &Redis) -> Result<App> {
     let tests = match way {
         _ if bulk_flows > 0 => "set,get",
         Way::In => "set",
-        // What is got has to be there.
+        // Values must exist before they can be got.
         Way::Out | Way::Within => {
             redis_benchmark(pod, address, options, "set", 1)?;
             "get"
@@ -218,9 +221,9 @@ pub fn redis(pod: &Pod, options: &Redis) -> Result<App> {
     Ok(App { served, seen })
 }
 
-/// How many requests take about so long: its benchmark counts no time.
+/// The number of requests that take about this long: redis-benchmark has no option for a time.
 fn enough(seconds: f64, ask: impl Fn(u64) -> Result<()>) -> Result<u64> {
-    /// Of the time; as often a trial may be too short.
+    /// A trial may be shorter than the wanted time by this factor.
     const TRIAL: f64 = 10.0;
     let mut requests: u64 = 100;
     loop {
@@ -241,7 +244,8 @@ fn redis_benchmark(pod: &Pod, server: SocketAddr, options: &Redis, tests: &str, 
     command.args(["-c", &clients.to_string(), "-d", &bytes.to_string(), "-P", &pipeline.to_string()]);
     command.args(["-n", &requests.to_string()]);
     let text = Running::start(&mut command)?.text(2 * GRACE)?;
-    // "test","rps","avg_latency_ms","min_latency_ms","p50_latency_ms","p95_latency_ms","p99_latency_ms","max_latency_ms"
+    // Columns: "test","rps","avg_latency_ms","min_latency_ms","p50_latency_ms","p95_latency_ms","p99_latency_ms",
+    // "max_latency_ms"
     let row = |line: &str| {
         let fields: Vec<&str> = line.split(',').map(|field| field.trim_matches('"')).collect();
         let number = |column: usize| fields.get(column)?.parse::<f64>().ok();
@@ -267,7 +271,7 @@ fn said_by(command: &mut Command, seconds: f64) -> Result<String> {
     Running::start(command)?.text(Duration::from_secs_f64(seconds) + GRACE)
 }
 
-/// "1.20ms" and the like.
+/// Reads times such as "1.20ms".
 fn micros(text: &str) -> Option<f64> {
     let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
     let factor = match text.strip_prefix(digits)? {
@@ -280,7 +284,7 @@ fn micros(text: &str) -> Option<f64> {
     Some(digits.parse::<f64>().ok()? * factor)
 }
 
-/// Starts a server and waits until it can be connected to.
+/// Starts a server and waits until it accepts connections.
 fn start(pod: &Pod, command: &mut Command, address: SocketAddr) -> Result<Running> {
     const LONGEST: Duration = Duration::from_secs(5);
     let server = Running::start(command)?;
@@ -299,7 +303,7 @@ fn start(pod: &Pod, command: &mut Command, address: SocketAddr) -> Result<Runnin
     Ok(server)
 }
 
-/// A directory for what a server writes.
+/// A directory for the files of a server.
 pub(super) fn directory() -> Result<TempDir> {
     tempfile::Builder::new().prefix("podshaper-bench-").tempdir().context("make a directory")
 }

@@ -1,4 +1,4 @@
-//! What is small beside bulk flows and may not wait for them: calls by telephone, and names that are looked up.
+//! Small traffic beside bulk flows, which must not delay it: telephone calls, and DNS look-ups.
 
 use std::thread;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use super::pod::Pod;
 use super::process::Running;
 use super::seen::{self, Look, Seen};
 
-/// How long the flows have been there before.
+/// How long the bulk flows run before the measurement.
 const SETTLED: Duration = Duration::from_secs(1);
 
 /// Bulk flows from the pod and to it.
@@ -24,14 +24,14 @@ pub struct Flows {
 /// Calls, of two streams each.
 #[derive(Clone, Copy, Debug)]
 pub struct Calls {
-    /// Out: the pod calls, from a socket for each call. In: it answers, by one socket for all.
+    /// Out: the pod calls, with a socket for each call. In: the pod answers, with one socket for all calls.
     pub way: Way,
     pub calls: usize,
     pub beside: Flows,
     pub seconds: f64,
 }
 
-/// What one end has sent and heard, as `traffic` reports it.
+/// The packets that one end has sent and heard, as `traffic` reports them.
 #[derive(Clone, Copy, Debug, Deserialize)]
 struct End {
     sent: u64,
@@ -46,14 +46,14 @@ struct End {
 pub struct Streams {
     pub sent: u64,
     pub lost: u64,
-    /// One way.
+    /// The delay of one direction.
     pub delay: Times,
-    /// Of RFC 3550: its mean, and the most that it was on any call.
+    /// Jitter according to RFC 3550: its mean, and its maximum on any call.
     pub jitter_us: f64,
     pub most_jitter_us: f64,
 }
 
-/// What [`calls`] found.
+/// The result of [`calls`].
 #[derive(Clone, Debug, Serialize)]
 pub struct CallsResult {
     pub out: Streams,
@@ -61,7 +61,7 @@ pub struct CallsResult {
     pub seen: Seen,
 }
 
-/// Calls beside bulk flows.
+/// Measures calls beside bulk flows.
 pub fn calls(pod: &Pod, options: &Calls) -> Result<CallsResult> {
     let Calls { way, calls, beside, seconds } = *options;
     let ends = Ends::new(pod, way, false, None)?;
@@ -87,25 +87,25 @@ fn streams(from: End, to: End) -> Streams {
     }
 }
 
-/// Names that are looked up one after the other, each by a datagram from a socket of its own.
+/// Names that are looked up one after the other, each with a datagram from a socket of its own.
 #[derive(Clone, Copy, Debug)]
 pub struct Names {
-    /// Out: the pod asks. In: it answers.
+    /// Out: the pod asks. In: the pod answers.
     pub way: Way,
     pub pause: Duration,
     pub beside: Flows,
     pub seconds: f64,
 }
 
-/// What [`names`] found.
+/// The result of [`names`].
 #[derive(Clone, Debug, Serialize)]
 pub struct NamesResult {
-    /// A resolver waits five seconds for an answer and asks again once.
+    /// A resolver waits five seconds for an answer, then asks once more.
     pub answers: Latency,
     pub seen: Seen,
 }
 
-/// Names that are looked up beside bulk flows.
+/// Measures look-ups of names beside bulk flows.
 pub fn names(pod: &Pod, options: &Names) -> Result<NamesResult> {
     let Names { way, pause, beside, seconds } = *options;
     let ends = Ends::new(pod, way, false, None)?;
@@ -117,7 +117,7 @@ pub fn names(pod: &Pod, options: &Names) -> Result<NamesResult> {
     Ok(NamesResult { answers, seen })
 }
 
-/// Looks at the directions that have flows, or at `way` if none has.
+/// Watches the directions that have flows, or `way` if none has.
 fn beside_flows<T>(
     pod: &Pod,
     flows: Flows,

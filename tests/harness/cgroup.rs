@@ -1,4 +1,4 @@
-//! A pod's directory in the cgroup2 hierarchy, in the shapes kubelet's two drivers give it.
+//! A pod's directory in the cgroup2 hierarchy, as kubelet's two drivers name it.
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 
 use super::{Context, Failure, Result, note};
 
-/// The sticky bit, which means nothing here, marks the parents of pods (`kubepods`, ..) that a harness made. Whoever finds such
-/// a one empty removes it, be it this process, another one at the same time, or one that comes after a kill; kubelet's stay.
+/// The sticky bit, which has no meaning here, marks the parents of pods (`kubepods`, ..) that a harness made. Any
+/// process that finds such a directory empty removes it: this process, another harness at the same time, or a later
+/// one after a kill. Kubelet's directories stay.
 const MADE_BY_HARNESS: u32 = 0o1000;
-/// Another process may remove a parent between the making of it and of what goes into it.
+/// Another process may remove a parent after it was made and before its child is made.
 const ATTEMPTS: u32 = 100;
 
 /// How a kubelet's cgroup driver names a pod's directory.
@@ -25,7 +26,7 @@ pub enum Driver {
 }
 
 impl Driver {
-    /// Below the mount, as a runtime passes it in `cgroupPath`.
+    /// The path below the mount, as a runtime passes it in `cgroupPath`.
     pub fn path(self, uid: &str) -> String {
         match self {
             Self::Cgroupfs => format!("/kubepods/burstable/pod{uid}"),
@@ -39,7 +40,7 @@ impl Driver {
 
 /// Where cgroup2 is mounted: /sys/fs/cgroup, or .../unified on a hybrid host.
 pub fn mount() -> Result<PathBuf> {
-    // A test may have mounts of its own.
+    // Read for this thread, since a test may have mounts of its own.
     let mounts = fs::read_to_string("/proc/thread-self/mountinfo").context("read /proc/thread-self/mountinfo")?;
     let found = mounts.lines().find_map(|line| {
         let (mount, filesystem) = line.split_once(" - ")?;
@@ -51,7 +52,7 @@ pub fn mount() -> Result<PathBuf> {
         .ok_or_else(|| Failure::new("find cgroup2 in /proc/thread-self/mountinfo: it is not mounted"))
 }
 
-/// A pod's cgroup. Whatever runs in it is killed when it is dropped.
+/// A pod's cgroup. Dropping it kills all processes in it.
 #[derive(Debug)]
 pub struct PodCgroup {
     path: PathBuf,
@@ -65,7 +66,7 @@ impl PodCgroup {
         Ok(cgroup)
     }
 
-    /// One that somebody else is to make; removed like the others.
+    /// A cgroup that another process is to make; removed like the others.
     pub fn absent(path: PathBuf) -> Self {
         Self { path }
     }
@@ -113,7 +114,7 @@ impl PodCgroup {
         Ok(path)
     }
 
-    /// Removes the directory, as kubelet does before a runtime's last DELs. Nothing happens if it is gone.
+    /// Removes the directory, as kubelet does before a runtime's last DELs. Does nothing if it is gone.
     pub fn remove(&self) -> Result<()> {
         self.kill();
         remove_tree(&self.path).context(format_args!("remove {}", self.path.display()))
@@ -121,7 +122,7 @@ impl PodCgroup {
 
     /// Kills every process in the cgroup.
     pub fn kill(&self) {
-        // Since Linux 5.14; it takes the whole subtree at once.
+        // Since Linux 5.14. It kills the whole subtree at once.
         if fs::write(self.path.join("cgroup.kill"), "1").is_err() {
             kill_each(&self.path);
         }
@@ -134,7 +135,7 @@ impl Drop for PodCgroup {
             note(error);
         }
         let made = |parent: &&Path| fs::metadata(parent).is_ok_and(|found| found.mode() & MADE_BY_HARNESS != 0);
-        // The first that is still in use ends it: so are those above.
+        // The first parent that is still in use ends the loop: the parents above are in use as well.
         let _ = self.parents().take_while(made).try_for_each(fs::remove_dir);
     }
 }
@@ -160,7 +161,7 @@ fn kill_each(path: &Path) {
     }
 }
 
-/// A killed process leaves its cgroup a moment later; until then it is busy.
+/// A killed process leaves its cgroup a moment later; until then the directory is busy.
 fn remove_tree(path: &Path) -> io::Result<()> {
     for child in children(path) {
         remove_tree(&child)?;

@@ -1,4 +1,4 @@
-//! Calls of CNI plugins: one raw call, and a chain called as libcni calls it.
+//! Calls of CNI plugins: single calls, and chains called as libcni calls them.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -36,12 +36,12 @@ pub struct Call {
     pub stderr: String,
     /// From fork to exit.
     pub elapsed: Duration,
-    /// An upper bound: the kernel counts what this process had before the child's exec, too.
+    /// An upper bound: the kernel also counts the memory of this process from before the child's exec.
     pub peak_rss_bytes: u64,
 }
 
 impl Cni {
-    /// `verb` is CNI_COMMAND; an empty one is not set at all.
+    /// `verb` is CNI_COMMAND; with an empty verb the variable is not set.
     pub fn new(program: impl Into<PathBuf>, verb: &str) -> Self {
         let call =
             Self { program: program.into(), wrapper: Vec::new(), environment: BTreeMap::new(), stdin: String::new() };
@@ -64,7 +64,7 @@ impl Cni {
         self
     }
 
-    /// The process that [`Cni::call`] starts, for who ends it early.
+    /// The process that [`Cni::call`] starts, for callers that end it early.
     pub fn command(&self) -> Command {
         let mut words = self.wrapper.iter().map(Path::new).chain([self.program.as_path()]);
         let mut command = Command::new(words.next().unwrap_or(&self.program));
@@ -73,14 +73,15 @@ impl Cni {
         command
     }
 
-    /// Makes the call in the network namespace of this thread. An answer of failure is a `Call`, too: see [`Call::success`].
+    /// Makes the call in this thread's network namespace. An error answer of the plugin is a `Call`, too: see
+    /// [`Call::success`].
     pub fn call(&self) -> Result<Call> {
         let doing = || format!("call {}", self.program.display());
         let start = Instant::now();
         let mut child = self.command().spawn().context(doing())?;
         let (stdout, stderr) = (child.stdout.take().map(collect), child.stderr.take().map(collect));
         if let Some(mut pipe) = child.stdin.take() {
-            // A plugin may answer without reading: a closed pipe is then no failure of the call.
+            // A plugin may answer without reading stdin. The closed pipe is then no failure of the call.
             let _ = pipe.write_all(self.stdin.as_bytes());
         }
         let used = child.wait4().context(doing())?;
@@ -96,7 +97,7 @@ impl Cni {
         })
     }
 
-    /// Makes the call in a namespace: a plugin runs in its node's.
+    /// Makes the call in a namespace: a plugin runs in its node's namespace.
     pub fn call_in(&self, netns: &Netns) -> Result<Call> {
         netns.inside(|| self.call())?
     }
@@ -196,8 +197,9 @@ impl Chain {
         self
     }
 
-    /// The call libcni would make of one plugin: its configuration, completed with the network's name and version, the result
-    /// so far, and of the runtime's offers (`runtimeConfig`) those the plugin declares as `capabilities`.
+    /// The call that libcni would make of one plugin: its configuration, completed with the network's name and
+    /// version, the result so far, and those of the runtime's offers (`runtimeConfig`) that the plugin declares as
+    /// `capabilities`.
     pub fn call(
         &self,
         plugin: &Map<String, Value>,

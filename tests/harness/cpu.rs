@@ -1,4 +1,4 @@
-//! CPU time of the whole machine, which pays for what limiters do in interrupts, timers and the senders themselves alike.
+//! CPU time of the whole machine. Limiters use it in interrupts, in timers and in the senders alike.
 
 use std::fs;
 use std::panic::resume_unwind;
@@ -7,20 +7,21 @@ use std::time::{Duration, Instant};
 
 use super::{Context, Failure, Result};
 
-/// The first second is another matter, and at the end processes exit.
+/// Left out at both ends: the first second is not steady, and at the end processes exit.
 const LEFT_OUT: Duration = Duration::from_secs(1);
 /// The unit of /proc/stat is USER_HZ, which is 100 wherever Rust runs on Linux.
 const MILLIS_OF_A_TICK: u64 = 10;
 
-/// A moment, and how long the CPUs had been idle by then. Idle time is what the kernel measures by the clock
-/// (`get_idle_time` in fs/proc/stat.c, where the tick stops on an idle CPU). Work is counted by who runs at a tick, 250 times a
-/// second, which misses what timers do in between: 16 flows behind a policer came to 0 ms in a second.
+/// A moment, and the idle time of the CPUs until then. The kernel measures idle time by the clock (`get_idle_time` in
+/// fs/proc/stat.c, where the tick stops on an idle CPU). Busy time is counted for the process that runs at a tick,
+/// 250 times a second, which misses timers between two ticks: 16 flows behind a policer seemed to take 0 ms in a
+/// second.
 #[derive(Clone, Copy)]
 pub struct Cpus {
     at: Instant,
     count: f64,
     idle: Duration,
-    /// What the host of a virtual machine has taken.
+    /// Time that the host of a virtual machine has taken.
     stolen: Duration,
 }
 
@@ -31,18 +32,18 @@ impl Cpus {
         let at = Instant::now();
         let line = text.lines().next().and_then(|line| line.strip_prefix("cpu "));
         let line = line.ok_or_else(|| Failure::new(format_args!("{STAT} does not begin with the CPUs' times")))?;
-        // user, nice, system, idle, iowait, irq, softirq, steal; guests' are in user.
+        // user, nice, system, idle, iowait, irq, softirq, steal; guests' time is part of user.
         let ticks: Vec<u64> = line.split_whitespace().map(|field| field.parse().unwrap_or(0)).collect();
         let [_, _, _, idle, iowait, _, _, stolen, ..] = ticks[..] else {
             return Err(Failure::new(format_args!("{STAT} has no time stolen by the host")));
         };
-        // One line is of all CPUs, and each has one.
+        // One line is the sum of all CPUs, and each CPU has a line.
         let count = text.lines().filter(|line| line.starts_with("cpu")).count() - 1;
         let time = |ticks: u64| Duration::from_millis(ticks * MILLIS_OF_A_TICK);
         Ok(Self { at, count: count as f64, idle: time(idle + iowait), stolen: time(stolen) })
     }
 
-    /// How many CPUs have been at work since then.
+    /// How many CPUs have been busy since then, on average.
     fn busy_since(self, before: Self) -> f64 {
         let elapsed = (self.at - before.at).as_secs_f64();
         let spent = self.idle.saturating_sub(before.idle) + self.stolen.saturating_sub(before.stolen);
@@ -56,7 +57,7 @@ impl Cpus {
     }
 }
 
-/// CPUs at work between the first second and the last of what `measure` takes.
+/// The number of busy CPUs while `measure` runs, without its first second and its last.
 pub fn while_measuring<T: Send>(seconds: f64, measure: impl FnOnce() -> Result<T> + Send) -> Result<(f64, T)> {
     thread::scope(|scope| {
         let measuring = scope.spawn(measure);

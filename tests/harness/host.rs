@@ -11,7 +11,7 @@ use super::cni::Chain;
 use super::netns::Netns;
 use super::{Context, PLUGIN_DIR, Result, unique};
 
-// Nothing outside sees these: the node is a namespace without a link to the machine's.
+// These addresses are not visible outside: the node is a namespace without a link to the machine's.
 const SUBNET_V4: &str = "10.213.0.0/24";
 const GATEWAY_V4: [u8; 4] = [10, 213, 0, 1];
 const SUBNET_V6: &str = "fd00:213::/64";
@@ -20,7 +20,7 @@ const GATEWAY_V6: [u16; 8] = [0xfd00, 0x213, 0, 0, 0, 0, 0, 1];
 /// The node's end of its pods' network.
 pub const BRIDGE: &str = "cni0";
 
-/// A node. Its bridge and the pods' veths go with its namespace, the addresses given out with its directory.
+/// A node. Its bridge and the pods' veths are removed with its namespace, its allocated addresses with its directory.
 pub struct Host {
     pub netns: Netns,
     state: TempDir,
@@ -32,7 +32,7 @@ impl Host {
         Ok(Self { netns: Netns::new(&unique("node"))?, state })
     }
 
-    /// Where traffic for the node goes to: the bridge's own address.
+    /// The destination of traffic for the node: the bridge's own address.
     pub fn gateway_v4(&self) -> IpAddr {
         GATEWAY_V4.into()
     }
@@ -41,12 +41,12 @@ impl Host {
         GATEWAY_V6.into()
     }
 
-    /// Where this node's plugins keep their state.
+    /// The directory for the state of this node's plugins.
     pub fn state(&self) -> &Path {
         self.state.path()
     }
 
-    /// The network every measurement starts from: bridge and host-local, both address families, the gateway on the bridge.
+    /// The network of every measurement: bridge and host-local, both address families, the gateway on the bridge.
     pub fn bridge_chain(&self) -> Result<Chain> {
         let conflist = json!({
             "cniVersion": "1.0.0",
@@ -71,12 +71,12 @@ impl Host {
     }
 }
 
-/// The bandwidth plugin of the containernetworking project, as a conflist has it.
+/// The bandwidth plugin of the containernetworking project, as an entry of a conflist.
 pub fn bandwidth_plugin() -> Value {
     json!({ "type": "bandwidth", "capabilities": { "bandwidth": true } })
 }
 
-/// podshaper, as a conflist has it.
+/// podshaper, as an entry of a conflist.
 pub fn podshaper_plugin() -> Value {
     json!({ "type": "podshaper", "capabilities": { "bandwidth": true, "cgroupPath": true } })
 }

@@ -1,4 +1,4 @@
-//! Pods that nothing passes, for what a node with many of them pays.
+//! Pods without traffic, to measure the costs of a node with many pods.
 
 use std::fs;
 use std::path::Path;
@@ -15,10 +15,10 @@ use super::{Context, Result, unique};
 
 /// The limit in both directions.
 pub const RATE: u64 = 100_000_000;
-/// The bandwidth plugin's own default burst is seconds of the limit.
+/// Set explicitly: the bandwidth plugin's own default burst is seconds of the limit.
 const BURST_BITS: u64 = 1_000_000;
 
-/// A pod that nothing passes, with a veth whose other end is on the host.
+/// A pod without traffic, with a veth whose other end is on the host.
 pub struct Idle<'a> {
     host: &'a Host,
     uid: String,
@@ -39,7 +39,7 @@ impl<'a> Idle<'a> {
         Ok(Self { host, _cgroup: PodCgroup::new(path)?, container_id: container_id()?, end, netns, uid })
     }
 
-    /// Calls a plugin, podshaper or bandwidth, with a limit for both directions; what the call took.
+    /// Calls a plugin, podshaper or bandwidth, with a limit for both directions. Returns the time of the call.
     pub fn call(&self, program: &Path, verb: &str) -> Result<Duration> {
         let stdin = json!({
             "cniVersion": "1.0.0", "name": "many", "type": program.file_name().unwrap_or_default().to_string_lossy(),
@@ -67,16 +67,17 @@ impl<'a> Idle<'a> {
         Ok(call.elapsed)
     }
 
-    /// Removes what the bandwidth plugin's DEL leaves to the end of the pod's interface, and its next ADD would find in its way.
+    /// Removes the qdiscs that the bandwidth plugin's DEL leaves on the host end. Its next ADD would fail because of
+    /// them.
     pub fn clear(&self) {
         for place in ["ingress", "root"] {
-            // Other plugins leave none.
+            // Other plugins leave no qdiscs.
             let _ = self.host.netns.run("tc", &["qdisc", "del", "dev", &self.end, place]);
         }
     }
 }
 
-/// The kernel's own memory that grows with objects, in KiB.
+/// The kernel's own memory that grows with the number of objects, in KiB.
 pub fn kernel_kib() -> Result<u64> {
     let text = fs::read_to_string("/proc/meminfo").context("read /proc/meminfo")?;
     let value = |name: &str| {

@@ -1,4 +1,4 @@
-//! What is compared: a pod without a limit, with podshaper, and with what else people would use.
+//! The limiters that are compared: none, podshaper, and the alternatives to podshaper.
 
 use std::path::{Path, PathBuf};
 
@@ -12,10 +12,11 @@ use super::peers;
 use super::pod::Pod;
 use super::{Context, Failure, Result, podshaper_program};
 
-/// The bandwidth plugin's own default burst, 2^31-1 bits, is two seconds at 1 Gbit/s: this one makes it limit at all.
+/// The bandwidth plugin's own default burst, 2^31-1 bits, is two seconds at 1 Gbit/s. With this burst it limits from
+/// the start.
 const BANDWIDTH_BURST_BITS: u64 = 1_000_000;
 
-/// What limits a pod.
+/// The way in which a pod is limited, or not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Limiter {
@@ -37,7 +38,8 @@ pub enum Limiter {
     Cake,
     /// A token bucket at the hooks of the pod's cgroup, which drops.
     Policer,
-    /// None: each bulk flow's own SO_MAX_PACING_RATE is its share of the limit. What replies wait for then is the machine.
+    /// None: each bulk flow's own SO_MAX_PACING_RATE is its share of the limit. What replies wait for then is the
+    /// machine.
     Senders,
 }
 
@@ -49,10 +51,10 @@ pub struct Limits {
 }
 
 impl Limiter {
-    /// Those that stand in a chain, and none.
+    /// The limiters that are plugins of a chain, and none.
     pub const ALL: [Self; 3] = [Self::Bare, Self::Podshaper, Self::Bandwidth];
 
-    /// All that are compared.
+    /// All limiters that are compared.
     pub const PEERS: [Self; 11] = [
         Self::Bare,
         Self::Podshaper,
@@ -67,7 +69,7 @@ impl Limiter {
         Self::Senders,
     ];
 
-    /// As a table calls it.
+    /// Its name in tables.
     pub fn title(self) -> &'static str {
         match self {
             Self::Bare => "no limit",
@@ -85,7 +87,7 @@ impl Limiter {
         }
     }
 
-    /// The plugin this adds to the chain.
+    /// The plugin that this limiter adds to the chain.
     pub fn plugin(self) -> Option<&'static str> {
         match self {
             Self::Bare | Self::Senders | Self::Edt | Self::FqCodel | Self::Cake | Self::Policer => None,
@@ -96,7 +98,7 @@ impl Limiter {
         }
     }
 
-    /// Adds the pod to its node's network, limited this way.
+    /// Adds the pod to its node's network, limited in this way.
     pub fn add(self, pod: &mut Pod, limits: Limits, programs: &Programs) -> Result<()> {
         let bridge = pod.host.bridge_chain()?;
         let burst = matches!(self, Self::Bandwidth | Self::BandwidthNewer).then_some(BANDWIDTH_BURST_BITS);
@@ -118,7 +120,7 @@ impl Limiter {
         peers::limit(self, pod, limits)
     }
 
-    /// What it needs and this machine has not.
+    /// What this limiter needs and this machine lacks.
     pub fn missing(self, programs: &Programs) -> Option<String> {
         match self {
             Self::BandwidthNewer | Self::BandwidthNewerAsKubelet => {
@@ -129,7 +131,7 @@ impl Limiter {
     }
 }
 
-/// Where the plugins to measure are.
+/// The directories of the plugins to measure.
 #[derive(Clone, Debug, Default)]
 pub struct Programs {
     podshaper_dir: Option<PathBuf>,
@@ -143,18 +145,18 @@ impl Programs {
         directory.ok_or_else(|| Failure::new("podshaper was not among the limiters looked for"))
     }
 
-    /// The directory of a bandwidth plugin that is not the installed one.
+    /// The directory of a bandwidth plugin other than the installed one.
     pub fn newer_bandwidth(&self) -> Result<&Path> {
         let directory = self.newer_bandwidth_dir.as_deref();
         directory.ok_or_else(|| Failure::new("no bandwidth plugin of another version was fetched"))
     }
 
-    /// The same with another bandwidth plugin beside the installed one.
+    /// Adds another bandwidth plugin beside the installed one.
     pub fn with_newer_bandwidth(self, newer_bandwidth_dir: Option<PathBuf>) -> Self {
         Self { newer_bandwidth_dir, ..self }
     }
 
-    /// Looks for what these limiters need before anything is measured: the `podshaper` named, or the one of this build.
+    /// Finds what these limiters need before anything is measured: the given `podshaper`, or the one of this build.
     pub fn find(podshaper: Option<&Path>, limiters: &[Limiter]) -> Result<Self> {
         if !limiters.contains(&Limiter::Podshaper) {
             return Ok(Self::default());

@@ -1,4 +1,4 @@
-//! Sends traffic between a pod and its node and says what arrived, and how long small replies took meanwhile.
+//! Sends traffic between a pod and its node, and reports what arrived and how long small replies took meanwhile.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::path::PathBuf;
@@ -20,13 +20,13 @@ use super::{Context, Failure, Result, traffic_program};
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
-/// Keeps the other measurements of this process waiting, for as long as it is held: they would measure each other.
+/// Keeps other measurements of this process waiting while it is held, since they would disturb each other.
 pub fn alone() -> MutexGuard<'static, ()> {
-    // A failed test leaves nothing behind that the next one could trip over.
+    // A failed test leaves no state here that could affect the next test.
     ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Beyond the measurement itself: a busy machine starts and ends processes late.
+/// Additional time beyond the measurement: a busy machine starts and ends processes late.
 const GRACE: Duration = Duration::from_secs(30);
 
 /// Which way the traffic goes.
@@ -35,7 +35,7 @@ const GRACE: Duration = Duration::from_secs(30);
 pub enum Way {
     /// From the pod to its node's address: the pod's egress.
     Out,
-    /// From the node to the pod: its ingress.
+    /// From the node to the pod: the pod's ingress.
     In,
     /// From the pod to itself, over its loopback.
     Within,
@@ -47,34 +47,35 @@ pub struct Bulk {
     pub way: Way,
     pub flows: usize,
     pub seconds: f64,
-    /// Congestion control; the pod's default if none is named.
+    /// Congestion control; the pod's default if `None`.
     pub congestion: Option<String>,
     /// SO_MAX_PACING_RATE of each flow, in bytes per second.
     pub max_pacing_rate: Option<u64>,
     /// SO_MARK of each flow.
     pub mark: Option<u32>,
-    /// The flows tell the kernel so often not to pace them.
+    /// The flows tell the kernel at this interval not to pace them.
     pub unpace_every: Option<Duration>,
-    /// Every second flow has segments of so much payload.
+    /// Every second flow has segments with this much payload.
     pub small_segments: Option<u32>,
-    /// Every so many bytes are a segment of their own.
+    /// Every message of this many bytes is a segment of its own.
     pub message_bytes: Option<usize>,
-    /// TCP_WINDOW_CLAMP of each flow at the receiving end, which must be that at the end too.
+    /// TCP_WINDOW_CLAMP of each flow at the receiving end, which must have the same value at the end.
     pub window_clamp: Option<u32>,
     /// SO_RCVBUF of each flow.
     pub receive_buffer: Option<usize>,
-    /// Seconds from the first byte between which nothing is written to the flows.
+    /// The time, in seconds from the first byte, in which nothing is written to the flows.
     pub silence: Option<[f64; 2]>,
-    /// What the receiving end says on each flow meanwhile.
+    /// Messages that the receiving end sends on each flow meanwhile.
     pub chatter: Option<Chatter>,
-    /// Flows, requests and replies are MPTCP's.
+    /// Flows, requests and replies use MPTCP.
     pub mptcp: bool,
-    /// Ask for small replies meanwhile, the same way, with this pause between reply and request: see [`ask_pause`].
+    /// Sends small requests in the same direction meanwhile, with this pause between a reply and the next request:
+    /// see [`ask_pause`].
     pub ask: Option<Duration>,
     pub ipv6: bool,
-    /// An address of the receiving end that is not the one on the pod's first interface.
+    /// An address of the receiving end other than that of the pod's first interface.
     pub to: Option<IpAddr>,
-    /// The address by which the sending end reaches it, where that is translated.
+    /// The address by which the sending end reaches the receiving end, where addresses are translated.
     pub by: Option<IpAddr>,
 }
 
@@ -118,21 +119,21 @@ pub struct Udp {
     pub rate: u64,
     pub seconds: f64,
     pub ipv6: bool,
-    /// As of [`Bulk`].
+    /// As in [`Bulk`].
     pub to: Option<IpAddr>,
     pub by: Option<IpAddr>,
     /// ECN-capable packets.
     pub ecn: bool,
-    /// Packets that the kernel gets in one piece and cuts.
+    /// The number of packets that the kernel gets in one piece and cuts (UDP_SEGMENT).
     pub at_once: u16,
-    /// Payload of a packet, in bytes. More than fits into one is cut into fragments.
+    /// Payload of a packet, in bytes. A larger payload than fits into a packet is sent in fragments.
     pub size: usize,
     /// Every packet from a socket of its own.
     pub fresh_sockets: bool,
     /// SO_MARK of the sender's socket.
     pub mark: Option<u32>,
-    /// The sender's socket has room for 40 ms of its rate. The usual 208 KiB are 11 ms at 100 Mbit/s, which a kernel whose timers are late
-    /// by a tick (User Mode Linux) does not fill again in time.
+    /// The sender's socket has room for 40 ms of its rate. The usual 208 KiB are 11 ms at 100 Mbit/s. A kernel whose
+    /// timers are late by a tick (User Mode Linux) does not refill such a buffer in time.
     pub large_buffer: bool,
 }
 
@@ -155,11 +156,11 @@ impl Default for Udp {
     }
 }
 
-/// What `traffic ask` reports.
+/// The report of `traffic ask`.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Latency {
     pub count: u64,
-    /// Datagrams that had no answer in time.
+    /// Datagrams that were not answered in time.
     #[serde(default)]
     pub lost: u64,
     pub p50_us: f64,
@@ -178,51 +179,52 @@ pub struct Times {
     pub max_us: f64,
 }
 
-/// What [`bulk`] found.
+/// The result of [`bulk`].
 #[derive(Clone, Debug, Serialize)]
 pub struct BulkResult {
     pub timeline: Timeline,
     pub retransmits: u64,
     pub latency: Option<Latency>,
-    /// How late the chatter was, where its messages have room for the time (8 bytes).
+    /// How late the chatter was, if its messages have room for a time (8 bytes).
     pub chatter: Option<Times>,
 }
 
-/// What [`udp`] found.
+/// The result of [`udp`].
 #[derive(Clone, Debug, Serialize)]
 pub struct UdpResult {
     pub timeline: Timeline,
-    /// Packets the sender's socket took.
+    /// Packets that the sender's socket accepted.
     pub sent: u64,
-    /// What sendto() refused, by the error's name.
+    /// Errors of sendto(), by name.
     pub errors: std::collections::BTreeMap<String, u64>,
-    /// Packets that QUIC would take for lost, since so many later ones have overtaken them.
+    /// Packets that QUIC would take for lost, since enough later packets have overtaken them.
     pub overtaken: u64,
 }
 
-/// What a request of 100 bytes is on the wire.
+/// The size of a request of 100 bytes on the wire.
 pub const REQUEST_WIRE_BITS: u64 = (100 + 52) * 8;
 
-/// A pause that keeps requests small beside a limit: a millisecond, or what makes them a twentieth of it.
+/// A pause with which requests are small beside a limit: a millisecond, or longer where requests would take more than
+/// a twentieth of the limit.
 pub fn ask_pause(limit_bits_per_s: u64) -> Duration {
     let twentieth = Duration::from_micros(REQUEST_WIRE_BITS * 1_000_000 / (limit_bits_per_s / 20).max(1));
     twentieth.max(Duration::from_millis(1))
 }
 
-/// Bytes per second that a flow may pace itself at for all of them to have the limit on the wire. What TCP paces is payload
-/// (`tcp_update_skb_after_send`): 1448 bytes in a packet of 1500.
+/// The pacing rate of a flow, in bytes per second, with which all flows together have the limit on the wire. TCP
+/// paces payload (`tcp_update_skb_after_send`): 1448 bytes in a packet of 1500.
 pub fn pacing_rate(limit: u64, flows: usize) -> u64 {
     limit / 8 / flows as u64 * 1448 / 1500
 }
 
-/// Small requests, alone on the link.
+/// Small requests without other traffic on the link.
 pub fn ask(pod: &Pod, way: Way, seconds: f64, pause: Duration) -> Result<Latency> {
     let ends = Ends::new(pod, way, false, None)?;
     let (_echo, asking) = ends.start_asking(&Asking { seconds, pause, ..Asking::default() })?;
     parse(asking.json(limit(seconds))?)
 }
 
-/// Bulk flows, and requests beside them if wanted.
+/// Bulk flows, and small requests beside them if wanted.
 pub fn bulk(pod: &Pod, options: &Bulk) -> Result<BulkResult> {
     let ends = Ends { by: options.by, ..Ends::new(pod, options.way, options.ipv6, options.to)? };
     let mut sink = ends.receiver("sink")?;
@@ -239,7 +241,7 @@ pub fn bulk(pod: &Pod, options: &Bulk) -> Result<BulkResult> {
     }
     let (sink, address) = Running::start_server(&mut sink)?;
     let mut send = ends.sender("send")?;
-    // The sink decides when it is over: its clock starts with the first byte.
+    // The sink ends the measurement: its clock starts with the first byte.
     let sending = options.seconds + 5.0;
     send.args(["--to", &ends.reach(address), "--flows", &options.flows.to_string(), "--seconds", &sending.to_string()]);
     if let Some(name) = &options.congestion {
@@ -267,7 +269,7 @@ pub fn bulk(pod: &Pod, options: &Bulk) -> Result<BulkResult> {
         send.args(["--unpace-every-ms", &pause.as_millis().to_string()]);
     }
     let send = Running::start(send.args(mptcp))?;
-    // A little shorter, so that no request is sent on a link that has fallen idle.
+    // A little shorter, so that no request is sent after the flows have ended.
     let asking = |pause| Asking { seconds: options.seconds - 0.2, pause, mptcp: options.mptcp, ..Asking::default() };
     let asking = options.ask.map(|pause| ends.start_asking(&asking(pause))).transpose()?;
     let latency = asking.map(|(_echo, asking)| parse(asking.json(limit(options.seconds))?)).transpose()?;
@@ -277,7 +279,7 @@ pub fn bulk(pod: &Pod, options: &Bulk) -> Result<BulkResult> {
     Ok(BulkResult { timeline, retransmits: number(&sent, "retransmits")?, latency, chatter })
 }
 
-/// One flow from each of the pods to their node, all at once. The timeline is the node's.
+/// One flow from each of the pods to their node, all at once. The timeline is measured on the node.
 pub fn together(pods: &[Pod], seconds: f64) -> Result<Timeline> {
     let first = pods.first().ok_or_else(|| Failure::new("no pods to send"))?;
     let mut sink = Ends::new(first, Way::Out, false, None)?.receiver("sink")?;
@@ -296,7 +298,7 @@ pub fn together(pods: &[Pod], seconds: f64) -> Result<Timeline> {
     parse(sink.json(limit(seconds))?)
 }
 
-/// Bulk flows that go on until what is returned is dropped.
+/// Bulk flows that go on until the returned processes are dropped.
 pub fn load(pod: &Pod, way: Way, flows: usize) -> Result<[Running; 2]> {
     const LONG: &str = "600";
     let ends = Ends::new(pod, way, false, None)?;
@@ -320,7 +322,7 @@ pub fn udp(pod: &Pod, options: &Udp) -> Result<UdpResult> {
         send.args(["--mark", &mark.to_string()]);
     }
     if large_buffer {
-        // The kernel counts what a packet takes in memory, and doubles what it is asked for.
+        // The kernel counts the memory of a packet, and doubles the requested size.
         send.args(["--buffer", &(rate / 8 / 25).to_string()]);
     }
     let send = Running::start(&mut send)?;
@@ -331,18 +333,18 @@ pub fn udp(pod: &Pod, options: &Udp) -> Result<UdpResult> {
     Ok(UdpResult { timeline: parse(received)?, sent: number(&sent, "packets")?, errors: parse(errors)?, overtaken })
 }
 
-/// By which socket frames are sent.
+/// The socket by which frames are sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FramesBy {
     /// AF_PACKET.
     Packet,
-    /// The same with PACKET_QDISC_BYPASS.
+    /// AF_PACKET with PACKET_QDISC_BYPASS.
     PacketPastTheQueue,
     /// AF_XDP in generic mode.
     Xdp,
 }
 
-/// UDP in frames that the pod makes itself, to the node's bridge, as fast as their socket takes them.
+/// UDP in frames that the pod builds itself, to the node's bridge, as fast as the socket takes them.
 pub fn frames(pod: &Pod, by: FramesBy, seconds: f64) -> Result<()> {
     let ends = Ends::new(pod, Way::Out, false, None)?;
     let (sink, address) = Running::start_server(ends.receiver("udp-sink")?.args(["--seconds", &seconds.to_string()]))?;
@@ -364,26 +366,26 @@ pub fn frames(pod: &Pod, by: FramesBy, seconds: f64) -> Result<()> {
     send.json(limit(seconds)).map(drop)
 }
 
-/// Large pings from the node, as many at once as fit into a backlog. Their answers are the pod's kernel's own.
+/// Large pings from the node, as many at once as fit into a backlog. The pod's kernel itself sends the answers.
 pub fn pings(pod: &Pod, seconds: f64) -> Result<()> {
     let to = pod.addresses().first().map(ToString::to_string).unwrap_or_default();
     let mut ping = pod.host.command("ping");
     ping.args(["-q", "-f", "-s", "1400", "-l", "60", "-w", &(seconds.ceil() as u64 + 1).to_string(), &to]);
-    // Its exit status says that some were lost.
+    // Its exit status reports that some were lost.
     let pinging = Running::start(&mut ping)?;
     thread::sleep(Duration::from_secs_f64(seconds));
     drop(pinging);
     Ok(())
 }
 
-/// What an interface receives at layer 3 while `send` sends.
+/// The bytes that an interface receives at layer 3 while `send` runs.
 pub fn watched(netns: &Netns, interface: &str, seconds: f64, send: impl FnOnce() -> Result<()>) -> Result<Timeline> {
     let watching = start_watching(netns, interface, seconds)?;
     send()?;
     parse(watching.json(limit(seconds))?)
 }
 
-/// Watches an interface for so long from the first large packet on.
+/// Watches an interface for this long from the first large packet on.
 pub(super) fn start_watching(netns: &Netns, interface: &str, seconds: f64) -> Result<Running> {
     let mut watch = netns.command(traffic_program()?);
     watch.args(["watch", "--interface", interface, "--seconds", &seconds.to_string()]);
@@ -393,7 +395,8 @@ pub(super) fn start_watching(netns: &Netns, interface: &str, seconds: f64) -> Re
     }
 }
 
-/// One flow from the pod which the node opened; SO_MAX_PACING_RATE, in bytes per second, was set on the listening socket.
+/// One flow from the pod that the node opened. SO_MAX_PACING_RATE, in bytes per second, was set on the listening
+/// socket.
 pub fn served(pod: &Pod, max_pacing_rate: u64, seconds: f64) -> Result<Timeline> {
     let ends = Ends::new(pod, Way::In, false, None)?;
     let mut serve = ends.receiver("serve")?;
@@ -404,7 +407,8 @@ pub fn served(pod: &Pod, max_pacing_rate: u64, seconds: f64) -> Result<Timeline>
     parse(Running::start(&mut fetch)?.json(limit(seconds))?)
 }
 
-/// The window that the pod has given the other end of a connection on which nothing was sent yet, in bytes.
+/// The receive window, in bytes, that the pod has given to the other end of a connection on which nothing was sent
+/// yet.
 pub fn first_window(pod: &Pod, way: Way) -> Result<u64> {
     const LONG: &str = "60";
     let ends = Ends::new(pod, way, false, None)?;
@@ -412,7 +416,7 @@ pub fn first_window(pod: &Pod, way: Way) -> Result<u64> {
     let mut send = ends.sender("send")?;
     send.args(["--to", &address.to_string(), "--seconds", LONG, "--silent-after", "0", "--silent-for", LONG]);
     let _send = Running::start(&mut send)?;
-    // The socket of the other end says.
+    // The socket of the other end knows the window.
     let (netns, port) = match way {
         Way::Out => (&pod.host.netns, "sport"),
         Way::In => (&pod.host.netns, "dport"),
@@ -431,7 +435,7 @@ pub fn first_window(pod: &Pod, way: Way) -> Result<u64> {
     Err(Failure::new("ss shows no window of a connection"))
 }
 
-/// How long after it was told to send a packet so much later by SO_TXTIME, or at once, the pod has sent one.
+/// How long the pod takes to send a packet that is to depart after this time (SO_TXTIME), or at once.
 pub fn departs(pod: &Pod, after: Option<Duration>) -> Result<Duration> {
     let gateway = pod.host.gateway_v4();
     let socket = pod.host.netns.inside(|| UdpSocket::bind((gateway, 0)))?.context("receive UDP at the node")?;
@@ -448,7 +452,7 @@ pub fn departs(pod: &Pod, after: Option<Duration>) -> Result<Duration> {
     Ok(start.elapsed())
 }
 
-/// Wire bytes and packets that the node has received so far, from wherever.
+/// Wire bytes and packets that the node has received so far, from any sender.
 pub fn received(host: &Host) -> Result<(u64, u64)> {
     let report = Running::start(host.command(traffic_program()?).arg("received"))?.json(GRACE)?;
     Ok((number(&report, "wire_bytes")?, number(&report, "packets")?))
@@ -457,19 +461,19 @@ pub fn received(host: &Host) -> Result<(u64, u64)> {
 /// Requests and replies on one connection.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Asking {
-    /// How long their times count.
+    /// How long replies are counted.
     pub seconds: f64,
-    /// How long before that the connection is in use.
+    /// How long the connection is in use before that.
     pub uncounted: f64,
     pub pause: Duration,
     pub mptcp: bool,
     /// Each request on a connection of its own.
     pub anew: bool,
-    /// Each request a datagram from a socket of its own.
+    /// Each request is a datagram from a socket of its own.
     pub datagrams: bool,
 }
 
-/// The two ends of a measurement and the receiving one's address.
+/// The two ends of a measurement, and the address of the receiving end.
 pub(super) struct Ends<'a> {
     pod: &'a Pod<'a>,
     way: Way,
@@ -492,12 +496,12 @@ impl<'a> Ends<'a> {
         Ok(Self { pod, way, to, by: None, program: traffic_program()? })
     }
 
-    /// The same ends of another program than `traffic`.
+    /// The same ends, with another program than `traffic`.
     pub(super) fn with(self, program: PathBuf) -> Self {
         Self { program, ..self }
     }
 
-    /// Where the sender finds a server of the receiving end.
+    /// The address by which the sender reaches a server at the receiving end.
     fn reach(&self, server: SocketAddr) -> String {
         SocketAddr::new(self.by.unwrap_or(server.ip()), server.port()).to_string()
     }
@@ -519,7 +523,7 @@ impl<'a> Ends<'a> {
         Ok(command)
     }
 
-    /// The one that answers has to be kept until the one that asks has ended.
+    /// Starts the answering and the asking program. Keep the answering one until the asking one has ended.
     pub(super) fn start_asking(&self, asking: &Asking) -> Result<(Running, Running)> {
         let Asking { seconds, uncounted, pause, mptcp, anew, datagrams } = asking;
         let (mptcp, datagrams) = (mptcp.then_some("--mptcp"), datagrams.then_some("--datagrams"));

@@ -1,4 +1,4 @@
-//! What podshaper has pinned for a pod, read by somebody else's eyes: bpftool, by the types the maps describe themselves with.
+//! Reads podshaper's pins of a pod independently of podshaper: by bpftool, with the types that the maps carry (BTF).
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ pub struct Counters {
     pub max_backlog_ns: u64,
 }
 
-/// What came by other paths than the sockets of the pod's cgroup.
+/// Traffic by other paths than the sockets of the pod's cgroup.
 #[derive(Clone, Copy, Debug, Deserialize)]
 pub struct Others {
     pub bytes: u64,
@@ -43,7 +43,7 @@ pub fn directory(pod: &Pod, interface: &str) -> PathBuf {
     layout().join(&pod.uid).join(interface)
 }
 
-/// What the pod has sent by its first interface.
+/// The pod's egress counters of its first interface.
 pub fn egress(pod: &Pod) -> Result<Counters> {
     egress_by(pod, INTERFACE)
 }
@@ -52,12 +52,12 @@ pub fn egress_by(pod: &Pod, interface: &str) -> Result<Counters> {
     counters(&directory(pod, interface), EGRESS)
 }
 
-/// What the pod has received by its first interface.
+/// The pod's ingress counters of its first interface.
 pub fn ingress(pod: &Pod) -> Result<Counters> {
     counters(&directory(pod, INTERFACE), INGRESS)
 }
 
-/// What of that came by other paths than the sockets of its cgroup: out, in.
+/// Traffic of the first interface by other paths than the sockets of the pod's cgroup: out, in.
 pub fn others(pod: &Pod) -> Result<[Others; 2]> {
     let others = numbers(&directory(pod, INTERFACE), "OTHERS")?;
     serde_json::from_value(others["of"].clone()).context(format_args!("read the counters in {others}"))
@@ -79,7 +79,7 @@ pub fn limits(directory: &Path) -> Result<Value> {
     numbers(directory, "LIMITS")
 }
 
-/// Whose an attachment is.
+/// The record of an attachment's owner.
 pub fn owner(directory: &Path) -> Result<Value> {
     let entry = lookup(&directory.join("OWNER"), 0)?;
     let words: Vec<String> = serde_json::from_value(entry["value"].clone()).context("read the record's bytes")?;
@@ -88,11 +88,11 @@ pub fn owner(directory: &Path) -> Result<Value> {
     serde_json::from_slice(&json).context("read the record")
 }
 
-/// The slots that have limits in the node's maps.
+/// The slots with limits in the node's maps.
 pub fn slots() -> Result<BTreeSet<u64>> {
     let map = layout().join("%node/LIMITS");
     let text = match run(Command::new("bpftool").args(["-j", "map", "dump", "pinned"]).arg(&map)) {
-        // Other tests' pods may be the node's last, at any moment.
+        // The last pod of the node may belong to another test and go at any moment.
         Err(_) if !map.exists() => return Ok(BTreeSet::new()),
         dumped => dumped?,
     };
@@ -100,7 +100,7 @@ pub fn slots() -> Result<BTreeSet<u64>> {
     Ok(entries.iter().filter_map(|entry| entry["formatted"]["key"].as_u64()).collect())
 }
 
-/// What a map has for an attachment: in the node's, or in a map of the attachment's own.
+/// The values of a map for an attachment: in the node's map, or in a map of the attachment's own.
 fn numbers(directory: &Path, map: &str) -> Result<Value> {
     let own = directory.join(map);
     let map = if own.exists() { own } else { layout().join("%node").join(map) };

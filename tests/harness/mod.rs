@@ -1,11 +1,12 @@
 //! harness: throw-away nodes and pods, for the tests, the demo and the benchmark.
 //!
-//! A [`Host`] is a node's network namespace, where plugins run and where a pod's traffic goes to; a [`Pod`] is what a kubelet
-//! and a runtime make of one: network namespace, cgroup, identifiers, and the calls of a CNI chain. Both exist for real, on
-//! this machine, in namespaces of their own, and are undone when dropped, after a panic too. `measure` sends traffic through.
+//! A [`Host`] is a node's network namespace, in which plugins run and which is the other end of a pod's traffic. A
+//! [`Pod`] has what kubelet and a runtime make for a pod: network namespace, cgroup, identifiers, and the calls of a
+//! CNI chain. Both really exist on this machine, in namespaces of their own, and are removed when dropped, even after
+//! a panic. `measure` sends traffic through them.
 //!
-//! Everything here returns [`Result`], so that the demo can clean up after any error; a test unwraps. It needs root, and the
-//! programs of iproute2 and util-linux.
+//! All functions here return [`Result`], so that the demo can clean up after any error; a test unwraps. The harness
+//! needs root, and the programs of iproute2 and util-linux.
 #![allow(dead_code, reason = "the tests, the demo, the benchmark and the report each use a part")]
 
 pub mod apps;
@@ -38,10 +39,11 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use nix::sys::signal::{SigSet, Signal};
 
-/// Where Debian has the plugins of the containernetworking project.
+/// Debian's directory of the plugins of the containernetworking project.
 pub const PLUGIN_DIR: &str = "/usr/lib/cni";
 
-/// Why a pod could not be made, called or measured. Debug prints the bare text, which may have many lines: `unwrap()` shows it.
+/// Why a pod could not be made, called or measured. Debug prints the bare text, which may have many lines, since
+/// `unwrap()` prints Debug.
 pub struct Failure(String);
 
 /// `Result` with this module's [`Failure`].
@@ -67,7 +69,7 @@ impl fmt::Debug for Failure {
 
 impl std::error::Error for Failure {}
 
-/// Says what was being done when something failed.
+/// Adds to an error what was being done.
 pub trait Context<T> {
     fn context(self, doing: impl fmt::Display) -> Result<T>;
 }
@@ -80,10 +82,11 @@ impl<T, E: fmt::Display> Context<T> for Result<T, E> {
 
 static STOP: AtomicBool = AtomicBool::new(false);
 
-/// Makes Ctrl-C, SIGTERM and SIGHUP end whatever the harness waits for with an error, so that every Drop runs.
+/// After Ctrl-C, SIGTERM or SIGHUP, everything that the harness waits for ends with an error, so that every Drop
+/// runs.
 ///
-/// Call it before any thread is started: the signals are blocked and one thread waits for them. Children are not affected,
-/// std starts them with nothing blocked; on Ctrl-C the terminal tells them itself.
+/// Call this before any thread is started: it blocks the signals, and one thread waits for them. Children are not
+/// affected: std starts them with nothing blocked, and on Ctrl-C the terminal signals them itself.
 pub fn stop_on_signals() -> Result<()> {
     let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
     signals.thread_block().context("block SIGINT")?;
@@ -105,13 +108,14 @@ pub fn check_stop() -> Result<()> {
     if stopped() { Err(Failure::new("stopped by a signal")) } else { Ok(()) }
 }
 
-/// `prefix`, this process and a counter: no two names of one machine are the same, and a killed run's are recognised.
+/// `prefix`, this process's id and a counter: unique on a machine, and the leftovers of a killed run can be
+/// recognised.
 pub fn unique(prefix: &str) -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     format!("podshaper-{prefix}-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
-/// A line on stderr that nobody has to read: a closed pipe is no reason to leave a pod behind.
+/// Prints a line on stderr. A closed pipe is ignored, so that pods are still removed.
 pub fn note(line: impl fmt::Display) {
     let _ = writeln!(io::stderr(), "{line}");
 }
@@ -129,7 +133,7 @@ pub fn quic_program() -> Result<PathBuf> {
     beside(&["../quic", "quic"], "the quic tool; build it with `cargo build --package quic`")
 }
 
-/// The plugin of this build, where cargo puts it seen from an example or a test.
+/// The plugin of this build, in the place where cargo puts it as seen from an example or a test.
 pub fn podshaper_program() -> Result<PathBuf> {
     beside(&["../podshaper", "podshaper"], "podshaper; build it with `cargo build`, or name it with --podshaper PATH")
 }

@@ -10,7 +10,7 @@ use nix::sched::{CloneFlags, setns};
 
 use super::{Context, Failure, Result, note, process};
 
-/// A network namespace under /run/netns with its loopback up; removed on drop, and its interfaces with it.
+/// A network namespace under /run/netns with its loopback up; removed on drop, together with its interfaces.
 #[derive(Debug)]
 pub struct Netns {
     name: String,
@@ -21,8 +21,9 @@ impl Netns {
     pub fn new(name: &str) -> Result<Self> {
         process::run(Command::new("ip").args(["netns", "add", name]))?;
         let netns = Self { name: name.to_owned(), path: Path::new("/run/netns").join(name) };
-        // /proc/sys/net is that of the namespace of whoever looks it up. Without this an IPv6 address is of no use for its first second, and the
-        // bridge plugin waits for that. A kernel may have no IPv6.
+        // /proc/sys/net belongs to the namespace of the process that opens a path in it. With duplicate address
+        // detection an IPv6 address cannot be used in its first second, and the bridge plugin waits for that. A
+        // kernel may have no IPv6.
         netns.inside(|| fs::write("/proc/sys/net/ipv6/conf/default/accept_dad", "0"))?.unwrap_or_default();
         netns.set_cubic()?;
         netns.run("ip", &["link", "set", "lo", "up"])?;
@@ -37,9 +38,9 @@ impl Netns {
         &self.path
     }
 
-    /// Runs `work` on a thread of its own in this namespace; a process it starts is in the namespace as well.
+    /// Runs `work` on a thread of its own in this namespace. Processes that it starts are in the namespace as well.
     ///
-    /// Unlike `ip netns exec` this leaves the mounts alone, so bpffs stays in sight, and costs a measured call nothing.
+    /// Unlike `ip netns exec` this keeps the mounts, so bpffs stays visible, and adds no time to a measured call.
     pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
         let file = File::open(&self.path).context(format_args!("open {}", self.path.display()))?;
         let enter = || setns(&file, CloneFlags::CLONE_NEWNET).context(format_args!("enter {}", self.path.display()));
@@ -47,16 +48,17 @@ impl Netns {
         result.unwrap_or_else(|_| Err(Failure::new(format_args!("a thread in {} panicked", self.name))))
     }
 
-    /// A command that runs in this namespace, and in no cgroup of a pod.
+    /// A command that runs in this namespace and in no pod's cgroup.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net={}", self.path.display())).arg("--").arg(program);
         command
     }
 
-    /// Gives it cubic, which pods have by Linux's default. The machine's own default may be another one, and each namespace has it from the machine.
-    /// Where cubic is not that default, the kernel may keep it from all namespaces but the machine's own (`tcp_set_default_congestion_control`).
-    /// The machine, in whose namespace this runs, then allows cubic for a moment.
+    /// Sets cubic, which is Linux's default for pods. A namespace has its default from the machine, where it may be
+    /// another one. Where cubic is not the machine's default, the kernel may forbid it in all namespaces but the
+    /// machine's own (`tcp_set_default_congestion_control`). Then the machine, in whose namespace this runs, allows
+    /// cubic for a moment.
     fn set_cubic(&self) -> Result<()> {
         const ALLOW_AND_SET: &str = r#"list=/proc/sys/net/ipv4/tcp_allowed_congestion_control
             exec 9<$list && flock 9

@@ -1,4 +1,5 @@
-//! Ways on which traffic passes a pod's interface and no hook of its cgroup, or one that must not count it.
+//! Paths on which traffic passes a pod's interface without the hooks of the pod's cgroup, or with a hook that must
+//! not count it.
 
 use std::fs;
 use std::mem;
@@ -21,13 +22,13 @@ use super::{Context, Failure, Result, unique};
 const TUNNEL: [[u8; 4]; 2] = [[10, 77, 0, 1], [10, 77, 0, 2]];
 /// The address of a namespace that a pod has made.
 const NESTED: [u8; 4] = [10, 78, 0, 2];
-/// An address of the pod's subnet that is nobody's.
+/// An unused address of the pod's subnet.
 const FREE: [u8; 4] = [10, 213, 0, 200];
 const GROUP: [u8; 4] = [239, 77, 0, 1];
-/// The number of a nested namespace's interface where it is to be another one than the pod's.
+/// The number of a nested namespace's interface, where it must differ from the number of the pod's interface.
 const OTHER_NUMBER: u32 = 77;
 
-/// Such a way.
+/// One of these paths.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Path {
     /// Processes of another cgroup in the pod's namespace.
@@ -59,22 +60,22 @@ pub enum Path {
     Fragments,
 }
 
-/// What is sent.
+/// The traffic to send.
 #[derive(Clone, Copy, Debug)]
 pub struct Load {
     pub way: Way,
-    /// And TCP otherwise.
+    /// UDP, or TCP if false.
     pub is_udp: bool,
     pub limit: u64,
     pub seconds: f64,
 }
 
-/// Where each end is reached; `None`: at the address that it has anyway.
+/// The addresses of both ends; `None` is the default address.
 #[derive(Clone, Copy)]
 pub struct Ends<'a> {
     pub node: Option<IpAddr>,
     pub pod: Option<IpAddr>,
-    /// The address by which the node reaches the pod's end, where that is translated.
+    /// The address by which the node reaches the pod's end, where addresses are translated.
     by: Option<IpAddr>,
     /// The namespace of the interface that is limited.
     limited: &'a Netns,
@@ -89,12 +90,12 @@ impl<'a> Ends<'a> {
         Self { node: Some(TUNNEL[0].into()), pod: Some(TUNNEL[1].into()), ..Self::of(pod) }
     }
 
-    /// That of the receiving one.
+    /// The address of the receiving end.
     fn reached(self, way: Way) -> Option<IpAddr> {
         if way == Way::Out { self.node } else { self.pod }
     }
 
-    /// By which address, if by another one.
+    /// The translated address by which the receiving end is reached, if there is one.
     fn reached_by(self, way: Way) -> Option<IpAddr> {
         if way == Way::Out { None } else { self.by }
     }
@@ -124,7 +125,7 @@ impl Path {
         }
     }
 
-    /// Whether there is such traffic on it.
+    /// Whether the path carries such traffic.
     pub fn carries(self, way: Way, is_udp: bool) -> bool {
         match self {
             Self::AfPacket | Self::AfPacketPastTheQueue | Self::AfXdp | Self::Answers => way == Way::Out && is_udp,
@@ -133,7 +134,7 @@ impl Path {
         }
     }
 
-    /// Fails where the kernel that this runs on does not have it.
+    /// Fails if the running kernel lacks the path.
     pub fn must_be_had(self) -> Result<()> {
         let link = match self {
             Self::AfXdp if !has_xdp()? => return Err(Failure::new("this kernel has no AF_XDP")),
@@ -151,7 +152,7 @@ impl Path {
         made.map(drop).context(format_args!("this kernel cannot make what {} takes", self.title()))
     }
 
-    /// Makes the way, and does `work` on it, with a pod whose processes use it.
+    /// Sets up the path, and calls `work` with a pod whose processes use it.
     pub fn with<T>(self, pod: &mut Pod, work: impl FnOnce(&Pod, Ends) -> Result<T>) -> Result<T> {
         match self {
             Self::AnotherCgroup => as_another_cgroup(pod, |pod| work(pod, Ends::of(pod)))?,
@@ -192,10 +193,11 @@ impl Path {
         }
     }
 
-    /// Sends, and says what has arrived on the wire behind the limiter: at the node's bridge, or at the pod's interface.
+    /// Sends, and returns the traffic on the wire behind the limiter: at the node's bridge, or at the pod's
+    /// interface.
     pub fn send(self, pod: &Pod, ends: Ends, load: &Load) -> Result<Timeline> {
         let (netns, interface) = match load.way {
-            // The pod's own socket gets it, and with fq it is there that datagrams are dropped.
+            // The pod's own socket receives it. With fq, datagrams are dropped at that socket.
             Way::In if self == Self::Multicast => return Ok(measure::udp(pod, &self.udp(ends, load))?.timeline),
             Way::In => (ends.limited, INTERFACE),
             Way::Out | Way::Within => (&pod.host.netns, BRIDGE),
@@ -227,7 +229,7 @@ impl Path {
         }
     }
 
-    /// A tunnel between pod and node, of which the pod has made its end.
+    /// A tunnel between pod and node, whose pod end the pod has made.
     fn tunnel(self, pod: &Pod) -> Result<()> {
         let (node, own) = (pod.host.gateway_v4(), address(pod)?);
         let keys = if self == Self::Wireguard { Some([key()?, key()?]) } else { None };
@@ -249,7 +251,7 @@ impl Path {
         Ok(())
     }
 
-    /// A namespace whose interface is above the pod's.
+    /// A namespace whose interface is on top of the pod's interface.
     fn above(self, pod: &Pod) -> Result<Netns> {
         let nested = Netns::new(&unique("nested"))?;
         let kind = if self == Self::Ipvlan { "ipvlan mode l2" } else { "macvlan mode bridge" };
@@ -261,7 +263,7 @@ impl Path {
     }
 }
 
-/// User Mode Linux is a kernel without.
+/// Whether the kernel has AF_XDP. User Mode Linux has not.
 pub fn has_xdp() -> Result<bool> {
     const PROTOCOLS: &str = "/proc/net/protocols";
     let text = fs::read_to_string(PROTOCOLS).context(format_args!("read {PROTOCOLS}"))?;
@@ -274,7 +276,8 @@ pub fn run(netns: &Netns, command: &str) -> Result<String> {
     netns.run(program, &words.collect::<Vec<_>>())
 }
 
-/// The pod's traffic is that of another cgroup's processes meanwhile, as of a service mesh's proxy on the node.
+/// Runs `work` while the pod's traffic comes from the processes of another cgroup, like that of a service mesh's
+/// proxy on the node.
 pub fn as_another_cgroup<T>(pod: &mut Pod, work: impl FnOnce(&Pod) -> T) -> Result<T> {
     let other = PodCgroup::new(cgroup::mount()?.join(unique("mesh")))?;
     let own = mem::replace(&mut pod.cgroup, other);
@@ -296,7 +299,7 @@ fn in_nested<T>(
     done
 }
 
-/// A namespace in the pod, as docker in docker makes it; the number of its interface.
+/// Makes a namespace in the pod, as docker in docker does. `number` is the number of its interface.
 fn nest(pod: &Pod, number: u32) -> Result<Netns> {
     let nested = Netns::new(&unique("nested"))?;
     run(&pod.netns, &format!("ip link add n0 type veth peer name eth0 index {number} netns {}", nested.name()))?;
@@ -310,7 +313,7 @@ fn nest(pod: &Pod, number: u32) -> Result<Netns> {
     Ok(nested)
 }
 
-/// Both ends of a tunnel by programs: datagrams between the two, as long as they run.
+/// Runs a program at each end of a tunnel, which exchange datagrams as long as they run.
 fn vpn(pod: &Pod) -> Result<[Running; 2]> {
     let (node, own) = (pod.host.gateway_v4().to_string(), address(pod)?.to_string());
     let socat = |mut command: Command, end: usize, local: &str, remote: &str| {
@@ -322,7 +325,7 @@ fn vpn(pod: &Pod) -> Result<[Running; 2]> {
     on_node.arg(format!("--net={}", pod.host.netns.path().display())).arg("socat");
     let programs = [socat(on_node, 0, &node, &own)?, socat(pod.command("socat")?, 1, &own, &node)?];
     for netns in [&pod.host.netns, &pod.netns] {
-        // So that what is in it fits into 1500 bytes.
+        // So that packets in the tunnel fit into 1500 bytes outside.
         let mut tries = 100;
         while let Err(error) = run(netns, "ip link set t0 mtu 1440") {
             tries -= 1;
@@ -360,7 +363,7 @@ fn address(pod: &Pod) -> Result<IpAddr> {
     pod.addresses().first().copied().ok_or_else(|| Failure::new("a pod without an address: add it to a network first"))
 }
 
-/// A private key and its public one.
+/// A private key and its public key.
 struct Key {
     private: String,
     public: String,
@@ -380,6 +383,6 @@ fn configure_wireguard(netns: &Netns, keys: &[Key; 2], end: usize, remote: IpAdd
         own.private, other.public
     );
     netns.run("sh", &["-c", &command])?;
-    // So that what is in it fits into 1500 bytes.
+    // So that packets in the tunnel fit into 1500 bytes outside.
     run(netns, "ip link set t0 mtu 1440").map(drop)
 }

@@ -1,4 +1,4 @@
-//! What a pod is limited by where that is no plugin: queues that people configure by hand, and eBPF programs of other designs.
+//! Limiters that are no plugins: queues that people configure by hand, and eBPF programs of other designs.
 
 use std::fs::File;
 use std::process::Command;
@@ -16,14 +16,14 @@ use super::{Context, Failure, Result, process};
 /// ../report/bpf/src/main.rs
 static OBJECT: &[u8] = include_bytes_aligned!("../report/bpf/peers.bpf.o");
 
-/// A direction of the pod, by the device at whose egress it is held.
+/// A direction of the pod, held at the egress of a device.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Direction {
     Out,
     In,
 }
 
-/// Limits a pod that is in its node's network.
+/// Limits a pod that is already in its node's network.
 pub fn limit(limiter: Limiter, pod: &mut Pod, limits: Limits) -> Result<()> {
     for (direction, rate) in [(Direction::Out, limits.egress), (Direction::In, limits.ingress)] {
         let Some(rate) = rate else { continue };
@@ -42,7 +42,7 @@ pub fn limit(limiter: Limiter, pod: &mut Pod, limits: Limits) -> Result<()> {
     Ok(())
 }
 
-/// What this kernel lacks that a limiter needs.
+/// What a limiter needs and this kernel lacks.
 pub fn missing(limiter: Limiter) -> Option<String> {
     let qdiscs: &[&str] = match limiter {
         Limiter::FqCodel => &["htb", "fq_codel"],
@@ -75,7 +75,7 @@ fn bits(rate: u64) -> String {
     format!("{rate}bit")
 }
 
-/// One class of htb with everything in it, and fq_codel below.
+/// htb with one class for everything, and fq_codel below.
 fn fq_codel(pod: &Pod, direction: Direction, rate: u64) -> Result<()> {
     let device = device(pod, direction)?;
     let rate = bits(rate);
@@ -89,7 +89,7 @@ fn fq_codel(pod: &Pod, direction: Direction, rate: u64) -> Result<()> {
     Ok(())
 }
 
-/// Cilium's scheme: departure times and fq for what the pod sends, tokens for what it receives.
+/// Cilium's scheme: departure times and fq for egress, a token bucket for ingress.
 fn edt(pod: &mut Pod, direction: Direction, rate: u64) -> Result<()> {
     let device = device(pod, direction)?;
     if direction == Direction::Out {
@@ -99,13 +99,14 @@ fn edt(pod: &mut Pod, direction: Direction, rate: u64) -> Result<()> {
     let name = if direction == Direction::Out { "depart" } else { "admit" };
     netns(pod, direction).inside(|| -> Result<()> {
         let doing = || format!("attach {name} to {device}");
-        // podshaper is not there, so nobody else has made it.
+        // Without podshaper nothing else has made it.
         qdisc_add_clsact(&device).context(doing())?;
         let program: &mut SchedClassifier = program(&mut object, name)?;
         program.load().context(doing())?;
         let by_netlink = TcAttachOptions::Netlink(NlOptions::default());
         let id = program.attach_with_options(&device, TcAttachType::Egress, by_netlink).context(doing())?;
-        // It goes with the device. Dropped, it would be looked for in the namespace of whoever drops it.
+        // The link is removed with the device. Dropping it would look for the device in the namespace of the dropping
+        // thread.
         std::mem::forget(program.take_link(id).context(doing())?);
         Ok(())
     })??;

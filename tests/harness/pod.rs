@@ -1,4 +1,4 @@
-//! A throw-away pod: what kubelet and the runtime make before a CNI plugin is called, and the calls they make.
+//! A throw-away pod: what kubelet and the runtime make before a CNI plugin is called, and the calls that they make.
 
 use std::any::Any;
 use std::ffi::OsStr;
@@ -16,27 +16,28 @@ use super::netns::Netns;
 use super::remote::Remote;
 use super::{Context, Failure, Result, note, unique};
 
-/// The interface the runtime asks for.
+/// The interface that the runtime asks for.
 pub const INTERFACE: &str = "eth0";
 
-/// A pod: network namespace, cgroup, identity. Dropping it kills its processes, calls DEL if that is due and removes the rest.
+/// A pod: network namespace, cgroup, identity. Dropping it kills its processes, calls DEL if that is due, and removes
+/// the rest.
 pub struct Pod<'host> {
     pub host: &'host Host,
     pub name: String,
     pub uid: String,
-    /// Of the sandbox: a new one gets a new id, see [`Pod::new_sandbox`].
+    /// Identifies the sandbox: a new sandbox gets a new id, see [`Pod::new_sandbox`].
     pub container_id: String,
-    /// What the runtime has for plugins that ask for it by `capabilities`, such as `bandwidth`.
+    /// Data that the runtime passes to plugins that ask for it by `capabilities`, such as `bandwidth`.
     pub offers: Map<String, Value>,
     /// Every call made, in order.
     pub calls: Vec<Call>,
     pub netns: Netns,
     pub cgroup: PodCgroup,
-    /// Where the pod's traffic goes to and comes from, if that is not its node.
+    /// The other end of the pod's traffic, if that is not its node.
     pub remote: Option<Remote>,
-    /// What has to live as long as the pod.
+    /// Objects that must live as long as the pod.
     kept: Vec<Box<dyn Any + Send + Sync>>,
-    /// The chain that was added, with its last result: what a runtime keeps on disk for DEL.
+    /// The chain that was added, with its last result: the data that a runtime keeps on disk for the DEL.
     added: Option<(Chain, Option<Value>)>,
 }
 
@@ -56,31 +57,32 @@ impl<'host> Pod<'host> {
         Ok(Self { host, name, uid, container_id, offers, calls, netns, cgroup, remote: None, kept, added: None })
     }
 
-    /// Makes the runtime offer `value` to plugins with the capability `name`.
+    /// Makes the runtime pass `value` to plugins with the capability `name`.
     pub fn offer(&mut self, name: &str, value: Value) {
         self.offers.insert(name.to_owned(), value);
     }
 
-    /// What the pod's annotations become: limits in bits per second; the burst in bits, if one is set.
+    /// The offer that runtimes make of a pod's annotations: limits in bits per second; the burst in bits, if one is
+    /// set.
     pub fn offer_bandwidth(&mut self, egress: Option<u64>, ingress: Option<u64>, burst: Option<u64>) {
         let mut bandwidth = Map::new();
         for (direction, rate) in [("egress", egress), ("ingress", ingress)] {
             if let Some(rate) = rate {
                 bandwidth.insert(format!("{direction}Rate"), json!(rate));
-                // 2^31-1 is how kubelet's runtimes say that none was asked for.
+                // Runtimes pass 2^31-1 if no burst was requested.
                 bandwidth.insert(format!("{direction}Burst"), json!(burst.unwrap_or(i32::MAX as u64)));
             }
         }
         self.offer("bandwidth", Value::Object(bandwidth));
     }
 
-    /// A new sandbox of the same pod, as after its pause container has died: new container id, same UID and cgroup.
+    /// A new sandbox of the same pod, as after the end of its pause container: new container id, same UID and cgroup.
     pub fn new_sandbox(&mut self) -> Result<()> {
         self.container_id = container_id()?;
         Ok(())
     }
 
-    /// The environment of a call for this pod's interface.
+    /// Adds the environment of a call for this pod's interface.
     pub fn environment(&self, call: Cni) -> Cni {
         let arguments = format!(
             "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME={};K8S_POD_INFRA_CONTAINER_ID={};K8S_POD_UID={}",
@@ -99,8 +101,8 @@ impl<'host> Pod<'host> {
         Ok(call)
     }
 
-    /// Calls each plugin of the chain with ADD, the result of one going to the next; the last result. Stops at the first
-    /// failure; the DEL a runtime then calls is [`Pod::del`].
+    /// Calls each plugin of the chain with ADD and passes the result of each to the next. Returns the last result.
+    /// Stops at the first failure; the DEL that a runtime then calls is [`Pod::del`].
     pub fn add(&mut self, chain: &Chain) -> Result<Value> {
         self.added = Some((chain.clone(), None));
         let mut result = None;
@@ -123,8 +125,8 @@ impl<'host> Pod<'host> {
         Ok(())
     }
 
-    /// Calls each plugin of the added chain with DEL, last first, with the result of ADD. Stops at the first failure, as
-    /// libcni does, and can then be called again.
+    /// Calls each plugin of the added chain with DEL, last first, with the result of ADD. Stops at the first failure,
+    /// as libcni does; it can then be called again.
     pub fn del(&mut self) -> Result<()> {
         let Some((chain, result)) = self.added.clone() else { return Ok(()) };
         for plugin in chain.plugins.iter().rev() {
@@ -140,12 +142,12 @@ impl<'host> Pod<'host> {
         self.calls.iter().rev().find(|call| call.plugin() == plugin && call.verb() == verb)
     }
 
-    /// Keeps something for as long as the pod is there.
+    /// Keeps an object as long as the pod exists.
     pub fn keep(&mut self, what: impl Any + Send + Sync) {
         self.kept.push(Box::new(what));
     }
 
-    /// Both ends negotiate ECN from now on.
+    /// Makes both ends negotiate ECN from now on.
     pub fn negotiate_ecn(&self) -> Result<()> {
         for netns in [&self.host.netns, &self.netns] {
             netns.run("sysctl", &["-q", "net.ipv4.tcp_ecn=1"])?;
@@ -153,7 +155,7 @@ impl<'host> Pod<'host> {
         Ok(())
     }
 
-    /// The node's end of the pod's first interface, as the bridge plugin has said.
+    /// The host end of the pod's first interface, according to the bridge plugin's result.
     pub fn host_end(&self) -> Result<String> {
         let added = self.last_call("bridge", "ADD").map(Call::json).transpose()?;
         let name = added.as_ref().and_then(|result| result["interfaces"][1]["name"].as_str());
@@ -188,7 +190,7 @@ impl<'host> Pod<'host> {
         Ok(command)
     }
 
-    /// All calls with their answers, and the queueing disciplines of both sides: what a failed test needs to be understood.
+    /// All calls with their answers, and the qdiscs of both sides: for the analysis of a failed test.
     pub fn dump(&self) -> String {
         let mut text = format!("pod {} ({}), {} calls\n", self.name, self.uid, self.calls.len());
         self.calls.iter().for_each(|call| text += &call.to_string());
@@ -203,7 +205,7 @@ impl<'host> Pod<'host> {
 impl Drop for Pod<'_> {
     fn drop(&mut self) {
         if thread::panicking() {
-            // Not note(): libtest keeps what this macro prints, and shows it with the failed test.
+            // Not note(): libtest captures the output of this macro, and shows it with the failed test.
             eprintln!("{}", self.dump());
         }
         self.cgroup.kill();
@@ -213,13 +215,13 @@ impl Drop for Pod<'_> {
     }
 }
 
-/// A pod's UID, as an API server makes them.
+/// A pod's UID, in the format of an API server.
 pub fn uuid() -> Result<String> {
     let path = "/proc/sys/kernel/random/uuid";
     Ok(fs::read_to_string(path).context(format_args!("read {path}"))?.trim().to_owned())
 }
 
-/// The id of a sandbox, as containerd makes them.
+/// The id of a sandbox, in the format of containerd.
 pub fn container_id() -> Result<String> {
     Ok((uuid()? + &uuid()?).replace('-', ""))
 }

@@ -12,7 +12,7 @@ use super::{Context, Failure, Result, check_stop};
 
 const POLL: Duration = Duration::from_millis(10);
 
-/// Runs a program to its end; its stdout, or an error with its stderr.
+/// Runs a program to its end. Returns its stdout, or an error with its stderr.
 pub fn run(command: &mut Command) -> Result<String> {
     let output = command.stdin(Stdio::null()).output().context(format_args!("run {command:?}"))?;
     if output.status.success() {
@@ -22,7 +22,7 @@ pub fn run(command: &mut Command) -> Result<String> {
     Err(Failure::new(format_args!("run {command:?}: {}: {}", output.status, stderr.trim())))
 }
 
-/// A child with both its outputs collected; killed and reaped on drop.
+/// A child whose stdout and stderr are collected; killed and reaped on drop.
 pub struct Running {
     what: String,
     child: Child,
@@ -37,7 +37,7 @@ impl Running {
         Ok(running)
     }
 
-    /// Starts one of traffic's servers and waits until it listens.
+    /// Starts one of the servers of `traffic` and waits until it listens.
     pub fn start_server(command: &mut Command) -> Result<(Self, SocketAddr)> {
         let (running, line) = Self::start_until_it_says(command)?;
         let address = line.strip_prefix("listening on ").and_then(|address| address.parse().ok());
@@ -50,13 +50,14 @@ impl Running {
         Self::spawn(command, Stdio::null())?.until_it_says()
     }
 
-    /// Starts one of traffic's clients and waits until it is ready. It waits for [`Running::go_on`].
+    /// Starts one of the clients of `traffic` and waits until it is ready. The client then waits for
+    /// [`Running::go_on`].
     pub fn start_ready(command: &mut Command) -> Result<Self> {
         let (running, line) = Self::spawn(command, Stdio::piped())?.until_it_says()?;
         if line == "ready" { Ok(running) } else { Err(Failure::new(format_args!("start {}: {line}", running.what))) }
     }
 
-    /// The end of the child's stdin, for which it waits.
+    /// Closes the child's stdin, for which the child waits.
     pub fn go_on(&mut self) {
         self.child.stdin = None;
     }
@@ -83,14 +84,15 @@ impl Running {
         self.child.id()
     }
 
-    /// The JSON the child prints; errors as of [`Running::text`].
+    /// The JSON that the child prints; errors as in [`Running::text`].
     pub fn json(self, limit: Duration) -> Result<Value> {
         let what = self.what.clone();
         let stdout = self.text(limit)?;
         serde_json::from_str(&stdout).context(format_args!("read the answer of {what}: {stdout:?}"))
     }
 
-    /// What the child prints; an error if it fails, takes longer than `limit`, or a signal asks this process to stop.
+    /// The text that the child prints. An error if the child fails, takes longer than `limit`, or a signal asks this
+    /// process to stop.
     pub fn text(mut self, limit: Duration) -> Result<String> {
         let start = Instant::now();
         let status = loop {

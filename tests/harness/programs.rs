@@ -1,4 +1,4 @@
-//! What podshaper's eBPF programs take each time that they run. All pods of a node have the same ones.
+//! The time of each run of podshaper's eBPF programs. All pods of a node share the same programs.
 
 use std::fs;
 use std::process::Command;
@@ -8,10 +8,10 @@ use serde_json::Value;
 
 use super::{Context, Result, process};
 
-/// The programs that packets and segments run.
+/// The programs that run for packets and segments.
 pub const NAMES: [&str; 4] = ["count_egress", "pace_tcp", "count_ingress", "out_of_pod"];
 
-/// Nanoseconds that each of [`NAMES`] takes, on the mean of its runs during `load`.
+/// The mean time of a run of each of [`NAMES`] during `load`, in nanoseconds.
 pub fn run_ns(load: impl FnOnce() -> Result<()>) -> Result<[f64; 4]> {
     let _counting = Counting::start()?;
     let read = || NAMES.map(runs).into_iter().collect::<Result<Vec<_>>>();
@@ -25,7 +25,7 @@ pub fn run_ns(load: impl FnOnce() -> Result<()>) -> Result<[f64; 4]> {
     Ok(mean_ns)
 }
 
-/// How long a program of the node has run, in nanoseconds, and how often.
+/// The total run time of a program of the node, in nanoseconds, and the number of its runs.
 fn runs(program: &str) -> Result<(f64, f64)> {
     let path = format!("/sys/fs/bpf/podshaper/v{LAYOUT}/%node/{program}");
     let text = process::run(Command::new("bpftool").args(["-j", "prog", "show", "pinned", &path]))?;
@@ -34,7 +34,7 @@ fn runs(program: &str) -> Result<(f64, f64)> {
     Ok((number("run_time_ns"), number("run_cnt")))
 }
 
-/// The kernel counts how long eBPF programs run, until this is dropped.
+/// Makes the kernel measure the run time of eBPF programs, until this is dropped.
 struct Counting;
 
 impl Counting {

@@ -1,4 +1,5 @@
-//! Bulk transfers by QUIC between a pod and its node, and small requests on another connection beside them. `tests/quic` sends them.
+//! QUIC bulk transfers between a pod and its node, and small requests on another connection beside them. `tests/quic`
+//! sends them.
 
 use std::fs;
 use std::time::Duration;
@@ -12,14 +13,14 @@ use super::process::Running;
 use super::seen::{self, Look, Seen};
 use super::{Result, quic_program};
 
-/// What to send.
+/// The traffic to send.
 #[derive(Clone, Copy, Debug)]
 pub struct Quic {
     pub way: Way,
-    /// Bulk transfers, of a connection and a socket each.
+    /// Bulk transfers, each with a connection and a socket of its own.
     pub connections: usize,
     pub seconds: f64,
-    /// Between a reply and the next request, by QUIC on a connection of its own.
+    /// Pause between a reply and the next QUIC request, on a connection of its own.
     pub ask: Option<Duration>,
 }
 
@@ -35,7 +36,7 @@ pub struct Transfer {
     pub datagram_bytes: u16,
 }
 
-/// What [`quic`] found.
+/// The result of [`quic`].
 #[derive(Clone, Debug, Serialize)]
 pub struct QuicResult {
     pub transfers: Vec<Transfer>,
@@ -43,7 +44,7 @@ pub struct QuicResult {
     pub seen: Seen,
 }
 
-/// Transfers, and requests beside them if wanted.
+/// Sends transfers, and requests beside them if wanted.
 pub fn quic(pod: &Pod, options: &Quic) -> Result<QuicResult> {
     let Quic { way, connections, seconds, ask } = *options;
     let ends = Ends::new(pod, way, false, None)?.with(quic_program()?);
@@ -73,7 +74,8 @@ pub fn quic(pod: &Pod, options: &Quic) -> Result<QuicResult> {
     Ok(QuicResult { transfers, answers, seen })
 }
 
-/// Linux before 6.2 gives an error to who watches an interface by which UDP comes that is still to be cut (`virtio_net_hdr_from_skb`).
+/// Whether UDP packets that are still to be cut can be watched. Before Linux 6.2 a process that watches an interface
+/// gets an error for such packets (`virtio_net_hdr_from_skb`).
 fn watches_cut_udp() -> bool {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let mut numbers = release.split(['.', '-']).map_while(|number| number.trim().parse::<u32>().ok());

@@ -6,25 +6,25 @@ use super::netns::Netns;
 use super::pod::Pod;
 use super::{Result, unique};
 
-/// The node's end of the way to it.
+/// The node's end of the link to the remote.
 const LINK: &str = "podshaper-away";
 const ADDRESS: [u8; 4] = [192, 168, 77, 2];
 
-/// Such a machine.
+/// A machine behind a router.
 pub struct Remote {
     pub netns: Netns,
 }
 
-/// What the path does to packets.
+/// The delay and the loss of a path.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Path {
     pub rtt_ms: u32,
-    /// Of what the pod sends, in percent.
+    /// Lost packets, in percent of those that the pod sends.
     pub loss_percent: f64,
 }
 
 impl Remote {
-    /// One that reaches the pod through its node.
+    /// A remote that reaches the pod through its node.
     pub fn new(pod: &Pod) -> Result<Self> {
         let netns = Netns::new(&unique("away"))?;
         let node = &pod.host.netns;
@@ -35,18 +35,18 @@ impl Remote {
         netns.run("ip", &["addr", "add", "192.168.77.2/24", "dev", "eth0"])?;
         netns.run("ip", &["link", "set", "eth0", "up"])?;
         netns.run("ip", &["route", "add", "default", "via", "192.168.77.1"])?;
-        // The bridge plugin gives a pod the route to its own subnet.
+        // The bridge plugin gives a pod only the route to its own subnet.
         let gateway = pod.host.gateway_v4().to_string();
         pod.netns.run("ip", &["route", "add", "192.168.77.0/24", "via", &gateway])?;
         Ok(Self { netns })
     }
 
-    /// One at the end of such a path. Each direction has half of the time, by netem.
+    /// A remote at the end of such a path. Each direction has half of the round-trip time, by netem.
     pub fn at_the_end_of(path: Path, pod: &Pod) -> Result<Self> {
         let remote = Self::new(pod)?;
         let delay = format!("{}us", path.rtt_ms * 500);
         let loss = format!("{}%", path.loss_percent);
-        // More than fits into the path of any limit here.
+        // More packets than are in flight at any limit here.
         let netem = ["root", "netem", "limit", "100000", "delay", &delay];
         let towards = [&["qdisc", "add", "dev", LINK][..], &netem, &["loss", &loss]].concat();
         pod.host.netns.run("tc", &towards)?;
@@ -54,7 +54,7 @@ impl Remote {
         Ok(remote)
     }
 
-    /// One behind a link that carries so many bits per second of what the pod sends, and has a queue of 2 ms.
+    /// A remote behind a link with this rate for packets from the pod, and a queue of 2 ms.
     pub fn behind_a_link(bits_per_s: u64, pod: &Pod) -> Result<Self> {
         let remote = Self::new(pod)?;
         let rate = format!("{bits_per_s}bit");

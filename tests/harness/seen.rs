@@ -1,5 +1,5 @@
-//! What passes a pod's limiter while something is done: how much in each second, what is dropped or sent again, and how long small requests
-//! beside it take.
+//! Watches the traffic at a pod's limiter while something is done: the rate in each second, drops, retransmits, and
+//! the time of small requests beside it.
 
 use std::fs;
 use std::time::Duration;
@@ -13,40 +13,40 @@ use super::pod::{INTERFACE, Pod};
 use super::process::Running;
 use super::{Context, Failure, Result, meter};
 
-/// What to look at.
+/// The directions to watch, and how long.
 #[derive(Clone, Debug)]
 pub struct Look {
-    /// The directions whose wire is watched. Small requests go the first one's way.
+    /// The directions whose wire is watched. Small requests go in the first of these directions.
     pub ways: Vec<Way>,
-    /// From the first large packet on.
+    /// How long to watch, from the first large packet on.
     pub seconds: f64,
-    /// Ask for small replies meanwhile, on one connection, with this pause between reply and request.
+    /// Sends small requests meanwhile, on one connection, with this pause between a reply and the next request.
     pub ask: Option<Duration>,
 }
 
-/// What was seen.
+/// The results.
 #[derive(Clone, Debug, Serialize)]
 pub struct Seen {
     /// In the order of [`Look::ways`].
     pub wire: Vec<Wire>,
     /// TCP segments that pod and node have sent again.
     pub retransmits: u64,
-    /// Packets that podshaper's programs, or a queue, have dropped.
+    /// Packets that podshaper's programs or a queue have dropped.
     pub drops: u64,
     pub asked: Option<Latency>,
 }
 
-/// What came out of a limiter, in bits per second at layer 3.
+/// The rate behind a limiter, in bits per second at layer 3.
 #[derive(Clone, Debug, Serialize)]
 pub struct Wire {
     pub way: Way,
-    /// One after the other, from the first large packet on.
+    /// Each second, from the first large packet on.
     pub seconds: Vec<f64>,
-    /// In the busiest second after the first, wherever that second begins.
+    /// The rate in the busiest second after the first, wherever that second begins.
     pub most: f64,
 }
 
-/// Looks while `work` works.
+/// Watches while `work` runs.
 pub fn while_doing<T>(pod: &Pod, look: &Look, work: impl FnOnce() -> Result<T>) -> Result<(T, Seen)> {
     let before = Lost::now(pod)?;
     let watching: Vec<Running> =
@@ -74,7 +74,7 @@ pub fn while_doing<T>(pod: &Pod, look: &Look, work: impl FnOnce() -> Result<T>) 
     Ok((done, seen))
 }
 
-/// Behind the limiter.
+/// Watches behind the limiter.
 fn start_watching(pod: &Pod, way: Way, seconds: f64) -> Result<Running> {
     match way {
         Way::Out => measure::start_watching(&pod.host.netns, BRIDGE, seconds),
@@ -82,7 +82,7 @@ fn start_watching(pod: &Pod, way: Way, seconds: f64) -> Result<Running> {
     }
 }
 
-/// Since both namespaces exist.
+/// Losses since both namespaces exist.
 struct Lost {
     retransmits: u64,
     drops: u64,
@@ -106,7 +106,7 @@ fn sent_again(netns: &Netns) -> Result<u64> {
     value.ok_or_else(|| Failure::new(format_args!("no RetransSegs in {text}")))
 }
 
-/// Of the roots alone: a queue within another one is counted by both.
+/// Drops of root qdiscs only, since a root qdisc includes the drops of the qdiscs within it.
 fn dropped_by_queues(netns: &Netns) -> Result<u64> {
     let text = netns.run("tc", &["-s", "qdisc", "show"])?;
     let mut lines = text.lines();

@@ -1,4 +1,4 @@
-//! Markdown tables, aligned so that they are read as well on a terminal.
+//! Markdown tables, aligned so that they are also readable on a terminal.
 
 use std::io::{self, Write};
 
@@ -26,7 +26,7 @@ pub fn markdown(header: &[&str], rows: &[Vec<String>]) -> String {
     text
 }
 
-/// Prints to stdout; a closed pipe is a quiet end.
+/// Prints to stdout; a closed pipe is no error.
 pub fn print(text: &str) -> io::Result<()> {
     match io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
@@ -60,7 +60,7 @@ pub fn millis(us: f64) -> String {
     if us < 9_950.0 { format!("{:.2} ms", us / 1e3) } else { format!("{:.1} ms", us / 1e3) }
 }
 
-/// What a table shows where there is nothing to show.
+/// Shown in a table where there is no value.
 pub const NONE: &str = "-";
 
 /// A rate on the command line: `100M`, `1G`, `9600`; decimal, bits per second.
@@ -77,7 +77,7 @@ pub fn parse_rate(text: &str) -> Result<u64, String> {
     number.checked_mul(factor).ok_or_else(|| format!("{text} is more than 2^64 bit/s"))
 }
 
-/// How long to measure: the first second is reported apart, so something must follow it.
+/// How long to measure. The first second is reported separately, so the time must be longer.
 pub fn parse_seconds(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(seconds) if (2.0..=3600.0).contains(&seconds) => Ok(seconds),

@@ -1,15 +1,15 @@
-//! What arrived, and when.
+//! How much arrived, and when.
 
 use serde::{Deserialize, Serialize};
 
-/// What arrived, cumulative; as the sinks of `traffic` report it.
+/// Cumulative counts of arrivals, as the sinks of `traffic` report them.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub struct Timeline {
     pub sample_us: Vec<u64>,
-    /// None where an interface was watched, whose packets are not looked into.
+    /// Empty where an interface was watched, whose packets are not parsed for payload.
     #[serde(default)]
     pub payload_bytes: Vec<u64>,
-    /// Layer 3. For TCP everything the receiving namespace got: requests, replies and retransmits are in it.
+    /// Layer 3. For TCP, everything that the receiving namespace got, including requests, replies and retransmits.
     pub wire_bytes: Vec<u64>,
     /// Payload of each TCP flow.
     #[serde(default)]
@@ -17,7 +17,7 @@ pub struct Timeline {
     /// UDP packets that passed the limiter and found no room in the receiver's socket.
     #[serde(default)]
     pub buffer_errors: u64,
-    /// UDP packets that came with a congestion mark.
+    /// UDP packets that arrived with a congestion mark.
     #[serde(default)]
     pub marked: u64,
 }
@@ -42,9 +42,11 @@ impl Timeline {
         (0..seconds as u32).map(|second| self.wire_rate(f64::from(second), f64::from(second + 1))).collect()
     }
 
-    /// Wire bits per second in the busiest second after the first, wherever between two samples of the first `seconds` it begins.
+    /// Wire bits per second in the busiest second after the first, which may begin at any sample of the first
+    /// `seconds`.
     pub fn busiest_second(&self, seconds: f64) -> f64 {
-        // Between two samples: a sum of two fractions is not quite the time of the sample that is meant.
+        // Just before the sample: because of rounding, the sum of two fractions may differ from the time of the
+        // intended sample.
         const BEFORE: f64 = 0.01;
         let starts = self.sample_us.iter().map(|us| *us as f64 / 1e6);
         let starts = starts.filter(|start| *start > 1.0 - BEFORE && *start + 1.0 < seconds + BEFORE);
@@ -55,15 +57,15 @@ impl Timeline {
         self.wire_rate(0.0, 1.0)
     }
 
-    /// Jain's index of the flows' payload: 1 where all have the same, 1/n where one of n has all.
+    /// Jain's index of the flows' payload: 1 if all flows have the same, 1/n if one of n flows has everything.
     pub fn jain(&self) -> f64 {
         let sum: f64 = self.flows.iter().map(|bytes| *bytes as f64).sum();
         let squares: f64 = self.flows.iter().map(|bytes| (*bytes as f64).powi(2)).sum();
         sum.powi(2) / (self.flows.len() as f64 * squares)
     }
 
-    /// Taken between the first samples at or after the times asked for, over the time that really lies between them: a late
-    /// sample is then no error.
+    /// Taken between the first samples at or after the requested times, and divided by the real time between these
+    /// samples, so that a late sample causes no error.
     fn rate(&self, bytes: &[u64], from: f64, to: f64) -> f64 {
         let sample = |seconds: f64| {
             let at = self.sample_us.partition_point(|us| (*us as f64) < seconds * 1e6);

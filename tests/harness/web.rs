@@ -1,4 +1,5 @@
-//! Short connections between a pod and its node: a web server and its clients, in a closed loop, one of them in the pod.
+//! Short connections between a pod and its node: a web server and its clients, in a closed loop, one of them in the
+//! pod.
 
 use std::collections::BTreeMap;
 use std::thread;
@@ -13,29 +14,30 @@ use super::process::Running;
 use super::remote::Remote;
 use super::{Context, Failure, Result, traffic_program};
 
-/// How long the connection that asks beside them has been in use when the others begin.
+/// How long the connection for small requests has been in use when the clients begin.
 const ASKED_BEFORE: Duration = Duration::from_millis(300);
 
-/// What the clients do.
+/// The clients and their requests.
 #[derive(Clone, Debug)]
 pub struct Web {
-    /// Which way the data goes.
+    /// The direction of the data.
     pub way: Way,
-    /// The clients are in the pod and the server outside. Where the data goes to the clients they GET, else they POST.
+    /// The clients are in the pod and the server is outside. If the data goes to the clients they GET, else they
+    /// POST.
     pub from_pod: bool,
     pub clients: usize,
-    /// Of a response, or of what is posted.
+    /// Size of a response, or of a posted body.
     pub bytes: usize,
     /// Each client keeps its connection.
     pub keep: bool,
     pub seconds: f64,
-    /// Ask for small replies meanwhile, on one connection, with this pause between reply and request.
+    /// Sends small requests meanwhile, on one connection, with this pause between a reply and the next request.
     pub ask: Option<Duration>,
-    /// The same with a connection for each request, as a probe of kubelet's has.
+    /// Small requests with a connection for each, like a kubelet probe, with this pause.
     pub probe: Option<Duration>,
-    /// So many bulk flows beside them, the same way.
+    /// The number of bulk flows beside them, in the same direction.
     pub bulk_flows: usize,
-    /// The clients are behind a router, and not on the node.
+    /// The clients are behind a router instead of on the node.
     pub away: bool,
 }
 
@@ -56,38 +58,39 @@ impl Default for Web {
     }
 }
 
-/// What `traffic web-get` reports.
+/// The report of `traffic web-get`.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Responses {
     pub responses: u64,
     /// Requests without a response, by the error's name.
     pub failures: BTreeMap<String, u64>,
-    /// Requests that had no response yet at the end, and how long the oldest of them had waited.
+    /// Requests without a response at the end, and how long the oldest of them had waited.
     pub unfinished: u64,
     pub longest_unfinished_us: f64,
     /// From connect() to the last byte.
     pub from_connect: Times,
-    /// From the request written to the last byte, as wrk reports it.
+    /// From writing the request to the last byte, as wrk reports it.
     pub from_request: Times,
 }
 
-/// What [`web`] found.
+/// The result of [`web`].
 #[derive(Clone, Debug, Serialize)]
 pub struct WebResult {
-    /// What the namespace received that the data goes to. Its wire bytes are all traffic that way; its payload is the clients' alone.
+    /// Measured in the namespace that receives the data. The wire bytes are all traffic in that direction; the
+    /// payload is only the clients'.
     pub timeline: Timeline,
     pub clients: Responses,
-    /// Of the end that sends the data: answers to SYNs are in it.
+    /// Retransmits of the end that sends the data, including answers to SYNs.
     pub retransmits: u64,
     pub latency: Option<Latency>,
-    /// Of the probes, with their connections.
+    /// Times of the probes, including their connections.
     pub probes: Option<Latency>,
-    /// What the bulk flows had meanwhile.
+    /// The result of the bulk flows.
     pub bulk: Option<BulkResult>,
 }
 
 impl WebResult {
-    /// The longest time that anybody waited, with those who had no response yet.
+    /// The longest wait of any request, including those without a response.
     pub fn longest_us(&self) -> f64 {
         self.clients.from_connect.max_us.max(self.clients.longest_unfinished_us)
     }
@@ -96,7 +99,7 @@ impl WebResult {
 /// Clients of a web server, one end in the pod.
 pub fn web(pod: &Pod, options: &Web) -> Result<WebResult> {
     let Web { way, from_pod, clients, bytes, keep, seconds, ask, probe, bulk_flows, away } = *options;
-    // The clients open the connections, whichever way the data goes.
+    // The clients open the connections, whatever the direction of the data.
     let ends = Ends::new(pod, if from_pod { Way::Out } else { Way::In }, false, None)?;
     let post = (way == Way::In) != from_pod;
     prepare(if from_pod { &pod.netns } else { &pod.host.netns })?;
@@ -140,8 +143,8 @@ pub fn web(pod: &Pod, options: &Web) -> Result<WebResult> {
     Ok(WebResult { timeline, retransmits, clients: parse(got)?, latency, probes, bulk })
 }
 
-/// What clients behind a router wait for a small reply on a connection of its own, each so long after the one before, while others from there ask for
-/// so many connections a second and take none of them.
+/// Times of small requests from behind a router, each on a connection of its own and after this pause, while other
+/// clients there ask for `per_second` connections a second and complete none of them.
 pub fn ask_beside_knocks(pod: &Pod, per_second: u32, seconds: f64, pause: Duration) -> Result<Latency> {
     let ends = Ends::new(pod, Way::In, false, None)?;
     let (_echo, address) = Running::start_server(&mut ends.receiver("echo")?)?;
@@ -158,7 +161,7 @@ pub fn ask_beside_knocks(pod: &Pod, per_second: u32, seconds: f64, pause: Durati
     Ok(latency)
 }
 
-/// Ports for some hundred thousand connections: those of the last minute are taken again.
+/// Gives the clients ports for some hundred thousand connections: ports of the last minute are used again.
 fn prepare(clients: &Netns) -> Result<()> {
     let settings = ["-q", "net.ipv4.ip_local_port_range=1024 65535", "net.ipv4.tcp_tw_reuse=1"];
     clients.run("sysctl", &settings).map(drop).context("give the clients ports")

@@ -32,7 +32,7 @@ fn an_add_pins_and_attaches_what_it_says_and_a_del_leaves_nothing() {
     let add = pod.call("ADD");
     assert_eq!(add.stdout, r#"{"cniVersion":"1.1.0","ips":[]}"#);
     pod.assert_limited(&pod.container_id, RATE);
-    // Whether this kernel has fq is its own affair; what is recorded must be what is on the interface.
+    // Kernels with and without fq pass. The record must agree with the qdiscs on the interface.
     let qdisc = pod.netns.run("tc", &["qdisc", "show", "dev", "eth0"]).unwrap();
     let [has_fq, has_htb] = ["fq", "htb"].map(|kind| qdisc.starts_with(&format!("qdisc {kind} ")));
     let mut owner = json!({
@@ -106,7 +106,7 @@ fn a_del_from_a_stranger_removes_nothing_and_succeeds() {
     for stranger in [
         pod.cni_of("DEL", &container_id().unwrap()),
         pod.cni("DEL").env("CNI_IFNAME", "net1"),
-        // Its UID is somebody else's.
+        // A UID of another pod.
         pod.cni("DEL").env("CNI_ARGS", format!("K8S_POD_UID={}", uuid().unwrap())),
         pod.cni("DEL").env("CNI_ARGS", ""),
     ] {
@@ -117,7 +117,7 @@ fn a_del_from_a_stranger_removes_nothing_and_succeeds() {
     pod.assert_unlimited();
 }
 
-/// What containerd does when a node's configuration was replaced by one of another name while the pod ran.
+/// containerd makes such a call if a node's configuration was replaced by one with another name while the pod ran.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn a_del_under_the_networks_new_name_removes_the_limit() {
@@ -127,7 +127,7 @@ fn a_del_under_the_networks_new_name_removes_the_limit() {
     pod.assert_unlimited();
 }
 
-/// What kubelet does when a pause container has died.
+/// Kubelet makes these calls when a pause container has ended.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn a_restarted_sandbox_keeps_the_limit_whatever_the_old_ones_dels_do() {
@@ -143,7 +143,7 @@ fn a_restarted_sandbox_keeps_the_limit_whatever_the_old_ones_dels_do() {
         pod.assert_limited(&successor, 2 * RATE);
     }
 
-    // And when the DELs of the old one all come too late.
+    // The same if all DELs of the old sandbox come too late.
     let third = container_id().unwrap();
     let old = pod.objects();
     ok(&pod.cni_of("ADD", &third).stdin(pod.stdin_at(3 * RATE)));
@@ -177,12 +177,12 @@ fn each_interface_of_a_pod_has_its_own_attachment() {
     pod.call("ADD");
     ok(&second("ADD"));
     let whole = ATTACHMENT.map(String::from).to_vec();
-    // bpffs takes no dot in a name.
+    // bpffs allows no dot in a name.
     let both = [("eth0".to_owned(), whole.clone()), ("eth0%2e100".to_owned(), whole.clone())];
     let links = (LINKS.0.to_owned(), LINKS.1.map(String::from).to_vec());
     assert_eq!(pod.pins(), BTreeMap::from(both).into_iter().chain([links.clone()]).collect());
     assert_eq!((pod.rates("eth0"), pod.rates("eth0%2e100")), ([RATE, 0], [2 * RATE, 0]));
-    // No packet meets a program twice.
+    // Each program is attached once, so no packet passes it twice.
     assert_eq!(pod.attached().len(), PROGRAMS.len());
     pod.call("CHECK");
     ok(&second("CHECK"));
@@ -202,7 +202,7 @@ fn without_a_uid_the_container_is_the_key_and_the_configuration_names_the_cgroup
     let id = container_id().unwrap();
     let path = format!("/podshaper-test.slice/libpod-{id}.scope");
     let cgroup = PodCgroup::new(cgroup::mount().unwrap().join(&path[1..])).unwrap();
-    // Pins are looked for under the UID.
+    // The pins are looked for under the UID, which is the container's id here.
     let mut pod = Sandbox::of(cgroup, id.clone(), Arc::new(netns_with(&["eth0"])));
     pod.container_id = id;
     pod.stdin.insert("cgroupPath".into(), json!("/podshaper-test.slice/libpod-{containerID}.scope"));
@@ -214,7 +214,7 @@ fn without_a_uid_the_container_is_the_key_and_the_configuration_names_the_cgroup
     pod.assert_unlimited();
 }
 
-/// As the bridge plugin makes the interface: its other end is the host's.
+/// The interface is made as the bridge plugin makes it: its other end is on the host.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn no_qdisc_outlives_the_limit_it_was_put_there_for() {
@@ -238,14 +238,15 @@ fn no_qdisc_outlives_the_limit_it_was_put_there_for() {
         let by = pod.owner("eth0")["ingressBy"].clone();
         assert_eq!(qdiscs(), usize::from(by == "held-acks"), "{by}");
         end();
-        // fq serves what is sent as well; htb is for nothing else.
+        // fq also paces egress; htb serves egress only.
         let serves = || ["fq", "htb"].iter().any(|queue| pod.owner("eth0")[queue] == true);
         assert_eq!(qdiscs(), usize::from(sends && serves()), "after {what}: {by}");
     }
     pod.call("DEL");
 }
 
-/// Somebody's `ingress` at the host's end, where clsact would have room for filters of both ways. It stays, and the log says what is not held.
+/// A qdisc `ingress` of another tool at the host end, where clsact would have room for filters of both directions.
+/// The qdisc stays, and the log says which traffic is not held.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn plain_ingress_at_the_hosts_end_has_no_room_for_what_goes_into_the_pod() {
@@ -261,10 +262,10 @@ fn plain_ingress_at_the_hosts_end_has_no_room_for_what_goes_into_the_pod() {
         pod.stdin.insert("exemptSubnets".to_owned(), exempt.clone());
         let add = pod.call("ADD");
         let by = pod.owner("eth0")["ingressBy"].clone();
-        // A tbf cannot tell what is exempt.
+        // tbf cannot exempt any traffic.
         let without_fq = if exempt == json!([]) { "tbf" } else { "drops" };
         assert!(by == "held-acks" || by == without_fq, "{exempt}: {by}");
-        // With tbf, all that goes in is held, and there is room for the filter of the other way.
+        // tbf limits all ingress by itself, and the filter for egress has room in the `ingress` qdisc.
         let by_tbf = by == "tbf";
         let held_data = "cannot wait its turn at the host's end";
         assert_eq!(add.stderr.contains(held_data), by != "held-acks", "{exempt}: {add}");
@@ -281,8 +282,7 @@ fn plain_ingress_at_the_hosts_end_has_no_room_for_what_goes_into_the_pod() {
     }
 }
 
-/// The qdiscs are put on before the programs are loaded, since they decide which; the refusal here comes in between.
-/// They come before all filters, and what they decide is not shown to those.
+/// Programs of tcx run before all tc filters, and packets that they decide on never reach the filters.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn behind_programs_of_tcx_other_paths_are_not_said_to_be_held() {
@@ -308,6 +308,8 @@ fn behind_programs_of_tcx_other_paths_are_not_said_to_be_held() {
     first.call("DEL");
 }
 
+/// podshaper adds the qdiscs before it loads the programs, since the qdiscs decide which programs it loads. The refusal
+/// comes between the two steps.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn an_add_that_fails_while_loading_leaves_no_qdisc() {
@@ -323,7 +325,8 @@ fn an_add_that_fails_while_loading_leaves_no_qdisc() {
     pod.assert_unlimited();
 }
 
-/// A pod whose interface ends in a third namespace: the number of that end is here another pod's.
+/// A pod whose interface ends in a third namespace: the number of that end is the number of another pod's interface
+/// here.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn another_pods_interface_is_never_taken_for_this_ones() {
@@ -331,7 +334,7 @@ fn another_pods_interface_is_never_taken_for_this_ones() {
     let index = |path: &str| std::fs::read_to_string(path).unwrap().trim().to_owned();
     let number = index(&format!("/sys/class/net/{host_end}/ifindex"));
     let (third, pods) = (netns_with(&[]), Arc::new(netns_with(&[])));
-    // Both interfaces are number 2, the first after lo, as in every pod.
+    // Both interfaces have the number 2, the first after lo, as in every pod.
     let words = ["link", "add", "far", "index", &number, "type", "veth", "peer", "name", "eth0", "netns", pods.name()];
     third.run("ip", &words).unwrap();
     for netns in [&bystanders, &*pods] {
@@ -348,8 +351,8 @@ fn another_pods_interface_is_never_taken_for_this_ones() {
     pod.assert_unlimited();
 }
 
-/// Nothing is sent faster than the limit while the attachment is replaced again and again: every packet is counted where it
-/// leaves. A sender at full speed would put hundreds of packets through a gap of a millisecond.
+/// While the attachment is replaced again and again, nothing is sent faster than the limit: the test counts every
+/// packet where it leaves. A sender at full speed would put hundreds of packets through a gap of a millisecond.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn a_replaced_attachment_leaves_no_unshaped_moment() {
@@ -368,7 +371,7 @@ fn a_replaced_attachment_leaves_no_unshaped_moment() {
     let sent = || -> u64 {
         let text = netns.run("cat", &["/proc/net/dev"]).unwrap();
         let line = text.lines().find_map(|line| line.trim().strip_prefix("eth0:")).unwrap().to_owned();
-        // Eight columns for what was received, then bytes and packets sent.
+        // Eight columns of received traffic, then the sent bytes and packets.
         line.split_whitespace().nth(9).unwrap().parse().unwrap()
     };
     pod.call("ADD");
@@ -380,7 +383,7 @@ fn a_replaced_attachment_leaves_no_unshaped_moment() {
     flood.args(["udp-send", "--to", "10.9.9.2:9", "--rate", "20000000000", "--seconds", "600"]);
     let flood = Running::start(&mut flood).unwrap();
     assert!(within(Duration::from_secs(5), || sent() > 0), "nothing is sent");
-    // Now the first burst is over.
+    // Until the first burst is over.
     thread::sleep(Duration::from_millis(300));
 
     let (before, started) = (sent(), Instant::now());
@@ -404,8 +407,8 @@ fn a_replaced_attachment_leaves_no_unshaped_moment() {
     let seconds = started.elapsed().as_secs();
     drop(flood);
     assert!(fewest >= PROGRAMS.len() && fewest != usize::MAX, "seen on the cgroup: {fewest} programs");
-    // The clock goes on, so a new attachment brings no burst of its own. The rate lets one packet pass every 1.4 s, and a CPU in software
-    // takes minutes. A few are the kernel's own, of IPv6.
+    // The clock is kept, so a new attachment has no burst of its own. The rate permits a packet every 1.4 s, and an
+    // emulated CPU takes minutes for the replacements. A few packets are the kernel's own (IPv6).
     let most = seconds + 20;
     assert!(passed <= most, "{passed} packets passed in {REPLACEMENTS} replacements, {seconds} s");
 }

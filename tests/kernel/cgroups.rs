@@ -18,7 +18,7 @@ use crate::sandbox::{PINS, RATE, Sandbox, netns_with, ok, refused};
 fn the_cgroup_of_every_driver_class_and_prefix_is_found() {
     let netns = Arc::new(netns_with(&["eth0"]));
     let (dashed, docker) = (|uid: &str| uid.replace('-', "_"), format!("docker/{}", container_id().unwrap()));
-    // As kubelet makes the UID of a static pod.
+    // In the format of a static pod's UID.
     let statically = || uuid().unwrap().replace('-', "");
     let kind = "kubelet.slice/kubelet-kubepods.slice";
     let shapes: [&dyn Fn(&str) -> String; 8] = [
@@ -40,7 +40,8 @@ fn the_cgroup_of_every_driver_class_and_prefix_is_found() {
                 pod.stdin_with(json!({ "runtimeConfig": runtime }))
             };
             let slice = path.rsplit_once('/').unwrap().1;
-            // Searched for; named by containerd; named by crictl, which has no parent for it; named by CRI-O.
+            // The cgroup is found by a search; named by containerd; named by crictl, which knows no parent; named by
+            // CRI-O.
             let mut all = vec![pod.stdin_with(json!({})), named(&path), named("")];
             all.extend(slice.ends_with(".slice").then(|| named(slice)));
             for stdin in all {
@@ -55,7 +56,7 @@ fn the_cgroup_of_every_driver_class_and_prefix_is_found() {
     }
 }
 
-/// kubelet 1.20 with the systemd driver leaves an empty directory of the other shape.
+/// kubelet 1.20 with the systemd driver leaves an empty directory with the name of the other driver.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn of_two_directories_the_slice_is_taken() {
@@ -68,7 +69,7 @@ fn of_two_directories_the_slice_is_taken() {
     drop(leftover);
 }
 
-/// A v1 hierarchy of its own, so that this is a hybrid host whatever it is otherwise; to be made in mounts of one's own.
+/// A cgroup v1 hierarchy, which makes this a hybrid host in any case. Make it in mounts of the test's own.
 struct V1 {
     mount: tempfile::TempDir,
 }
@@ -82,13 +83,13 @@ impl V1 {
         own
     }
 
-    /// Makes the pod's directory here, as kubelet does.
+    /// Makes the pod's directory in this hierarchy, as kubelet does.
     fn pod(&self, path: &str) -> PodCgroup {
         PodCgroup::new(self.mount.path().join(&path[1..])).unwrap()
     }
 }
 
-/// Has cgroup2 where a hybrid host has it: on /sys/fs/cgroup it would be all that counts.
+/// Moves cgroup2 to its place on a hybrid host: podshaper would use nothing else if cgroup2 were on /sys/fs/cgroup.
 fn move_cgroup2_beside() {
     let usual = Path::new("/sys/fs/cgroup");
     if cgroup::mount().unwrap() != usual {
@@ -119,7 +120,7 @@ fn on_a_hybrid_host_the_pods_directory_is_made_and_removed() {
         for driver in [Driver::Cgroupfs, Driver::Systemd] {
             let uid = uuid().unwrap();
             let path = driver.path(&uid);
-            // Made, and removed when dropped, on v1 only.
+            // Made on v1 only, and removed there when dropped.
             let kubelets = v1.pod(&path);
             let unified = cgroup::mount().unwrap().join(&path[1..]);
             let pod = Sandbox::of(PodCgroup::absent(unified.clone()), uid, Arc::clone(&netns));
@@ -134,7 +135,8 @@ fn on_a_hybrid_host_the_pods_directory_is_made_and_removed() {
             assert!(!unified.exists());
             assert!(!pod.pod_directory().exists());
 
-            // A container is still in it at the first DEL; kubelet has removed its own at the last.
+            // At the first DEL a container is still in the directory. At the last DEL kubelet has removed its own
+            // directory.
             pod.call("ADD");
             let container = unified.join("c1");
             fs::create_dir(&container).unwrap();
@@ -146,7 +148,7 @@ fn on_a_hybrid_host_the_pods_directory_is_made_and_removed() {
             assert!(!unified.exists());
             kubelets.make().unwrap();
 
-            // An ADD that fails before.
+            // An ADD that fails before it attaches.
             let (code, _) = refused(&pod.cni("ADD").env("CNI_IFNAME", "net7"));
             assert_eq!(code, 8);
             assert!(!unified.exists());
@@ -155,8 +157,8 @@ fn on_a_hybrid_host_the_pods_directory_is_made_and_removed() {
     });
 }
 
-/// Runs `work` with a pod for which kubelet has made a directory on cgroup v1 and nobody on cgroup2, with the place of that one, and with
-/// kubelet's.
+/// Runs `work` with a pod for which kubelet has made a directory on cgroup v1 and none exists on cgroup2, with the
+/// path of the latter, and with kubelet's directory.
 fn with_a_pod_on_v1(work: impl FnOnce(&Sandbox, &PathBuf, &Path) + Send) {
     let netns = Arc::new(netns_with(&["eth0"]));
     mounts::with_own(|| {
@@ -171,7 +173,7 @@ fn with_a_pod_on_v1(work: impl FnOnce(&Sandbox, &PathBuf, &Path) + Send) {
     });
 }
 
-/// The limit of a pod that was there before it, as sync attaches it and takes it off: runc has made its directory.
+/// A pod that existed before its limit, which sync attaches and takes off later: runc has made the pod's directory.
 #[test]
 #[ignore = "needs root, cgroup2, cgroup v1 and bpffs"]
 fn on_a_hybrid_host_the_directory_goes_with_a_pod_whose_limit_came_later_and_ended_before() {
@@ -181,7 +183,7 @@ fn on_a_hybrid_host_the_directory_goes_with_a_pod_whose_limit_came_later_and_end
         assert!(!is_marked(unified));
         pod.call("ADD");
         pod.assert_limited(&pod.container_id, RATE);
-        // Without a limit, in the same sandbox.
+        // An ADD without a limit, in the same sandbox.
         ok(&pod.cni("ADD").stdin(pod.stdin_with(json!({ "runtimeConfig": {} }))));
         pod.assert_unlimited();
         assert!(container.is_dir(), "the pod lives");
@@ -191,7 +193,7 @@ fn on_a_hybrid_host_the_directory_goes_with_a_pod_whose_limit_came_later_and_end
     });
 }
 
-/// One whose DEL does not come: of a pod with hostNetwork none does.
+/// A pod whose DEL does not come, as with hostNetwork.
 #[test]
 #[ignore = "needs root, cgroup2, cgroup v1 and bpffs"]
 fn on_a_hybrid_host_the_limit_of_a_pod_that_has_ended_is_cleared_with_its_directory() {
@@ -219,18 +221,18 @@ fn on_a_hybrid_host_the_limit_of_a_pod_that_has_ended_is_cleared_with_its_direct
     });
 }
 
-/// The failure after the directory was made: the pins cannot be.
+/// The ADD fails after it has made the directory, since it cannot pin.
 #[test]
 #[ignore = "needs root, cgroup2, cgroup v1 and bpffs"]
 fn a_directory_made_for_an_add_that_fails_is_removed() {
     with_a_pod_on_v1(|pod, unified, kubelets| {
-        // In mounts of its own: nobody else pins here.
+        // A bpffs of its own, without pins of other tests.
         mounts::without(Path::new("/sys/fs/bpf"));
         pod.call("ADD");
         pod.call("DEL");
         assert!(!unified.exists());
         assert!(!Path::new(PINS).exists(), "the last pod is gone");
-        // Of this mount alone: a filesystem of another mount namespace stays as it is.
+        // Only this mount becomes read-only: the filesystem stays writable in other mount namespaces.
         let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
         mount(None::<&str>, "/sys/fs/bpf", None::<&str>, flags, None::<&str>).unwrap();
         let refusal = format!("make the directory {PINS}: Read-only file system (os error 30)");

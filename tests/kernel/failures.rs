@@ -28,30 +28,30 @@ fn status(keys: &str) -> Cni {
     Cni::new(env!("CARGO_BIN_EXE_podshaper"), "STATUS").stdin(stdin)
 }
 
-/// What STATUS says of a node that can limit no pod.
+/// The answers of STATUS on a node that cannot limit any pod.
 struct Status {
-    /// The line in the log, where pods may be without a limit: the node is ready then.
+    /// The line in the log where pods may have no limit: the node is ready then.
     warning: String,
-    /// The error, where the configuration limits every pod: none of them could be added.
+    /// The error where the configuration limits every pod: no pod could be added.
     error: String,
 }
 
 impl Status {
-    /// Asks through another program, which may be what keeps it from limiting any.
+    /// Calls STATUS through another program, which may be the reason why no pod can be limited.
     #[track_caller]
     fn through(wrapper: &[&str]) -> Self {
         mounts::without_memory();
         let call = ok(&status("").through(wrapper));
         assert!(call.stdout.is_empty() && call.stderr.lines().count() == 1, "{call}");
         let (_, warning) = call.stderr.trim_end().split_once(" [WARN] ").unwrap_or_else(|| panic!("{call}"));
-        // The runtime asks again every few seconds.
+        // A runtime asks every few seconds, so the warning comes once only.
         assert_eq!(ok(&status("").through(wrapper)).stderr, "");
         let (code, error) = refused(&status(r#", "egress": "10M""#).through(wrapper));
         assert_eq!(code, UNAVAILABLE);
         Self { warning: warning.to_owned(), error }
     }
 
-    /// Asserts that both give this reason.
+    /// Asserts that the warning and the error give this reason.
     #[track_caller]
     fn assert(&self, reason: &str) {
         let warning = format!("this node cannot limit pods; one that asks for a limit will fail: {reason}");
@@ -60,7 +60,7 @@ impl Status {
     }
 }
 
-/// The v1 mounts that a message counts.
+/// The end of the message that counts the v1 mounts.
 fn nor_on_v1() -> String {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     match mounts.lines().filter(|line| line.contains(" - cgroup ")).count() {
@@ -137,7 +137,7 @@ fn a_namespace_or_interface_that_is_none_is_named() {
         assert_eq!(refused(&call), (NETNS, details));
         pod.assert_unlimited();
     }
-    // One that worked stays when the next does not.
+    // The attachment of an ADD that succeeded stays when the next ADD fails.
     pod.call("ADD");
     refused(&pod.cni("ADD").env("CNI_NETNS", gone).stdin(pod.stdin_at(2 * RATE)));
     pod.assert_limited(&pod.container_id, RATE);
@@ -157,7 +157,7 @@ fn an_owner_too_large_for_its_map_is_refused() {
     pod.assert_unlimited();
 }
 
-/// With ingress, part of which may be a qdisc on the host's end.
+/// With an ingress limit, which may need a qdisc on the host end.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn a_failed_add_leaves_the_limit_before_it_in_force() {
@@ -176,11 +176,11 @@ fn a_failed_add_leaves_the_limit_before_it_in_force() {
     pod.call("DEL");
 }
 
-/// Nor does one that waits for the lock in vain.
+/// An ADD that waits for the lock in vain changes nothing either.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn an_add_that_does_not_get_the_lock_leaves_the_limit_before_it_in_force() {
-    // Of a bpffs of its own: this lock is every other test's, too.
+    // In a bpffs of its own: the other tests need the lock of the usual bpffs.
     alone(|| {
         let (netns, host_end) = netns_with_host_end();
         let mut pod = Sandbox::with_netns(Arc::new(netns));
@@ -212,13 +212,15 @@ fn an_add_that_does_not_get_the_lock_leaves_the_limit_before_it_in_force() {
 fn a_process_that_may_not_is_told_what_it_needs() {
     let pod = Sandbox::new();
     let netns = pod.netns.path().display();
-    // Either of the two lets it use bpf(2); without the second it cannot enter the pod's namespace, which comes first.
+    // Either of the two capabilities permits bpf(2). Without CAP_SYS_ADMIN podshaper cannot enter the pod's
+    // namespace, which comes first.
     let no_bpf = ["setpriv", "--bounding-set=-bpf,-sys_admin", "--inh-caps=-all"];
     let enter = format!("enter the pod's netns {netns}: setns (needs CAP_SYS_ADMIN): EPERM: Operation not permitted");
     assert_eq!(refused(&pod.cni("ADD").through(&no_bpf)), (NETNS, enter.clone()));
     let load = format!("load podshaper's eBPF maps ({CAPABILITIES}): Operation not permitted (os error 1)");
     mounts::with_own(|| Status::through(&no_bpf)).assert(&load);
-    // Without this one it is the verifier that says no, and of what. Linux 7.3's takes the programs all the same.
+    // Without CAP_PERFMON the verifier refuses the programs, and names the reason. The verifier of Linux 7.3 accepts
+    // them nevertheless.
     let no_perfmon = ["setpriv", "--bounding-set=-perfmon,-sys_admin", "--inh-caps=-all"];
     mounts::with_own(|| {
         mounts::without_memory();
@@ -228,7 +230,7 @@ fn a_process_that_may_not_is_told_what_it_needs() {
         }
     });
 
-    // A rootless runtime: root in a user namespace, where it may make network namespaces.
+    // A rootless runtime: root in a user namespace, in which it may make network namespaces.
     let rootless = [
         "unshare",
         "--user",
@@ -240,15 +242,15 @@ fn a_process_that_may_not_is_told_what_it_needs() {
         "sh",
     ];
     let call = pod.cni("ADD").env("CNI_NETNS", "/proc/self/fd/3").through(&rootless);
-    // Where another test has an attachment, the node's programs are there already.
+    // If another test has an attachment, the node's programs are loaded already.
     let (code, details) = refused(&call);
     let not_permitted = format!(" ({CAPABILITIES}): Operation not permitted (os error 1)");
     assert!(code == KERNEL && details.ends_with(&not_permitted), "{details}");
     pod.assert_unlimited();
 }
 
-/// The programs load where nothing can be kept with a socket, and then nothing would be paced. Before Linux 6.8 a namespace of its own
-/// cannot be made so short of room; there it has enough.
+/// The programs load even where the kernel cannot keep their state with a socket, and then nothing would be paced.
+/// Before Linux 6.8 the room for that (net.core.optmem_max) cannot be made so small in a network namespace of its own.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn a_node_where_nothing_can_be_kept_with_a_socket_is_told_so() {
@@ -267,7 +269,7 @@ fn a_node_where_nothing_can_be_kept_with_a_socket_is_told_so() {
     mounts::with_own(|| Status::through(&within)).assert(reason);
 }
 
-/// Pods without a limit start on such a node, which is Ready for them.
+/// On such a node, pods without a limit start, and STATUS reports the node as ready for them.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn an_add_without_a_limit_succeeds_where_no_pod_can_be_limited() {
@@ -290,7 +292,7 @@ fn bpffs_is_mounted_where_it_is_missing_unless_that_is_forbidden() {
         Status::through(&["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-all"])
             .assert(&format!("{mount}: Operation not permitted (os error 1)"));
         assert_eq!(mounts::count_at(Path::new(BPFFS)), 0);
-        // Nothing was ever attached, then.
+        // Without bpffs nothing was ever attached.
         assert_eq!(pod.call("DEL").stdout, "");
         assert_eq!(mounts::count_at(Path::new(BPFFS)), 0);
 
@@ -299,7 +301,7 @@ fn bpffs_is_mounted_where_it_is_missing_unless_that_is_forbidden() {
         mounts::without_memory();
         assert_eq!(ok(&status("")).stderr, "");
         assert_eq!(mounts::count_at(Path::new(BPFFS)), 1);
-        // Or anybody could hold its lock.
+        // With another mode, any process could hold the lock.
         let mode = fs::metadata("/sys/fs/bpf/podshaper").unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o700);
         let options = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
@@ -310,7 +312,8 @@ fn bpffs_is_mounted_where_it_is_missing_unless_that_is_forbidden() {
     });
 }
 
-/// Where everybody may write to bpffs, everybody can make the directory first, and would then hold the lock of every pod's ADD.
+/// Where all users may write to bpffs, any user can make the directory first, and could then hold the lock of every
+/// pod's ADD.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn a_directory_of_pins_that_is_not_roots_alone_is_not_used() {
@@ -369,7 +372,7 @@ fn a_host_with_cgroup_v1_only_is_told_how_to_get_v2() {
     pod.assert_unlimited();
 }
 
-/// What an old-fashioned tool does, without BPF_F_ALLOW_MULTI.
+/// An old tool attaches such a program, without BPF_F_ALLOW_MULTI.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn a_program_that_tolerates_no_other_is_told_from_a_missing_capability() {
@@ -377,7 +380,7 @@ fn a_program_that_tolerates_no_other_is_told_from_a_missing_capability() {
     let netns = Arc::new(netns);
     let lender = Sandbox::with_netns(Arc::clone(&netns));
     lender.call("ADD");
-    // What the lender's limit has on the interface stays.
+    // The qdiscs of the lender's limit stay on the interface.
     let there = own_qdiscs(&netns, &host_end);
     let program = lender.program("count_egress").to_string();
     let parent = PodCgroup::new(cgroup::mount().unwrap().join(unique("occupied"))).unwrap();

@@ -1,4 +1,5 @@
-//! What podshaper changes on a pod's interface and in its namespace: shared, put back, and left alone where it is not its own.
+//! What podshaper changes on a pod's interface and in its namespace: shared between limits, restored, and left alone
+//! where it belongs to others.
 
 use std::fs;
 use std::path::Path;
@@ -16,10 +17,10 @@ use crate::sandbox::{
     sysctl,
 };
 
-/// Twenty milliseconds, and the headers: what 10 Mbit/s asks for.
+/// 20 ms of 10 Mbit/s and the headers.
 const SMALL: u32 = 25_512;
 
-/// What kubelet does when the call before was lost, and what makes nothing of a namespace's being used already.
+/// Kubelet repeats an ADD whose answer was lost, without regard to the earlier use of the namespace.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn a_second_add_in_the_same_namespace_keeps_the_size_of_before_podshaper() {
@@ -37,7 +38,8 @@ fn a_second_add_in_the_same_namespace_keeps_the_size_of_before_podshaper() {
     assert_eq!(sizes(&pod.netns), before);
 }
 
-/// A veth with BIG TCP: the kernel lowers the size for IPv4 along with the other, and does not raise it again above 64 KiB.
+/// A veth with BIG TCP: the kernel lowers the size for IPv4 together with gso_max_size, but does not raise it again
+/// above 64 KiB.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn the_size_for_ipv4_comes_back_as_it_was() {
@@ -63,7 +65,7 @@ fn settings_of_the_namespace_come_back_as_they_were() {
     let before = settings();
     ok(&pod.cni("ADD").stdin(pod.stdin_at(100_000)));
     assert_eq!(settings(), [Some(1), before[1].map(|_| 0)]);
-    // From 1.2 Mbit/s on it is two segments, or two milliseconds of the limit.
+    // From 1.2 Mbit/s on, the least is two segments, or two milliseconds of the limit if that is more.
     for (rate, segments) in [(2_000_000, 2), (RATE, 2), (100_000_000, 17)] {
         ok(&pod.cni("ADD").stdin(pod.stdin_at(rate)));
         assert_eq!(settings(), [Some(segments), before[1].map(|_| 0)]);
@@ -72,7 +74,7 @@ fn settings_of_the_namespace_come_back_as_they_were() {
     assert_eq!(settings(), before);
 }
 
-/// The failing ADD asks for less, and for names that do not fit into the record.
+/// The failing ADD asks for a lower limit, and for names that do not fit into the record.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn a_failed_add_leaves_the_interface_to_the_attachment_that_stays() {
@@ -98,7 +100,8 @@ fn a_failed_add_leaves_the_interface_to_the_attachment_that_stays() {
     assert_eq!((sizes(&pod.netns), own_qdiscs(&pod.netns, &host_end)), (before, 0));
 }
 
-/// The kernel refuses a size above the interface's largest. The qdiscs, which would go on limiting, go all the same.
+/// The kernel refuses a size above the interface's maximum. The DEL removes the qdiscs nevertheless, which would
+/// otherwise keep limiting.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn a_del_goes_on_where_a_size_cannot_be_put_back() {
@@ -118,7 +121,8 @@ fn a_del_goes_on_where_a_size_cannot_be_put_back() {
     pod.assert_unlimited();
 }
 
-/// As a path in /proc does when its process has ended, or one in /run when a runtime uses a name again.
+/// A path in /proc may name another namespace after its process has ended, and a path in /run after a runtime has
+/// used the name again.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn a_path_that_names_another_namespace_by_now_is_left_alone() {
@@ -141,7 +145,8 @@ fn a_path_that_names_another_namespace_by_now_is_left_alone() {
     pod.assert_unlimited();
 }
 
-/// Two limits on one interface: whichever goes first, the other has what it needs, and after the last all is as it was.
+/// Two limits on one interface: whichever ends first, the other one keeps what it needs. After the last one, the
+/// interface is as before.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn an_interface_is_shared_until_the_last_limit_goes() {
@@ -165,7 +170,7 @@ fn an_interface_is_shared_until_the_last_limit_goes() {
         expect(SMALL);
         pods[first].call("DEL");
         expect(then);
-        // htb is the first one's alone.
+        // htb belongs to the first limit only.
         let stays = qdiscs > 0 && (last == 0 || pods[last].owner("eth0")["fq"] == true);
         assert_eq!(own_qdiscs(&netns, &host_end), usize::from(stays));
         if last == 0 {
@@ -176,7 +181,7 @@ fn an_interface_is_shared_until_the_last_limit_goes() {
     }
 }
 
-/// It would keep the pod in Terminating for ever.
+/// A DEL that failed would keep the pod in Terminating for ever.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn a_del_removes_what_has_a_record_that_nobody_can_read() {

@@ -14,10 +14,10 @@ use crate::harness::netns::Netns;
 use crate::harness::pod::container_id;
 use crate::sandbox::{ATTACHMENT, LINKS, NODE, Objects, PROGRAMS, RATE, Sandbox, netns_with, ok, within};
 
-/// What an attachment's directory is called while it is made, and while it is replaced before Linux 5.17.
+/// The names of an attachment's directory while it is made, and while it is replaced before Linux 5.17.
 const UNFINISHED: [&str; 2] = ["eth0%new", "eth0%old"];
 
-/// Starts a call and kills it after a moment, unless it was faster; whether it was.
+/// Starts a call and kills it after a moment. Returns whether the call had finished successfully before.
 fn kill_after(cni: &Cni, stdin: &str, moment: Duration) -> bool {
     let mut command: Command = cni.command();
     let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
@@ -27,7 +27,8 @@ fn kill_after(cni: &Cni, stdin: &str, moment: Duration) -> bool {
     child.wait().unwrap().success()
 }
 
-/// Moments from before main() on, evenly: `count` of them until after the end of a call that takes so long undisturbed, and on.
+/// Moments at equal distances, from before main() on: after `count` of them, a call of this undisturbed duration has
+/// ended. The series goes on.
 fn moments(count: u32, undisturbed: Duration) -> impl Iterator<Item = Duration> {
     (0..).map(move |n| undisturbed * n * 5 / (count * 4))
 }
@@ -39,7 +40,7 @@ fn an_add_that_is_killed_anywhere_is_repaired_by_the_next() {
     let pod = Sandbox::new();
     let (mut calls, mut finished, mut left) = (0, 0, 0);
     for moment in moments(CALLS, pod.call("ADD").elapsed) {
-        // A machine that has become busier since the undisturbed call needs later moments than that says.
+        // If the machine is busier now than at the undisturbed call, later moments are needed.
         if calls >= CALLS && finished > 0 || calls == 10 * CALLS {
             break;
         }
@@ -50,7 +51,7 @@ fn an_add_that_is_killed_anywhere_is_repaired_by_the_next() {
         left += u32::from(pins.contains_key(UNFINISHED[0]));
         let known = ["eth0", LINKS.0];
         assert!(pins.keys().all(|name| known.iter().chain(&UNFINISHED).any(|known| name == known)), "{pins:?}");
-        // What has its name is whole.
+        // An attachment with its final name is complete.
         if pins.contains_key("eth0") {
             assert_eq!(pins["eth0"], ATTACHMENT);
         }
@@ -86,11 +87,11 @@ fn a_del_removes_what_a_killed_call_left() {
     }
 }
 
-/// The states in which a call can be killed, made by hand: the moments between two system calls are hard to hit.
+/// All states in which a call can be killed, made by hand: the moments between two system calls are hard to hit.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn every_unfinished_state_is_cleared_by_a_del_and_by_an_add() {
-    // The node's programs and what they know outlive each of the pod's attachments.
+    // With a second pod, the node's programs and their state outlive each attachment of the first.
     let beside = Sandbox::new();
     beside.call("ADD");
     let pod = Sandbox::new();
@@ -129,7 +130,7 @@ fn every_unfinished_state_is_cleared_by_a_del_and_by_an_add() {
         }),
     ];
     for (what, make) in states {
-        // Shown with a failure.
+        // Shown when the test fails.
         eprintln!("{what}");
         make();
         pod.call("DEL");
@@ -148,7 +149,7 @@ fn every_unfinished_state_is_cleared_by_a_del_and_by_an_add() {
             .stdin(pod.stdin_with(json!({ "cni.dev/valid-attachments": [] }))));
         pod.assert_unlimited();
     }
-    // A live attachment that lies aside is its owner's.
+    // A live attachment under the other name still belongs to its owner.
     states[5].1();
     let objects = pod.objects();
     ok(&pod.cni_of("DEL", &container_id().unwrap()));
@@ -165,7 +166,8 @@ fn every_unfinished_state_is_cleared_by_a_del_and_by_an_add() {
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn of_calls_for_one_pod_at_the_same_time_one_wins_whole() {
     let pod = Sandbox::new();
-    // Each has a network namespace of its own, as a pod's sandboxes have: nobody makes two calls for one sandbox at a time.
+    // Each has a network namespace of its own, like the sandboxes of a pod: a runtime never makes two calls for one
+    // sandbox at a time.
     let sandboxes: Vec<_> = (0..12).map(|_| (container_id().unwrap(), netns_with(&["eth0"]))).collect();
     let (first, next) = sandboxes.split_at(8);
     let rate = |id: &str| RATE + sandboxes.iter().position(|(other, _)| other == id).unwrap() as u64;
@@ -211,7 +213,7 @@ fn two_hundred_pods_come_and_go_eight_at_a_time_and_nothing_is_left() {
                             pod.assert_limited(&pod.container_id, RATE);
                             objects.extend(pod.objects());
                         }
-                        // Some pods' cgroups go before the DEL.
+                        // Some pods' cgroups are removed before the DEL.
                         if n % 2 == 0 {
                             pod.cgroup.remove().unwrap();
                         }
@@ -228,7 +230,7 @@ fn two_hundred_pods_come_and_go_eight_at_a_time_and_nothing_is_left() {
     all.assert_freed();
 }
 
-/// At boot, before anything has mounted bpffs: one mounted over the other would hide the first one's pins for ever.
+/// At boot, before bpffs is mounted. A second bpffs mounted over the first would hide the first one's pins for ever.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn pods_that_find_no_bpffs_mount_it_once() {
@@ -251,7 +253,7 @@ fn pods_that_find_no_bpffs_mount_it_once() {
     }
 }
 
-/// Calls that are started by one thread run in its mounts.
+/// Starts a call on this thread, and so in this thread's mounts.
 fn start(cni: &Cni, stdin: &str) -> std::process::Child {
     let mut child = cni.command().spawn().unwrap();
     child.stdin.take().unwrap().write_all(stdin.as_bytes()).unwrap();

@@ -54,14 +54,14 @@ fn check_names_what_is_not_as_asked_for() {
     pod.cgroup.make().unwrap();
     let (code, details) = refused(&pod.cni("CHECK"));
     let dead = format!("the link {links}/count_egress is dead: its cgroup is gone");
-    // The kernel detaches from a cgroup that is gone a moment later.
+    // The kernel detaches a link a moment after the removal of its cgroup.
     let elsewhere = format!("the link {links}/count_egress is on the cgroup with id ");
     assert!(code == MISMATCH && (details == dead || details.starts_with(&elsewhere)), "{details}");
     pod.call("DEL");
     assert_eq!(refused(&pod.cni("CHECK")), (MISMATCH, nothing));
 }
 
-/// What holds the limit is not the programs alone, and somebody else's `tc` may take a part of it away.
+/// A limit needs qdiscs as well as programs, and another tool may remove a qdisc with `tc`.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn check_misses_a_qdisc_that_was_taken_off() {
@@ -95,7 +95,8 @@ fn check_misses_a_qdisc_that_was_taken_off() {
     pod.call("DEL");
 }
 
-/// A runtime asks every few seconds. That nothing is tried again shows where nothing may be.
+/// A runtime calls STATUS every few seconds. The second calls run without any capability, so they would fail if they
+/// tried anything again.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn status_finds_out_what_a_limit_needs_once_and_remembers() {
@@ -111,13 +112,13 @@ fn status_finds_out_what_a_limit_needs_once_and_remembers() {
         assert_eq!(status("", &[]), "");
         let all_limited = r#", "egress": "10M", "ingress": "10M""#;
         assert_eq!((status("", &may_not), status(all_limited, &may_not)), (String::new(), String::new()));
-        // By a program that was here before this one.
+        // The memory of an earlier version of the program.
         process::run(Command::new("touch").args(["--date", "1990-01-01", "/run/podshaper/status"])).unwrap();
         assert!(status("", &may_not).contains("[WARN] this node cannot limit pods"));
     });
 }
 
-/// What fails every pod's ADD.
+/// A configuration with which every pod's ADD fails.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn status_is_not_fine_where_the_configuration_fails_every_add() {
@@ -146,7 +147,7 @@ fn status_is_not_fine_where_the_configuration_fails_every_add() {
 fn gc_removes_what_is_of_its_network_and_not_named() {
     let mut pods: Vec<Sandbox> = (0..4).map(|_| Sandbox::with_netns(Arc::new(netns_with(&["eth0", "net1"])))).collect();
     let network = pods[0].network.clone();
-    // The last is of another network.
+    // The last pod is in another network.
     pods[..3].iter_mut().for_each(|pod| drop(pod.stdin.insert("name".into(), json!(network))));
     pods.iter().for_each(|pod| drop(pod.call("ADD")));
     ok(&pods[0].cni("ADD").env("CNI_IFNAME", "net1"));

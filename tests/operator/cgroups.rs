@@ -31,7 +31,7 @@ fn key(cgroup: &PodCgroup) -> String {
 fn a_cgroup_is_limited_changed_and_let_go() {
     let slice = cgroup("slice");
     let path = slice.path().to_str().unwrap();
-    // Below the mount is as good.
+    // The path below the mount is accepted as well.
     let short = format!("/{}", slice.path().file_name().unwrap().to_str().unwrap());
     let (code, stdout, stderr) = call(&["attach", "--cgroup", &short, "--egress", "10M", "--ingress", "20M"]);
     assert_eq!(
@@ -48,7 +48,7 @@ fn a_cgroup_is_limited_changed_and_let_go() {
 
     says(&["set", &short, "--egress", "1M", "--ingress", "2M"]);
     assert_eq!(listed(&key(&slice)).unwrap()["egress"]["limitBitsPerS"], 1_000_000);
-    // Attached again it is replaced.
+    // A second attach replaces the first.
     says(&["attach", "--cgroup", path, "--egress", "5M"]);
     let entry = listed(&key(&slice)).unwrap();
     assert!(entry["egress"]["limitBitsPerS"] == 5_000_000 && entry["ingress"].is_null(), "{entry}");
@@ -100,7 +100,7 @@ fn what_a_limited_cgroup_sends_has_its_rate_and_no_other_after_detach() {
     assert!(free > 200e6, "{free} bit/s after detach");
 }
 
-/// As a container is limited: by the interface of its own namespace, which may then get a qdisc.
+/// Limited as a container's traffic can be: on the interface of its own namespace, which may then get a qdisc.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn a_container_with_a_namespace_of_its_own_is_limited_by_its_interface() {
@@ -122,7 +122,7 @@ fn a_container_with_a_namespace_of_its_own_is_limited_by_its_interface() {
         assert!(text.contains("--netns /proc/"), "{cgroup}: {text}");
     }
     let netns = pod.netns.path().display().to_string();
-    // On its node, where the other end of the veth is.
+    // Run on its node, where the other end of the veth is.
     on_node(&pod, &[&["attach", "--cgroup", &path], &limits[..], &["eth0", "--netns", &netns]].concat());
     let by = listed(&key(&pod.cgroup)).unwrap()["ingress"]["by"].clone();
     assert_ne!(by, "drops");
@@ -155,8 +155,8 @@ fn connections_are_let_go_by_detach() {
     assert!(after > 200e6, "{after} bit/s of a connection whose limit is gone");
 }
 
-/// Ends the limit of a connection on which nothing is sent at the time, of which no program hears. What it still had to send is through by
-/// then.
+/// Ends the limit of a connection while nothing is sent on it, so that no program is called at that time. The backlog
+/// has left by then.
 #[track_caller]
 fn assert_let_go_in_silence(pod: &Pod, way: Way, end: impl FnOnce() + Send) {
     const SILENCE: [f64; 2] = [2.0, 8.0];
@@ -171,7 +171,8 @@ fn assert_let_go_in_silence(pod: &Pod, way: Way, end: impl FnOnce() + Send) {
         [(0.5, 1.5), (5.0, 7.5), (8.5, 11.0)].map(|(from, to)| timeline.payload_rate(from, to) / 1e6);
     let what = format!("{way:?}: {during:.1} Mbit/s, {silent:.1} when the limit ended, {after:.1} after that");
     eprintln!("{what}");
-    // Kernels in software emulation send no more than twice the limit. A small window lets as much come.
+    // Emulated kernels send no more than twice the limit. In the other direction, a window that is still small would
+    // allow that much.
     let least = if way == Way::Out { 15.0 } else { 50.0 };
     assert!((1.0..15.0).contains(&during) && silent == 0.0 && after > least, "{what}");
 }
@@ -195,7 +196,7 @@ fn a_silent_connection_receives_freely_after_detach() {
     let bed = Bed::new();
     let pod = bed.limited(Limits { egress: None, ingress: Some(10 * MBIT) });
     if has_fq(&pod) {
-        // On a short path the smallest window is no limit.
+        // On a short path even the smallest window limits nothing.
         move_away(&pod);
     }
     assert_let_go_in_silence(&pod, Way::In, || on_node(&pod, &["detach", &pod.uid]));
@@ -257,13 +258,13 @@ fn run_passes_the_exit_status_and_signals_on() {
     let status = |script: &str| call(&["run", "--egress", "10M", "--", "sh", "-c", script]).0;
     assert_eq!(["exit 0", "exit 7", "kill -TERM $$", "kill -KILL $$"].map(status), [0, 7, 143, 137]);
     assert_eq!(call(&["run", "--egress", "10M", "--", "no-such-command"]).0, 127);
-    // What it leaves running ends with it.
+    // Processes that the command leaves running end with the command.
     assert_eq!(status("sleep 1000 & exit 3"), 3);
 
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
         let mut run = podshaper(&["run", "--egress", "10M", "--", "sleep", "1000"]).spawn().unwrap();
         let directory = own_cgroup_of(run.id());
-        // It steps out again once the command has started.
+        // podshaper leaves the cgroup once the command has started.
         let is_started =
             || !is_empty(&directory) && !processes(&directory).lines().any(|id| id == run.id().to_string());
         assert!(within(Duration::from_secs(30), is_started));
@@ -273,7 +274,8 @@ fn run_passes_the_exit_status_and_signals_on() {
     }
 }
 
-/// Whenever it comes: in a long PATH the command is looked for in hundreds of places, while it is being started.
+/// A signal may come at any time: with a long PATH the command is searched for in hundreds of directories while it is
+/// being started.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn no_signal_to_run_is_lost() {
@@ -290,7 +292,7 @@ fn no_signal_to_run_is_lost() {
             run.wait().unwrap();
             panic!("a signal {delay:?} after the start is lost");
         }
-        // At first podshaper has not begun, and ends of it.
+        // At first podshaper has not set up its signal handling, and the signal ends podshaper itself.
         let status = run.wait().unwrap();
         assert!(status.code() == Some(143) || status.signal() == Some(15), "{delay:?}: {status}");
         assert_gone(run.id());

@@ -1,5 +1,6 @@
-//! A conflist of podshaper's own that delegates to the network's: the order and the contents of the calls by plugins that write down what
-//! they are asked, and pods by the real ones, whose list is written anew while they come and go.
+//! podshaper's own conflist, which delegates to the network's. The order and the contents of the calls are tested
+//! with plugins that log their calls; the rest with pods of the real plugins, whose list is rewritten while pods come
+//! and go.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -23,16 +24,16 @@ use crate::kernel::mounts;
 use crate::sandbox::{RATE, Sandbox, ok, refused, within};
 
 const FILE: &str = "00-podshaper.conflist";
-/// What an ADD leaves for its DEL.
+/// The directory of the records that an ADD leaves for its DEL.
 const RECORDS: &str = "/var/lib/cni/podshaper";
 const LIMIT: u64 = 20 * MBIT;
 
-/// The directories of a node whose network is `net.d/10-net.conflist`, and of plugins that write down what they are asked.
+/// The directories of a node whose network is `net.d/10-net.conflist`, and of plugins that log their calls.
 struct Node {
     root: TempDir,
 }
 
-/// A call that such a plugin was asked.
+/// A logged call of such a plugin.
 #[derive(Debug)]
 struct Asked {
     /// `ADD bridge`
@@ -62,7 +63,7 @@ impl Node {
         says(&[&directories[..], options].concat())
     }
 
-    /// The list that a runtime takes.
+    /// The list that a runtime chooses.
     fn chain(&self, version: &str) -> Chain {
         let own = podshaper_program().unwrap();
         let dirs = [own.parent().unwrap(), Path::new(PLUGIN_DIR)];
@@ -71,7 +72,7 @@ impl Node {
         chain
     }
 
-    /// A plugin that answers ADD with this, and another verb with nothing.
+    /// A plugin that answers ADD with this result, and other verbs with nothing.
     fn plugin(&self, name: &str, result: &Value) {
         self.script(name, &format!("[ $CNI_COMMAND != ADD ] || echo '{result}'"));
     }
@@ -87,7 +88,7 @@ impl Node {
         fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
     }
 
-    /// What the plugins were asked since this was called last.
+    /// The calls of the plugins since the last call of this function.
     fn asked(&self) -> Vec<Asked> {
         let text = fs::read_to_string(self.path("calls")).unwrap_or_default();
         let _ = fs::remove_file(self.path("calls"));
@@ -103,7 +104,7 @@ impl Node {
         asked.into_iter().map(|asked| asked.stdin).collect()
     }
 
-    /// A pod of podshaper's own list.
+    /// A pod whose runtime uses podshaper's own list.
     fn sandbox(&self) -> Sandbox {
         let mut pod = Sandbox::new();
         pod.stdin.remove("prevResult");
@@ -145,7 +146,7 @@ fn records() -> usize {
     fs::read_dir(RECORDS).map_or(0, Iterator::count)
 }
 
-/// Where nothing is attached, remembered or kept but by `work`.
+/// Runs `work` without other attachments, memory of STATUS, or results.
 fn on_own_node(work: impl FnOnce() + Send) {
     on_a_node(|| {
         mounts::without_results();
@@ -169,7 +170,7 @@ fn a_pod_of_the_network_has_its_address_and_its_limit_in_every_version() {
             assert_eq!(added["ips"][0].get("version").is_some(), version == "0.4.0", "{added}");
             assert!(pod.addresses()[0].to_string().starts_with("10.213.0."), "{added}");
             assert_eq!(meter::egress_limit(&pod, INTERFACE).unwrap().rate_bits_per_s, LIMIT);
-            // portmap was told of the port, as it would have been by a runtime with its own list.
+            // portmap got the port, as from a runtime that uses the network's own list.
             let rules = |host: &Host| host.netns.run("iptables-save", &["-t", "nat"]).unwrap_or_default();
             assert!(rules(&host).contains("--dport 8080"), "{}", rules(&host));
             assert_eq!((leases(&host, "net"), records()), (1, 1), "host-local has it by the network's name");
@@ -181,14 +182,14 @@ fn a_pod_of_the_network_has_its_address_and_its_limit_in_every_version() {
     });
 }
 
-/// How the networks' pods write their files.
+/// How networks' pods write their files.
 #[derive(Clone, Copy, Debug)]
 enum Writing {
-    /// A file of another name, then renamed.
+    /// Written to a file of another name, then renamed.
     Renamed,
-    /// In place: the file is empty at first, then has a half.
+    /// In place: the file is empty at first, then half written.
     InPlace,
-    /// Removed, then written.
+    /// Removed, then written again.
     Removed,
 }
 
@@ -271,7 +272,7 @@ fn plugins_are_called_as_a_runtime_calls_them() {
             "0.4.0",
             json!([
                 { "type": "first", "name": "other", "mtu": 1400, "capabilities": { "ips": true, "mac": false } },
-                // Installed both ways: it is called once.
+                // Also installed in the network's list: podshaper is called once nevertheless.
                 { "type": "podshaper", "capabilities": { "bandwidth": true } },
                 { "type": "last", "capabilities": { "portMappings": true, "unknown": true } },
             ]),
@@ -301,12 +302,12 @@ fn plugins_are_called_as_a_runtime_calls_them() {
         assert_eq!((&asked[1]["prevResult"], &asked[1]["name"]), (&first, &json!("net")));
         assert_eq!(asked[1]["runtimeConfig"], json!({ "portMappings": [{ "hostPort": 1 }] }));
 
-        // With the result of the ADD, in the version of the list.
+        // With the result of the ADD, converted to the version of the list.
         pod.stdin.insert("prevResult".into(), answer);
         ok(&node.cni(&pod, "CHECK"));
         let asked = node.assert_asked(&["CHECK first", "CHECK last"]);
         assert!(asked.iter().all(|stdin| stdin["prevResult"] == last), "{asked:?}");
-        // The list is another one by now, of another name; that of the ADD counts.
+        // The list has been replaced by one of another name. The list of the ADD counts.
         fs::remove_file(node.path("net.d/10-net.conflist")).unwrap();
         node.write(
             "20-new.conflist",
@@ -321,10 +322,10 @@ fn plugins_are_called_as_a_runtime_calls_them() {
         assert_eq!(asked[0]["runtimeConfig"], json!({ "portMappings": [{ "hostPort": 1 }] }));
         pod.assert_unlimited();
         assert_eq!(records(), 0);
-        // A DEL that comes again goes to the list as it stands, as that of a pod from before podshaper delegated does.
+        // A second DEL uses the list as it is now, like the DEL of a pod that was added before podshaper delegated.
         ok(&node.cni(&pod, "DEL"));
         node.assert_asked(&["DEL newer"]);
-        // Nothing at all is left of the network, nor of this pod.
+        // Neither a list of the network nor a record of this pod is left.
         fs::remove_file(node.path("net.d/20-new.conflist")).unwrap();
         assert!(ok(&node.cni(&pod, "DEL")).stderr.contains("nothing of the network is removed"));
     });
@@ -386,18 +387,18 @@ fn an_add_that_fails_half_way_is_undone_and_says_what_the_plugin_says() {
             pod.assert_unlimited();
             assert_eq!(records(), 0);
         }
-        // podshaper's own part: the pod's cgroup is not to be found.
+        // podshaper itself fails: it does not find the pod's cgroup.
         node.plugin("second", &first);
         let nowhere = pod
             .stdin_with(json!({ "runtimeConfig": { "bandwidth": { "egressRate": RATE }, "cgroupPath": "/nowhere" } }));
         assert_eq!(refused(&node.cni(&pod, "ADD").stdin(nowhere)).0, 100);
         node.assert_asked(&["ADD first", "ADD second", "ADD third", "DEL third", "DEL second", "DEL first"]);
-        // What is wrong with its annotations takes no plugin.
+        // With an error in the pod's annotations no plugin is called.
         let wrong =
             pod.stdin_with(json!({ "runtimeConfig": { "io.kubernetes.cri.pod-annotations": { "rate": "x" } } }));
         assert_eq!(refused(&node.cni(&pod, "ADD").stdin(wrong)).0, 7);
         node.assert_asked(&[]);
-        // A plugin that is not there is named, with where it was looked for.
+        // The error names a missing plugin and the directories in which podshaper looked for it.
         fs::remove_file(node.path("bin/second")).unwrap();
         let (code, details) = refused(&node.cni(&pod, "ADD"));
         assert!(code == 7 && details.contains("\"second\"") && details.contains("CNI_PATH"), "{details}");
@@ -405,7 +406,7 @@ fn an_add_that_fails_half_way_is_undone_and_says_what_the_plugin_says() {
         node.plugin("second", &first);
         ok(&node.cni(&pod, "DEL"));
         node.assert_asked(&["DEL third", "DEL second", "DEL first"]);
-        // Behind another plugin it cannot be.
+        // podshaper cannot delegate behind another plugin.
         let chained = pod.stdin_with(json!({ "prevResult": {} }));
         assert!(refused(&node.cni(&pod, "ADD").stdin(chained)).1.contains("not the only plugin of its list"));
     });
@@ -422,7 +423,7 @@ fn without_a_network_status_and_add_say_what_is_missing() {
         node.plugin("first", &result("1.1.0", "10.1.0.2/24"));
         ok(&node.cni(&pod, "STATUS"));
         node.assert_asked(&["STATUS first", "STATUS first"]);
-        // Before 1.1.0 no plugin knows the verb.
+        // Before 1.1.0 plugins do not know STATUS.
         node.write("10-net.conflist", &network("1.0.0", json!([{ "type": "first" }])));
         ok(&node.cni(&pod, "STATUS"));
         node.assert_asked(&[]);
@@ -434,7 +435,7 @@ fn without_a_network_status_and_add_say_what_is_missing() {
             assert!(start.elapsed() < Duration::from_secs(5));
         }
         assert_eq!(records(), 0);
-        // What an ADD that failed has left is nothing, and its DEL ends well.
+        // An ADD that failed has left nothing, and its DEL succeeds.
         ok(&node.cni(&pod, "DEL"));
     });
 }
@@ -462,7 +463,7 @@ fn a_gc_goes_to_the_plugins_with_the_attachments() {
         );
         goes.assert_unlimited();
         assert_eq!(records(), 1);
-        // Every one of them is asked, and the list may ask for none to be.
+        // Every plugin is called even if one fails. With disableGC none is called.
         node.script("first", "exit 1");
         assert!(refused(&node.cni(&stays, "GC").stdin(stdin.clone())).1.contains("\"first\""));
         node.assert_asked(&["GC first", "GC second"]);
@@ -470,14 +471,14 @@ fn a_gc_goes_to_the_plugins_with_the_attachments() {
         list["disableGC"] = json!(true);
         node.write("10-net.conflist", &list);
         ok(&node.cni(&stays, "GC").stdin(stdin));
-        // Nor are they where nobody says what is valid.
+        // Without a list of valid attachments no plugin is called either.
         ok(&node.cni(&stays, "GC"));
         node.assert_asked(&[]);
         stays.assert_limited(&stays.container_id, RATE);
     });
 }
 
-/// A pod whose DEL did not come here, since podshaper was taken out of the conflist in between.
+/// A pod whose DEL was never passed to podshaper, since podshaper was removed from the conflist in between.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn what_is_left_of_a_sandbox_that_is_gone_is_cleared() {
@@ -505,9 +506,9 @@ fn what_is_left_of_a_sandbox_that_is_gone_is_cleared() {
             mounts::bind(pod.netns.path(), &netns);
             ok(&node.cni(&pod, "ADD").env("CNI_NETNS", netns.display().to_string()));
             let (id, record) = (&pod.container_id, format!("{RECORDS}/{}:eth0", pod.container_id));
-            // An ADD may be at work in a namespace.
+            // As long as the namespace exists, an ADD may be running.
             assert_eq!((cleared_by_gc(&[]), sync(&[])), (vec![], String::new()));
-            // The runtime still has to call DEL for a result.
+            // The runtime still has to call DEL for a stored result.
             let kept = results.join(format!("podshaper-{id}-eth0"));
             fs::write(&kept, json!({ "kind": "else", "containerId": "", "ifName": "", "networkName": "" }).to_string())
                 .unwrap();
@@ -525,7 +526,7 @@ fn what_is_left_of_a_sandbox_that_is_gone_is_cleared() {
                 assert_eq!(cleared_by_gc(&[]), [record]);
             }
             assert_eq!(records(), 1);
-            // A DEL that comes all the same goes by the list of now.
+            // A DEL that comes nevertheless uses the list as it is now.
             node.asked();
             ok(&node.cni(&pod, "DEL"));
             node.assert_asked(&["DEL first"]);
@@ -535,7 +536,8 @@ fn what_is_left_of_a_sandbox_that_is_gone_is_cleared() {
     });
 }
 
-/// Beside the same plugins as a runtime calls them one after the other. The node has another limited pod all the time.
+/// Compared with a runtime that calls the same plugins one after the other. The node has another limited pod all the
+/// time.
 #[test]
 #[ignore = "needs root, cgroup2, bpffs and the CNI plugins"]
 fn what_delegation_costs_a_call_is_little() {
@@ -557,7 +559,7 @@ fn what_delegation_costs_a_call_is_little() {
             pod
         };
         let _first = add(&chained);
-        // ADD and DEL of each, in turn: a slow moment of the machine is everybody's.
+        // ADD and DEL of each, in turns, so that a slow moment of the machine affects both.
         let mut times = [[const { Vec::new() }; 2], [const { Vec::new() }; 2]];
         for _ in 0..PODS {
             for (chain, times) in [&chained, &delegating].into_iter().zip(&mut times) {
@@ -606,7 +608,7 @@ fn the_bandwidth_plugin_is_left_out_where_that_was_asked_for() {
     });
 }
 
-/// A runtime that gives up kills the plugin it has called, and no other.
+/// A runtime that gives up kills the plugin that it has called, and no other process.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn a_plugin_does_not_outlive_podshaper_and_its_pod_is_removed_by_del() {
@@ -641,13 +643,13 @@ fn a_pod_of_before_is_removed_by_the_list_of_now() {
         let host = Host::new().unwrap();
         let network = bridge(&host);
         let node = Node::new(&network);
-        // As the network's own list has made it, without podshaper.
+        // A pod that the network's own list has made, without podshaper.
         let mut pod = Pod::new(&host, "before").unwrap();
         pod.offer_bandwidth(Some(LIMIT), None, None);
         pod.add(&Chain::new(&network, &[PLUGIN_DIR]).unwrap()).unwrap();
         assert_eq!(leases(&host, "net"), 1);
         node.installs(&["--delegate"]);
-        // containerd calls the list of now, which has no result of that name.
+        // containerd calls the list as it is now, and has no result of that name.
         let chain = node.chain("1.0.0");
         let del = chain.call(&chain.plugins[0], "DEL", &pod.offers, None).unwrap();
         let del: Call = pod.call(&pod.environment(del)).unwrap();

@@ -1,4 +1,5 @@
-//! What sync follows beside a pod's rates: namespaces, bursts, lists of subnets, and pods that no runtime calls for.
+//! Changes beside a pod's rates that sync follows: namespaces, bursts, lists of subnets, and pods for which no
+//! runtime calls podshaper.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -15,7 +16,7 @@ use crate::harness::measure;
 use crate::harness::process;
 use crate::sandbox::{Sandbox, netns_with_host_end, ok, refused, within};
 
-/// An API server that knows these pods of the namespace "default", and its labels.
+/// An API server with these pods in the namespace "default", and with the labels of that namespace.
 fn server(pods: &[(&str, Value)], labels: &Value) -> ApiServer {
     let namespace = json!({ "metadata": { "name": "default", "uid": "n-1", "labels": labels } });
     let namespaces = json!({ "metadata": {}, "items": [namespace] });
@@ -52,14 +53,14 @@ fn rates_of_a_namespace_hold_at_add_and_are_followed() {
         node.configure(keys);
         node.server = Some(api);
         assert_eq!(node.syncs(), "");
-        // The administrator's rule, then the namespace's label.
+        // The administrator's rule for the namespace, then another label of the namespace.
         let api = labelled("free");
         node.configure(json!({ "kubeconfig": kubeconfig(&api), "namespaces": rules("4M") }));
         node.server = Some(api);
         assert_eq!(node.syncs(), "default/web eth0: egress 4Mbit/s, burst 120kbit (was 5Mbit/s, burst 120kbit)\n");
         node.server = Some(labelled("paid"));
         assert_eq!(node.syncs(), "default/web eth0: egress 10Mbit/s, burst 120kbit (was 4Mbit/s, burst 120kbit)\n");
-        // Where nobody knows the labels, all stays as it is.
+        // Where podshaper may not read the labels, all limits stay.
         let pods = Reply::json("200 OK", &list(&[(&pod.uid, json!({ EGRESS: "20M" }))]));
         let refusal = Reply::status("403 Forbidden", "no namespaces for you");
         let replies = vec![("/api/v1/pods?", pods), ("/api/v1/namespaces", refusal)];
@@ -81,7 +82,7 @@ fn rates_of_a_namespace_hold_at_add_and_are_followed() {
 fn a_burst_by_annotation_is_in_force_and_followed_and_a_misspelt_one_is_told() {
     on_a_node(|| {
         let (mut node, mut pod) = (Node::new(json!({})), Sandbox::new());
-        // As kubelet and containerd leave it: no burst in the runtime's bandwidth.
+        // As passed by kubelet and containerd: no burst in the runtime's bandwidth.
         pod.stdin["runtimeConfig"]["io.kubernetes.cri.pod-annotations"] =
             json!({ EGRESS: "10M", "podshaper.io/egress-burst": "800k" });
         pod.call("ADD");
@@ -91,7 +92,7 @@ fn a_burst_by_annotation_is_in_force_and_followed_and_a_misspelt_one_is_told() {
         node.keep(&pod);
         node.ask(&[(&pod.uid, json!({ EGRESS: "10M", "podshaper.io/egress-burst": "400k" }))]);
         assert_eq!(node.syncs(), "default/web eth0: egress 10Mbit/s, burst 400kbit (was 10Mbit/s, burst 800kbit)\n");
-        // The runtime's own counts before it.
+        // The runtime's own burst takes precedence.
         let mut runtime = pod.stdin["runtimeConfig"].clone();
         runtime["bandwidth"]["egressBurst"] = json!(160_000);
         ok(&pod.cni("ADD").stdin(pod.stdin_with(json!({ "runtimeConfig": runtime }))));
@@ -129,18 +130,18 @@ fn a_list_of_subnets_reaches_running_pods_and_counters_go_on() {
         assert_eq!(node.syncs(), "default/web eth0: attached anew\n");
         assert_eq!(node.syncs(), "");
         assert_eq!(counted(&pod), before, "what was counted stays");
-        // What goes there is exempt from now on.
+        // The destination is exempt from now on.
         send_within(&pod);
         assert_eq!(counted(&pod), before);
         node.configure(json!({}));
         assert_eq!(node.syncs(), "default/web eth0: attached anew\n");
         send_within(&pod);
         assert_eq!(counted(&pod), 2 * before);
-        // Nor does another direction take anything from this one.
+        // A limit for the other direction does not reset the counters of this direction either.
         node.ask(&[(&pod.uid, json!({ EGRESS: "10M", INGRESS: "20M" }))]);
         assert_eq!(node.syncs(), "default/web eth0: ingress 20Mbit/s, burst 120kbit (was no limit)\n");
         assert_eq!(counted(&pod), 2 * before);
-        // One that ends begins anew when it comes back.
+        // A limit that ends and is set again begins with new counters.
         node.ask(&[(&pod.uid, json!({ INGRESS: "20M" }))]);
         node.syncs();
         node.ask(&[(&pod.uid, json!({ EGRESS: "10M", INGRESS: "20M" }))]);
@@ -150,7 +151,7 @@ fn a_list_of_subnets_reaches_running_pods_and_counters_go_on() {
     });
 }
 
-/// A datagram from the pod's cgroup and namespace to where nobody is.
+/// Sends a datagram from the pod's cgroup and namespace to an address without a host.
 fn send_within(pod: &Sandbox) {
     for words in [
         "addr replace 10.97.0.2/24 dev eth0",
@@ -165,7 +166,7 @@ fn send_within(pod: &Sandbox) {
     pod.netns.run("bash", &["-c", &send]).unwrap();
 }
 
-/// What runs in a pod until it is dropped.
+/// A process in a pod, which ends when this is dropped.
 struct Process(std::process::Child);
 
 impl Process {
@@ -193,7 +194,7 @@ fn a_pod_of_the_nodes_own_network_is_limited_by_its_annotation_alone() {
     on_a_node(|| {
         let mut node = Node::new(json!({ "max": { "egress": "50M" } }));
         let (host_pod, quiet, other) = (Sandbox::new(), Sandbox::new(), Sandbox::new());
-        // On the way out of the node, and nobody is there.
+        // An interface of the node, without a host behind it.
         let (_netns, host_end) = netns_with_host_end();
         for words in [
             format!("addr add 10.96.0.1/24 dev {host_end}"),
@@ -205,7 +206,7 @@ fn a_pod_of_the_nodes_own_network_is_limited_by_its_annotation_alone() {
         let _processes = [
             Process::start(&host_pod, Command::new("env")),
             Process::start(&quiet, Command::new("env")),
-            // Of a runtime that keeps no results.
+            // A pod of a runtime that stores no results.
             Process::start(&other, enter(&other)),
         ];
         let asked = |annotations: Value| {
@@ -221,7 +222,7 @@ fn a_pod_of_the_nodes_own_network_is_limited_by_its_annotation_alone() {
         };
         ask(&mut node, json!({ EGRESS: "100M", INGRESS: "20M" }));
         let (code, said, stderr) = node.sync(&[]);
-        // It is the configuration's max, and only one pod's.
+        // The rate is bounded by the configuration's max. The other pods get no limit.
         let lines = "default/web *: egress 50Mbit/s, burst 250kbit (was no limit)\ndefault/web *: ingress 20Mbit/s, burst 120kbit (was no limit)\n";
         assert_eq!((code, said.as_str()), (0, lines), "{stderr}");
         assert!(stderr.contains("receives is limited by drops"), "{stderr}");
@@ -231,7 +232,7 @@ fn a_pod_of_the_nodes_own_network_is_limited_by_its_annotation_alone() {
             (&found["interface"], &found["name"], &found["ingress"]["by"]),
             (&json!("*"), &json!("default/web"), &json!("drops"))
         );
-        // So does the table say: on every interface, and what comes is dropped above the limit.
+        // The table agrees: on every interface, and ingress above the limit is dropped.
         let table = says(&["list", "--sample", "0"]);
         let line = table.lines().find(|line| line.contains(" ingress ")).unwrap();
         assert_eq!(
@@ -239,7 +240,7 @@ fn a_pod_of_the_nodes_own_network_is_limited_by_its_annotation_alone() {
             ["default/web", "*", "ingress", "20M", "120k", "drops"]
         );
         assert_eq!(node.syncs(), "");
-        // Every interface but loopback.
+        // Traffic on every interface except loopback is counted.
         let procs = host_pod.cgroup.path().join("c1/cgroup.procs");
         let send = |address: &str| {
             let script = format!("echo $$ >{}; echo hello >/dev/udp/{address}/9", procs.display());
@@ -250,7 +251,7 @@ fn a_pod_of_the_nodes_own_network_is_limited_by_its_annotation_alone() {
         assert_eq!(counted(), 0);
         send("10.96.0.2");
         assert!(within(Duration::from_secs(5), || counted() == 1), "{}", counted());
-        // It follows its annotation, and what was set by hand stays as for any pod.
+        // The limit follows the pod's annotation, and a limit that was set by hand stays, as with any pod.
         ask(&mut node, json!({ EGRESS: "5M" }));
         let said = node.syncs();
         assert!(said.contains("egress 5Mbit/s") && said.contains("ingress no limit (was 20Mbit/s"), "{said}");
@@ -260,7 +261,7 @@ fn a_pod_of_the_nodes_own_network_is_limited_by_its_annotation_alone() {
         ask(&mut node, json!({}));
         assert_eq!(node.syncs(), "default/web *: egress no limit (was 7Mbit/s, burst 120kbit)\n");
         assert!(listed(&host_pod.uid).is_none());
-        // And goes with its pod.
+        // The limit is removed together with its pod.
         ask(&mut node, json!({ EGRESS: "5M" }));
         node.syncs();
         host_pod.cgroup.remove().unwrap();
@@ -321,13 +322,13 @@ fn doctor_and_metrics_see_what_is_not_as_it_should_be() {
                 .any(|line| line.starts_with("podshaper_attachment_live{") && line.ends_with(&format!(" {is}")))
         };
         assert!(live(1));
-        // The namespace's path names another one by now, as /proc/PID/ns/net does.
+        // The namespace's path names another namespace now, as /proc/PID/ns/net may.
         let mut owner = pod.owner("eth0");
         owner["netns"] = json!("/proc/self/ns/net");
         pod.write_owner(&owner.to_string());
         assert!(live(0));
         assert!(doctor().contains("1 whose network namespace is gone or another one by now"), "{}", doctor());
-        // A network that writes its conflist anew.
+        // The network writes a new conflist.
         let plain = json!({ "cniVersion": "1.0.0", "name": "cbr0", "plugins": [{ "type": "bridge" }] }).to_string();
         fs::write(node.path("net.d/05-new.conflist"), plain).unwrap();
         assert!(metrics().contains("\npodshaper_in_conflist 0\n"));

@@ -19,7 +19,7 @@ fn gc_removes_what_has_no_cgroup_any_more() {
         kept.call("ADD");
         gone.call("ADD");
         let objects = gone.objects();
-        // What a killed call leaves.
+        // A directory that a killed call leaves.
         fs::create_dir(gone.pod_directory().join("net1%new")).unwrap();
         assert_eq!(says(&["gc", "--dry-run"]).lines().count(), 1);
         gone.cgroup.remove().unwrap();
@@ -41,7 +41,7 @@ fn gc_removes_what_has_no_cgroup_any_more() {
         kept.call("DEL");
         assert!(says_what(&["gc", "-o", "json"]).is_empty());
 
-        // A service that was restarted: its cgroup has the old one's name.
+        // A restarted service: the new cgroup has the old one's name.
         kept.call("ADD");
         kept.cgroup.remove().unwrap();
         kept.cgroup.make().unwrap();
@@ -77,8 +77,8 @@ fn doctor_finds_this_node_fit_and_a_bad_conflist_not() {
     assert_eq!(doctor(), (1, vec!["\"conflist\"".to_owned(), "\"plugin\"".to_owned()]));
 }
 
-/// With net_cls of cgroup v1 in use, until the kernel ends. Linux 5.10.0-32 of Debian forgets the sockets' cgroup then; who does not is fit. What
-/// is said of it is what a limit then counts.
+/// With net_cls of cgroup v1 in use, which lasts until the kernel ends. Linux 5.10.0-32 of Debian then forgets the
+/// cgroup of sockets; other kernels do not. The test compares doctor's finding with the bytes that a limit counts.
 #[test]
 #[ignore = "needs a kernel of its own"]
 fn a_kernel_that_forgets_the_cgroup_of_sockets_is_told_so() {
@@ -92,7 +92,7 @@ fn a_kernel_that_forgets_the_cgroup_of_sockets_is_told_so() {
     let slice = PodCgroup::new(cgroup::mount().unwrap().join(unique("netcls"))).unwrap();
     let path = slice.path().to_str().unwrap();
     says(&["attach", "--cgroup", path, "--egress", "1G"]);
-    // Bytes that a process of the cgroup has sent, as its limit counts them.
+    // Bytes that a process of the cgroup has sent, as counted by the cgroup's limit.
     let sent = || {
         let script = "ip link add v0 type veth peer name v1 && ip addr add 10.9.9.1/24 dev v0 && ip link set v0 up && ip link set v1 up
             ip neigh add 10.9.9.2 lladdr 02:00:00:00:00:01 dev v0 nud permanent
@@ -117,7 +117,8 @@ fn a_kernel_that_forgets_the_cgroup_of_sockets_is_told_so() {
     says(&["detach", "--cgroup", path]);
 }
 
-/// Programs of others above that do not run any more, and an operator's limit above.
+/// Programs of another tool on a cgroup above, which podshaper's programs displace (allow_override), and an operator's
+/// limit above.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn what_else_is_on_the_cgroups_above_a_pod_is_said() {
@@ -160,7 +161,7 @@ fn doctor_without_the_capabilities_says_which() {
     assert!(programs.contains("MISSING") && programs.contains("must run with CAP_BPF"), "{text}");
 }
 
-/// A node that is done with podshaper: what DEL would not come for, since no conflist names podshaper any more.
+/// A node on which podshaper is not used any more: no conflist names podshaper, so no DEL would remove the limits.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn uninstall_leaves_running_pods_their_limits_or_takes_them_off() {
@@ -188,7 +189,7 @@ fn uninstall_leaves_running_pods_their_limits_or_takes_them_off() {
         assert!(!pod.pod_directory().exists() && !Path::new(NODE).exists());
         let empty = |directory: &Path| fs::read_dir(directory).unwrap().count() == 0;
         assert!(empty(&bin) && empty(&units));
-        // What comes for the pod later finds nothing, and says nothing.
+        // A later DEL of the pod finds nothing, and prints nothing.
         pod.call("DEL");
     });
 }

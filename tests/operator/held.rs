@@ -1,4 +1,5 @@
-//! What somebody takes off that holds a pod: filters, the waiting room, the pod's queue. It is told, and sync puts it back.
+//! Parts of a limit that another tool may remove: filters, the waiting room, the pod's queue. The commands report the
+//! loss, and sync restores the parts.
 
 use std::process::Command;
 use std::sync::Arc;
@@ -43,14 +44,14 @@ impl Pod {
         Self { sandbox, host_end }
     }
 
-    /// Datagrams from a process in the pod's namespace that is not in its cgroup.
+    /// Sends datagrams from a process in the pod's namespace that is not in the pod's cgroup.
     fn send(&self, packets: u32) {
-        // The shell alone: a process for each would take as long as the limit does.
+        // By the shell itself: starting a process for each datagram would take as long as the limit does.
         let script = format!("for ((i = 0; i < {packets}; i++)); do printf %1400s >/dev/udp/10.97.0.1/9; done");
         self.sandbox.netns.run("bash", &["-c", &script]).unwrap();
     }
 
-    /// How many of twenty datagrams go back from the waiting room.
+    /// How many of twenty datagrams come back from the waiting room.
     fn waited(&self) -> u64 {
         let received = || {
             let shown: Value = serde_json::from_str(&run("ip", "-j -s link show podshaper-back")).unwrap();
@@ -70,7 +71,7 @@ impl Pod {
         self.sandbox.netns.run("tc", &words.split(' ').collect::<Vec<_>>()).unwrap()
     }
 
-    /// What has passed by other paths out of the pod.
+    /// Packets that left the pod by other paths.
     fn others(&self) -> u64 {
         self.listed()["egress"]["otherPaths"]["packets"].as_u64().unwrap()
     }
@@ -88,7 +89,7 @@ impl Pod {
         self.sandbox.call("CHECK");
     }
 
-    /// It is told everywhere, with the reason.
+    /// Asserts that all commands report the loss, with the reason.
     #[track_caller]
     fn assert_not_held(&self, reason: &str) {
         let found = self.listed();
@@ -107,7 +108,7 @@ impl Pod {
     }
 }
 
-/// Those that say whether attachments are held.
+/// The metrics that tell whether attachments are held.
 fn metrics() -> String {
     let text = says(&["metrics"]);
     let lines = text.lines().filter(|line| line.starts_with("podshaper_attachment_held{"));
@@ -125,7 +126,7 @@ fn filters_that_somebody_took_off_are_put_back() {
         let node = Node::new(json!({}));
         let pod = Pod::new(&node);
         let before = pod.filters();
-        // Among them may be what the kernel sends by itself.
+        // The count may include packets that the kernel sends by itself.
         pod.send(5);
         assert!(pod.others() >= 5);
         pod.assert_held();
@@ -144,13 +145,13 @@ fn filters_that_somebody_took_off_are_put_back() {
         assert!(pod.others() >= counted + 5);
         pod.assert_held();
         assert_eq!(node.syncs(), "");
-        // One of them, beside another's.
+        // Only one of the filters is removed, beside another tool's filter.
         run("tc", &format!("filter add dev {} egress prio 50 protocol ip u32 match u32 0 0 flowid 1:1", pod.host_end));
         run("tc", &format!("filter del dev {} ingress prio 1", pod.host_end));
         assert_eq!(node.syncs(), AGAIN);
         assert!(pod.filters().contains("u32"), "{}", pod.filters());
         pod.assert_held();
-        // What somebody has put in their place stays, and it is told why.
+        // A qdisc of another tool in the place of podshaper's stays, and sync reports the reason.
         run("tc", &format!("qdisc del dev {} clsact", pod.host_end));
         run("tc", &format!("qdisc add dev {} ingress", pod.host_end));
         let (code, stdout, stderr) = node.sync(&[]);
@@ -159,7 +160,7 @@ fn filters_that_somebody_took_off_are_put_back() {
         run("tc", &format!("qdisc del dev {} ingress", pod.host_end));
         assert_eq!(node.syncs(), AGAIN);
         pod.assert_held();
-        // A place that podshaper has made goes with it.
+        // The DEL removes the clsact qdisc that podshaper has made.
         pod.sandbox.call("DEL");
         assert!(!run("tc", &format!("qdisc show dev {}", pod.host_end)).contains("clsact"));
     });
@@ -174,7 +175,7 @@ fn a_waiting_room_that_is_gone_is_made_anew_for_all() {
         let classes = || run("tc", &format!("class show dev {ROOM}")).lines().count();
         let before = classes();
         assert!(pods[0].waited() > 2);
-        // By a sync: what waits goes by it again, of each pod.
+        // A sync restores the waiting room, and packets of each pod wait in it again.
         run("ip", &format!("link del {ROOM}"));
         pods.iter().for_each(|pod| pod.assert_not_held("the waiting room podshaper-wait of the node is gone"));
         assert_eq!(node.syncs(), AGAIN.repeat(2));
@@ -184,7 +185,7 @@ fn a_waiting_room_that_is_gone_is_made_anew_for_all() {
         }
         assert_eq!(classes(), before);
         assert_eq!(node.syncs(), "");
-        // By an ADD: for those that were there, too.
+        // An ADD restores the waiting room for the other pods as well.
         run("ip", &format!("link del {ROOM}"));
         let third = Pod::new(&node);
         for pod in pods.iter().chain([&third]) {
@@ -192,7 +193,7 @@ fn a_waiting_room_that_is_gone_is_made_anew_for_all() {
             assert!(pod.waited() > 2);
         }
         assert_eq!(node.syncs(), "");
-        // Its programs, its queue, and what is down.
+        // Damage to the waiting room's programs, to its queue, and an interface that is down.
         for damage in [
             "tc qdisc del dev podshaper-back clsact",
             "tc qdisc del dev podshaper-wait root",
@@ -224,7 +225,7 @@ fn a_queue_that_the_pod_took_off_is_put_back() {
     on_a_node(|| {
         let node = Node::new(json!({}));
         let pod = Pod::new(&node);
-        // Without the numbers that the kernel gives.
+        // Without the numbers that the kernel assigns.
         let queue = || {
             let shown = pod.tc("qdisc show dev eth0") + &pod.tc("class show dev eth0");
             shown.split_whitespace().filter(|word| !word.starts_with('8')).collect::<Vec<_>>().join(" ")
@@ -239,7 +240,7 @@ fn a_queue_that_the_pod_took_off_is_put_back() {
         assert_eq!(queue(), before);
         pod.assert_held();
         assert_eq!(node.syncs(), "");
-        // Another one that the pod has put there stays.
+        // Another queue that the pod has added stays.
         pod.tc("qdisc replace dev eth0 root handle 5: pfifo");
         let (code, stdout, stderr) = node.sync(&[]);
         assert!(
@@ -251,7 +252,7 @@ fn a_queue_that_the_pod_took_off_is_put_back() {
         pod.tc("qdisc del dev eth0 root");
         assert_eq!(node.syncs(), AGAIN);
         assert_eq!(queue(), before);
-        // A pod that gives its interface another name is held by the same queue.
+        // A pod that renames its interface is still limited by the same queue.
         for words in ["link set eth0 down", "link set eth0 name eth1", "link set eth1 up"] {
             pod.sandbox.netns.run("ip", &words.split(' ').collect::<Vec<_>>()).unwrap();
         }
@@ -263,7 +264,7 @@ fn a_queue_that_the_pod_took_off_is_put_back() {
     });
 }
 
-/// An interface that is gone keeps its name from nobody: the network may make it anew in the same sandbox.
+/// A removed interface does not reserve its name: the network may make it again in the same sandbox.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn an_interface_that_was_made_anew_is_held_by_the_next_add() {

@@ -9,19 +9,20 @@ use crate::sandbox::{PINS, Sandbox};
 
 const ASIDE: &str = "/sys/fs/bpf/aside";
 
-/// Starts a command while its lock is held, and lets it go on when `meanwhile` has run. It has read what is there by then.
+/// Starts a command while the lock that it needs is held, and releases the lock after `meanwhile`. The command has
+/// read the state before that.
 fn with_its_lock_held(arguments: &[&str], meanwhile: impl FnOnce()) -> Output {
     let lock = File::open("/sys/fs/bpf/podshaper").unwrap();
     lock.lock().unwrap();
     let command: Child = podshaper(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    // A reading takes milliseconds.
+    // Reading takes milliseconds.
     std::thread::sleep(Duration::from_secs(1));
     meanwhile();
     drop(lock);
     command.wait_with_output().unwrap()
 }
 
-/// Puts the attachment of one pod into the place of another's, as the ADD of a new sandbox would.
+/// Replaces the attachment of a pod by another's, as the ADD of a new sandbox would.
 fn replace(pod: &Sandbox, by: &Sandbox) {
     let [old, new] = [pod, by].map(Sandbox::pod_directory);
     fs::rename(&old, ASIDE).unwrap();
@@ -41,7 +42,7 @@ fn what_replaces_an_attachment_meanwhile_is_not_detached() {
         successor.call("ADD");
         let output = with_its_lock_held(&["detach", &pod.uid], || replace(&pod, &successor));
         assert_eq!(pod.owner("eth0")["containerId"], successor.container_id.as_str());
-        // Nor was its limit lifted.
+        // The limit is still in force, too.
         assert_eq!(pod.rates("eth0")[0], crate::sandbox::RATE);
         let text = String::from_utf8(output.stderr).unwrap();
         assert!(output.status.code() == Some(1) && text.contains("has just been replaced"), "{text}");
@@ -65,7 +66,7 @@ fn what_replaces_an_attachment_meanwhile_is_not_collected() {
     });
 }
 
-/// A directory among the pins cannot be removed as a pin is.
+/// A directory among the pins cannot be removed like a pin.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn gc_goes_on_after_an_error_and_tells_it() {

@@ -1,4 +1,4 @@
-//! By the real ones: promtool checks the text, Prometheus scrapes node_exporter, which reads the file.
+//! With the real programs: promtool checks the text, and Prometheus scrapes node_exporter, which reads the file.
 
 use std::fs;
 use std::io::Write;
@@ -17,7 +17,7 @@ use crate::harness::process;
 use crate::kernel::mounts;
 use crate::sandbox::{Sandbox, within};
 
-/// Killed and reaped on drop.
+/// A process that is killed and reaped on drop.
 struct Daemon(Child);
 
 impl Drop for Daemon {
@@ -115,13 +115,13 @@ fn prometheus_gets_them_by_node_exporter() {
     let logs =
         || ["exporter.log", "prometheus.log"].map(|name| fs::read_to_string(at(name)).unwrap_or_default()).join("\n");
     assert!(within(Duration::from_secs(40), || value(&limit) == Some(2_500_000.0)), "{}", logs());
-    // The histogram is one to Prometheus, and the scrape had no error.
+    // Prometheus recognises the histogram, and the scrape had no error.
     let quantile = format!("count(podshaper_backlog_seconds_bucket{of_pod})");
     assert_eq!(value(&quantile), Some(9.0), "{}", logs());
     assert_eq!(value("node_textfile_scrape_error"), Some(0.0), "{}", logs());
     assert_eq!(value(&format!("podshaper_attachment_live{{uid=\"{}\"}}", pod.uid)), Some(1.0));
 
-    // What the dashboard asks for is there.
+    // Prometheus can answer every query of the dashboard.
     for expression in dashboard_expressions() {
         let (parses, said) = promtool(&["query", "instant", &url, &expression], "");
         assert!(parses, "{expression}: {said}");
@@ -132,7 +132,8 @@ fn prometheus_gets_them_by_node_exporter() {
     assert!(within(Duration::from_secs(20), current), "still there: {:?}", query(&limit));
 }
 
-/// 1 where the host's end of a veth holds them, 0 where nothing does, no series where the limit is for sockets alone.
+/// 1 where the host end of a veth holds traffic by other paths, 0 where nothing does, and no series where the limit
+/// is for sockets only.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn other_paths_are_held_or_not_or_there_are_none() {
@@ -146,7 +147,7 @@ fn other_paths_are_held_or_not_or_there_are_none() {
     };
     let bed = Bed::new();
     for (keys, expected) in [(json!({}), "1"), (json!({ "otherPaths": false }), "0")] {
-        // Without fq a tbf at the host's end holds what comes in, whatever the configuration says.
+        // Without an ingress limit: without fq, a tbf at the host end would hold ingress in any case.
         let pod = bed.pod_of(bed.host.bridge_chain().unwrap(), keys, Limits { ingress: None, ..both });
         assert_eq!(series(&pod.uid), [expected]);
     }
@@ -159,7 +160,7 @@ fn other_paths_are_held_or_not_or_there_are_none() {
     says(&["detach", "--cgroup", path]);
 }
 
-/// Both units, or it is 0. Where systemd does not run there are none to enable.
+/// 1 if both units are enabled, else 0. Without systemd there are no units to enable, which counts as 1.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn units_are_enabled_or_not() {
@@ -183,7 +184,7 @@ fn units_are_enabled_or_not() {
     });
 }
 
-/// Every expression of the Grafana dashboard, with its variables put in.
+/// All expressions of the Grafana dashboard, with values for its variables.
 fn dashboard_expressions() -> Vec<String> {
     let text = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/install/grafana-dashboard.json")).unwrap();
     let dashboard: Value = serde_json::from_str(&text).unwrap();
@@ -199,7 +200,8 @@ fn dashboard_expressions() -> Vec<String> {
     found
 }
 
-/// Two attachments may not have the same labels, or the collector refuses the whole file: a pod of the same name that is not gone yet.
+/// If two attachments had the same labels, the collector would refuse the whole file: the older pod of the same name
+/// may still exist.
 #[test]
 #[ignore = "needs root, bpffs and prometheus"]
 fn pods_of_one_name_are_told_apart() {

@@ -8,7 +8,7 @@ use crate::harness::netns::Netns;
 use crate::harness::{process, unique};
 use crate::sandbox::{builds_large_packets, netns_with_host_end, own_qdiscs, sizes};
 
-/// A cgroup whose processes would be in a namespace with an interface of its own.
+/// A cgroup whose processes could be in a network namespace with an interface of its own.
 struct Limited<'a> {
     cgroup: PodCgroup,
     netns: &'a Netns,
@@ -23,7 +23,7 @@ impl<'a> Limited<'a> {
         self.cgroup.path().to_str().unwrap()
     }
 
-    /// The arguments of an attach with these limits, with the namespace at a path.
+    /// The arguments of an attach with these limits, and with this path of the namespace.
     fn arguments<'b>(&'b self, netns: &'b str, limits: &[&'b str]) -> Vec<&'b str> {
         [&["attach", "--cgroup", self.path(), "--netns", netns, "--interface", "eth0"], limits].concat()
     }
@@ -60,7 +60,7 @@ fn qdiscs(netns: &Netns, host_end: &str) -> String {
     outside + &netns.run("tc", &["qdisc", "show", "dev", "eth0"]).unwrap()
 }
 
-/// A name that is too long for the record fails the second after the interface was changed for it.
+/// The second attach fails after it has changed the interface, since the namespace's path is too long for the record.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn a_failed_attach_leaves_the_limit_before_it_whole() {
@@ -86,7 +86,7 @@ fn attached_again_for_egress_alone_no_queue_of_before_is_left() {
     let by = cgroup.ingress_by();
     assert_eq!(own_qdiscs(&netns, &host_end), usize::from(by != "drops"), "{by}");
     cgroup.attach(&["--egress", "10M"]);
-    // fq serves what is sent as well; htb is for nothing else.
+    // fq also paces egress; htb serves egress only.
     let own = usize::from(cgroup.egress_by() != "pacing");
     assert_eq!(own_qdiscs(&netns, &host_end), own, "{}", qdiscs(&netns, &host_end));
     assert!(!qdiscs(&netns, &host_end).contains("qdisc tbf"), "{}", qdiscs(&netns, &host_end));
@@ -103,9 +103,9 @@ fn of_two_limits_on_one_interface_each_goes_alone() {
     first.attach(&["--egress", "10M", "--ingress", "10M"]);
     let limited = (sizes(&netns), qdiscs(&netns, &host_end));
     second.attach(&["--egress", "10M", "--ingress", "20M"]);
-    // tbf holds all that an interface receives: there is one, the first one's.
+    // tbf limits everything that an interface receives, so there is only the first limit's tbf.
     assert_eq!((sizes(&netns), qdiscs(&netns, &host_end)), limited);
-    // So is htb.
+    // There is also only the first limit's htb.
     assert_eq!(second.egress_by(), if first.egress_by() == "pacing+fq" { "pacing+fq" } else { "pacing" });
     assert_eq!(second.ingress_by(), if first.ingress_by() == "held-acks" { "held-acks" } else { "drops" });
     second.detach();

@@ -1,4 +1,5 @@
-//! Many pods, and what it costs to look at them. The bounds are those of a busy machine and a build without optimisation; for the numbers:
+//! Many pods, and the costs of looking at them. The bounds allow for a busy machine and a build without optimisation.
+//! To get the numbers:
 //!
 //! ```sh
 //! cargo test --release --test tests -- --ignored --nocapture --test-threads=1 operator::scale
@@ -21,7 +22,7 @@ use crate::harness::pod::container_id;
 use crate::harness::process;
 use crate::sandbox::{Objects, PINS, Sandbox, netns_with, ok, within};
 
-/// How many times the promised a build without optimisation may take.
+/// How many times longer than promised a build without optimisation may take.
 const SLACK: f64 = if cfg!(debug_assertions) { 10.0 } else { 1.0 };
 const PARALLEL: usize = 8;
 const PODS: usize = 500;
@@ -33,7 +34,7 @@ fn five_hundred_attachments_are_listed_in_a_moment() {
     alone(|| {
         let netns = Arc::new(netns_with(&["eth0"]));
         let pods: Vec<Sandbox> = (0..PODS).map(|_| Sandbox::with_netns(Arc::clone(&netns))).collect();
-        // This thread's children, since they share its mounts.
+        // On this thread, since the calls share its mounts.
         for some in pods.chunks(PARALLEL) {
             add_all(some);
         }
@@ -62,15 +63,16 @@ fn five_hundred_attachments_are_listed_in_a_moment() {
     });
 }
 
-/// How many times longer than a usual kernel one may take that walks in such a time; at least 1. In User Mode Linux each system call is a
-/// switch of processes, and which of them are slowest differs.
+/// The factor, at least 1, for a kernel that takes this long for a [`walk`], compared with a usual kernel. In User
+/// Mode Linux each system call is a switch of processes, and which system calls are slowest differs.
 pub(super) fn slowness(walk: Duration) -> f64 {
     const USUAL: Duration = Duration::from_micros(2500);
     let times = walk.div_duration_f64(USUAL);
     if times <= 1.0 { 1.0 } else { 2.0 * times }
 }
 
-/// The time of a CPU, with what a virtual machine's host takes of it, to look at what `list` looks at, here the directories of the pins.
+/// The CPU time, including what a virtual machine's host takes of it, for a walk through the directories of the pins,
+/// which `list` reads as well.
 pub(super) fn walk() -> Duration {
     let cpu_time = || {
         let usage = getrusage(UsageWho::RUSAGE_THREAD).unwrap();
@@ -84,7 +86,7 @@ pub(super) fn walk() -> Duration {
     cpu_time() - start
 }
 
-/// Calls of one thread that run side by side.
+/// Makes calls that run at the same time, all started by this thread.
 fn add_all(pods: &[Sandbox]) {
     let calls: Vec<_> = pods
         .iter()
@@ -100,7 +102,7 @@ fn add_all(pods: &[Sandbox]) {
     }
 }
 
-/// The share of a core that `top` takes on a terminal, its start not counted, and what a [`walk`] takes meanwhile.
+/// The share of a core that `top` takes on a terminal after its start, and the mean time of a [`walk`] meanwhile.
 fn cpu_of_top() -> (f64, Duration) {
     const WALKS: u32 = 10;
     let program = env!("CARGO_BIN_EXE_podshaper");
@@ -121,7 +123,8 @@ fn cpu_of_top() -> (f64, Duration) {
         let stat = fs::read_to_string(format!("/proc/{}/stat", top.unwrap())).unwrap();
         let fields: Vec<u64> =
             stat.rsplit(") ").next().unwrap().split(' ').filter_map(|field| field.parse().ok()).collect();
-        // utime and stime are the 14th and 15th of all fields; the state letter is not a number.
+        // utime and stime are the 14th and 15th of all fields. The fields before ") " and the state letter are left
+        // out here.
         fields[10] + fields[11]
     };
     thread::sleep(Duration::from_millis(1200));
@@ -165,7 +168,8 @@ fn a_thousand_adds_and_dels_leave_nothing() {
         }
     });
     let elapsed = start.elapsed();
-    // Other tests and other people have some meanwhile, but not a thousand: those would be three thousand programs and 40 MB.
+    // Other tests and other pods may load programs meanwhile, but not as many as a thousand leaks would be: three
+    // thousand programs and 40 MB.
     let more = || loaded().difference(&programs).count();
     let lost = || kernel_kib() - memory;
     within(Duration::from_secs(10), || more() == 0 && lost() < 1024);
@@ -189,7 +193,7 @@ fn loaded() -> BTreeSet<u64> {
     all.as_array().unwrap().iter().filter(is_ours).map(|program| program["id"].as_u64().unwrap()).collect()
 }
 
-/// What the kernel has for itself: objects, memory of every CPU, and pages such as those of programs and maps.
+/// The kernel's own memory: objects, per-CPU memory, and vmalloc pages such as those of programs and maps.
 fn kernel_kib() -> i64 {
     let text = fs::read_to_string("/proc/meminfo").unwrap();
     let kib = |name: &str| -> i64 {
@@ -199,7 +203,7 @@ fn kernel_kib() -> i64 {
     ["SUnreclaim:", "Percpu:", "VmallocUsed:"].map(kib).iter().sum()
 }
 
-/// `list` in the time it is asked for, however many others come and go.
+/// `list` succeeds while other pods come and go.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn reading_while_pods_come_and_go_fails_never() {

@@ -30,7 +30,7 @@ fn a_pod_is_listed_with_its_limits_until_it_is_deleted() {
     }
     for (direction, rate) in [("egress", RATE), ("ingress", 2 * RATE)] {
         assert_eq!(entry[direction]["limitBitsPerS"], rate);
-        // Ten packets are more than 5 ms of either rate.
+        // The least burst of ten packets is more than 5 ms of either rate.
         assert_eq!(entry[direction]["burstBits"], 120_000);
         for key in ["bytes", "packets", "drops", "marks"] {
             assert_eq!(entry[direction][key], 0, "{direction} {key}");
@@ -42,7 +42,8 @@ fn a_pod_is_listed_with_its_limits_until_it_is_deleted() {
     let table = says(&["list", "--sample", "0"]);
     let lines: Vec<_> = table.lines().filter(|line| line.ends_with(&format!("pod{}", pod.uid))).collect();
     assert!(lines.len() == 2 && lines[0].contains(" egress ") && lines[1].contains(" ingress "), "{table}");
-    // By UID, by its beginning, by the container's id; the name alone is many tests'.
+    // A pod is found by its UID, by the UID's beginning, and by the container's id. The name alone is used by many
+    // tests.
     for name in [&pod.uid, &pod.uid[..13], &pod.container_id] {
         let shown = says(&["show", name, "--sample", "0"]);
         assert!(shown.contains(&pod.container_id) && shown.contains("10Mbit/s, burst 120kbit, by pacing"), "{shown}");
@@ -106,7 +107,7 @@ fn top_prints_lines_where_there_is_no_terminal() {
     pod.call("ADD");
     let text = says(&["top", "-n", "0.1", "--count", "3"]);
     assert_eq!(text.lines().filter(|line| line.ends_with(&format!("pod{}", pod.uid))).count(), 6, "{text}");
-    // A reader that goes away ends it.
+    // top ends when its reader closes the pipe.
     let mut top = podshaper(&["top", "-n", "0.1"]).stdout(Stdio::piped()).spawn().unwrap();
     drop(top.stdout.take());
     let start = Instant::now();
@@ -119,7 +120,7 @@ fn top_prints_lines_where_there_is_no_terminal() {
 fn top_draws_on_a_terminal_and_leaves_it_as_it_was() {
     let pod = limited_both_ways(None);
     pod.call("ADD");
-    // script(1) makes the terminal.
+    // script(1) provides the terminal.
     let program = env!("CARGO_BIN_EXE_podshaper");
     let line = format!("stty rows 200 cols 200; {program} top -n 0.2 --count 2; echo ended $?");
     let output = Command::new("script").args(["-qec", &line, "/dev/null"]).stdin(Stdio::null()).output().unwrap();

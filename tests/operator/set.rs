@@ -27,16 +27,16 @@ fn limits_change_and_say_what_they_were() {
     );
     pod.assert_rates([50 * MBIT, 1000 * MBIT]);
     assert_eq!(listed(&pod.uid).unwrap()["changed"], true);
-    // A burst alone, of what is limited.
+    // Only a burst, for the directions that are limited.
     let said = says(&["set", &pod.uid, "--burst", "400k"]);
     assert!(
         said.contains("egress 50Mbit/s, burst 400kbit") && said.contains("ingress 1Gbit/s, burst 400kbit"),
         "{said}"
     );
-    // It is the operator's, and no reason for a runtime to remake the pod.
+    // The operator's change is no mismatch for CHECK, so the runtime does not make the pod again.
     assert_eq!(pod.call("CHECK").stdout, "");
 
-    // A new sandbox asks the pod again.
+    // A new sandbox has the pod's own limits again.
     let id = container_id().unwrap();
     ok(&pod.cni_of("ADD", &id));
     pod.assert_rates([RATE, 2 * RATE]);
@@ -74,7 +74,7 @@ fn a_direction_without_a_limit_gets_none_and_the_reason() {
          nothing is attached that could hold it; annotate it with kubernetes.io/ingress-bandwidth: `podshaper sync` \
          follows (with a kubeconfig), and paces new connections\n"
     );
-    // All or nothing.
+    // All directions are changed, or none.
     pod.assert_rates([RATE, 0]);
     pod.call("DEL");
 }
@@ -82,7 +82,7 @@ fn a_direction_without_a_limit_gets_none_and_the_reason() {
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn where_a_queue_of_the_nodes_holds_ingress_it_is_changed_too() {
-    // Ethernet headers are on top of it.
+    // tbf and htb have a higher rate than the limit, since they count Ethernet headers.
     let has_rate = |text: &str| text.contains("rate 30279") || text.contains("rate 30280");
     for (other_paths, without_fq) in [(true, "held-data"), (false, "tbf")] {
         let (netns, host_end) = netns_with_host_end();
@@ -113,7 +113,7 @@ fn where_htb_has_egress_it_is_changed_too() {
     pod.call("ADD");
     let is_htb = pod.owner("eth0")["htb"] == true;
     let classes = || pod.netns.run("tc", &["class", "show", "dev", "eth0"]).unwrap();
-    // Ethernet headers are on top of it.
+    // htb has a higher rate than the limit, since it counts Ethernet headers.
     assert_eq!(is_htb, classes().contains("htb 7064:1 root rate 1009"), "{}", classes());
     says(&["set", &pod.uid, "--egress", "30M"]);
     pod.assert_rates([30 * MBIT, 0]);
@@ -121,7 +121,7 @@ fn where_htb_has_egress_it_is_changed_too() {
     pod.call("DEL");
 }
 
-/// The largest packet that TCP may build is one of the limit, as long as there is one.
+/// As long as there is a limit, it determines the largest packet that TCP may build.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn packets_are_as_large_as_the_limit_asks_for_and_as_before_without_one() {
@@ -140,7 +140,7 @@ fn packets_are_as_large_as_the_limit_asks_for_and_as_before_without_one() {
     expect(before, "without a limit");
 }
 
-/// How fast a change is in force: the programs read the limit anew for every packet.
+/// A change is in force at once: the programs read the limit for every packet.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn a_change_is_in_force_at_once_on_live_flows_and_drops_nothing() {
@@ -181,7 +181,7 @@ impl Meters {
         self.map.get(&self.slot, 0).unwrap().of[EGRESS as usize].counters
     }
 
-    /// How long until the first window of 50 ms that has the rate within a fifth.
+    /// The time until the first window of 50 ms whose rate is within a fifth of `rate`.
     fn time_to(&self, rate: u64) -> Duration {
         const WINDOW: Duration = Duration::from_millis(50);
         let start = Instant::now();

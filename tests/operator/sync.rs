@@ -22,20 +22,20 @@ use crate::kernel::mounts;
 use crate::plain::{HOSTILE, assert_printable};
 use crate::sandbox::{RATE, Sandbox, netns_with_host_end, ok};
 
-/// The network that podshaper is in, or is to be in.
+/// The network to which podshaper belongs, or is to belong.
 const NETWORK: &str = "cbr0";
 pub(super) const EGRESS: &str = "kubernetes.io/egress-bandwidth";
 pub(super) const INGRESS: &str = "kubernetes.io/ingress-bandwidth";
 
-/// What a runtime has on its disk: its conflists, and the results of its ADDs.
+/// A runtime's files: its conflists, and the results of its ADDs.
 pub(super) struct Node {
     root: TempDir,
-    /// The API server that was last asked lives as long.
+    /// Keeps the last API server running.
     pub(super) server: Option<ApiServer>,
 }
 
 impl Node {
-    /// With podshaper in its network, with these keys.
+    /// A node with podshaper in its network, with these keys.
     pub(super) fn new(keys: Value) -> Self {
         let node = Self { root: tempfile::tempdir().unwrap(), server: None };
         for directory in ["net.d", "cni/results"] {
@@ -59,7 +59,7 @@ impl Node {
         fs::write(self.path("net.d/10-cbr0.conflist"), list.to_string()).unwrap();
     }
 
-    /// Has the runtime keep the result of an ADD of this pod, made by a conflist without podshaper.
+    /// Stores the result of an ADD of this pod as the runtime does, made by a conflist without podshaper.
     pub(super) fn keep(&self, pod: &Sandbox) -> PathBuf {
         self.keep_as(&pod.uid, &pod.container_id, &pod.netns.path().display().to_string(), &pod.stdin["runtimeConfig"])
     }
@@ -79,7 +79,7 @@ impl Node {
         file
     }
 
-    /// Has an API server know these pods of the node, with these annotations.
+    /// Starts an API server with these pods of the node and their annotations.
     pub(super) fn ask(&mut self, pods: &[(&str, Value)]) {
         self.server = Some(ApiServer::start(Reply::json("200 OK", &list(pods))).unwrap());
     }
@@ -94,7 +94,7 @@ impl Node {
         call(&[&arguments[..], options].concat())
     }
 
-    /// What one that succeeds says. On stderr a kernel may be said to have no fq.
+    /// stdout of a sync that must succeed. stderr may say that the kernel has no fq.
     #[track_caller]
     pub(super) fn syncs(&self) -> String {
         let (code, stdout, stderr) = self.sync(&[]);
@@ -103,14 +103,14 @@ impl Node {
     }
 }
 
-/// Pods as an API server has them, all of one name.
+/// Pods in the format of an API server, all with the same name.
 pub(super) fn list(pods: &[(&str, Value)]) -> Value {
     let pod = |(uid, annotations): &(&str, Value)| json!({ "metadata": { "namespace": "default", "name": "web", "uid": uid, "annotations": annotations } });
     let items: Vec<Value> = pods.iter().map(pod).collect();
     json!({ "kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1", "metadata": {}, "items": items })
 }
 
-/// Nothing is attached, and nothing remembered, but by `work`.
+/// Runs `work` without other attachments and without memory of STATUS.
 pub(super) fn on_a_node(work: impl FnOnce() + Send) {
     alone(|| {
         mounts::without_memory();
@@ -143,7 +143,7 @@ fn a_pod_that_started_without_podshaper_is_limited_by_what_the_runtime_kept() {
         assert_eq!(owner["changed"], Value::Null);
         assert_eq!(node.syncs(), "", "a second run finds all as it should be");
         assert!(listed(&unlimited.uid).is_none());
-        // As if it had been added: a DEL removes it.
+        // As after an ADD, a DEL removes the limit.
         pod.call("DEL");
         pod.assert_unlimited();
     });
@@ -170,7 +170,7 @@ fn an_annotation_that_changes_changes_the_limit_of_a_running_pod() {
             "default/web eth0: egress 50Mbit/s, burst 250kbit (was 10Mbit/s, burst 120kbit)\n",
         );
         pod.assert_rates([50 * MBIT, 0]);
-        // A runtime that checks finds nothing wrong with what was annotated later.
+        // CHECK accepts the limit of a later annotation.
         assert_eq!(pod.call("CHECK").stdout, "");
         annotate(
             json!({ EGRESS: "50M", INGRESS: "1G", "else": "1" }),
@@ -204,7 +204,7 @@ fn what_was_set_by_hand_stays_until_the_annotation_changes() {
         says(&["set", &pod.uid, "--egress", "50M"]);
         assert_eq!(node.syncs(), "");
         pod.assert_rates([50 * MBIT, 0]);
-        // Another direction is another matter, and takes other programs.
+        // A limit for the other direction is independent, and needs other programs.
         node.ask(&[(&pod.uid, json!({ EGRESS: "10M", INGRESS: "20M" }))]);
         assert_eq!(node.syncs(), "default/web eth0: ingress 20Mbit/s, burst 120kbit (was no limit)\n");
         pod.assert_rates([50 * MBIT, 20 * MBIT]);
@@ -214,7 +214,7 @@ fn what_was_set_by_hand_stays_until_the_annotation_changes() {
         assert_eq!(listed(&pod.uid).unwrap()["changed"], false);
         says(&["set", &pod.uid, "--egress", "40M"]);
         assert_eq!(node.syncs(), "");
-        // The pod's next sandbox has what its annotation says.
+        // The pod's next sandbox has the limit of the annotation.
         let id = container_id().unwrap();
         node.keep_as(&pod.uid, &id, &pod.netns.path().display().to_string(), &pod.stdin["runtimeConfig"]);
         assert_eq!(node.syncs(), "default/web eth0: egress 30Mbit/s, burst 150kbit (was 40Mbit/s, burst 200kbit)\n");
@@ -292,7 +292,7 @@ fn one_bad_pod_does_not_stop_the_others_and_is_told_of_everywhere() {
         assert!(metrics.contains("\npodshaper_sync_failed 1\n"), "{metrics}");
         let (code, doctor, _) = call(&["doctor"]);
         assert!(code == 1 && doctor.contains("\"10MB\\n\" is not a rate"), "{doctor}");
-        // The same for programs.
+        // The JSON output for programs says the same.
         let (_, json, _) = node.sync(&["-o", "json", "--dry-run"]);
         let json: Value = serde_json::from_str(&json).unwrap();
         assert_eq!((json["failures"].as_array().unwrap().len(), json["dryRun"].as_bool()), (1, Some(true)), "{json}");
@@ -300,7 +300,7 @@ fn one_bad_pod_does_not_stop_the_others_and_is_told_of_everywhere() {
             json["changes"][0]["egress"],
             json!({ "was": null, "is": { "limitBitsPerS": MBIT, "burstBits": 120_000 } })
         );
-        // A wrong annotation on a pod that has a limit takes nothing from it.
+        // A wrong annotation on a pod with a limit leaves that limit in force.
         node.ask(&[(&good.uid, json!({ EGRESS: "fast" }))]);
         fs::remove_dir_all(node.path("cni/results")).unwrap();
         fs::create_dir(node.path("cni/results")).unwrap();
@@ -314,7 +314,7 @@ fn one_bad_pod_does_not_stop_the_others_and_is_told_of_everywhere() {
     });
 }
 
-/// Nothing that a pod, its runtime or a file's name says does more to a terminal than to be read there.
+/// Text from a pod, from its runtime or from a file's name has no effect on a terminal except that it can be read.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn foreign_text_is_spelt_out_in_tables_metrics_and_lines() {
@@ -360,7 +360,7 @@ fn foreign_text_is_spelt_out_in_tables_metrics_and_lines() {
     });
 }
 
-/// One tenant's pods may not make the list too long for the others: 50 of them make it 75 MiB.
+/// The pods of one tenant must not make the list too long for others: 50 of these pods make it 75 MiB.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn pods_with_the_largest_annotations_cost_nobody_else() {
@@ -394,7 +394,7 @@ fn without_an_answer_what_is_in_force_stays_and_what_is_missing_is_attached() {
         assert!(stderr.contains("for the pods of node here: it answered 503 \"later\""), "{stderr}");
         limited.assert_rates([50 * MBIT, 0]);
         missing.assert_rates([RATE, 0]);
-        // A node by a name that the server does not know has no pods at all.
+        // If the server does not know the node's name, the node has no pods at all.
         node.ask(&[]);
         let (code, stdout, stderr) = node.sync(&[]);
         assert!(
@@ -433,7 +433,7 @@ fn what_no_pod_has_any_more_is_cleared_and_what_is_broken_is_made_anew() {
     });
 }
 
-/// A pod that a DEL has come for is none, though its result is still there: the runtime removes it last.
+/// A pod after its DEL does not count, though its result still exists: the runtime removes the result last.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn a_sandbox_without_a_namespace_is_none() {
@@ -445,7 +445,7 @@ fn a_sandbox_without_a_namespace_is_none() {
     });
 }
 
-/// From `kubectl annotate` to the new rate on a live flow there is one run of sync.
+/// After `kubectl annotate`, one run of sync is enough for the new rate on a live flow.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn a_live_flow_follows_the_annotation() {
@@ -480,7 +480,7 @@ fn on_a_node_of(pod: &crate::harness::pod::Pod<'_>, work: impl FnOnce(&mut Node,
     work(&mut node, &pod.uid);
 }
 
-/// What a run costs every eight seconds when there is nothing to change.
+/// The cost of a run when there is nothing to change. Such a run takes place every eight seconds.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn a_node_of_250_pods_costs_little() {
@@ -489,7 +489,7 @@ fn a_node_of_250_pods_costs_little() {
     on_a_node(|| {
         let mut node = Node::new(json!({}));
         let pods: Vec<Sandbox> = (0..PODS).map(|_| pod()).collect();
-        // What a pod has on it, beside what podshaper reads.
+        // Other annotations of a pod, which podshaper does not read.
         let applied = "x".repeat(1500);
         let annotations =
             json!({ EGRESS: "10M", INGRESS: "20M", "kubectl.kubernetes.io/last-applied-configuration": applied });
@@ -514,7 +514,7 @@ fn a_node_of_250_pods_costs_little() {
             .collect();
         times.sort_by(f64::total_cmp);
         let (best, median) = (times[0], times[times.len() / 2]);
-        // Twice as long as on a machine that does nothing else.
+        // Twice the time on a machine without other load.
         let slack = 2.0 * if cfg!(debug_assertions) { 10.0 } else { 1.0 } * slowness(walk());
         eprintln!(
             "sync of {PODS} pods: {best:.1} ms of CPU at best, {median:.1} in the middle; {slack:.1} times 50 are allowed"
@@ -524,8 +524,8 @@ fn a_node_of_250_pods_costs_little() {
     });
 }
 
-/// What systemd does with the units: it starts the service when something came, went or was written in the directories, does not see what
-/// does while the service runs, and starts the second one then.
+/// Does what systemd does with the units: it starts the service after a change in the directories, does not see
+/// changes while the service runs, and then starts the second service.
 fn path_unit(node: &Node, until: &std::sync::atomic::AtomicBool) {
     let watched = || ["net.d", "cni/results"].map(|name| files(&node.path(name)));
     let mut seen = watched();
@@ -535,14 +535,14 @@ fn path_unit(node: &Node, until: &std::sync::atomic::AtomicBool) {
             continue;
         }
         node.keep_installed(&[]);
-        // As long as systemd may take to see that it has ended.
+        // The time that systemd may need to notice the end of the service.
         std::thread::sleep(Duration::from_millis(30));
         seen = watched();
         node.keep_installed(&["--if-changed"]);
     }
 }
 
-/// Each with when it was written.
+/// The files, each with the time of its last change.
 fn files(directory: &std::path::Path) -> Vec<(PathBuf, (i64, i64))> {
     let found = fs::read_dir(directory).unwrap().flatten();
     let mut files: Vec<_> = found
@@ -561,7 +561,7 @@ fn of_the_network() -> String {
 }
 
 impl Node {
-    /// What the service calls, by the program that is installed once there is one.
+    /// Runs the service's command, with the installed program if there is one.
     fn keep_installed(&self, options: &[&str]) {
         let [conf, bin, cache] = ["net.d", "bin", "cni"].map(|name| self.path(name).display().to_string());
         let installed = self.path("bin/podshaper");
@@ -583,22 +583,22 @@ impl Node {
         crate::harness::process::run(&mut command).unwrap();
     }
 
-    /// The conflist as its network writes it: beside, then renamed.
+    /// Writes the conflist as its network does: under another name, then renamed.
     fn rewrite(&self) {
         let beside = self.path("net.d/.10-cbr0.tmp");
         fs::write(&beside, of_the_network()).unwrap();
         fs::rename(beside, self.path("net.d/10-cbr0.conflist")).unwrap();
     }
 
-    /// As cp does it.
+    /// Writes the conflist as cp does.
     fn rewrite_in_place(&self) {
         fs::write(self.path("net.d/10-cbr0.conflist"), of_the_network()).unwrap();
     }
 
-    /// A pod's start, as the runtime goes about it: by the conflist as it is at that moment.
+    /// Starts a pod as the runtime does, with the conflist as it is at that moment.
     fn start(&self, pod: &Sandbox) {
         let list = fs::read_to_string(self.path("net.d/10-cbr0.conflist")).unwrap();
-        // What the other plugins of the chain take.
+        // The time that the other plugins of the chain take.
         std::thread::sleep(Duration::from_millis(20));
         if list.contains("podshaper") {
             pod.call("ADD");
@@ -606,7 +606,7 @@ impl Node {
         self.keep(pod);
     }
 
-    /// Its end. A sync that has seen it before may attach it once more, and the next one finds no cgroup.
+    /// Ends a pod. A sync that has seen the pod before may attach it once more; the next sync finds no cgroup.
     fn stop(&self, pod: &Sandbox) {
         pod.call("DEL");
         fs::remove_file(self.path(&format!("cni/results/{NETWORK}-{}-eth0", pod.container_id))).unwrap();
@@ -619,7 +619,7 @@ impl Node {
 fn no_pod_stays_unlimited_while_its_network_writes_its_conflist_anew() {
     use std::sync::atomic::{AtomicBool, Ordering};
     const PODS: usize = 24;
-    // What a start may take until the limit is there, with other programs on a small machine.
+    // The most time between a pod's start and its limit, on a small machine with other load.
     const BOUND: Duration = Duration::from_secs(1);
     on_a_node(|| {
         let node = Node::new(json!({}));
@@ -629,7 +629,7 @@ fn no_pod_stays_unlimited_while_its_network_writes_its_conflist_anew() {
         let is_over = AtomicBool::new(false);
         let pods: Vec<Sandbox> = (0..PODS).map(|_| Sandbox::new()).collect();
         let mut late: Vec<Duration> = Vec::new();
-        // On this thread, whose mounts they share, and threads of it.
+        // On this thread, whose mounts the pods share, and on threads that it starts.
         std::thread::scope(|scope| {
             scope.spawn(|| path_unit(&node, &is_over));
             scope.spawn(|| {
@@ -652,7 +652,7 @@ fn no_pod_stays_unlimited_while_its_network_writes_its_conflist_anew() {
             }
             is_over.store(true, Ordering::Relaxed);
         });
-        // The timer's.
+        // The run that the timer starts.
         node.keep_installed(&[]);
         late.sort();
         eprintln!(

@@ -1,5 +1,5 @@
-//! A node that was upgraded: pods of before have pins of an older layout, whose maps this podshaper does not know, beside which new ones
-//! are made. Only OWNER, in JSON, is the same in all.
+//! A node that was upgraded: older pods have pins of an older layout, whose maps this podshaper cannot read. New pins
+//! are made beside them. Only OWNER, in JSON, is the same in all layouts.
 
 use std::fs;
 use std::process::Command;
@@ -18,7 +18,8 @@ use crate::harness::pod::{INTERFACE, container_id};
 use crate::harness::{meter, process, unique};
 use crate::sandbox::{LINKS, NODE, PROGRAMS, RATE, Sandbox, bpftool, ok};
 
-/// A node whose pods run with another podshaper's programs of the same layout. One call gives them these, and nobody notices.
+/// A node whose pods run with the programs of another podshaper of the same layout. One call replaces the programs,
+/// without effect on the traffic.
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn running_pods_get_new_programs_and_notice_nothing() {
@@ -37,7 +38,7 @@ fn running_pods_get_new_programs_and_notice_nothing() {
         let bulk = Bulk { flows: 8, seconds: 16.0, ..Bulk::default() };
         let another = PodCgroup::new(cgroup::mount().unwrap().join(unique("another"))).unwrap();
         let another = another.path().to_str().unwrap();
-        // Programs of its own are loaded, and replace nothing.
+        // Loads programs for another attachment, and replaces none.
         let load = || {
             says(&["attach", "--cgroup", another, "--egress", "1M", "--ingress", "1M"]);
             says(&["detach", "--cgroup", another]);
@@ -46,7 +47,7 @@ fn running_pods_get_new_programs_and_notice_nothing() {
             let before = programs();
             assert!(says(&["upgrade"]).starts_with("the node's programs are this podshaper's already"));
             assert_eq!(programs(), before);
-            // As if they were another's.
+            // Makes the programs look like those of another podshaper.
             fs::remove_file(format!("{NODE}/%object")).unwrap();
             assert_eq!(says(&["upgrade"]), "3 programs on pods' cgroups are this podshaper's now\n");
             assert!(programs().iter().all(|id| !before.contains(id)), "{before:?}");
@@ -65,8 +66,8 @@ fn running_pods_get_new_programs_and_notice_nothing() {
             "{drops} drops, {retransmits} retransmits, at most {upgrading} bytes in 50 ms, of {allowed}; while others load \
              programs {loading}"
         );
-        // One CPU that loads programs sends nothing meanwhile. A flow may send its last segment again for that (loss probe), and what
-        // had its time in the meantime leaves at once.
+        // A single CPU sends nothing while it loads programs. A flow may then send its last segment again (loss
+        // probe), and packets whose departure time has passed meanwhile leave at once.
         assert!(drops == 0 && retransmits <= 8, "{drops} drops, {retransmits} retransmits");
         assert!(upgrading > allowed / 2, "{upgrading} bytes in 50 ms: the flows were not there");
         assert!(upgrading < allowed.max(loading) * 11 / 10, "{upgrading} bytes in 50 ms, {loading} without an upgrade");
@@ -76,7 +77,7 @@ fn running_pods_get_new_programs_and_notice_nothing() {
 
 const WINDOW: Duration = Duration::from_millis(50);
 
-/// The most that passes within a window while this is done four times.
+/// The most bytes within a window while `act` runs four times.
 fn most_in_a_window(counters: &Meters, act: impl Fn() + Sync) -> u64 {
     std::thread::scope(|scope| {
         let acting = scope.spawn(|| {
@@ -85,7 +86,7 @@ fn most_in_a_window(counters: &Meters, act: impl Fn() + Sync) -> u64 {
                 act();
             }
         });
-        // When a reading began and ended, since a machine of one CPU may do something else in between.
+        // When a reading began and ended: a machine with one CPU may do something else in between.
         let reading = || {
             let begin = Instant::now();
             let bytes = counters.read().bytes;
@@ -98,7 +99,7 @@ fn most_in_a_window(counters: &Meters, act: impl Fn() + Sync) -> u64 {
             let now @ (begin, bytes, end) = reading();
             let then = readings.iter().rev().find(|(.., end)| begin - *end >= WINDOW);
             if let Some((begin, before, _)) = then {
-                // A reading that came late has a longer window.
+                // A late reading has a longer window.
                 let window = (end - *begin).as_secs_f64() / WINDOW.as_secs_f64();
                 most = most.max(((bytes - before) as f64 / window) as u64);
             }
@@ -111,7 +112,7 @@ fn most_in_a_window(counters: &Meters, act: impl Fn() + Sync) -> u64 {
 
 const OLD: &str = "/sys/fs/bpf/podshaper/v0";
 
-/// Makes the pod's attachment one of layout 0: with a smaller record, and a map of limits of another size.
+/// Converts the pod's attachment to layout 0: with a smaller record, and with a map of limits of another size.
 fn age(pod: &Sandbox) {
     let (new, old) = (pod.pod_directory().join("eth0"), format!("{OLD}/{}/eth0", pod.uid));
     let owner = pod.owner("eth0").to_string();
@@ -155,7 +156,7 @@ fn an_older_layout_is_listed_deleted_and_collected() {
         let (_, doctor, _) = super::call(&["doctor"]);
         assert!(doctor.contains("3 of another podshaper's layout"), "{doctor}");
 
-        // A DEL of another sandbox removes nothing, as ever.
+        // A DEL of another sandbox removes nothing, as with the current layout.
         ok(&pods[0].cni_of("DEL", &container_id().unwrap()));
         assert!(is_old(&pods[0]));
         pods[0].call("DEL");
@@ -167,7 +168,7 @@ fn an_older_layout_is_listed_deleted_and_collected() {
         assert!(gone.as_array().unwrap().len() == 1 && gone[0]["key"] == pods[1].uid.as_str(), "{gone}");
         assert!(!is_old(&pods[1]) && is_old(&pods[2]));
 
-        // The runtime's GC: nothing of this network is in use any more.
+        // The runtime's GC without valid attachments in this network.
         let gc = json!({ "cniVersion": "1.1.0", "name": pods[2].network, "type": "podshaper", "cni.dev/valid-attachments": [] });
         ok(&pods[2].cni("GC").stdin(gc.to_string()));
         pods[2].assert_unlimited();
@@ -187,7 +188,8 @@ fn a_new_add_moves_a_pod_to_the_new_layout_and_it_is_never_unlimited() {
             std::thread::scope(|scope| {
                 let adding = scope.spawn(|| ok(&pod.cni_of("ADD", &id).stdin(pod.stdin_at(2 * RATE))));
                 while !adding.is_finished() {
-                    // bpftool does not see all links at one moment: one that goes while it looks hides one that has come.
+                    // bpftool does not read all links at the same moment: a link that disappears meanwhile may hide a
+                    // new one.
                     let mut looks = [pod.attached(), pod.attached()];
                     looks.sort_by_key(Vec::len);
                     assert!(looks[1].len() >= PROGRAMS.len(), "unlimited for a moment: {looks:?}");
@@ -201,7 +203,8 @@ fn a_new_add_moves_a_pod_to_the_new_layout_and_it_is_never_unlimited() {
     });
 }
 
-/// An ADD puts the new attachment in its place first, and removes that of the older layout then. Killed in between, it leaves both.
+/// An ADD adds the new attachment before it removes the attachment of the older layout. If it is killed in between,
+/// both are left.
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn a_late_del_does_not_take_the_new_limit_for_the_old_layouts() {
@@ -214,7 +217,7 @@ fn a_late_del_does_not_take_the_new_limit_for_the_old_layouts() {
         let id = container_id().unwrap();
         ok(&pod.cni_of("ADD", &id).stdin(pod.stdin_at(2 * RATE)));
         fs::rename(&aside, &left).unwrap();
-        // The DEL of the sandbox of before.
+        // The DEL of the earlier sandbox.
         pod.call("DEL");
         assert_eq!(pod.owner("eth0")["containerId"], id.as_str());
         assert!(!is_old(&pod));

@@ -1,5 +1,6 @@
-//! pictures: the README's, of a real run. Makes pods with the real CNI plugins, has them send, and draws what `list`, `show` and `top`
-//! show meanwhile into tests/pictures/*.svg. `top` runs in tmux, which knows what its screen looks like.
+//! pictures: draws the README's pictures of a real run. Makes pods with the real CNI plugins, lets them send, and
+//! draws the output of `list`, `show` and `top` meanwhile into tests/pictures/*.svg. `top` runs in tmux, which knows
+//! the contents of its screen.
 
 #[path = "../harness/mod.rs"]
 mod harness;
@@ -18,7 +19,7 @@ use harness::process::run;
 use harness::{Context, Result, check_stop, note, podshaper_program, stop_on_signals, stopped, unique};
 
 const MBIT: u64 = 1_000_000;
-/// Until the sparklines of `top` are full, at two readings a second.
+/// The time until the sparklines of `top` are full, at two readings a second.
 const SECONDS: f64 = 34.0;
 const COLUMNS: usize = 168;
 const ROWS: usize = 12;
@@ -51,7 +52,7 @@ fn draw() -> Result<()> {
     thread::scope(|scope| {
         scope.spawn(|| keep(|seconds| bulk(&web, Way::Out, 4, seconds, None)));
         scope.spawn(|| keep(|seconds| bulk(&crawler, Way::In, 2, seconds, None)));
-        // Half of its limit, then nothing for a while.
+        // Half of its limit, with pauses.
         scope.spawn(|| waves(|| bulk(&backup, Way::Out, 1, 3.0, Some(10 * MBIT / 8))));
         scope.spawn(|| keep(|seconds| udp(&telemetry, seconds)));
         scope.spawn(|| waves(|| bulk(&mail, Way::Out, 2, 2.0, None)));
@@ -71,7 +72,7 @@ fn pictures(web: &Pod) -> Result<()> {
     save(&directory, "top", "podshaper top", &screen.capture()?)?;
     drop(screen);
     let mut list = Command::new(&program);
-    // The pods of other people are not for a picture, nor what is the same in all lines.
+    // Left out: pods other than the pictures', and columns that are the same in all lines.
     let text = run(list.arg("list"))?;
     let lines = text.lines().filter(|line| line.starts_with("POD") || line.starts_with("default/"));
     let lines: Vec<&str> = lines.map(|line| line.rsplit_once("  /").map_or(line, |(before, _)| before)).collect();
@@ -87,7 +88,7 @@ fn save(directory: &Path, name: &str, title: &str, text: &str) -> Result<()> {
     Ok(())
 }
 
-/// `podshaper top` on a screen of tmux; ended when dropped.
+/// `podshaper top` on a screen of tmux; ends when dropped.
 struct Screen {
     socket: String,
 }
@@ -101,7 +102,7 @@ impl Screen {
         Ok(screen)
     }
 
-    /// With its escape sequences.
+    /// The screen with its escape sequences.
     fn capture(&self) -> Result<String> {
         run(&mut self.tmux(&["capture-pane", "-p", "-e"]))
     }
@@ -119,7 +120,7 @@ impl Drop for Screen {
     }
 }
 
-/// Repeats short traffic until the pictures are taken, so that a stop is soon seen.
+/// Repeats short sending until the pictures are taken, so that the thread notices the end soon.
 fn keep(send: impl Fn(f64) -> Result<()>) {
     let start = Instant::now();
     while start.elapsed().as_secs_f64() < SECONDS && !stopped() {

@@ -1,4 +1,5 @@
-//! A terminal's text as SVG. Of the escape sequences only those of bold, dim and reversed text are known, which is what podshaper uses.
+//! Text of a terminal as SVG. Only the escape sequences for bold, dim and reversed text are known, since podshaper
+//! uses no others.
 
 use std::fmt::Write;
 
@@ -15,7 +16,7 @@ struct Style {
     reversed: bool,
 }
 
-/// A window with a title and the lines of a terminal in it.
+/// A window with a title and a terminal's lines.
 pub fn terminal(title: &str, text: &str) -> String {
     let lines: Vec<Vec<(Style, String)>> = parse(text);
     let columns = lines.iter().map(|line| line.iter().map(|(_, run)| run.chars().count()).sum()).max().unwrap_or(0);
@@ -38,7 +39,8 @@ pub fn terminal(title: &str, text: &str) -> String {
     svg + "</svg>\n"
 }
 
-/// Draws a run of one style; how many columns it takes. textLength keeps the columns in place whatever font there is.
+/// Draws a run of text in one style and returns its number of columns. textLength keeps the columns in place with any
+/// font.
 fn draw(svg: &mut String, style: Style, run: &str, column: usize, y: f64) -> usize {
     let count = run.chars().count();
     let start = run.chars().take_while(|c| *c == ' ').count();
@@ -70,7 +72,7 @@ fn draw(svg: &mut String, style: Style, run: &str, column: usize, y: f64) -> usi
     count
 }
 
-/// Lines of runs of one style; a run also ends where several blanks are, so that fonts cannot move a column.
+/// Splits each line into runs of one style. A run also ends before several blanks, so that no font can move a column.
 fn parse(text: &str) -> Vec<Vec<(Style, String)>> {
     let mut style = Style::default();
     let mut lines = Vec::new();

@@ -1,4 +1,4 @@
-//! Small requests and replies: what a person at the other end of a busy pod feels.
+//! Small requests and replies: the delays that a person notices at the other end of a busy pod.
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
@@ -11,7 +11,7 @@ use super::sockets::Protocol;
 use super::times::{Times, median_of_time, percentiles};
 use super::{context, say_listening, seconds};
 
-/// Bytes of a request and of a reply.
+/// Size of a request and of a reply.
 const MESSAGE_BYTES: usize = 100;
 
 #[derive(clap::Args)]
@@ -56,9 +56,10 @@ pub struct Ask {
 #[derive(Serialize)]
 pub struct AskReport {
     count: usize,
-    /// Datagrams that had no answer in time. Such a request is as long as it took to be answered at the second try, or to give up.
+    /// Datagrams that were not answered in time. The time of such a request includes the second try, or the wait
+    /// until it gives up.
     lost: u64,
-    /// Half of all the time that was spent waiting passed in waits of at least this.
+    /// Half of all the waiting time was spent in waits of at least this length.
     p50_of_time_us: f64,
     #[serde(flatten)]
     times: Times,
@@ -84,7 +85,7 @@ pub fn echo(options: &Echo) -> io::Result<()> {
     Ok(())
 }
 
-/// Ends when the asking side does.
+/// Ends when the asking side ends.
 fn answer(mut stream: TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let mut message = [0; MESSAGE_BYTES];
@@ -107,7 +108,8 @@ fn ask_by(stream: &mut TcpStream, message: &mut [u8]) -> io::Result<()> {
     stream.read_exact(message).map_err(context("wait for a reply"))
 }
 
-/// As a resolver asks (`timeout:5 attempts:2` is its default); how many datagrams had no answer in time.
+/// Asks as a resolver does (`timeout:5 attempts:2` is its default). Returns the number of datagrams without an answer
+/// in time.
 fn look_up(to: SocketAddr, message: &mut [u8]) -> io::Result<u64> {
     const TIMEOUT: Duration = Duration::from_secs(5);
     const ATTEMPTS: u64 = 2;

@@ -1,15 +1,17 @@
-//! What the receiving end of a bulk flow says on the same connection meanwhile: the small messages of a protocol that goes both ways.
-//! Each message carries the time at which it was given to the kernel, if there is room for it, and the other end sees how late it is.
+//! Messages that the receiving end of a bulk flow sends on the same connection meanwhile: the small messages of a
+//! bidirectional protocol. Each message carries the time at which it was given to the kernel, if there is room for
+//! it, so that the other end can tell how late it is.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// A message shorter than this has no time in it.
+/// A shorter message has no time in it.
 const STAMP_BYTES: usize = size_of::<u64>();
 
-/// Says messages of `bytes` until the connection ends. What is late is not made good: a protocol's messages come of what happens.
+/// Sends messages of `bytes` until the connection ends. After a delay no messages are caught up on, since a
+/// protocol's messages are caused by events.
 pub fn say(mut stream: TcpStream, bytes: usize, every: Duration) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let mut message = vec![0; bytes];
@@ -24,7 +26,8 @@ pub fn say(mut stream: TcpStream, bytes: usize, every: Duration) -> io::Result<(
     }
 }
 
-/// Takes messages of `bytes` until the connection ends; how late each was, where they say when they were sent.
+/// Takes messages of `bytes` until the connection ends. Returns how late each message was, if the messages carry
+/// their time.
 pub fn listen(mut stream: &TcpStream, bytes: usize) -> Vec<Duration> {
     let (mut message, mut delays) = (vec![0; bytes], vec![]);
     while stream.read_exact(&mut message).is_ok() {
@@ -35,8 +38,8 @@ pub fn listen(mut stream: &TcpStream, bytes: usize) -> Vec<Duration> {
     delays
 }
 
-/// Both ends are on one machine, which has one clock. That one of std's which can be told to another process may be set meanwhile, which
-/// nobody does here.
+/// Both ends are on one machine and share its clock. Of std's clocks, only this one can be passed to another process.
+/// It could be set meanwhile, which does not happen here.
 fn now_ns() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64)
 }

@@ -1,4 +1,4 @@
-//! UDP packets that no stack has seen: frames from an AF_PACKET socket, as fast as it takes them.
+//! UDP packets that bypass the network stack: frames from an AF_PACKET socket, as fast as the socket takes them.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -77,7 +77,7 @@ pub fn send(options: &Frames) -> io::Result<Report> {
 }
 
 fn send_by_xdp(options: &Frames) -> io::Result<Report> {
-    /// Nobody's: of a frame the receiver looks at its own address.
+    /// No interface has this address. The receiver checks only the destination address of a frame.
     const FROM: [u8; 6] = [2, 0, 0, 0, 0, 1];
     let frame = [&next_hop(options)?[..], &FROM, &ETH_P_IP.to_be_bytes(), &packet(options, 1400)].concat();
     let mut sender = xdp::Sender::new(options.ifindex, &frame)?;
@@ -110,7 +110,7 @@ pub fn link_address(ifindex: u32, protocol: u16, mac: [u8; 6]) -> io::Result<Lin
         sll_addr: [mac[0], mac[1], mac[2], mac[3], mac[4], mac[5], 0, 0],
     };
     #[expect(unsafe_code, reason = "nix has no other way to make such an address")]
-    // SAFETY: it is a whole one of this family, and as long as is said.
+    // SAFETY: the value is a complete address of this family, and has the given length.
     let address = unsafe { LinkAddr::from_raw((&raw const raw).cast(), Some(size_of_val(&raw) as u32)) };
     address.ok_or_else(|| io::Error::other("not an address of AF_PACKET"))
 }

@@ -1,4 +1,5 @@
-//! Requests for connections that nothing follows: a scan, a flood, a balancer that looks whether a port is open.
+//! Connection requests that are not followed by anything: a scan, a flood, a load balancer that checks whether a port
+//! is open.
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
@@ -20,7 +21,7 @@ pub struct Knock {
     seconds: Duration,
 }
 
-/// Each socket is closed before its request is answered, and the answer reset.
+/// Closes each socket before its request is answered, so that the kernel resets the answer.
 pub fn knock(options: &Knock) -> io::Result<()> {
     const AT_ONCE: Duration = Duration::from_nanos(1);
     let start = Instant::now();
@@ -30,7 +31,7 @@ pub fn knock(options: &Knock) -> io::Result<()> {
             break;
         }
         thread::sleep(due.saturating_sub(start.elapsed()));
-        // That it has no time to succeed is what is asked for.
+        // Intended: there is no time to succeed.
         let _ = TcpStream::connect_timeout(&options.to, AT_ONCE);
     }
     Ok(())

@@ -1,8 +1,8 @@
-//! traffic: what the tests, the demo and the benchmark send through a pod, and what they measure it with.
+//! traffic: the traffic that the tests, the demo and the benchmark send through a pod, and its measurement.
 //!
-//! Every subcommand prints one line of JSON on stdout when it is done. Rates are always taken where the bytes arrive
-//! (`sink`, `udp-sink`): a sender's first second only fills its own socket buffer. Servers say "listening on ADDRESS" on
-//! stderr as soon as a client may come, so a caller can ask for port 0.
+//! Every subcommand prints one line of JSON on stdout at the end. Rates are always measured where the bytes arrive
+//! (`sink`, `udp-sink`), since in its first second a sender only fills its own socket buffer. Servers print
+//! "listening on ADDRESS" on stderr as soon as clients may connect, so a caller can pass port 0.
 #![allow(clippy::print_stdout, reason = "one line of JSON on stdout is this program's answer")]
 
 mod ask;
@@ -70,7 +70,7 @@ enum Command {
     Sources(sources::Sources),
 }
 
-/// What a server is told that counts what arrives.
+/// Options of a server that counts arrivals.
 #[derive(clap::Args)]
 struct Receive {
     /// Address and port to listen on; port 0 takes a free one
@@ -129,12 +129,12 @@ fn say_listening(address: SocketAddr) {
     say(format_args!("listening on {address}"));
 }
 
-/// Tells whoever waits for it, by a line on stderr.
+/// Prints a line on stderr for the waiting caller.
 fn say(what: impl std::fmt::Display) {
     let _ = writeln!(io::stderr(), "{what}");
 }
 
-/// Adds what was being done to an error of the system.
+/// Adds what was being done to a system error.
 fn context(what: impl std::fmt::Display) -> impl FnOnce(io::Error) -> io::Error {
     move |error| io::Error::new(error.kind(), format!("{what}: {error}"))
 }

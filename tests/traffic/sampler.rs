@@ -1,4 +1,4 @@
-//! What a network namespace and the flows in it receive, ten times a second.
+//! The bytes that a network namespace and the flows in it receive, ten times a second.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,29 +11,30 @@ use serde::Serialize;
 use super::sockets::Protocol;
 use super::wire::Received;
 
-/// What arrives is counted in steps of this.
+/// Arrivals are counted in steps of this time.
 pub const BUCKET: Duration = Duration::from_millis(100);
 
-/// Cumulative counts: a bucket is the difference of two neighbours, a rate that of any two over the time between them.
+/// Cumulative counts: a bucket is the difference of two neighbours, and a rate is the difference of any two divided
+/// by the time between them.
 #[derive(Serialize)]
 pub struct Timeline {
-    /// When each sample was taken, counted from the first byte.
+    /// When each sample was taken, since the first byte.
     pub sample_us: Vec<u64>,
-    /// Payload received by then.
+    /// Payload received until then.
     pub payload_bytes: Vec<u64>,
-    /// Wire bytes received by then, since listening, by the whole network namespace (`wire.rs`).
+    /// Wire bytes received until then by the whole network namespace, since the start of listening (`wire.rs`).
     pub wire_bytes: Vec<u64>,
     /// Payload per 100 ms.
     pub buckets: Vec<u64>,
-    /// Payload in all.
+    /// Total payload.
     pub bytes: u64,
-    /// Packets received, as they would be on the wire.
+    /// Packets received, counted as on the wire.
     pub packets: u64,
     /// Payload of each flow, in the order of connecting.
     pub flows: Vec<u64>,
 }
 
-/// What the thread that samples shares with those that receive.
+/// State that the sampling thread shares with the receiving threads.
 pub struct Sampler {
     protocol: Protocol,
     base: Received,
@@ -43,8 +44,8 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// What arrives on the flows added is sampled by the thread that calls this. It has to be called before the first connection: at
-    /// accept() the first ten segments may have arrived already.
+    /// The calling thread samples the arrivals of all added flows. Call this before the first connection: at accept()
+    /// ten segments may have arrived already.
     pub fn new(protocol: Protocol) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             protocol,
@@ -55,20 +56,20 @@ impl Sampler {
         }))
     }
 
-    /// A counter of one flow more.
+    /// A counter for another flow.
     pub fn flow(&self) -> Arc<AtomicU64> {
         let counter = Arc::new(AtomicU64::new(0));
         self.flows.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&counter));
         counter
     }
 
-    /// Adds what has arrived to its flow.
+    /// Adds received bytes to their flow.
     pub fn count(&self, flow: &AtomicU64, bytes: usize) {
         flow.fetch_add(bytes as u64, Ordering::Relaxed);
         self.begin();
     }
 
-    /// The time begins, if it has not yet.
+    /// Starts the clock, unless it runs already.
     pub fn begin(&self) {
         if self.first_byte.get().is_none() && self.first_byte.set(Instant::now()).is_ok() {
             self.sampler.unpark();
@@ -80,7 +81,7 @@ impl Sampler {
         flows.iter().map(|flow| flow.load(Ordering::Relaxed)).collect()
     }
 
-    /// When the first byte came, within `wait`.
+    /// The time of the first byte, which must come within `wait`.
     fn start(&self, wait: Duration) -> io::Result<Instant> {
         let listening = Instant::now();
         loop {
@@ -94,7 +95,7 @@ impl Sampler {
         }
     }
 
-    /// Samples for so long from the first byte on.
+    /// Samples for this time from the first byte on.
     pub fn sample(&self, length: Duration, wait: Duration) -> io::Result<Timeline> {
         let start = self.start(wait)?;
         let mut report = Timeline {
@@ -123,8 +124,8 @@ impl Sampler {
         Ok(report)
     }
 
-    /// What was received, and when since `start`. On a busy machine the reader of the counters may be stopped while it reads: then it
-    /// reads them again, twice at most.
+    /// The received bytes, and their time since `start`. On a busy machine this thread may be stopped while it reads
+    /// the counters: then it reads them again, at most twice.
     fn received_since(&self, start: Instant) -> io::Result<(Duration, Received)> {
         const NO_STOP: Duration = Duration::from_millis(2);
         let read = || -> io::Result<_> {

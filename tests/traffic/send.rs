@@ -1,4 +1,4 @@
-//! Bulk TCP sent: by the side that connects (`send`) or by the one that accepts (`serve`).
+//! Sends bulk TCP, from the connecting side (`send`) or from the accepting side (`serve`).
 
 use std::ffi::OsString;
 use std::io::{self, Write};
@@ -18,7 +18,7 @@ use super::wire::{self, Segments};
 use super::{chatter, context, say_listening, seconds};
 
 const WRITE_BYTES: usize = 1 << 17;
-/// SO_MAX_PACING_RATE of a socket that nothing paces.
+/// SO_MAX_PACING_RATE of a socket that is not paced.
 const NOT_PACED: u64 = u64::MAX;
 
 /// nix has no name for this option yet.
@@ -88,15 +88,15 @@ struct Flows {
 
 #[derive(Serialize)]
 pub struct SendReport {
-    /// Written to the sockets; some of it may never have left.
+    /// Bytes written to the sockets; some of them may never have left.
     bytes: u64,
-    /// Payload of a full segment, as the kernel had it at the end.
+    /// Payload of a full segment, according to the kernel at the end.
     mss: u32,
-    /// Segments this namespace sent, retransmissions not included.
+    /// Segments that this namespace has sent, without retransmissions.
     out_segments: u64,
-    /// Segments this namespace sent again.
+    /// Segments that this namespace has sent again.
     retransmits: u64,
-    /// How late the messages were that `sink` said.
+    /// How late the messages of `sink` were.
     chatter: Option<Times>,
 }
 
@@ -150,7 +150,7 @@ fn open(options: &Send, number: usize) -> io::Result<TcpStream> {
             .map_err(context(format_args!("use the congestion control {name:?}")))?;
     }
     if options.message_bytes.is_some() {
-        // A small segment waits for no acknowledgement of the one before.
+        // A small segment does not wait for the acknowledgement of the segment before.
         stream.set_nodelay(true)?;
     }
     options.protocol.be_greeted(&stream)?;
@@ -162,21 +162,22 @@ fn pace(socket: &impl AsFd, bytes_per_s: u64) -> io::Result<()> {
 }
 
 fn prepare(stream: TcpStream) -> io::Result<TcpStream> {
-    // Reset on close: megabytes may wait in the socket buffer, and the pod should be silent when this program has ended.
+    // Reset on close: megabytes may wait in the socket buffer, and the pod must send nothing after the end of this
+    // program.
     setsockopt(&stream, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 })?;
     // A flow of 10 Mbit/s can block in write() for seconds.
     stream.set_write_timeout(Some(BUCKET))?;
     Ok(stream)
 }
 
-/// What is sent, and what is done meanwhile.
+/// The sent data, and the actions meanwhile.
 struct Fill<'a> {
     flows: &'a [TcpStream],
     until: Instant,
     unpace_every: Option<Duration>,
     message_bytes: Option<usize>,
     chatter_bytes: Option<usize>,
-    /// When nothing is sent.
+    /// The time in which nothing is sent.
     silence: Option<Range<Instant>>,
 }
 
@@ -198,7 +199,7 @@ impl Fill<'_> {
             }
             let sent = sending.into_iter().map(|thread| thread.join().map_err(|_| joined())?);
             let sent: io::Result<u64> = sent.sum();
-            // Those that listen would wait for the sink to end.
+            // The listening threads would otherwise wait for the sink to end.
             let _ = self.flows.iter().try_for_each(|flow| flow.shutdown(Shutdown::Both));
             let delays: io::Result<Vec<Vec<Duration>>> =
                 listening.into_iter().map(|thread| thread.join().map_err(|_| joined())).collect();
@@ -214,7 +215,7 @@ impl Fill<'_> {
         })
     }
 
-    /// 0 of MPTCP, whose sockets do not say.
+    /// 0 for MPTCP, whose sockets do not report it.
     fn mss(&self) -> u32 {
         let first = self.flows.first();
         first.and_then(|flow| nix::sys::socket::getsockopt(flow, sockopt::TcpMaxSeg).ok()).unwrap_or(0)
@@ -234,7 +235,7 @@ impl Fill<'_> {
             match write() {
                 Ok(length) => written += length as u64,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                // The sink has seen enough.
+                // The sink has received enough.
                 Err(error) if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {
                     break;
                 }

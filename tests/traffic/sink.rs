@@ -1,4 +1,5 @@
-//! Bulk TCP received: any number of flows, received with large reads and counted by one thread that wakes ten times a second.
+//! Receives bulk TCP: any number of flows, received with large reads and counted by one thread that wakes ten times a
+//! second.
 
 use std::io::{self, Read};
 use std::net::{SocketAddr, TcpStream};
@@ -13,9 +14,10 @@ use super::sampler::{Sampler, Timeline};
 use super::sockets::Protocol;
 use super::{Receive, chatter, say_listening, seconds};
 
-/// As much as a flow at 14 Gbit/s brings in half a millisecond: few wakeups, and it stays in the second-level cache.
+/// As many bytes as a flow at 14 Gbit/s receives in half a millisecond: few wakeups, and the buffer stays in the
+/// second-level cache.
 const READ_BYTES: usize = 1 << 20;
-/// How long a server may take to send its first byte.
+/// The most time that a server may take to send its first byte.
 const FIRST_BYTE_WAIT: Duration = Duration::from_secs(10);
 
 /// TCP_WINDOW_CLAMP.
@@ -70,20 +72,21 @@ pub fn sink(options: &Sink) -> io::Result<Timeline> {
     let (window_clamp, streams) = (options.window_clamp, Arc::clone(&clamped));
     let buffer = options.buffer;
     let chatter = options.chatter_bytes.zip(options.chatter_us.map(Duration::from_micros));
-    // Never joined: accept() blocks for good, and the process ends when the samples are taken.
+    // Never joined: accept() blocks for ever, and the process ends after the last sample.
     thread::spawn(move || {
         for stream in listener.incoming().flatten() {
-            // An error shows when it is read from.
+            // An error shows up when the stream is read.
             let _ = protocol.greet(&stream);
             if let (Some((bytes, every)), Ok(stream)) = (chatter, stream.try_clone()) {
                 thread::spawn(move || chatter::say(stream, bytes, every));
             }
             if let Some(bytes) = buffer {
-                // A refusal shows in what comes.
+                // A refusal shows up in the result.
                 let _ = setsockopt(&stream, sockopt::RcvBuf, &bytes);
             }
             if let (Some(bytes), Ok(stream)) = (window_clamp, stream.try_clone()) {
-                // With a buffer of its own size the kernel's autotuning leaves the clamp alone. An error shows at the end.
+                // With an explicit buffer size, the kernel's autotuning leaves the clamp unchanged. An error shows up
+                // at the end.
                 let _ = setsockopt(&stream, sockopt::RcvBuf, &(16 * bytes as usize));
                 let _ = setsockopt(&stream, WindowClamp, &bytes);
                 streams.lock().unwrap_or_else(PoisonError::into_inner).push(stream);
@@ -114,13 +117,13 @@ pub fn fetch(options: &Fetch) -> io::Result<Timeline> {
     sampler.sample(options.seconds, FIRST_BYTE_WAIT)
 }
 
-/// Counts what arrives on `stream`, on a thread that nobody joins.
+/// Counts the bytes that arrive on `stream`, on a thread that is never joined.
 fn add(sampler: &Arc<Sampler>, stream: TcpStream) {
     let (counter, sampler) = (sampler.flow(), Arc::clone(sampler));
     thread::spawn(move || receive(stream, &counter, &sampler));
 }
 
-/// Ends with the flow, be it closed or reset: what has arrived is counted either way.
+/// Ends with the flow, whether it is closed or reset: received bytes are counted in both cases.
 fn receive(mut stream: TcpStream, counter: &AtomicU64, sampler: &Sampler) {
     let mut buffer = vec![0; READ_BYTES];
     while let Ok(length @ 1..) = stream.read(&mut buffer) {

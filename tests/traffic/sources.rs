@@ -1,5 +1,5 @@
-//! An option of a socket that is longer than a page: the source filter of a multicast group. iptables' are longer still, but
-//! this one needs no privilege and the kernel shows what it got.
+//! A socket option that is longer than a page: the source filter of a multicast group. The options of iptables are
+//! longer still, but this option needs no privilege, and the kernel shows what it received.
 
 use std::collections::HashSet;
 use std::fs;
@@ -46,7 +46,7 @@ pub struct SourcesReport {
     bytes: usize,
     /// The error's name.
     error: Option<String>,
-    /// Different sources that the kernel then has.
+    /// The number of different sources that the kernel then has.
     kept: usize,
 }
 
@@ -54,7 +54,7 @@ pub fn sources(options: &Sources) -> io::Result<SourcesReport> {
     let socket = UdpSocket::bind((GROUP, 0))?;
     socket.join_multicast_v4(&GROUP, &options.interface)?;
     let big_endian = |address: Ipv4Addr| u32::from(address).to_be();
-    // The mode of a group just joined is to exclude; a filter of this one keeps it joined.
+    // A newly joined group is in exclude mode; a filter of the same mode keeps it joined.
     let mut filter = Filter {
         group: big_endian(GROUP),
         interface: big_endian(options.interface),
@@ -73,7 +73,7 @@ pub fn sources(options: &Sources) -> io::Result<SourcesReport> {
     })
 }
 
-/// How many of the filter's sources are in this namespace's list.
+/// The number of the filter's sources in this namespace's list.
 fn kept(filter: &Filter) -> io::Result<usize> {
     const LIST: &str = "/proc/thread-self/net/mcfilter";
     let list = fs::read_to_string(LIST).map_err(context(format_args!("read {LIST}")))?;

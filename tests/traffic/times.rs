@@ -25,13 +25,13 @@ pub fn percentiles(times: &[Duration]) -> Vec<f64> {
     (0..=100).map(|percent| percentile(&sorted, f64::from(percent) / 100.0)).collect()
 }
 
-/// The smallest time that `share` of all times do not exceed (nearest rank); 0 if there are none.
+/// The smallest time that is not exceeded by a part `share` of all times (nearest rank); 0 if there are none.
 fn percentile(sorted: &[Duration], share: f64) -> f64 {
     let rank = (sorted.len() as f64 * share).ceil() as usize;
     sorted.get(rank.saturating_sub(1)).map_or(0.0, |time| micros(*time))
 }
 
-/// The time below which waits add up to half of what all of them take together; 0 if there are none.
+/// The time at which the sorted waits have added up to half of the sum of all waits; 0 if there are none.
 pub fn median_of_time(times: &[Duration]) -> f64 {
     let mut sorted = times.to_vec();
     sorted.sort_unstable();

@@ -1,4 +1,4 @@
-//! UDP: a steady sender that counts what its socket refuses, and a counting receiver.
+//! UDP: a steady sender that counts the errors of its socket, and a counting receiver.
 
 use std::collections::BTreeMap;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -23,9 +23,10 @@ const HEADERS_V4: u64 = 20 + 8;
 const HEADERS_V6: u64 = 40 + 8;
 /// "ECN-capable transport" in the low bits of the IPv4 TOS or the IPv6 traffic class (RFC 3168, section 5).
 const ECT_0: i32 = 2;
-/// A sender that was late (asleep, or blocked on its socket) makes good at most this much: some kernels wake it a tick of 10 ms too late.
+/// A sender that was late (asleep, or blocked on its socket) catches up at most this much: some kernels wake it a
+/// tick of 10 ms too late.
 const CATCH_UP: Duration = Duration::from_millis(30);
-/// Packets given to the kernel with one call, at most.
+/// The most packets that one call gives to the kernel.
 const MOST_DUE: usize = 64;
 const RECEIVE_BUFFER_BYTES: usize = 8 << 20;
 
@@ -67,7 +68,7 @@ pub struct Send {
 pub struct SendReport {
     packets: u64,
     wire_bytes: u64,
-    /// Refused by sendto(), by the error's name.
+    /// Errors of sendto(), by name.
     errors: BTreeMap<String, u64>,
     seconds: f64,
 }
@@ -81,18 +82,19 @@ pub struct SinkReport {
     buckets: Vec<u64>,
     bytes: u64,
     packets: u64,
-    /// Packets that came but found the socket's buffer full: they passed the limiter, this program was too slow.
+    /// Packets that found the socket's buffer full: they passed the limiter, and this program was too slow.
     buffer_errors: u64,
-    /// Packets this namespace received with a congestion mark.
+    /// Packets with a congestion mark that this namespace received.
     marked: u64,
-    /// Packets that so many later ones of their sender had overtaken that QUIC takes them for lost (RFC 9002, `kPacketThreshold`).
+    /// Packets that QUIC would take for lost, since enough later packets of the same sender have overtaken them (RFC
+    /// 9002, `kPacketThreshold`).
     overtaken: u64,
 }
 
 pub fn send(options: &Send) -> io::Result<SendReport> {
     let any: SocketAddr =
         if options.to.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0u16, 0, 0, 0, 0, 0, 0, 0], 0).into() };
-    // Not connected: a receiver that has seen enough and closed would be counted as refusals.
+    // Not connected: otherwise a receiver that has closed its socket would cause errors, which would be counted.
     let open = || UdpSocket::bind(any).and_then(|socket| set_up(&socket, options).map(|()| socket));
     let mut socket = open()?;
     let wire_bytes = options.size as u64 + if options.to.is_ipv4() { HEADERS_V4 } else { HEADERS_V6 };
@@ -110,7 +112,8 @@ pub fn send(options: &Send) -> io::Result<SendReport> {
         if options.fresh_sockets {
             socket = open()?;
         }
-        // All that is due with one call, since calls are dear in User Mode Linux; but one from each new socket.
+        // All packets that are due in one call, since calls are expensive in User Mode Linux; but only one from each
+        // new socket.
         let missed = now.saturating_duration_since(due).div_duration_f64(interval) as usize;
         let wanted = if options.fresh_sockets { 1 } else { (missed + 1).min(MOST_DUE) };
         let sent = match options.depart_after_ms {
@@ -156,7 +159,7 @@ fn set_up(socket: &UdpSocket, options: &Send) -> io::Result<()> {
     Ok(())
 }
 
-/// What is given to the kernel in one piece. Each packet begins with its number, where there is room.
+/// The bytes of one piece for the kernel. Each packet begins with its number, if there is room.
 fn piece(options: &Send, first: u64) -> Vec<u8> {
     let mut piece = vec![0; options.size * usize::from(options.at_once)];
     for (number, packet) in (first..).zip(piece.chunks_exact_mut(options.size.max(1))) {
@@ -167,7 +170,7 @@ fn piece(options: &Send, first: u64) -> Vec<u8> {
     piece
 }
 
-/// Sends a packet that is to depart so much later.
+/// Sends a packet with a departure time this much later.
 fn send_later(socket: &UdpSocket, packet: &[u8], to: SocketAddr, after: Duration) -> nix::Result<usize> {
     let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?);
     let edt_ns = (now + after).as_nanos() as u64;
@@ -175,7 +178,7 @@ fn send_later(socket: &UdpSocket, packet: &[u8], to: SocketAddr, after: Duration
     sendmsg(socket.as_raw_fd(), &slices, &[ControlMessage::TxTime(&edt_ns)], MsgFlags::empty(), Some(&to)).map(|_| 1)
 }
 
-/// Sends pieces with one call; how many it could, at least one.
+/// Sends pieces with one call. Returns how many were sent, at least one.
 fn send_each(socket: &UdpSocket, pieces: &[Vec<u8>], to: SocketAddr) -> nix::Result<usize> {
     let slices: Vec<_> = pieces.iter().map(|piece| [IoSlice::new(piece)]).collect();
     let addresses = vec![Some(SockaddrStorage::from(to)); pieces.len()];
@@ -188,10 +191,10 @@ pub fn sink(options: &Receive) -> io::Result<SinkReport> {
     if let IpAddr::V4(group) = options.listen.ip()
         && group.is_multicast()
     {
-        // By the interface to which the route to the group leads.
+        // On the interface to which the route to the group leads.
         socket.join_multicast_v4(&group, &Ipv4Addr::UNSPECIFIED).map_err(context(format_args!("join {group}")))?;
     }
-    // Past net.core.rmem_max with CAP_NET_ADMIN only; without it a large burst may show up in buffer_errors.
+    // More than net.core.rmem_max needs CAP_NET_ADMIN. Without it a large burst may show up in buffer_errors.
     let _ = setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER_BYTES);
     let headers = if options.listen.is_ipv4() { HEADERS_V4 } else { HEADERS_V6 };
     let (errors_before, marked_before) = (wire::udp_buffer_errors()?, wire::marked()?);
@@ -226,7 +229,7 @@ pub fn sink(options: &Receive) -> io::Result<SinkReport> {
             next += BUCKET;
             continue;
         }
-        // At least a millisecond: zero would mean to wait for ever.
+        // At least a millisecond: zero would mean no timeout.
         socket.set_read_timeout(Some((next - now).max(Duration::from_millis(1))))?;
         let (more_bytes, more_packets) = receive(&socket, &mut order)?;
         (bytes, packets) = (bytes + more_bytes, packets + more_packets);
@@ -237,7 +240,7 @@ pub fn sink(options: &Receive) -> io::Result<SinkReport> {
     Ok(report)
 }
 
-/// In which order packets come.
+/// The order in which packets arrive.
 #[derive(Default)]
 struct Order {
     largest: u64,
@@ -252,17 +255,18 @@ impl Order {
     }
 }
 
-/// Payload and number of the packets that are there, or of the next; none if it does not come within the socket's time limit.
+/// Payload and number of the waiting packets, or of the next one; nothing if none arrives within the socket's
+/// timeout.
 fn receive(socket: &UdpSocket, order: &mut Order) -> io::Result<(u64, u64)> {
     const AT_ONCE: usize = 64;
-    // MSG_TRUNC: a packet's length is told whole, however little of it there is room for.
+    // MSG_TRUNC: returns a packet's full length, even if the buffer is shorter.
     let flags = MsgFlags::MSG_WAITFORONE | MsgFlags::MSG_TRUNC;
     let mut starts = [[0; size_of::<u64>()]; AT_ONCE];
     let mut slices = starts.each_mut().map(|start| [IoSliceMut::new(start)]);
     let mut headers = MultiHeaders::<()>::preallocate(AT_ONCE, None);
     let lengths: Vec<usize> = match recvmmsg(socket.as_raw_fd(), &mut headers, &mut slices, flags, None) {
         Ok(packets) => packets.map(|packet| packet.bytes).collect(),
-        // A process that was stopped and goes on is interrupted where its socket has a time limit.
+        // A process that was stopped and continued gets EINTR if its socket has a timeout.
         Err(Errno::EAGAIN | Errno::EINTR) => vec![],
         Err(error) => return Err(context("receive")(error.into())),
     };

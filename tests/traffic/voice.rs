@@ -1,8 +1,9 @@
-//! Voice: calls of two streams each, 160 bytes of G.711 every 20 ms in packets of RTP (RFC 3550, RFC 3551), which is 64 kbit/s of sound and
-//! 80 kbit/s at layer 3. Each packet carries the time at which it was given to the kernel, so that the other end sees how late it is: both
-//! ends are on one machine, which has one monotonic clock.
+//! Voice: calls of two streams each, 160 bytes of G.711 every 20 ms in RTP packets (RFC 3550, RFC 3551), which is 64
+//! kbit/s of audio and 80 kbit/s at layer 3. Each packet carries the time at which it was given to the kernel, so
+//! that the other end can tell how late it is: both ends are on one machine with one monotonic clock.
 //!
-//! Who calls has a socket for each call, as phones have. Who answers has one for all of them, as a conference server has.
+//! The calling end has a socket for each call, as phones have. The answering end has one socket for all calls, as a
+//! conference server has.
 
 use std::collections::HashMap;
 use std::io;
@@ -22,7 +23,7 @@ const SOUND_EVERY: Duration = Duration::from_millis(20);
 const RTP_HEADER_BYTES: usize = 12;
 const SOUND_BYTES: usize = 160;
 const PACKET_BYTES: usize = RTP_HEADER_BYTES + SOUND_BYTES;
-/// Later than this it is lost.
+/// A later packet counts as lost.
 const LATE: Duration = Duration::from_secs(2);
 
 #[derive(clap::Args)]
@@ -38,20 +39,20 @@ pub struct Call {
     calls: u32,
 }
 
-/// What one end has sent and heard.
+/// The packets that one end has sent and received.
 #[derive(Serialize)]
 pub struct Report {
     sent: u64,
     received: u64,
     /// From the sender's send() to the receiver's recv().
     delay: Times,
-    /// Of RFC 3550, section 6.4.1: the mean of what it was after each packet.
+    /// Jitter according to RFC 3550, section 6.4.1: the mean over all packets.
     jitter_us: f64,
-    /// The most that it was on any call.
+    /// The maximum on any call.
     most_jitter_us: f64,
 }
 
-/// What came of one stream.
+/// The result of one stream.
 #[derive(Default)]
 struct Heard {
     delays: Vec<Duration>,
@@ -83,7 +84,7 @@ pub fn call(options: &Call) -> io::Result<Report> {
     Ok(report(sent, streams))
 }
 
-/// One call: says and hears from its beginning to its end.
+/// One call: sends and receives from its beginning to its end.
 fn place(to: SocketAddr, start: Duration, length: Duration) -> impl FnOnce() -> io::Result<(u64, Vec<Heard>)> {
     move || {
         thread::sleep(start);
@@ -99,7 +100,7 @@ fn place(to: SocketAddr, start: Duration, length: Duration) -> impl FnOnce() -> 
     }
 }
 
-/// Answers every call, for as long as they last.
+/// Answers all calls, as long as they last.
 pub fn answer(options: &Receive) -> io::Result<Report> {
     let socket = UdpSocket::bind(options.listen).map_err(context(format_args!("listen on {}", options.listen)))?;
     say_listening(socket.local_addr()?);
@@ -120,7 +121,8 @@ pub fn answer(options: &Receive) -> io::Result<Report> {
     Ok(report(sent.load(Ordering::Relaxed), streams))
 }
 
-/// A packet each 20 ms; how many the socket took. It waits for room if there is none, as a sender of sound does not like to.
+/// Sends a packet every 20 ms. Returns how many the socket accepted. If the socket's buffer is full it waits, though
+/// a real sender of audio would not.
 fn say(socket: &UdpSocket, to: SocketAddr, length: Duration) -> io::Result<u64> {
     let start = Instant::now();
     let mut sent: u64 = 0;
@@ -132,7 +134,8 @@ fn say(socket: &UdpSocket, to: SocketAddr, length: Duration) -> io::Result<u64> 
     Ok(sent)
 }
 
-/// Version 2, payload type 0 (G.711), a number, a time in samples of 8 kHz; then sound, which here begins with the time.
+/// Version 2, payload type 0 (G.711), a number, a time in samples of 8 kHz; then audio, which begins with the time
+/// here.
 fn packet(number: u64) -> io::Result<[u8; PACKET_BYTES]> {
     let mut packet = [0; PACKET_BYTES];
     packet[0] = 2 << 6;
@@ -142,7 +145,7 @@ fn packet(number: u64) -> io::Result<[u8; PACKET_BYTES]> {
     Ok(packet)
 }
 
-/// The streams that come within that time, one for each address. `begin` is told of each at its first packet.
+/// The streams that arrive within this time, one for each address. Calls `begin` at the first packet of each stream.
 fn hear(socket: &UdpSocket, length: Duration, mut begin: impl FnMut(SocketAddr)) -> io::Result<Vec<Heard>> {
     let mut streams: HashMap<SocketAddr, Heard> = HashMap::new();
     let mut packet = [0; PACKET_BYTES];

@@ -1,7 +1,8 @@
-//! What an interface receives, at layer 3: as much as the packets within a GSO packet would be on a real link, each with all headers, a
-//! tunnel's too. The counters of `wire.rs` are those of a namespace, and count what a tunnel or a bridge delivers twice.
+//! The bytes that an interface receives, at layer 3: a GSO packet counts as the packets that it would be on a real
+//! link, each with all headers, including those of a tunnel. The counters of `wire.rs` belong to a namespace, and
+//! count a packet twice that a tunnel or a bridge delivers.
 //!
-//! The kernel says of each packet when it came, so a reader that is late puts nothing into the wrong second.
+//! The kernel provides the arrival time of each packet, so a late reader assigns no packet to the wrong second.
 
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -20,16 +21,16 @@ use serde::Serialize;
 use super::sampler::BUCKET;
 use super::{context, frames, seconds};
 
-/// struct virtio_net_hdr, which comes before each packet and says how it is to be cut.
+/// struct virtio_net_hdr, which precedes each packet and says how it is to be cut.
 const CUTS_BYTES: usize = 10;
 const ETHERNET_BYTES: usize = 14;
-/// Enough for the headers of a tunnel and what is in it.
+/// Enough for the headers of a tunnel and of the packet in it.
 const HEAD_BYTES: usize = 192;
-/// What waits here while this process does not run.
+/// Room for packets while this process does not run.
 const BUFFER_BYTES: usize = 256 << 20;
-/// The time begins with a packet of so much: the first of a load, and not what sets up its connection.
+/// The time begins with the first packet of this size: the first one of a load, and not of the connection's set-up.
 const LOAD_BYTES: u64 = 600;
-/// A packet may be read so long after it came.
+/// The most time between a packet's arrival and its reading.
 const LATE: Duration = Duration::from_millis(300);
 
 /// PACKET_VNET_HDR.
@@ -65,7 +66,7 @@ pub struct Watch {
     wait: Duration,
 }
 
-/// Cumulative, as of [`super::sampler::Timeline`].
+/// Cumulative, as in [`super::sampler::Timeline`].
 #[derive(Serialize)]
 pub struct Report {
     sample_us: Vec<u64>,
@@ -73,7 +74,7 @@ pub struct Report {
     packets: u64,
 }
 
-/// A packet, and when it came, by CLOCK_REALTIME.
+/// A packet and its arrival time, by CLOCK_REALTIME.
 #[derive(Clone, Copy)]
 struct Received {
     at: Duration,
@@ -98,7 +99,7 @@ pub fn watch(options: &Watch) -> io::Result<Report> {
 }
 
 fn open(interface: &str) -> io::Result<OwnedFd> {
-    // Without a protocol it receives nothing before it is bound to the interface.
+    // Without a protocol the socket receives nothing before it is bound to the interface.
     let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None)?;
     setsockopt(&socket, SayCuts, &1)?;
     setsockopt(&socket, IgnoreOutgoing, &1)?;
@@ -145,10 +146,10 @@ fn sample(socket: &OwnedFd, options: &Watch) -> io::Result<Report> {
     Ok(report)
 }
 
-/// The packets that are there, or the next one; none if it does not come within the socket's time limit.
+/// The waiting packets, or the next one; nothing if none arrives within the socket's timeout.
 fn receive(socket: &OwnedFd) -> io::Result<Vec<Received>> {
     const AT_ONCE: usize = 64;
-    // MSG_TRUNC: a packet's length is told whole, however little of it there is room for.
+    // MSG_TRUNC: returns a packet's full length, even if the buffer is shorter.
     let flags = MsgFlags::MSG_WAITFORONE | MsgFlags::MSG_TRUNC;
     let mut cuts = [[0; CUTS_BYTES]; AT_ONCE];
     let mut heads = [[0; HEAD_BYTES]; AT_ONCE];
@@ -172,7 +173,7 @@ fn receive(socket: &OwnedFd) -> io::Result<Vec<Received>> {
     whole.map(|((at, bytes), (cuts, head))| Ok(Received { at, wire: wire(cuts, head, bytes - CUTS_BYTES)? })).collect()
 }
 
-/// What a packet of this length would be on a link that cuts it as it is to be cut.
+/// The packets and bytes that a packet of this length would be on a link, after it was cut.
 fn wire(cuts: &[u8; CUTS_BYTES], head: &[u8; HEAD_BYTES], length: usize) -> io::Result<Wire> {
     let layer_3 = (length - ETHERNET_BYTES) as u64;
     let size = usize::from(u16::from_le_bytes([cuts[4], cuts[5]]));
@@ -184,7 +185,7 @@ fn wire(cuts: &[u8; CUTS_BYTES], head: &[u8; HEAD_BYTES], length: usize) -> io::
     Ok(Wire { bytes: layer_3 + (packets - 1) * (headers - ETHERNET_BYTES) as u64, packets })
 }
 
-/// The bytes before the payload of TCP or UDP, also in VXLAN, GRE, or IP itself.
+/// The bytes before the payload of TCP or UDP, also within VXLAN, GRE, or IP.
 fn headers(frame: &[u8]) -> Option<usize> {
     const VXLAN_PORT: [u8; 2] = 4789_u16.to_be_bytes();
     const VXLAN_BYTES: usize = 8 + 8 + ETHERNET_BYTES;

@@ -1,7 +1,9 @@
-//! A web server and its clients, as far as the network sees them: short connections, each a request and a response, in a closed loop.
+//! A web server and its clients, as far as the network sees them: short connections, each with a request and a
+//! response, in a closed loop.
 //!
-//! A request is one line of [`REQUEST_BYTES`] which says all that the server has to know. The side that answers closes first, as a web
-//! server does with `Connection: close`: TIME_WAIT stays at its end, and the clients do not run out of ports.
+//! A request is one line of [`REQUEST_BYTES`] with all that the server needs to know. The answering side closes
+//! first, as a web server does with `Connection: close`: so TIME_WAIT stays at its end, and the clients do not run
+//! out of ports.
 
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Read, Write};
@@ -20,12 +22,13 @@ use super::times::{Times, micros};
 use super::wire::Segments;
 use super::{Receive, say, say_listening, seconds};
 
-/// Of a request, and of the answer to what was posted.
+/// Size of a request, and of the answer to a POST.
 const REQUEST_BYTES: usize = 100;
-/// Connections that are served at once; more wait to be accepted.
+/// Connections that are served at the same time; more connections wait to be accepted.
 const SERVED_AT_ONCE: usize = 160;
 const BUFFER_BYTES: usize = 1 << 16;
-/// A client that was refused does not ask again at once: on a machine of two CPUs it would keep the others from theirs.
+/// A client does not ask again immediately after a failure: on a machine with two CPUs it would take CPU time from
+/// the other clients.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_millis(10);
 
 #[derive(clap::Args)]
@@ -54,7 +57,7 @@ pub struct WebGet {
 pub struct WebServeReport {
     #[serde(flatten)]
     received: Timeline,
-    /// Segments this namespace sent again.
+    /// Segments that this namespace has sent again.
     retransmits: u64,
 }
 
@@ -62,22 +65,22 @@ pub struct WebServeReport {
 pub struct WebGetReport {
     #[serde(flatten)]
     received: Timeline,
-    /// Segments this namespace sent again.
+    /// Segments that this namespace has sent again.
     retransmits: u64,
     responses: usize,
     /// Requests without a response, by the error's name.
     failures: BTreeMap<String, u64>,
-    /// Requests that had no response yet at the end.
+    /// Requests without a response at the end.
     unfinished: usize,
     /// How long the oldest of them had waited.
     longest_unfinished_us: f64,
-    /// From connect() to the last byte; of a connection that is kept, from the request.
+    /// From connect() to the last byte; on a connection that is kept, from the request.
     from_connect: Times,
-    /// From the request written to the last byte, which is what wrk reports.
+    /// From writing the request to the last byte, as wrk reports it.
     from_request: Times,
 }
 
-/// What a request's line says.
+/// The contents of a request's line.
 #[derive(Clone, Copy)]
 struct Request {
     post: bool,
@@ -104,7 +107,7 @@ impl Request {
         request.ok_or_else(|| io::Error::other(format!("{text:?} is no request of `traffic web-get`")))
     }
 
-    /// Bytes after the request's line, and bytes of the response.
+    /// The number of bytes after the request's line, and the size of the response.
     fn bodies(self) -> (usize, usize) {
         if self.post { (self.bytes, REQUEST_BYTES) } else { (0, self.bytes) }
     }
@@ -114,23 +117,23 @@ pub fn serve(options: &Receive) -> io::Result<WebServeReport> {
     let listener = Arc::new(Protocol::TCP.listen(options.listen)?);
     let before = Segments::now()?;
     let sampler = Sampler::new(Protocol::TCP)?;
-    // Never joined: accept() blocks for good, and the process ends when the samples are taken.
+    // Never joined: accept() blocks for ever, and the process ends after the last sample.
     for _ in 0..SERVED_AT_ONCE {
         let (listener, sampler, counter) = (Arc::clone(&listener), Arc::clone(&sampler), sampler.flow());
         thread::spawn(move || {
             let mut buffer = vec![0; BUFFER_BYTES];
-            // What a client does to its connection is told by the client.
+            // The clients report the errors of their connections.
             listener.incoming().flatten().for_each(|stream| drop(answer(stream, &mut buffer, &sampler, &counter)));
         });
     }
     say_listening(listener.local_addr()?);
     let received = sampler.sample(options.seconds, options.wait)?;
-    // Its clients, whose time began a moment before, have ended by then.
+    // The clients, whose time began a moment earlier, have ended by then.
     thread::sleep(2 * BUCKET);
     Ok(WebServeReport { received, retransmits: Segments::now()?.retransmitted - before.retransmitted })
 }
 
-/// Ends with the connection.
+/// Serves one connection until it ends.
 fn answer(mut stream: TcpStream, buffer: &mut [u8], sampler: &Sampler, counter: &AtomicU64) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let mut line = [0; REQUEST_BYTES];
@@ -147,7 +150,7 @@ fn answer(mut stream: TcpStream, buffer: &mut [u8], sampler: &Sampler, counter: 
     }
 }
 
-/// Reads so many bytes.
+/// Reads this number of bytes.
 fn take(stream: &mut TcpStream, bytes: usize, buffer: &mut [u8], count: impl Fn(usize)) -> io::Result<()> {
     let mut left = bytes;
     while left > 0 {
@@ -172,13 +175,13 @@ fn give(stream: &mut TcpStream, bytes: usize, buffer: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// What one client has seen.
+/// The results of one client.
 #[derive(Default)]
 struct Seen {
     from_connect: Vec<Duration>,
     from_request: Vec<Duration>,
     failures: BTreeMap<String, u64>,
-    /// When the request began that has no response yet.
+    /// When the unanswered request began.
     waiting: Option<Instant>,
 }
 
@@ -188,13 +191,13 @@ pub fn get(options: &WebGet) -> io::Result<WebGetReport> {
     let before = Segments::now()?;
     let sampler = Sampler::new(Protocol::TCP)?;
     let seen: Vec<Arc<Mutex<Seen>>> = (0..clients).map(|_| Arc::default()).collect();
-    // A slow machine takes seconds to make them, and nothing beside them is to be measured meanwhile.
+    // A slow machine takes seconds to make the threads. Nothing else should be measured before they are ready.
     let made = Arc::new(Barrier::new(clients + 1));
     for seen in &seen {
         let client =
             Client { to, request, seen: Arc::clone(seen), sampler: Arc::clone(&sampler), counter: sampler.flow() };
         let made = Arc::clone(&made);
-        // Never joined: a request may wait for long, and the process ends when the time is over.
+        // Never joined: a request may wait for a long time, and the process ends when the time is over.
         thread::spawn(move || {
             made.wait();
             client.run();
@@ -202,7 +205,7 @@ pub fn get(options: &WebGet) -> io::Result<WebGetReport> {
     }
     say("ready");
     io::copy(&mut io::stdin(), &mut io::sink())?;
-    // Before the first connection, which may be what waits.
+    // Before the first connection, which may already have to wait.
     sampler.begin();
     made.wait();
     let received = sampler.sample(seconds, Duration::ZERO)?;
@@ -262,7 +265,8 @@ impl Client {
         }
     }
 
-    /// One request, on a connection that was kept or on a new one; the connection if it is kept, and when the request was written.
+    /// One request, on a kept connection or on a new one. Returns the connection if it is kept, and the time at which
+    /// the request was written.
     fn ask(&self, kept: Option<TcpStream>, buffer: &mut [u8]) -> io::Result<(Option<TcpStream>, Instant)> {
         let mut stream = kept.map_or_else(|| self.connect(), Ok)?;
         let (body, response) = self.request.bodies();
@@ -288,7 +292,7 @@ impl Client {
     }
 }
 
-/// ECONNRESET, say.
+/// The error's name, such as ECONNRESET.
 fn name(error: &io::Error) -> String {
     let errno = error.raw_os_error().map(|number| format!("{:?}", Errno::from_raw(number)));
     errno.unwrap_or_else(|| format!("{:?}", error.kind()))

@@ -1,16 +1,19 @@
 //! Wire bytes (layer 3: IP header and up) from the counters of this process's network namespace.
 //!
-//! A TCP sender hands packets of up to 64 KiB through a veth: the octet counters see each once with one set of headers, while
-//! a real link (and podshaper's clock) would carry it as many packets. Counters that know the difference, tried on Linux 6.18:
+//! A TCP sender hands packets of up to 64 KiB through a veth. The octet counters count such a packet once, with one set
+//! of headers, while a real link (and podshaper's clock) would carry it as many packets. Counters that know the
+//! difference, tried on Linux 6.18:
 //!
-//! - `InNoECTPkts` and its ECN brothers count the packets within (`gso_segs`); `InReceives` counts the big ones. So
-//!   `octets + headers * (packets - big ones)` is what the wire would carry. Over 2 s of one flow, at 10 Mbit/s and
-//!   at 17 Gbit/s, it equals the payload plus 52 bytes (72 with IPv6) for each of the sender's `OutSegs` plus 1500 for each
-//!   of its `RetransSegs`, to less than a packet; requests, ACKs and ICMP are in it as well.
-//! - `payload * (mss + 52) / mss` agrees to 0.01 % where nothing is sent twice. It knows nothing of the rest.
-//! - `OutOctets` and `OutSegs` of the sender count what a queue behind them still drops, so the receiver's side is used.
+//! - `InNoECTPkts` and the other ECN counters count the packets within (`gso_segs`); `InReceives` counts the large
+//!   packets. So `octets + headers * (packets - large packets)` is what the wire would carry. Over 2 s of one flow, at
+//!   10 Mbit/s and at 17 Gbit/s, this equals the payload plus 52 bytes (72 with IPv6) for each of the sender's
+//!   `OutSegs` plus 1500 for each of its `RetransSegs`, to less than a packet. Requests, ACKs and ICMP are included.
+//! - `payload * (mss + 52) / mss` agrees to 0.01 % where nothing is sent twice, but does not include the rest.
+//! - `OutOctets` and `OutSegs` of the sender include packets that a queue behind the sender still drops, so the
+//!   receiver's counters are used.
 //!
-//! They count everything the namespace receives, loopback too: a sink belongs in a namespace that receives nothing else.
+//! They count everything that the namespace receives, including loopback: a sink belongs in a namespace that receives
+//! nothing else.
 
 use std::collections::HashMap;
 use std::fs;
@@ -24,14 +27,14 @@ use super::sockets::Protocol;
 const TCP_HEADERS_V4: u64 = 20 + 20;
 const TCP_HEADERS_V6: u64 = 40 + 20;
 
-/// What this namespace has received so far.
+/// The packets and wire bytes that this namespace has received so far.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Received {
     pub wire_bytes: u64,
     pub packets: u64,
 }
 
-/// TCP segments this namespace has sent so far.
+/// TCP segments that this namespace has sent so far.
 #[derive(Clone, Copy, Debug)]
 pub struct Segments {
     pub sent: u64,
@@ -39,7 +42,7 @@ pub struct Segments {
 }
 
 impl Received {
-    /// Where what the namespace receives is data of this protocol, for the most part.
+    /// The counts for a namespace that receives mostly data of this protocol.
     pub fn now(protocol: Protocol) -> io::Result<Self> {
         let option = protocol.option_bytes()?;
         let (ip, ip_ext) = (rows("snmp", "Ip")?, rows("netstat", "IpExt")?);
@@ -54,7 +57,7 @@ impl Received {
     }
 
     fn count(octets: u64, packets: u64, big_packets: u64, headers: u64) -> Self {
-        // The counters are not read at one instant: on a live link `big_packets` can be ahead for a moment.
+        // The counters are not read at the same instant: on a live link `big_packets` can be ahead for a moment.
         Self { wire_bytes: octets + headers * packets.saturating_sub(big_packets), packets }
     }
 }
@@ -66,18 +69,18 @@ impl Segments {
     }
 }
 
-/// UDP packets this namespace dropped because a socket's buffer was full.
+/// UDP packets that this namespace has dropped because a socket's buffer was full.
 pub fn udp_buffer_errors() -> io::Result<u64> {
     let v4 = sum(&rows("snmp", "Udp")?, &["RcvbufErrors"])?;
     Ok(v4 + snmp6()?.map_or(Ok(0), |ip6| sum(&ip6, &["Udp6RcvbufErrors"]))?)
 }
 
-/// MPTCP connections that this namespace opened and whose other end spoke it, too.
+/// MPTCP connections that this namespace has opened, and whose other end spoke MPTCP as well.
 pub fn mptcp_connections() -> io::Result<u64> {
     sum(&rows("netstat", "MPTcpExt")?, &["MPCapableSYNACKRX"])
 }
 
-/// Packets this namespace received with a congestion mark (CE).
+/// Packets with a congestion mark (CE) that this namespace has received.
 pub fn marked() -> io::Result<u64> {
     let v4 = sum(&rows("netstat", "IpExt")?, &["InCEPkts"])?;
     Ok(v4 + snmp6()?.map_or(Ok(0), |ip6| sum(&ip6, &["Ip6InCEPkts"]))?)
@@ -88,7 +91,8 @@ pub fn timestamps() -> io::Result<bool> {
     Ok(read("/proc/sys/net/ipv4/tcp_timestamps")?.trim() != "0")
 }
 
-/// `/proc/net` is the main thread's; a thread may have entered another namespace.
+/// Reads the counters of this thread's namespace. `/proc/net` shows the main thread's, and a thread may have entered
+/// another namespace.
 fn rows(file: &str, protocol: &str) -> io::Result<HashMap<String, u64>> {
     let path = format!("/proc/thread-self/net/{file}");
     let text = read(&path)?;
@@ -96,7 +100,7 @@ fn rows(file: &str, protocol: &str) -> io::Result<HashMap<String, u64>> {
     let (Some(names), Some(values)) = (lines.next(), lines.next()) else {
         return Err(io::Error::other(format!("{path} has no rows of {protocol}")));
     };
-    // Some are signed (MaxConn is -1): those are not counters.
+    // Some values are signed (MaxConn is -1): these are not counters.
     let values = values.split_whitespace().map(|value| value.parse().unwrap_or(0));
     Ok(names.split_whitespace().map(String::from).zip(values).collect())
 }

@@ -1,4 +1,5 @@
-//! Frames sent by AF_XDP in generic mode: past every hook of the sender's own namespace, qdisc and tc included.
+//! Sends frames by AF_XDP in generic mode: they bypass every hook of the sender's own namespace, including qdisc and
+//! tc.
 #![expect(unsafe_code, reason = "rings in memory that is shared with the kernel, which no crate here has")]
 
 use std::io;
@@ -11,13 +12,13 @@ use super::context;
 const FRAMES: u32 = 64;
 const FRAME_BYTES: u32 = 2048;
 
-/// A socket with frames to send, all of them alike.
+/// A socket with frames to send, which are all the same.
 pub struct Sender {
     socket: OwnedFd,
     transmit: Ring,
     completed: Ring,
     frame_bytes: u32,
-    /// Frames that are not at the kernel.
+    /// Frames that the kernel does not own.
     free: Vec<u64>,
 }
 
@@ -31,7 +32,7 @@ impl Ring {
     fn map(socket: &OwnedFd, offsets: libc::xdp_ring_offset, entry_bytes: usize, place: u64) -> io::Result<Self> {
         let bytes = offsets.desc as usize + FRAMES as usize * entry_bytes;
         let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_POPULATE);
-        // SAFETY: a new mapping, of the socket's own ring, which is as long.
+        // SAFETY: a new mapping of the socket's own ring, with the ring's length.
         let memory =
             unsafe { libc::mmap(ptr::null_mut(), bytes, protection, flags, socket.as_raw_fd(), place as libc::off_t) };
         if memory == libc::MAP_FAILED {
@@ -42,7 +43,8 @@ impl Ring {
     }
 
     fn counter(&self, offset: u64) -> &AtomicU32 {
-        // SAFETY: the kernel says that it is there, aligned, in the mapping, which stays until the process ends.
+        // SAFETY: according to the kernel, the word is there and aligned, in the mapping, which stays until the
+        // process ends.
         unsafe { &*self.memory.add(offset as usize).cast::<AtomicU32>() }
     }
 
@@ -55,14 +57,14 @@ impl Ring {
     }
 
     fn entry<T>(&self, number: u32) -> *mut T {
-        // SAFETY: the number is below that of the entries by the mask.
+        // SAFETY: the mask keeps the number below that of the entries.
         unsafe { self.memory.add(self.offsets.desc as usize).cast::<T>().add((number & (FRAMES - 1)) as usize) }
     }
 }
 
 impl Sender {
     pub fn new(ifindex: u32, frame: &[u8]) -> io::Result<Self> {
-        // SAFETY: it makes a descriptor, which nobody else has.
+        // SAFETY: the call makes a descriptor, which nothing else owns.
         let socket = unsafe {
             let socket = libc::socket(libc::AF_XDP, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0);
             if socket < 0 {
@@ -91,13 +93,13 @@ impl Sender {
         Ok(Self { socket, transmit, completed, frame_bytes: frame.len() as u32, free })
     }
 
-    /// Sends as many frames as the kernel takes; how many it has sent of those before.
+    /// Gives the kernel as many frames as it takes. Returns how many earlier frames it has sent.
     pub fn send(&mut self) -> u64 {
         let first = self.transmit.producer().load(Ordering::Relaxed);
         let frames = self.free.drain(..);
         let mut next = first;
         for addr in frames {
-            // SAFETY: an entry of the ring that the kernel does not read before the producer is moved.
+            // SAFETY: the kernel does not read an entry of the ring before the producer index is advanced.
             unsafe {
                 self.transmit.entry::<libc::xdp_desc>(next).write(libc::xdp_desc {
                     addr,
@@ -108,12 +110,12 @@ impl Sender {
             next = next.wrapping_add(1);
         }
         self.transmit.producer().store(next, Ordering::Release);
-        // SAFETY: nothing is read: the call tells the kernel to look.
+        // SAFETY: no memory is read: the call only wakes the kernel.
         unsafe { libc::sendto(self.socket.as_raw_fd(), ptr::null(), 0, libc::MSG_DONTWAIT, ptr::null(), 0) };
         let (start, end) =
             (self.completed.consumer().load(Ordering::Relaxed), self.completed.producer().load(Ordering::Acquire));
         for number in 0..end.wrapping_sub(start) {
-            // SAFETY: the kernel has written it before it moved the producer.
+            // SAFETY: the kernel wrote the entry before it advanced the producer index.
             self.free.push(unsafe { self.completed.entry::<u64>(start.wrapping_add(number)).read() });
         }
         self.completed.consumer().store(end, Ordering::Release);
@@ -121,10 +123,10 @@ impl Sender {
     }
 }
 
-/// Memory for the frames, each with the same in it. It stays until the process ends.
+/// Memory for the frames, all with the same contents. It stays until the process ends.
 fn frames(frame: &[u8]) -> io::Result<*mut u8> {
     let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-    // SAFETY: a new mapping; each frame is written within it, and is shorter than its room.
+    // SAFETY: a new mapping. Each frame is written within it, and is shorter than its slot.
     unsafe {
         let memory = libc::mmap(ptr::null_mut(), (FRAMES * FRAME_BYTES) as usize, protection, flags, -1, 0);
         if memory == libc::MAP_FAILED {
@@ -141,7 +143,7 @@ fn frames(frame: &[u8]) -> io::Result<*mut u8> {
 
 fn set<T>(socket: &OwnedFd, option: libc::c_int, value: &T) -> io::Result<()> {
     let bytes = size_of::<T>() as libc::socklen_t;
-    // SAFETY: the value is as long as is said.
+    // SAFETY: the value has the given length.
     let answer =
         unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_XDP, option, ptr::from_ref(value).cast(), bytes) };
     if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
@@ -149,7 +151,7 @@ fn set<T>(socket: &OwnedFd, option: libc::c_int, value: &T) -> io::Result<()> {
 
 fn offsets(socket: &OwnedFd) -> io::Result<libc::xdp_mmap_offsets> {
     let mut bytes = size_of::<libc::xdp_mmap_offsets>() as libc::socklen_t;
-    // SAFETY: integers, which take any bytes; there is room for as many as is said.
+    // SAFETY: integers, for which all bytes are valid, in a buffer of the given length.
     unsafe {
         let mut offsets: libc::xdp_mmap_offsets = std::mem::zeroed();
         let (option, to) = (libc::XDP_MMAP_OFFSETS, (&raw mut offsets).cast());
@@ -167,7 +169,7 @@ fn bind(socket: &OwnedFd, ifindex: u32) -> io::Result<()> {
         sxdp_shared_umem_fd: 0,
     };
     let bytes = size_of_val(&address) as libc::socklen_t;
-    // SAFETY: the address is as long as is said.
+    // SAFETY: the address has the given length.
     let answer = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), bytes) };
     if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

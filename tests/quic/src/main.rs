@@ -1,8 +1,10 @@
-//! quic: bulk transfers and small requests by QUIC, as browsers and gRPC have them. It is to `tests/harness` what `traffic` is.
+//! quic: bulk transfers and small requests by QUIC, as browsers and gRPC send them. `tests/harness` calls this
+//! program like `traffic`.
 //!
-//! It is a package of its own, since it brings a runtime (tokio) that nothing else of podshaper's has. A stream of one direction is a
-//! transfer, whose bytes are counted; a stream of both is a request, which is answered by itself. `quic serve` says "listening on ADDRESS" on
-//! stderr. The others print one line of JSON on stdout when they are done.
+//! It is a separate package, since it needs a runtime (tokio) that nothing else in podshaper needs. A unidirectional
+//! stream is a transfer, whose bytes are counted; a bidirectional stream is a request, which is answered with the
+//! same bytes. `quic serve` prints "listening on ADDRESS" on stderr. The other subcommands print one line of JSON on
+//! stdout at the end.
 #![allow(clippy::print_stdout, reason = "one line of JSON on stdout is this program's answer")]
 
 #[path = "../../traffic/times.rs"]
@@ -24,9 +26,9 @@ use serde::Serialize;
 
 use times::{Times, median_of_time, percentiles};
 
-/// Of the server's certificate.
+/// The name in the server's certificate.
 const NAME: &str = "pod.test";
-/// Bytes of a request and of its answer.
+/// Size of a request and of its answer.
 const MESSAGE_BYTES: usize = 100;
 const CHUNK_BYTES: usize = 1 << 16;
 
@@ -91,13 +93,13 @@ struct Ask {
     interval_us: u64,
 }
 
-/// What the sender of one connection knows of it.
+/// The sender's view of one connection.
 #[derive(Serialize)]
 struct PutReport {
-    /// Of all datagrams that its socket took, with what was sent again.
+    /// The bytes of all datagrams that the socket accepted, including retransmissions.
     sent_bytes: u64,
     sent_packets: u64,
-    /// As the sender believes: what it has sent again.
+    /// Packets that the sender considers lost, and has sent again.
     lost_packets: u64,
     congestion_events: u64,
     rtt_us: f64,

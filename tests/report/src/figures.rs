@@ -1,4 +1,4 @@
-//! What the report shows: a section for each workload, with its plots and the columns of its table.
+//! The contents of the report: a section for each workload, with its plots and the columns of its table.
 
 use crate::harness::table;
 use crate::judge::Better;
@@ -7,7 +7,7 @@ use crate::judge::Better;
 pub struct Figure {
     pub workload: &'static str,
     pub title: &'static str,
-    /// What was done, and what the numbers are.
+    /// Describes the measurement and the numbers.
     pub says: &'static str,
     pub plots: &'static [Plot],
     pub columns: &'static [Column],
@@ -15,13 +15,13 @@ pub struct Figure {
 
 /// A plot for each combination of the other parameters.
 pub enum Plot {
-    /// How many replies took no longer than that.
+    /// The number of replies that took no longer than a time.
     Cdf { series: &'static str, title: &'static str },
     /// A number over a parameter.
     Over { parameter: &'static str, metric: &'static str, title: &'static str },
     /// Parts of the limit, each over a fifth of a second.
     Steps { series: &'static str, title: &'static str },
-    /// A number for each value of a parameter that is no number.
+    /// A number for each value of a non-numeric parameter.
     Bars { parameter: &'static str, metric: &'static str, title: &'static str },
 }
 
@@ -74,7 +74,7 @@ const DEL_P50: Column = column("del_p50_ms", "DEL p50", Unit::Millis, LESS);
 
 const PERCENTILES: &str = "reply_percentiles_ms";
 
-/// The first plot is the one that matters most.
+/// The first plot of each figure is the most important one.
 pub const ALL: &[Figure] = &[
     Figure {
         workload: "replies",
@@ -294,7 +294,7 @@ pub const ALL: &[Figure] = &[
 ];
 
 impl Unit {
-    /// Digits behind the point that are written, which also is how close numbers are the same.
+    /// The decimal places that are written. Numbers that are written alike count as equal.
     pub fn digits(self) -> i32 {
         match self {
             Self::Percent | Self::Kib => 1,
@@ -321,7 +321,7 @@ impl Unit {
         }
     }
 
-    /// The same for the tick of an axis: as few digits as there are.
+    /// The number at a tick of an axis, with as few digits as possible.
     pub fn tick(self, value: f64) -> String {
         let number = (value * 1e6).round() / 1e6;
         match self {
@@ -335,7 +335,7 @@ impl Unit {
         }
     }
 
-    /// The one of a parameter.
+    /// The unit of a parameter.
     pub fn of_parameter(name: &str) -> Self {
         match name {
             "limit" => Self::Rate,
@@ -347,7 +347,7 @@ impl Unit {
 }
 
 impl Figure {
-    /// How a metric is written.
+    /// The unit of a metric.
     pub fn unit(&self, metric: &str) -> Unit {
         self.columns.iter().find(|column| column.metric == metric).map_or(Unit::Count, |column| column.unit)
     }

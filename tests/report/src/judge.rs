@@ -1,23 +1,23 @@
-//! Medians of rounds, and where podshaper is not the first.
+//! Medians of rounds, and the comparisons in which podshaper is not the first.
 
 use std::collections::BTreeMap;
 
 use crate::harness::limiter::Limiter;
 use crate::record::{Measurement, Outcome, Parameters};
 
-/// What all rounds of one limiter behind one workload found.
+/// The results of all rounds of one limiter with one workload.
 #[derive(Clone, Debug)]
 pub struct Row {
     pub parameters: Parameters,
     pub limiter: Limiter,
     pub values: BTreeMap<String, Spread>,
-    /// Medians, point by point.
+    /// Medians of each point.
     pub series: BTreeMap<String, Vec<f64>>,
-    /// Why rounds failed.
+    /// Errors of failed rounds.
     pub failures: Vec<String>,
 }
 
-/// A number of several rounds.
+/// A number over several rounds.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Spread {
     pub median: f64,
@@ -36,7 +36,7 @@ impl Spread {
     }
 }
 
-/// Rows in the order in which their workloads were measured first, and below one of these in that of the limiters.
+/// Rows in the order in which their workloads were first measured; within a workload, in the order of the limiters.
 pub fn rows<'a>(measurements: impl Iterator<Item = &'a Measurement>) -> Vec<Row> {
     let mut groups: Vec<(&Parameters, Limiter, Vec<&Outcome>)> = vec![];
     for measurement in measurements {
@@ -80,16 +80,16 @@ fn medians(rounds: &[&Vec<f64>]) -> Vec<f64> {
     (0..points).filter_map(of_point).map(|spread| spread.median).collect()
 }
 
-/// What is better.
+/// Which values are better.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Better {
     Less,
     More,
-    /// Close to this.
+    /// Values close to this one.
     Near(f64),
 }
 
-/// Where podshaper is among those that limit, if it is not the first.
+/// podshaper's place among the limiters, if it is not the first.
 #[derive(Debug, PartialEq)]
 pub struct Verdict {
     pub rank: usize,
@@ -97,25 +97,25 @@ pub struct Verdict {
     pub own: f64,
     pub best: Limiter,
     pub best_value: f64,
-    /// Whether the rounds of the two overlap, so that chance may have decided.
+    /// Whether the rounds of the two overlap, so that the result may be chance.
     pub may_be_chance: bool,
-    /// Whether one of the two was measured once, so that nobody knows.
+    /// Whether one of the two was measured only once, so that chance cannot be judged.
     pub has_one_round: bool,
 }
 
-/// The numbers of those that limit.
+/// The numbers of the rows with a limiter.
 fn of_limiters(rows: &[&Row], metric: &str) -> Vec<(Limiter, Spread)> {
     let limits = |row: &&&Row| !matches!(row.limiter, Limiter::Bare | Limiter::Senders);
     rows.iter().filter(limits).filter_map(|row| Some((row.limiter, *row.values.get(metric)?))).collect()
 }
 
-/// Whether podshaper has somebody to be compared with.
+/// Whether podshaper and another limiter were measured.
 pub fn are_compared(rows: &[&Row], metric: &str) -> bool {
     let values = of_limiters(rows, metric);
     values.len() > 1 && values.iter().any(|(limiter, _)| *limiter == Limiter::Podshaper)
 }
 
-/// Compares what limits, by values as they are written. None where podshaper is the first, or was not measured.
+/// Compares the limiters by their values as they are written. None if podshaper is the first or was not measured.
 pub fn judge(rows: &[&Row], metric: &str, better: Better, digits: i32) -> Option<Verdict> {
     let factor = 10f64.powi(digits);
     let distance = |value: f64| match better {

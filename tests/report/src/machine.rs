@@ -1,4 +1,4 @@
-//! Where it was measured, and what.
+//! The machine of the measurements, and the versions of what was measured.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,9 +12,9 @@ use crate::harness::process;
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Machine {
-    /// As `uname -r` says.
+    /// The kernel's release, as printed by `uname -r`.
     pub kernel: String,
-    /// Whether that is User Mode Linux.
+    /// Whether the kernel is User Mode Linux.
     pub is_uml: bool,
     pub date: String,
     pub cpu: String,
@@ -26,11 +26,11 @@ pub struct Machine {
     pub bandwidth_plugin: String,
     pub newer_bandwidth_plugin: String,
     pub iproute2: String,
-    /// The versions of what pods run, as far as it is there; records of earlier versions have none.
+    /// The versions of the programs in the pods, as far as they are installed; records of earlier versions have none.
     #[serde(default)]
     pub apps: BTreeMap<String, String>,
     pub is_quick: bool,
-    /// What is not compared here, and why.
+    /// The limiters that are not compared here, and the reasons.
     pub missing: BTreeMap<Limiter, String>,
 }
 
@@ -64,13 +64,13 @@ impl Machine {
         }
     }
 
-    /// For a heading: the kernel and what it runs on.
+    /// For a heading: the kernel and its machine.
     pub fn title(&self) -> String {
         let place = if self.is_uml { "User Mode Linux" } else { "this machine's own kernel" };
         format!("Linux {}, {place}", self.release())
     }
 
-    /// User Mode Linux as it is where nothing is missing, for what is going to be measured there.
+    /// A User Mode Linux that lacks nothing, for the estimate of the measurements there.
     pub fn as_uml(&self) -> Self {
         let is_of_any_kernel =
             |limiter: &Limiter| matches!(limiter, Limiter::BandwidthNewer | Limiter::BandwidthNewerAsKubelet);
@@ -79,7 +79,7 @@ impl Machine {
         Self { is_uml: true, congestion_controls: "reno cubic bbr".to_owned(), missing, ..self.clone() }
     }
 
-    /// "6.18.44" of "6.18.44-more".
+    /// "6.18.44" for "6.18.44-more".
     pub fn release(&self) -> &str {
         self.kernel.split('-').next().unwrap_or_default()
     }
@@ -97,7 +97,7 @@ fn apps() -> BTreeMap<String, String> {
     all.filter(|(_, version)| !version.is_empty()).map(|(name, version)| (name.to_owned(), version)).collect()
 }
 
-/// The version of a crate that the workspace is built with; empty if it is in none.
+/// The version of a crate in the workspace's Cargo.lock; empty if the crate is not used.
 fn locked(name: &str) -> &'static str {
     let entries = include_str!("../../../Cargo.lock").split("[[package]]");
     let value = |entry: &'static str, key: &str| {
@@ -112,7 +112,7 @@ fn read(path: impl AsRef<Path>) -> String {
     fs::read_to_string(path).unwrap_or_default().trim().to_owned()
 }
 
-/// What a program prints; nothing if it is not there.
+/// The output of a program; empty if the program is missing.
 fn printed_by(program: &str, arguments: &[&str]) -> String {
     process::run(Command::new(program).args(arguments)).unwrap_or_default().trim().to_owned()
 }

@@ -1,14 +1,16 @@
-//! podshaper-report: podshaper beside what people would use instead, in one run, interleaved; tables and plots of what was measured.
+//! podshaper-report: compares podshaper with its alternatives in one run, in turns; tables and plots of the
+//! measurements.
 //!
-//! `measure` appends each single measurement to `raw.jsonl`; `draw` makes the report of that, without measuring. [`workloads`] is the list
-//! of what is measured, [`figures`] the list of what is drawn. `tests/run report` does all of it.
+//! `measure` appends each single measurement to `raw.jsonl`; `draw` makes the report from that file, without
+//! measuring. [`workloads`] lists the measurements, [`figures`] lists the drawings. `tests/run report` does
+//! everything.
 
 #[path = "../../harness/mod.rs"]
 mod harness;
 
-/// What is drawn, and in which order.
+/// The drawings and their order.
 mod figures;
-/// Where podshaper is not the first.
+/// The comparisons in which podshaper is not the first.
 mod judge;
 mod machine;
 mod measure;
@@ -25,7 +27,7 @@ use clap::{Args, Parser};
 
 use harness::{note, stop_on_signals, stopped};
 
-/// What a shell reports of a program that Ctrl-C ended.
+/// The exit status that a shell reports of a program that Ctrl-C ended.
 const EXIT_STOPPED: u8 = 130;
 
 /// Measures podshaper beside what people would use instead, and writes the report

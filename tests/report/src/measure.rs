@@ -1,4 +1,5 @@
-//! Runs the workloads: rounds, and in each of them every limiter in turn, so that a slow moment of the machine is everybody's.
+//! Runs the workloads in rounds. In each round the limiters take turns, so that a slow moment of the machine affects
+//! all of them.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -16,11 +17,11 @@ use crate::machine::Machine;
 use crate::record::{self, Found, Line, Measurement, Outcome, Sink};
 use crate::workloads::{self, Workload};
 
-/// More than all measurements take there.
+/// More time than all measurements take there.
 const LONGEST_IN_UML_S: u32 = 2400;
 
-/// False if podshaper could not be measured somewhere; the rest is measured all the same. That a reply of a peer does not come within half a
-/// minute is a result, and the report says so.
+/// Returns false if podshaper could not be measured somewhere; all else is measured nevertheless. A reply of another
+/// limiter that does not come within half a minute is a result, which the report mentions.
 pub fn measure(options: &Measure) -> Result<bool> {
     if !nix::unistd::geteuid().is_root() {
         return Err(Failure::new("it makes network namespaces and loads eBPF programs: run it as root"));
@@ -49,7 +50,7 @@ pub fn measure(options: &Measure) -> Result<bool> {
         progress.say(&turn);
         let (start, before) = (Instant::now(), Cpus::now()?);
         let found = turn.workload.measure(turn.limiter, &programs);
-        // A stop shows up as a failure of whatever was running.
+        // A stop signal shows up as a failure of the running measurement.
         check_stop()?;
         complete &= found.is_ok() || turn.limiter != Limiter::Podshaper;
         let stolen = Cpus::now()?.stolen_since(before);
@@ -61,7 +62,7 @@ pub fn measure(options: &Measure) -> Result<bool> {
     Ok(complete)
 }
 
-/// `tests/run report` measures in User Mode Linux after this.
+/// `tests/run report` measures in User Mode Linux afterwards.
 fn say_what_follows(machine: &Machine, options: &Measure, seconds_here: f64) {
     let there = workloads::all(&machine.as_uml(), options.quick);
     let seconds_there: f64 = there.iter().map(Workload::seconds_in_all).sum();
@@ -72,7 +73,7 @@ fn say_what_follows(machine: &Machine, options: &Measure, seconds_here: f64) {
     ));
 }
 
-/// One measurement that is to be made.
+/// One planned measurement.
 struct Turn<'a> {
     workload: &'a Workload,
     limiter: Limiter,
@@ -101,7 +102,7 @@ impl Turn<'_> {
     }
 }
 
-/// In each round another limiter comes first.
+/// Each round begins with another limiter.
 fn turns(list: &[Workload]) -> Vec<Turn<'_>> {
     let rounds = list.iter().map(|workload| workload.rounds).max().unwrap_or(0);
     let of_round = |round: usize| {
@@ -114,10 +115,10 @@ fn turns(list: &[Workload]) -> Vec<Turn<'_>> {
     (0..rounds).flat_map(of_round).collect()
 }
 
-/// How much is left, by what was measured so far.
+/// The remaining time, estimated from the measurements so far.
 struct Progress {
     start: Instant,
-    /// What each measurement was thought to take.
+    /// The estimated time of each measurement.
     seconds: Vec<f64>,
     done: usize,
 }
@@ -134,7 +135,7 @@ impl Progress {
     fn left(&self) -> String {
         let (done, left) = self.seconds.split_at(self.done);
         let thought: f64 = done.iter().sum();
-        // The first few say little.
+        // The first few measurements are no basis for an estimate.
         let factor = if self.done < 5 { 1.0 } else { self.start.elapsed().as_secs_f64() / thought };
         minutes(left.iter().sum::<f64>() * factor)
     }
@@ -150,7 +151,7 @@ fn minutes(seconds: f64) -> String {
     format!("{}:{:02} min", seconds as u64 / 60, seconds as u64 % 60)
 }
 
-/// Has this program measure in User Mode Linux, whose stdout comes back and whose files do not.
+/// Runs this program in User Mode Linux. Its stdout is passed back; its files are lost.
 pub fn in_uml(options: &Measure) -> Result<bool> {
     const POLL: Duration = Duration::from_millis(200);
     let own = std::env::current_exe().context("find this program's own path")?;
@@ -179,7 +180,7 @@ pub fn in_uml(options: &Measure) -> Result<bool> {
             };
         }
         if stopped() {
-            // It ends the kernel, with all that is in it.
+            // SIGTERM ends the kernel with all its processes.
             let id = Pid::from_raw(child.id().cast_signed());
             kill(id, Signal::SIGTERM).context("end User Mode Linux")?;
             child.wait().context("wait for User Mode Linux")?;

@@ -1,4 +1,5 @@
-//! Plots as SVG, on white, so that they are as legible on a dark page. One colour is one limiter in all of them.
+//! Plots as SVG on a white background, so that they are legible on a dark page as well. Each limiter has the same
+//! colour in all plots.
 
 use std::ops::Range;
 use std::path::Path;
@@ -16,7 +17,7 @@ const WIDTH: u32 = 860;
 const HEIGHT: u32 = 400;
 const LEGEND_WIDTH: u32 = 260;
 const BAR_HEIGHT: u32 = 16;
-/// Above and below the bars: title and axis.
+/// The height above and below the bars, for title and axis.
 const AROUND_BARS: u32 = 110;
 const TEXT: (&str, u32) = ("sans-serif", 13);
 const TITLE: (&str, u32) = ("sans-serif", 16);
@@ -32,21 +33,21 @@ pub enum Scale {
     Logarithmic,
 }
 
-/// An axis, its values and what they are.
+/// An axis with its values and their unit.
 #[derive(Clone, Debug)]
 pub struct Axis {
     pub title: String,
     pub scale: Scale,
     pub least: f64,
     pub most: f64,
-    /// Where there is a tick with a number.
+    /// The values that have a tick with a number.
     ticks: Vec<f64>,
     pub unit: Unit,
 }
 
 impl Axis {
-    /// One for these values: logarithmic where they span decades, from zero where they do not, and close to them where they are all alike.
-    /// Zero is at the lower end of a logarithmic one.
+    /// An axis for these values: logarithmic if they span decades, else from zero, or close to the values if they are
+    /// all alike. On a logarithmic axis, zero is drawn at the lower end.
     pub fn of(title: &str, values: impl Iterator<Item = f64>, unit: Unit) -> Self {
         const DECADES: f64 = 30.0;
         const ALIKE: f64 = 0.8;
@@ -61,7 +62,7 @@ impl Axis {
         Self::linear(title, from, most + (most - from).max(1e-9) * 0.06, unit)
     }
 
-    /// One with a tick at each of these values.
+    /// An axis with a tick at each of these values.
     pub fn through(title: &str, values: &[f64], unit: Unit) -> Self {
         let axis = if values.contains(&0.0) {
             Self::linear(title, 0.0, values.iter().copied().fold(0.0, f64::max), unit)
@@ -78,7 +79,8 @@ impl Axis {
         Self { title: title.to_owned(), scale: Scale::Linear, least, most, ticks, unit }
     }
 
-    /// From one power of ten to another, with ticks at these; where that are few, at the twos and fives as well.
+    /// An axis from one power of ten to another, with ticks at the powers; if there are few powers, also at their
+    /// multiples by two and five.
     pub fn logarithmic(title: &str, least: f64, most: f64, unit: Unit) -> Self {
         const FEW: i32 = 2;
         let (from, to) = (least.log10().floor() as i32, most.log10().ceil() as i32);
@@ -93,7 +95,7 @@ impl Axis {
         Self { ticks, ..self }
     }
 
-    /// Where a value is on the axis.
+    /// The position of a value on the axis.
     fn at(&self, value: f64) -> f64 {
         match self.scale {
             Scale::Linear => value.clamp(self.least, self.most),
@@ -104,7 +106,7 @@ impl Axis {
 
 impl Ranged for Axis {
     type FormatOption = NoDefaultFormatting;
-    /// Where a value is on the axis.
+    /// The position of a value on the axis.
     type ValueType = f64;
 
     fn map(&self, at: &f64, (first, last): (i32, i32)) -> i32 {
@@ -134,7 +136,7 @@ impl ValueFormatter<f64> for Axis {
     }
 }
 
-/// A round number not below this one: 1, 2 or 5 times a power of ten.
+/// A round number of at least this size: 1, 2 or 5 times a power of ten.
 fn step(least: f64) -> f64 {
     let power = 10f64.powf(least.max(1e-12).log10().floor());
     [1.0, 2.0, 5.0].into_iter().map(|factor| factor * power).find(|step| *step >= least).unwrap_or(10.0 * power)
@@ -144,7 +146,7 @@ fn step(least: f64) -> f64 {
 #[derive(Clone, Debug)]
 pub struct Line {
     pub name: String,
-    /// None: a pod that does nothing.
+    /// None: an idle pod.
     pub limiter: Option<Limiter>,
     pub points: Vec<(f64, f64)>,
 }
@@ -155,13 +157,13 @@ pub struct Lines {
     pub x: Axis,
     pub y: Axis,
     pub lines: Vec<Line>,
-    /// Whether each point is a measurement, or the line is.
+    /// Whether each point is a measurement; otherwise only the line is.
     pub has_marks: bool,
-    /// Where on the second axis the limit is.
+    /// The value of the limit on the second axis.
     pub limit: Option<f64>,
 }
 
-/// Bars of one category.
+/// The bars of one category.
 pub struct Group {
     pub name: String,
     pub bars: Vec<Bar>,
@@ -198,7 +200,7 @@ pub fn colour(limiter: Option<Limiter>) -> RGBColor {
     }
 }
 
-/// Limits nothing, and is there to compare with.
+/// Whether this is no limiter, but a reference.
 fn is_reference(limiter: Option<Limiter>) -> bool {
     matches!(limiter, None | Some(Limiter::Bare | Limiter::Senders))
 }
@@ -239,7 +241,7 @@ pub fn lines(path: &Path, plot: &Lines) -> Result<()> {
         let ends = [plot.x.least, plot.x.most].map(|x| at(&(x, limit)));
         chart.draw_series(LineSeries::new(ends, BLACK.stroke_width(1))).map_err(failed)?;
     }
-    // podshaper last: above the others.
+    // podshaper is drawn last, above the others.
     let (own, others): (Vec<&Line>, Vec<&Line>) =
         plot.lines.iter().partition(|line| line.limiter == Some(Limiter::Podshaper));
     for line in others.into_iter().chain(own) {
@@ -286,7 +288,7 @@ fn legend(area: &Area, lines: &[Line], has_limit: bool) -> Result<()> {
     Ok(())
 }
 
-/// A line of horizontal bars, from the top.
+/// A row of a plot with horizontal bars, from the top.
 enum BarRow<'a> {
     Name(&'a str),
     Bar(&'a Bar),
@@ -349,7 +351,7 @@ pub fn bars(path: &Path, plot: &Bars) -> Result<()> {
     root.present().context(format_args!("write {}", path.display()))
 }
 
-/// Text whose middle is at this height.
+/// Writes text whose vertical middle is at this height.
 fn write(area: &Area, text: &str, at: (i32, i32), style: TextStyle, begins: HPos) -> Result<()> {
     area.draw(&Text::new(text.to_owned(), at, style.pos(Pos::new(begins, VPos::Center)))).map_err(failed)
 }

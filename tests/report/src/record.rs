@@ -1,4 +1,4 @@
-//! What is kept of a measurement: a line of raw.jsonl.
+//! The record of a measurement: a line of raw.jsonl.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -15,14 +15,14 @@ use crate::machine::Machine;
 /// The raw data, beside the report.
 pub const FILE: &str = "raw.jsonl";
 
-/// What a workload was told.
+/// The parameters of a workload.
 pub type Parameters = BTreeMap<String, Value>;
 
 /// A line.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Line {
-    /// Where the lines after it were measured.
+    /// The machine of the following lines.
     Machine(Box<Machine>),
     Measurement(Measurement),
 }
@@ -37,7 +37,7 @@ pub struct Measurement {
     pub round: usize,
     /// The part of the CPUs' time that the host of a virtual machine took meanwhile.
     pub stolen: f64,
-    /// How long it took, with what had to be made for it; lines of earlier versions do not say.
+    /// The time of the measurement, including the preparation; lines of earlier versions have none.
     #[serde(default)]
     pub seconds: f64,
     #[serde(flatten)]
@@ -48,11 +48,11 @@ pub struct Measurement {
 #[serde(rename_all = "kebab-case")]
 pub enum Outcome {
     Found(Found),
-    /// Why there is nothing.
+    /// The reason of the failure.
     Failed(String),
 }
 
-/// What was found: single numbers, and rows of them.
+/// The results: single numbers, and series of numbers.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Found {
     pub metrics: BTreeMap<String, f64>,
@@ -61,7 +61,7 @@ pub struct Found {
 }
 
 impl Found {
-    /// Adds a number. What is no number (a rate of nothing) is left out.
+    /// Adds a number. A value that is not finite (such as a rate of nothing) is left out.
     pub fn put(&mut self, name: &str, value: f64) {
         if value.is_finite() {
             self.metrics.insert(name.to_owned(), compact(value));
@@ -73,7 +73,7 @@ impl Found {
     }
 }
 
-/// Four digits, which is more than measurements repeat.
+/// Rounds to four digits, which is more than measurements reproduce.
 fn compact(value: f64) -> f64 {
     if value == 0.0 || !value.is_finite() {
         return 0.0;
@@ -83,7 +83,7 @@ fn compact(value: f64) -> f64 {
     (value * factor).round() / factor
 }
 
-/// Where lines go to.
+/// The destination of lines.
 pub struct Sink(Box<dyn Write>);
 
 impl Sink {
@@ -101,7 +101,7 @@ impl Sink {
     }
 }
 
-/// raw.jsonl in a directory, which is made.
+/// Opens raw.jsonl in a directory, and makes the directory if it is missing.
 pub fn append(directory: &Path) -> Result<File> {
     fs::create_dir_all(directory).context(format_args!("make {}", directory.display()))?;
     let path = directory.join(FILE);

@@ -1,4 +1,4 @@
-//! The report: README.md and its plots, made of raw.jsonl.
+//! The report: README.md and its plots, made from raw.jsonl.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
@@ -16,21 +16,21 @@ use crate::machine::Machine;
 use crate::plot::{self, Axis, Bar, Bars, Group, Line, Lines};
 use crate::record::{self, Measurement, Outcome, Parameters};
 
-/// Of [`Plot::Steps`].
+/// The time of a step in [`Plot::Steps`].
 const STEP_S: f64 = 0.2;
 const REPORT: &str = "README.md";
 const INTRODUCTION: &str = include_str!("introduction.md");
-/// What is behind the names.
+/// Describes the limiters.
 const PEERS: &str = include_str!("peers.md");
 
-/// What was measured on one machine.
+/// The measurements on one machine.
 struct Data {
     machine: Machine,
     measurements: Vec<Measurement>,
 }
 
 impl Data {
-    /// How long it took to measure.
+    /// The time of all measurements.
     fn seconds(&self) -> f64 {
         self.measurements.iter().map(|one| one.seconds).sum()
     }
@@ -40,7 +40,7 @@ fn minutes(seconds: f64) -> String {
     format!("{:.1} minutes", seconds / 60.0)
 }
 
-/// Makes the report; false if podshaper has failed somewhere in it.
+/// Makes the report. Returns false if podshaper has failed in any measurement.
 pub fn draw(directory: &Path) -> Result<bool> {
     let all = data(record::read(directory)?)?;
     remove_plots(directory)?;
@@ -80,7 +80,7 @@ fn data(lines: Vec<record::Line>) -> Result<Vec<Data>> {
     for line in lines {
         match line {
             record::Line::Machine(machine) => match all.iter_mut().find(|data| data.machine.kernel == machine.kernel) {
-                // A run that appended to another one's.
+                // A later run has appended to the same file.
                 Some(data) => data.machine = *machine,
                 None => all.push(Data { machine: *machine, measurements: vec![] }),
             },
@@ -94,7 +94,7 @@ fn data(lines: Vec<record::Line>) -> Result<Vec<Data>> {
     Ok(all)
 }
 
-/// Those of an earlier run: the names may be others.
+/// Removes the plots of an earlier run, whose names may differ.
 fn remove_plots(directory: &Path) -> Result<()> {
     for entry in fs::read_dir(directory).context(format_args!("read {}", directory.display()))?.flatten() {
         if entry.path().extension().is_some_and(|extension| extension == "svg") {
@@ -142,7 +142,7 @@ fn introduction(all: &[Data], failed: usize) -> String {
     text
 }
 
-/// As plots and tables call it: with the version of what has several.
+/// The name in plots and tables: with the version, if several versions are compared.
 fn label(limiter: Limiter, machine: &Machine) -> String {
     let release = |version: &str| version.split('+').next().unwrap_or_default().to_owned();
     let has_newer = !machine.newer_bandwidth_plugin.is_empty();
@@ -158,7 +158,8 @@ fn label(limiter: Limiter, machine: &Machine) -> String {
     }
 }
 
-/// Of one kernel: its plots, what podshaper is not the first in, and the table. None if nothing was measured.
+/// The section of one kernel: plots, the comparisons in which podshaper is not the first, and the table. None if
+/// nothing was measured.
 fn section(directory: &Path, figure: &Figure, data: &Data) -> Result<Option<Verdicts>> {
     let of = |name: &str| judge::rows(data.measurements.iter().filter(|one| one.workload == name));
     let rows = of(figure.workload);
@@ -179,7 +180,7 @@ fn section(directory: &Path, figure: &Figure, data: &Data) -> Result<Option<Verd
     Ok(Some(Verdicts { text, ..verdicts }))
 }
 
-/// The combinations of parameters without one of them, in their order.
+/// The combinations of all parameters except one, in their order.
 fn combinations(rows: &[Row], without: &str) -> Vec<Parameters> {
     let mut found: Vec<Parameters> = vec![];
     for row in rows {
@@ -215,7 +216,7 @@ fn write_parameters(parameters: &Parameters) -> String {
     words.join(", ")
 }
 
-/// Where podshaper is not the first.
+/// The comparisons in which podshaper is not the first.
 #[derive(Default)]
 struct Verdicts {
     compared: usize,
@@ -244,7 +245,7 @@ fn verdicts(figure: &Figure, rows: &[Row], machine: &Machine) -> Verdicts {
     verdicts
 }
 
-/// Of one column: a place for each combination of parameters.
+/// The verdicts of one column: one for each combination of parameters in which podshaper is not the first.
 fn verdicts_of(column: &Column, rows: &[Row], machine: &Machine, compared: &mut usize) -> Vec<String> {
     let mut places = vec![];
     for parameters in combinations(rows, "") {
@@ -265,7 +266,8 @@ fn write_verdict(
     rows: &[&Row],
     machine: &Machine,
 ) -> String {
-    /// Who lets less through, or more, has it easy elsewhere.
+    /// Outside of this range, in percent, the share of the limit is mentioned: a limiter that passes less or more has
+    /// an advantage in the other numbers.
     const HELD: Range<f64> = 90.0..110.0;
     let row = rows.iter().find(|row| row.limiter == verdict.best);
     let percent = row.and_then(|row| row.values.get("percent")).filter(|percent| !HELD.contains(&percent.median));
@@ -320,7 +322,7 @@ fn cell(row: &Row, column: &Column) -> String {
     }
 }
 
-/// Whether it says nothing of a pod without one.
+/// Whether the column has no meaning for a pod without a limit.
 fn is_of_a_limit(column: &Column) -> bool {
     column.unit == Unit::Percent
 }
@@ -331,12 +333,12 @@ struct Plotter<'a> {
     figure: &'a Figure,
     machine: &'a Machine,
     rows: &'a [Row],
-    /// What a pod has that does nothing else.
+    /// The values of an idle pod.
     idle: Option<Row>,
 }
 
 impl Plotter<'_> {
-    /// The files that were drawn, with their titles.
+    /// Draws the files and returns them with their titles.
     fn plot(&self, plot: &Plot) -> Result<Vec<(String, String)>> {
         let (title, aside) = match plot {
             Plot::Cdf { title, .. } | Plot::Steps { title, .. } => (title, ""),
@@ -387,7 +389,7 @@ impl Plotter<'_> {
     fn over(&self, path: &Path, title: &str, rows: &[&Row], parameter: &str, metric: &str) -> Result<bool> {
         let unit = self.figure.unit(metric);
         let limiters: BTreeSet<Limiter> = rows.iter().map(|row| row.limiter).collect();
-        // Without a limit there is no part of it.
+        // Without a limit there is no share of a limit.
         let is_shown = |limiter: &&Limiter| unit != Unit::Percent || **limiter != Limiter::Bare;
         let point = |row: &&&Row| Some((row.parameters.get(parameter)?.as_f64()?, row.values.get(metric)?.median));
         let points = |limiter: &Limiter| -> Vec<(f64, f64)> {
@@ -451,7 +453,7 @@ impl Plotter<'_> {
             return Ok(false);
         }
         let limit = (unit == Unit::Percent).then_some(100.0);
-        // Bars begin at nothing.
+        // Bars begin at zero.
         let axis = match Axis::of(&self.metric_title(metric), values.iter().copied().chain(limit), unit) {
             axis if axis.scale == plot::Scale::Linear => Axis::linear(&axis.title, 0.0, axis.most, unit),
             axis => axis,

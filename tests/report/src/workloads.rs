@@ -1,10 +1,10 @@
-//! What is measured: one list, a value for each workload.
+//! The measurements: one list, with a value for each workload.
 
-/// Real servers, calls, look-ups, QUIC.
+/// Real servers, calls, DNS look-ups, QUIC.
 mod apps;
 /// Bulk TCP, with replies beside it.
 mod bulk;
-/// What ADD, DEL and memory cost, and what many pods at once do.
+/// The costs of ADD, DEL and memory, and the traffic of many pods at once.
 mod node;
 /// Other paths than the sockets of the pod's cgroup.
 mod others;
@@ -24,21 +24,22 @@ use crate::record::{Found, Parameters};
 pub const MBIT: u64 = 1_000_000;
 pub const GBIT: u64 = 1000 * MBIT;
 
-/// Plugins that stand in a chain: whose calls take time.
+/// The plugins of a chain, whose calls take time.
 const PLUGINS: &[Limiter] = &[Limiter::Podshaper, Limiter::Bandwidth, Limiter::BandwidthNewer];
-/// What holds a pod, and could be used by somebody who knows what he wants. Of the bandwidth plugin the newer version, see [`all`].
+/// The limiters that hold a pod, and that an experienced administrator could use. Of the bandwidth plugin the newer
+/// version, see [`all`].
 const GOOD: &[Limiter] =
     &[Limiter::Podshaper, Limiter::BandwidthNewer, Limiter::Edt, Limiter::FqCodel, Limiter::Cake, Limiter::Policer];
-/// What differs from others by its first seconds alone.
+/// The limiters that differ from others only in their first seconds.
 const AS_KUBELET: &[Limiter] = &[Limiter::BandwidthAsKubelet, Limiter::BandwidthNewerAsKubelet];
 
-/// One thing that is measured, behind each of the limiters.
+/// One measurement, repeated with each of the limiters.
 pub struct Workload {
     pub name: &'static str,
     pub parameters: Parameters,
     pub peers: Vec<Limiter>,
     pub rounds: usize,
-    /// How long one measurement takes, about.
+    /// The approximate time of one measurement.
     pub seconds: f64,
     measure: Box<Measure>,
 }
@@ -50,7 +51,7 @@ impl Workload {
         (self.measure)(limiter, programs)
     }
 
-    /// As a line of progress names it.
+    /// The name in a progress line.
     pub fn title(&self) -> String {
         let parameters = self.parameters.iter().map(|(name, value)| match value {
             Value::String(text) => format!(", {text}"),
@@ -59,7 +60,7 @@ impl Workload {
         format!("{}{}", self.name, parameters.collect::<String>())
     }
 
-    /// A workload of one fresh pod with limits, for the list.
+    /// A workload with one fresh pod with limits, for the list.
     fn of_pod(
         name: &'static str,
         parameters: Value,
@@ -76,7 +77,7 @@ impl Workload {
         Self::of_node(name, parameters, seconds + 0.7, on_a_pod)
     }
 
-    /// A workload that makes what it measures by itself.
+    /// A workload that makes its own pods.
     fn of_node(
         name: &'static str,
         parameters: Value,
@@ -87,7 +88,7 @@ impl Workload {
         Self { name, parameters, peers: GOOD.to_vec(), rounds: 1, seconds, measure: Box::new(measure) }
     }
 
-    /// In all its rounds, behind each limiter.
+    /// The time of all its rounds, with all limiters.
     pub fn seconds_in_all(&self) -> f64 {
         self.seconds * (self.rounds * self.peers.len()) as f64
     }
@@ -101,7 +102,7 @@ impl Workload {
     }
 }
 
-/// Limits of one direction.
+/// Limits for one direction.
 fn limits(way: Way, limit: u64) -> Limits {
     match way {
         Way::In => Limits { egress: None, ingress: Some(limit) },
@@ -109,18 +110,18 @@ fn limits(way: Way, limit: u64) -> Limits {
     }
 }
 
-/// All limiters without those of some kinds.
+/// All limiters except those in these lists.
 fn everybody_but(left_out: &[&[Limiter]]) -> Vec<Limiter> {
     let is_left_out = |limiter: &Limiter| left_out.iter().any(|some| some.contains(limiter));
     Limiter::PEERS.into_iter().filter(|limiter| !is_left_out(limiter)).collect()
 }
 
-/// Senders that pace themselves are the pod's alone.
+/// Senders that pace themselves exist only in the pod, so they limit only its egress.
 fn who_replies(way: Way) -> Vec<Limiter> {
     everybody_but(if way == Way::Out { &[] } else { &[&[Limiter::Senders]] })
 }
 
-/// What is measured on a machine.
+/// All measurements for a machine.
 pub fn all(machine: &Machine, is_quick: bool) -> Vec<Workload> {
     let mut list = match (machine.is_uml, is_quick) {
         (false, false) => of_a_machine(machine),
@@ -129,21 +130,21 @@ pub fn all(machine: &Machine, is_quick: bool) -> Vec<Workload> {
         (true, true) => quickly_in_uml(),
     };
     for workload in &mut list {
-        // Where one bandwidth plugin is enough, it is the newer one if that is there.
+        // Where one bandwidth plugin is enough, the newer one is used if it is there.
         if machine.missing.contains_key(&Limiter::BandwidthNewer) && !workload.peers.contains(&Limiter::Bandwidth) {
             let newer = workload.peers.iter_mut().filter(|limiter| **limiter == Limiter::BandwidthNewer);
             newer.for_each(|limiter| *limiter = Limiter::Bandwidth);
         }
         workload.peers.retain(|limiter| !machine.missing.contains_key(limiter));
         if machine.is_uml {
-            // Its one CPU takes longer to make a pod.
+            // Its single CPU needs more time to make a pod.
             workload.seconds += 1.0;
         }
     }
     list
 }
 
-/// The kernel of the machine has all CPUs and no fq.
+/// The list for the machine's own kernel, which has all CPUs and no fq.
 fn of_a_machine(machine: &Machine) -> Vec<Workload> {
     use Way::{In, Out};
     let mut list = vec![bulk::idle(3.0)];
@@ -180,7 +181,7 @@ fn of_a_machine(machine: &Machine) -> Vec<Workload> {
     list
 }
 
-/// User Mode Linux has one slow CPU, and fq, netem, fq_codel and cake.
+/// The list for User Mode Linux, which has one slow CPU, and fq, netem, fq_codel and cake.
 fn of_user_mode_linux(machine: &Machine) -> Vec<Workload> {
     use Way::{In, Out};
     let mut list = vec![bulk::idle(3.0)];

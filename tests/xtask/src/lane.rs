@@ -1,4 +1,4 @@
-//! One stage after the other: runs it, prints what it prints, and notes what came of it.
+//! Runs stages one after the other, prints their output, and records their outcomes.
 
 use std::io::{self, Write};
 use std::process::Command;
@@ -8,23 +8,23 @@ use crate::output::Results;
 use crate::processes;
 use crate::summary::{Line, Outcome, judge, may_be_tried_again, passed_at};
 
-/// How often tests that measure are tried again.
+/// Names of the further tries of tests that measure.
 const AGAIN: [&str; 2] = ["second", "third"];
 
 /// Stages that run one after the other.
 #[derive(Default)]
 pub struct Lane {
-    /// What the stages print, where another lane has the terminal.
+    /// The output of the stages, where another lane has the terminal.
     kept: Option<Vec<u8>>,
     pub lines: Vec<Line>,
 }
 
-/// A run of tests, which can be repeated for some of them.
+/// A run of tests. Some of the tests can be repeated.
 pub struct Tests<'a> {
     pub name: String,
-    /// The command up to the arguments for the tests.
+    /// The command without the arguments for the tests.
     pub command: &'a [&'a str],
-    /// Which of them run, and how.
+    /// The tests to run, and how.
     pub arguments: Vec<&'a str>,
 }
 
@@ -34,7 +34,7 @@ impl Lane {
         Self { kept: Some(Vec::new()), lines: Vec::new() }
     }
 
-    /// Prints what another lane has kept, and takes its lines of the summary.
+    /// Prints the kept output of another lane, and takes over its lines of the summary.
     pub fn append(&mut self, other: Self) {
         self.print(&other.kept.unwrap_or_default());
         self.lines.extend(other.lines);
@@ -43,7 +43,7 @@ impl Lane {
     fn print(&mut self, output: &[u8]) {
         match &mut self.kept {
             Some(kept) => kept.extend_from_slice(output),
-            // Nobody has to read it.
+            // An error is ignored: the output may have no reader.
             None => drop(io::stdout().write_all(output).and_then(|()| io::stdout().flush())),
         }
     }
@@ -58,7 +58,8 @@ impl Lane {
         self.lines.push(line);
     }
 
-    /// Runs a command; its exit status and what it printed. A command that cannot be started is as a shell has it: 127.
+    /// Runs a command. Returns its exit status and its output. The exit status is 127, as in a shell, if the command
+    /// cannot be started.
     pub fn run(&mut self, command: &mut Command) -> (i32, String) {
         let mut output = Vec::new();
         let status = processes::run(command, |printed| {
@@ -83,7 +84,7 @@ impl Lane {
         self.note(name, outcome, start);
     }
 
-    /// A stage of tests. Where only tests that measure have failed, they run again.
+    /// A stage of tests. If only tests that measure have failed, these run again.
     pub fn tests(&mut self, tests: &Tests<'_>) {
         let name = &tests.name;
         self.say(&format!("on {name} .."));

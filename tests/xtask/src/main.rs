@@ -1,8 +1,10 @@
-//! What `tests/run` does: builds, runs the tests on this machine's kernel and on others, and sums up what came of each stage.
+//! The program behind `tests/run`: builds, runs the tests on this machine's kernel and on others, and prints a
+//! summary of all stages.
 //!
-//! [`plan`] says what is run, in which order, and what may be tried again. [`stages`], [`lints`], [`nodes`] and [`report`] are the stages;
-//! [`lane`] runs them, [`output`] reads what they print, [`summary`] judges it. [`mounts`] keeps other runs out of their way, and
-//! [`processes`] ends all on Ctrl-C. The kernels and nodes themselves are shell: tests/lab, tests/node.
+//! [`plan`] says what is run, in which order, and what may be tried again. [`stages`], [`lints`], [`nodes`] and
+//! [`report`] are the stages; [`lane`] runs them, [`output`] parses their output, [`summary`] judges it. [`mounts`]
+//! separates the tests from other runs, and [`processes`] ends all processes on Ctrl-C. The kernels and nodes
+//! themselves are shell scripts: tests/lab, tests/node.
 #![allow(clippy::print_stdout, reason = "a command of a person")]
 
 mod lane;
@@ -46,7 +48,7 @@ tests/run pictures        draws the README's pictures of list, show and top anew
 What is missing of Debian's packages is installed, and said. The summary has each stage's time. Only tests that measure rates or times
 are tried again, twice at most, and the summary says so.";
 
-/// "program or file:Debian package", of everything that makes pods.
+/// "program or file:Debian package", of everything that is needed to make pods.
 const NEEDS: &[&str] = &[
     "ip:iproute2",
     "tc:iproute2",
@@ -74,7 +76,7 @@ const NEEDS_OF_APPS: &[&str] = &[
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
     let (verb, rest) = arguments.split_first().map_or(("", &[][..]), |(verb, rest)| (verb.as_str(), rest));
-    // Everything is named from podshaper's directory.
+    // All paths are relative to podshaper's directory.
     if let Err(error) = env::set_current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")) {
         eprintln!("tests/run: enter podshaper's directory: {error}");
         return ExitCode::FAILURE;
@@ -100,7 +102,7 @@ fn main() -> ExitCode {
     })
 }
 
-/// Pods take root, mounts of their own and a few packages.
+/// Pods need root, mounts of their own and a few packages.
 fn prepare(lane: &mut Lane) -> Result<(), String> {
     if !nix::unistd::geteuid().is_root() {
         let how = "please run it as root (sudo env PATH=\"$PATH\" tests/run ..)";
@@ -121,7 +123,7 @@ fn run(verb: Verb) -> Result<ExitCode, String> {
         prepare(&mut lane)?;
         stages::find_prometheus(&mut lane)?;
     }
-    // Where `cargo install` puts programs.
+    // The directory in which `cargo install` puts programs.
     let home = env::var_os("CARGO_HOME").map(PathBuf::from);
     if let Some(home) = home.or_else(|| Some(Path::new(&env::var_os("HOME")?).join(".cargo"))) {
         processes::add_to_path(&home.join("bin"));
@@ -134,7 +136,7 @@ fn run(verb: Verb) -> Result<ExitCode, String> {
             Step::Beside(here, there) => beside(&session, &mut lane, here, there),
         }
     }
-    // What was asked for by its name must have run.
+    // Stages that were requested by name must have run.
     Ok(sum_up(&lane, !matches!(verb, Verb::Short | Verb::Lint), start))
 }
 
@@ -147,7 +149,8 @@ fn sum_up(lane: &Lane, everything: bool, start: Instant) -> ExitCode {
     if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// Both lists of stages at the same time. The first one's output follows that of the second, which has the terminal.
+/// Runs both lists of stages at the same time. The second list has the terminal; the output of the first list
+/// follows.
 fn beside(session: &Session, lane: &mut Lane, here: &[plan::Stage], there: &[plan::Stage]) {
     let all = |stages: &[plan::Stage], lane: &mut Lane| stages.iter().for_each(|stage| (stage.run)(session, lane));
     let mut kept = Lane::beside();
@@ -159,7 +162,7 @@ fn beside(session: &Session, lane: &mut Lane, here: &[plan::Stage], there: &[pla
     lane.append(kept);
 }
 
-/// Builds an example and becomes it.
+/// Builds an example and replaces this process by it.
 fn example(verb: &str, arguments: &[String]) -> Result<ExitCode, String> {
     processes::stop_on_signals().map_err(|error| format!("wait for signals: {error}"))?;
     let mut lane = Lane::default();
@@ -171,7 +174,7 @@ fn example(verb: &str, arguments: &[String]) -> Result<ExitCode, String> {
     if asks_for("apps") {
         stages::need(&mut lane, NEEDS_OF_APPS)?;
     }
-    // Most of what tests/quic takes is a runtime, which nobody waits for who sends nothing by QUIC.
+    // Most of the build time of tests/quic is that of a runtime, which is needed only for QUIC.
     let packages: &[&str] = if asks_for("quic") { &["quic"] } else { &[] };
     let program = stages::example(verb, packages)?;
     become_command(Command::new(program).args(arguments))

@@ -1,4 +1,4 @@
-//! What is in tests/node: real kubelets and container runtimes, two nodes, a cluster.
+//! The stages of tests/node: real kubelets and container runtimes, two nodes, a cluster.
 
 use std::time::Instant;
 
@@ -16,10 +16,10 @@ const OF_AN_API_SERVER: &[&str] = &["kube-apiserver", "kubectl", "etcd"];
 const OF_A_CLUSTER: &[&str] =
     &["kube-apiserver", "kube-scheduler", "kube-controller-manager", "kubectl", "etcd", "helm"];
 
-/// containerd and kubelet's cgroup driver. Every driver and every containerd, but not every pair.
+/// containerd and kubelet's cgroup driver. All drivers and all containerd versions, but not all pairs.
 const CONFIGURATIONS: &[[&str; 2]] = &[["1.7", "cgroupfs"], ["1.6", "systemd"], ["2.1", "cgroupfs"]];
 
-/// What the scripts of tests/node call.
+/// Programs that the scripts of tests/node call.
 const PROGRAMS: &[&str] = &[
     "jq:jq",
     "curl:curl",
@@ -32,8 +32,8 @@ const PROGRAMS: &[&str] = &[
     "/lib/systemd/systemd:systemd",
 ];
 
-/// Fetches and builds what a stage takes. It fails where that is not to be had, and after the time that a machine of two cores needs for
-/// the slowest part.
+/// Fetches and builds the parts for a stage. Fails if that is not possible, or if it takes longer than a machine with
+/// two cores needs for the slowest part.
 fn get(lane: &mut Lane, parts: &[&str]) -> Result<(), String> {
     need(lane, PROGRAMS)?;
     match lane.run(command("timeout").args(["--kill-after", "10", "1800", "tests/node/parts"]).args(parts)) {
@@ -44,7 +44,7 @@ fn get(lane: &mut Lane, parts: &[&str]) -> Result<(), String> {
     }
 }
 
-/// Kubelets with each containerd, sandboxes by version 1 of the CRI, two nodes, the units below a systemd, podman.
+/// Kubelets with each containerd, sandboxes by version 1 of the CRI, two nodes, the units with systemd, podman.
 pub fn nodes(session: &Session, lane: &mut Lane) {
     let Some(built) = session.built(lane, NODES) else { return };
     let start = Instant::now();
@@ -76,7 +76,7 @@ pub fn nodes(session: &Session, lane: &mut Lane) {
     lane.tests(&Tests { name: "podman in User Mode Linux".into(), command: &podman, arguments: vec![] });
 }
 
-/// The units below a systemd, with an API server.
+/// The units with systemd and an API server.
 fn units(lane: &mut Lane, command: &[&str]) {
     let (name, start) = ("the units below a systemd in User Mode Linux", Instant::now());
     match get(lane, OF_AN_API_SERVER) {
@@ -85,7 +85,7 @@ fn units(lane: &mut Lane, command: &[&str]) {
     }
 }
 
-/// What the cluster takes and no node does: it is built while there is a core for that.
+/// The parts that only the cluster needs: they are built while a core is free.
 pub fn parts_of_a_cluster(_: &Session, lane: &mut Lane) {
     let start = Instant::now();
     let outcome = match get(lane, OF_A_CLUSTER) {

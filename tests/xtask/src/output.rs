@@ -1,15 +1,16 @@
-//! What tests print: the lines of Rust's test harness, which the scripts of tests/node print as well.
+//! Parses the output of tests: the lines of Rust's test harness, which the scripts of tests/node print as well.
 
-/// What came of a run of tests, of all its binaries together.
+/// The result of a run of tests, for all its binaries together.
 #[derive(Debug, Default, PartialEq)]
 pub struct Results {
     /// Whether the first test was reached.
     pub started: bool,
-    /// How many binaries said their result. None did where the run broke off before its first end.
+    /// The number of binaries that printed their result; 0 if the run was aborted before the first one had ended.
     pub binaries: usize,
     pub passed: usize,
     pub failed: usize,
-    /// The names of those that failed, as far as they are known: a test that prints beside the harness hides its name.
+    /// The names of the failed tests, as far as they are known: a test that prints past the harness hides its own
+    /// name.
     pub names: Vec<String>,
 }
 
@@ -30,7 +31,7 @@ impl Results {
     }
 }
 
-/// The name in "test NAME ... FAILED". In tests/node the line goes on with the seconds that the test took.
+/// The name in "test NAME ... FAILED". In tests/node the line also has the seconds that the test took.
 fn failed_test(line: &str) -> Option<&str> {
     let (name, outcome) = line.strip_prefix("test ")?.split_once(" ... ")?;
     outcome.starts_with("FAILED").then_some(name)
@@ -45,13 +46,13 @@ fn counts(line: &str) -> Option<(usize, usize)> {
     Some((passed, failed))
 }
 
-/// The last line that says something, for a run that broke off.
+/// The last line that is not empty, for a run that was aborted.
 pub fn last_line(output: &str) -> String {
     let text = without_colours(output);
     text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it printed nothing").trim().to_owned()
 }
 
-/// Without the sequences of a terminal, which tests print in User Mode Linux: ESC [ .. letter, and ESC ( letter.
+/// Removes the escape sequences that tests print in User Mode Linux: ESC [ .. letter, and ESC ( letter.
 fn without_colours(text: &str) -> String {
     let mut plain = String::with_capacity(text.len());
     let mut characters = text.chars();

@@ -1,10 +1,10 @@
-//! Which tests run on which kernel, in which order, and about how long that takes on two cores.
+//! Which tests run on which kernel, in which order, and the approximate time with two cores.
 
 use crate::lane::Lane;
 use crate::stages::{self, Session};
 use crate::{lints, nodes};
 
-/// Tests that send traffic or take times: they run one after the other, with nothing beside them.
+/// Tests that send traffic or measure times: they run one after the other, without anything beside them.
 pub const ALONE: &[&str] = &[
     "chain::",
     "conflist_examples::",
@@ -16,7 +16,8 @@ pub const ALONE: &[&str] = &[
     "a_node_of_250",
 ];
 
-/// Tests that compare a rate or a time with a bound. A small and busy machine disturbs them, so they may be tried again.
+/// Tests that compare a rate or a time with a bound. A small and busy machine disturbs such tests, so they may be
+/// tried again.
 const MEASURING: &[&str] = &[
     "chain::beside::",
     "chain::flows::",
@@ -41,16 +42,18 @@ const MEASURING: &[&str] = &[
     "a_node_of_250",
 ];
 
-/// Tests among those that measure nothing.
+/// Exceptions among these tests, which measure nothing.
 const NOT_MEASURING: &[&str] =
     &["chain::foes::an_option_longer", "chain::paths::filters_of_others", "chain::scope::large_packets"];
 
-/// Tests of hundreds of pods. In User Mode Linux they take minutes, but measure nothing that others would disturb.
+/// Tests of hundreds of pods. In User Mode Linux they take minutes, but other tests would not disturb them there.
 pub const MANY_PODS: &[&str] = &["operator::scale::", "two_hundred_pods", "a_node_of_250"];
-/// Those of them that are run there: what the commands take beside hundreds is measured on this machine's kernel.
+/// Those of them that run in User Mode Linux. The time of commands beside hundreds of pods is measured on this
+/// machine's kernel only.
 pub const MANY_PODS_IN_UML: &[&str] = &["two_hundred_pods", "a_node_of_250"];
 
-/// What asks nothing of the kernel that this machine's does not answer as well is not run a second time, in User Mode Linux.
+/// Tests that depend on no feature in which the kernels differ: they run on this machine's kernel only, and not in
+/// User Mode Linux.
 pub const SAME_EVERYWHERE: &[&str] = &[
     "plain::",
     "install::",
@@ -63,8 +66,9 @@ pub const SAME_EVERYWHERE: &[&str] = &[
     "pods_that_find_no_bpffs",
 ];
 
-/// Tests of what a kernel may not have, and a script that succeeds, in a network namespace of its own, where it has. Neither this machine's
-/// nor User Mode Linux has all of it; the newest of Debian's has.
+/// Tests of features that a kernel may lack, each with a script that succeeds, in a network namespace of its own, if
+/// the kernel has the feature. Neither this machine's kernel nor User Mode Linux has all of the features; Debian's
+/// newest kernel has.
 pub const MAY_BE_LACKING: &[(&str, &str)] = &[
     (
         "interfaces_that_are_no_veth_are_limited",
@@ -80,8 +84,9 @@ pub const MAY_BE_LACKING: &[(&str, &str)] = &[
     ("paths::frames_of_af_xdp", "grep -q ^XDP /proc/net/protocols"),
 ];
 
-/// Of the traffic tests, those that show podshaper on this machine's kernel, whatever it has: the rate both ways, replies beside bulk
-/// flows, UDP, short connections, what no socket of the pod sends, and a network's conflist.
+/// The traffic tests that show podshaper on this machine's kernel, whatever its features are: the rate in both
+/// directions, replies beside bulk flows, UDP, short connections, traffic of no socket of the pod, and a network's
+/// conflist.
 pub const TRAFFIC_HERE: &[&str] = &[
     "chain::counters::every_byte_of_tcp",
     "chain::ingress::ten_mbit",
@@ -96,7 +101,7 @@ pub const TRAFFIC_HERE: &[&str] = &[
     "operator::upgrade::running",
 ];
 
-/// Those that show fq, in User Mode Linux.
+/// The traffic tests that show fq, in User Mode Linux.
 pub const TRAFFIC_IN_UML: &[&str] = &[
     "chain::ingress::requests_beside",
     "chain::ingress::ten_mbit",
@@ -108,8 +113,8 @@ pub const TRAFFIC_IN_UML: &[&str] = &[
     "chain::web::short_connections_at_ten",
 ];
 
-/// Of the tests, what each of Debian's kernels is asked: where they differ is in what they have and in what they allow. `tests/lab/vm` has
-/// 6.1 and 6.18, too; User Mode Linux is 6.1, and has all tests but those named above.
+/// Debian's kernels, and the tests that run on each of them: the kernels differ in features and in permissions.
+/// `tests/lab/vm` also has 6.1 and 6.18; User Mode Linux is 6.1, and runs all tests except those named above.
 pub const KERNELS: &[&str] = &["5.10", "6.12", "newest"];
 pub const ASKED_OF_KERNELS: &[&str] = &[
     "kernel::attach::an_add_pins",
@@ -136,14 +141,15 @@ pub fn measures(test: &str) -> bool {
     is_in(MEASURING) && !is_in(NOT_MEASURING)
 }
 
-/// What leaves its kernel other than it was, until that ends: it runs last, in one of its own. This one still has the fault that is looked for.
+/// A test that alters its kernel until the kernel ends. It runs last, in a kernel of its own, which still has the
+/// fault that the test looks for.
 pub const ALTERS_THE_KERNEL: &str = "a_kernel_that_forgets_the_cgroup_of_sockets";
 pub const KERNEL_TO_ALTER: &str = "5.10";
 
-/// What is asked for.
+/// The requested runs.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Verb {
-    /// `tests/run`: what shows podshaper, in some minutes.
+    /// `tests/run`: shows podshaper in some minutes.
     Short,
     All,
     Lint,
@@ -154,14 +160,14 @@ pub enum Verb {
 
 pub struct Stage {
     pub what: &'static str,
-    /// About how long it takes on a machine of two cores that has nothing yet.
+    /// The approximate time on a machine with two cores and without earlier builds.
     pub minutes: f64,
     pub run: fn(&Session, &mut Lane),
 }
 
 pub enum Step {
     One(Stage),
-    /// The stages of both lists, each list in its order, both at the same time.
+    /// The stages of both lists at the same time, each list in its order.
     Beside(Vec<Stage>, Vec<Stage>),
 }
 
@@ -196,7 +202,7 @@ pub fn steps(verb: Verb) -> Vec<Step> {
             one("this kernel: the tests of traffic", 16.0, stages::all_traffic_here),
             build_optimised(),
             one("User Mode Linux: all tests", 22.0, stages::all_in_uml),
-            // Each virtual machine is one thread of this one, and so is User Mode Linux.
+            // A virtual machine is one thread on this machine, and so is User Mode Linux.
             Step::Beside(
                 vec![
                     stage("Debian's kernels, 5.10 to the newest, in QEMU", 17.0, stages::on_debians_kernels),
@@ -219,7 +225,7 @@ impl Step {
     }
 }
 
-/// What will be run, for people: a line for each stage, with its minutes.
+/// The plan as text: a line for each stage, with its minutes.
 pub fn described(steps: &[Step]) -> String {
     let line = |stage: &Stage, beside: &str| format!("  {:4.1} min  {}{beside}\n", stage.minutes, stage.what);
     let mut text = String::new();

@@ -1,4 +1,5 @@
-//! Child processes. Each has a process group of its own, so that Ctrl-C ends it with everything that it has started.
+//! Child processes. Each child has a process group of its own, so that Ctrl-C ends it together with all processes
+//! that it has started.
 
 use std::collections::BTreeSet;
 use std::env;
@@ -16,10 +17,11 @@ use nix::unistd::Pid;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-/// How long a group may take to end after SIGTERM: a kernel of tests/lab looks once a second, and hundreds of pods are removed one by one.
+/// The most time that a group may take to end after SIGTERM: a kernel of tests/lab checks once a second, and hundreds
+/// of pods are removed one by one.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The groups that run, and whether a signal has asked to stop.
+/// The running groups, and whether a signal has asked to stop.
 struct Running {
     groups: BTreeSet<u32>,
     stopped: bool,
@@ -27,19 +29,19 @@ struct Running {
 
 static RUNNING: Mutex<Running> = Mutex::new(Running { groups: BTreeSet::new(), stopped: false });
 
-/// Directories that are searched after those of $PATH.
+/// Directories that are searched after the directories of $PATH.
 static MORE_PATH: Mutex<Vec<OsString>> = Mutex::new(Vec::new());
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Has programs of this directory found from now on.
+/// Adds a directory in which programs are found from now on.
 pub fn add_to_path(directory: &Path) {
     locked(&MORE_PATH).push(directory.into());
 }
 
-/// A command that finds what [`add_to_path`] has named, and reads nothing.
+/// A command that is also searched in the directories of [`add_to_path`], and that has no stdin.
 pub fn command(program: &str) -> Command {
     let mut path = env::var_os("PATH").unwrap_or_default();
     for directory in locked(&MORE_PATH).iter() {
@@ -47,19 +49,19 @@ pub fn command(program: &str) -> Command {
         path.push(directory);
     }
     let mut command = Command::new("env");
-    // `env` looks the program up in the new $PATH; std would look in the old one.
+    // `env` searches the program in the new $PATH; std would search the old one.
     command.arg(program).env("PATH", path).stdin(Stdio::null()).process_group(0);
     command
 }
 
-/// Whether a program is found.
+/// Whether a program can be found.
 pub fn is_there(program: &str) -> bool {
     let mut look = command("sh");
     look.args(["-c", "command -v \"$0\" >/dev/null", program]);
     run(&mut look, |_| ()).is_ok_and(|status| status.success())
 }
 
-/// Runs a command to its end; `print` gets what it prints on stdout and stderr, as it comes.
+/// Runs a command to its end. `print` gets the output on stdout and stderr as it arrives.
 pub fn run(command: &mut Command, mut print: impl FnMut(&[u8])) -> io::Result<ExitStatus> {
     let (mut output, theirs) = io::pipe()?;
     command.stdout(theirs.try_clone()?).stderr(theirs);
@@ -69,7 +71,7 @@ pub fn run(command: &mut Command, mut print: impl FnMut(&[u8])) -> io::Result<Ex
     let group = child.id();
     running.groups.insert(group);
     drop(running);
-    // The command keeps the writing ends of the pipe, and would keep the reading one from ending.
+    // The command object keeps the writing ends of the pipe open, and the reading end would never end.
     command.stdout(Stdio::null()).stderr(Stdio::null());
 
     let mut buffer = vec![0; 64 << 10];
@@ -93,7 +95,8 @@ pub fn code(status: ExitStatus) -> i32 {
     status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
 }
 
-/// Nothing is started, reported or summed up any more once a signal has come; the thread of [`stop_on_signals`] ends the process.
+/// After a signal nothing is started, reported or summed up any more; the thread of [`stop_on_signals`] ends the
+/// process.
 fn stay_if_stopped(running: &MutexGuard<'_, Running>) {
     if running.stopped {
         loop {
@@ -102,7 +105,7 @@ fn stay_if_stopped(running: &MutexGuard<'_, Running>) {
     }
 }
 
-/// Ends everything that was started, and this process, on Ctrl-C, SIGTERM and SIGHUP.
+/// On Ctrl-C, SIGTERM and SIGHUP, ends all processes that were started, and then this process.
 pub fn stop_on_signals() -> io::Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
     thread::spawn(move || {
@@ -130,7 +133,7 @@ fn stop() {
         let _ = killpg(*group, Signal::SIGTERM);
     }
     let start = Instant::now();
-    // A group is there until its last process has ended and the first has been waited for.
+    // A group exists until its last process has ended and its first one has been waited for.
     while start.elapsed() < PATIENCE && groups.iter().any(|group| killpg(*group, None).is_ok()) {
         thread::sleep(Duration::from_millis(100));
     }

@@ -1,4 +1,4 @@
-//! `tests/run report`: measures podshaper beside what people would use instead, here and in User Mode Linux, and writes the report.
+//! `tests/run report`: compares podshaper with its alternatives, here and in User Mode Linux, and writes the report.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,9 +12,9 @@ use crate::stages::{self, printed_by};
 use crate::summary::Outcome;
 use crate::{NEEDS_OF_APPS, prepare, sum_up};
 
-/// Where the report goes if nobody says; the committed one is in tests/bench/report.
+/// The default directory of the report; the committed one is in tests/bench/report.
 const DIRECTORY: &str = "target/report";
-/// What is measured anew.
+/// The file of the measurements, which are made anew.
 const RAW: &str = "raw.jsonl";
 
 struct Options {
@@ -38,7 +38,7 @@ impl Options {
     }
 }
 
-/// What measures and draws.
+/// The program that measures and draws.
 struct Program<'a> {
     path: String,
     /// Arguments of each measurement.
@@ -55,7 +55,7 @@ pub fn report(arguments: &[String]) -> Result<ExitCode, String> {
     stages::need(&mut lane, NEEDS_OF_APPS)?;
     let path = build(&mut lane)?;
     let peers = peers(&mut lane);
-    // First: in a tree whose report is committed, what follows is a change.
+    // Before anything is written: if the tree has a committed report, writing the report makes the tree dirty.
     let commit = printed_by(command("git").args(["describe", "--always", "--dirty"]))?;
     remove_old(&options.out)?;
     let mut measuring = vec!["--commit".to_owned(), commit.trim().to_owned()];
@@ -68,7 +68,7 @@ pub fn report(arguments: &[String]) -> Result<ExitCode, String> {
     Ok(sum_up(&lane, true, start))
 }
 
-/// Measurements that were made by other programs are not for this report.
+/// Removes measurements of other programs, which do not belong in this report.
 fn remove_old(directory: &Path) -> Result<(), String> {
     let raw = directory.join(RAW);
     match fs::remove_file(&raw) {
@@ -77,9 +77,9 @@ fn remove_old(directory: &Path) -> Result<(), String> {
     }
 }
 
-/// Builds what is measured and what measures; where the latter is.
+/// Builds the measured program and the measuring program. Returns the path of the latter.
 fn build(lane: &mut Lane) -> Result<String, String> {
-    // All packages, so that cargo builds what they share for this as for the tests.
+    // All packages, so that cargo builds shared crates with the same features as for the tests.
     const WHAT: [&str; 6] = ["--release", "--locked", "--workspace", "--bins", "--example", "traffic"];
     lane.say("building ..");
     let mut cargo = command("cargo");
@@ -90,7 +90,7 @@ fn build(lane: &mut Lane) -> Result<String, String> {
     stages::executable(&messages, "bin", "podshaper-report")
 }
 
-/// Where the bandwidth plugin of Debian sid is. The report says so if it is not to be had.
+/// The directory of Debian sid's bandwidth plugin. The report mentions if it is not available.
 fn peers(lane: &mut Lane) -> Option<String> {
     let (code, said) = lane.run(&mut command("tests/report/peers"));
     (code == 0).then(|| last_line(&said))

@@ -16,7 +16,7 @@ use crate::plan::{
 use crate::processes::{self, command};
 use crate::summary::Outcome;
 
-/// What stages leave for later ones.
+/// Results of stages for later stages.
 pub struct Session {
     pub root: PathBuf,
     /// Whether this is `--all`.
@@ -25,7 +25,7 @@ pub struct Session {
     optimised: OnceLock<Built>,
 }
 
-/// Where cargo has put what the kernels of the lab run.
+/// The paths of the programs that run on the lab's kernels.
 #[derive(Debug)]
 pub struct Built {
     pub tests: String,
@@ -38,7 +38,8 @@ impl Session {
         Self { root, everything, debug: OnceLock::new(), optimised: OnceLock::new() }
     }
 
-    /// The build for other kernels, the optimised one if there is one; notes that the stage cannot run where there is none.
+    /// The build for other kernels, the optimised one if there is one. If there is no build, notes that the stage
+    /// cannot run.
     pub fn built(&self, lane: &mut Lane, stage: &str) -> Option<&Built> {
         let built = self.optimised.get().or(self.debug.get());
         if built.is_none() {
@@ -48,7 +49,7 @@ impl Session {
     }
 }
 
-/// stdout of a short command that succeeds; else the last line of what it said.
+/// The stdout of a short command that succeeds; otherwise the last line of its stderr.
 pub fn printed_by(command: &mut Command) -> Result<String, String> {
     let output = command.stderr(Stdio::piped()).output().map_err(|error| format!("run {command:?}: {error}"))?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -65,7 +66,8 @@ pub fn need(lane: &mut Lane, needs: &[&str]) -> Result<(), String> {
     }
 }
 
-/// Puts Debian's Prometheus and node_exporter, which read podshaper's metrics in the tests, into $PATH where they are missing.
+/// Adds Debian's Prometheus and node_exporter to $PATH if they are missing. In the tests they read podshaper's
+/// metrics.
 pub fn find_prometheus(lane: &mut Lane) -> Result<(), String> {
     if processes::is_there("promtool") && processes::is_there("prometheus-node-exporter") {
         return Ok(());
@@ -78,15 +80,15 @@ pub fn find_prometheus(lane: &mut Lane) -> Result<(), String> {
     Ok(())
 }
 
-/// tests/quic is the benchmark's alone and has no tests: nobody is to wait for its runtime.
+/// tests/quic is only for the benchmark and has no tests: the tests need not wait for the build of its runtime.
 const WITHOUT_QUIC: &[&str] = &["--workspace", "--exclude", "quic"];
 
 pub fn build_debug(session: &Session, lane: &mut Lane) {
     build(lane, "build", &[&["test", "--no-run"], WITHOUT_QUIC].concat(), &session.debug);
 }
 
-/// For whole suites: where each eBPF instruction is interpreted and each system call a switch of processes, there is no time for what is not
-/// optimised.
+/// For whole suites: where each eBPF instruction is interpreted and each system call is a switch of processes, a
+/// build without optimisation takes too long.
 pub fn build_optimised(session: &Session, lane: &mut Lane) {
     let arguments = ["build", "--release", "--bins", "--examples", "--test", "tests"];
     build(lane, "build, optimised", &arguments, &session.optimised);
@@ -103,7 +105,7 @@ fn build(lane: &mut Lane, name: &str, arguments: &[&str], session: &OnceLock<Bui
     let outcome = if lane.run(&mut cargo()).0 != 0 {
         Outcome::Failed("the messages are above".into())
     } else {
-        // Once more, for where cargo has put it: the first one shows its messages as they come.
+        // A second time, to get the paths: the first run shows its messages as they come.
         match printed_by(cargo().args(["--quiet", "--message-format=json"])).and_then(|messages| built(&messages)) {
             Ok(built) => {
                 let _ = session.set(built);
@@ -115,12 +117,13 @@ fn build(lane: &mut Lane, name: &str, arguments: &[&str], session: &OnceLock<Bui
     lane.note(name, outcome, start);
 }
 
-/// Builds an example, with podshaper and the other examples, which it calls; where it is. `packages` are others whose programs it calls.
+/// Builds an example, together with podshaper and the other examples, which it calls. Returns its path. `packages`
+/// are further packages whose programs it calls.
 pub fn example(name: &str, packages: &[&str]) -> Result<String, String> {
     let mut cargo = Command::new("cargo");
     cargo.args(["build", "--release", "--bins", "--examples", "--message-format=json-render-diagnostics"]);
     cargo.args([&["podshaper"], packages].concat().iter().flat_map(|package| ["--package", package]));
-    // Its messages go to the terminal, and Ctrl-C reaches it from there.
+    // The messages go to the terminal, and cargo gets Ctrl-C from the terminal.
     let output = cargo.stderr(Stdio::inherit()).output().map_err(|error| format!("run cargo: {error}"))?;
     if !output.status.success() {
         return Err("cargo could not build it; the messages are above".into());
@@ -128,9 +131,9 @@ pub fn example(name: &str, packages: &[&str]) -> Result<String, String> {
     executable(&String::from_utf8_lossy(&output.stdout), "example", name)
 }
 
-/// Where a program is, by cargo's messages.
+/// The path of a program, from cargo's messages.
 pub fn executable(messages: &str, kind: &str, name: &str) -> Result<String, String> {
-    // The unit tests of a program have its name and kind.
+    // The unit tests of a program have the program's name and kind.
     let is_it = |message: &Value| {
         let target = &message["target"];
         target["name"] == name
@@ -155,12 +158,12 @@ fn release() -> String {
     std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned()
 }
 
-/// `--skip NAME` for each of them.
+/// `--skip NAME` for each name.
 fn skipping<'a>(names: &[&'a str]) -> Vec<&'a str> {
     names.iter().flat_map(|name| ["--skip", name]).collect()
 }
 
-/// What makes and looks at real pods, and measures nothing. A choice leaves out what takes minutes.
+/// Tests that make and inspect real pods, and measure nothing. Without `--all`, tests that take minutes are left out.
 pub fn functional_here(session: &Session, lane: &mut Lane) {
     let mut arguments = vec!["--include-ignored", "--skip", ALTERS_THE_KERNEL];
     arguments.extend(skipping(ALONE));
@@ -179,7 +182,8 @@ pub fn some_traffic_here(_: &Session, lane: &mut Lane) {
     traffic_here(lane, TRAFFIC_HERE);
 }
 
-/// Those that the kernel lacks which `run_there` (`tests/lab/uml --`, or nothing) leads to.
+/// Tests whose feature a kernel lacks. `run_there` runs a command on that kernel (`tests/lab/uml --`); if it is
+/// empty, the kernel is this machine's.
 fn lacking(lane: &mut Lane, run_there: &[&str]) -> Vec<&'static str> {
     const LACKS: &str = "this kernel has not what it takes for ";
     let question = |(tests, script): &(&str, &str)| {
@@ -194,13 +198,13 @@ fn lacking(lane: &mut Lane, run_there: &[&str]) -> Vec<&'static str> {
     MAY_BE_LACKING.iter().map(|(tests, _)| *tests).filter(|tests| is_lacking(tests)).collect()
 }
 
-/// As the name of a stage goes on: a test that is left out is no pass, and the summary says so.
+/// The end of a stage's name: a test that is left out has not passed, and the summary says so.
 fn without(tests: &[&str]) -> String {
     if tests.is_empty() { String::new() } else { format!(", without {}, which it cannot", tests.join(", ")) }
 }
 
 fn traffic_here(lane: &mut Lane, names: &[&str]) {
-    // No choice has any of them.
+    // The selections of tests have none of these tests.
     let lacking = if names.contains(&"chain::") { lacking(lane, &[]) } else { vec![] };
     let arguments = [&["--include-ignored", "--test-threads=1"], &skipping(&lacking)[..], names].concat();
     let command = ["cargo", "test", "--locked", "--test", "tests", "--"];
@@ -208,7 +212,7 @@ fn traffic_here(lane: &mut Lane, names: &[&str]) {
     lane.tests(&Tests { name, command: &command, arguments });
 }
 
-/// Tests in User Mode Linux, which may take that long.
+/// Runs tests in User Mode Linux, for at most this time.
 fn in_uml(session: &Session, lane: &mut Lane, name: &str, seconds: &str, arguments: &[&str]) {
     let Some(built) = session.built(lane, name) else { return };
     let command = ["tests/lab/uml", "--seconds", seconds, "--", &built.tests];
@@ -231,7 +235,7 @@ pub fn many_pods_in_uml(session: &Session, lane: &mut Lane) {
     in_uml(session, lane, &format!("User Mode Linux ({})", MANY_PODS_IN_UML.join(" ")), "1500", MANY_PODS_IN_UML);
 }
 
-/// The main tests on the kernels of Debian's.
+/// The main tests on Debian's kernels.
 pub fn on_debians_kernels(session: &Session, lane: &mut Lane) {
     const QEMU: [&str; 4] =
         ["qemu-system-x86_64:qemu-system-x86", "busybox:busybox-static", "cpio:cpio", "modprobe:kmod"];
@@ -248,7 +252,7 @@ pub fn on_debians_kernels(session: &Session, lane: &mut Lane) {
             continue;
         }
         let release = found.split(' ').nth(1).unwrap_or(kernel);
-        // A CPU in software has no time for what is not optimised.
+        // On an emulated CPU, a build without optimisation takes too long.
         let command = ["tests/lab/vm", kernel, "--seconds", "1200", "--", &built.tests];
         let arguments = [&["--include-ignored", "--test-threads=1"], ASKED_OF_KERNELS].concat();
         let name = format!("Debian's kernel {release}");
@@ -261,7 +265,7 @@ pub fn on_debians_kernels(session: &Session, lane: &mut Lane) {
     }
 }
 
-/// What `bpf/build` takes; Debian's.
+/// Debian's compilers for `bpf/build`.
 pub fn install_bpf_compilers(_: &Session, lane: &mut Lane) {
     const NAME: &str = "compilers for the eBPF object";
     let start = Instant::now();

@@ -1,4 +1,4 @@
-//! What came of each stage, and how it ends up in the summary.
+//! The outcome of each stage, and the summary.
 
 use std::fmt;
 use std::time::Duration;
@@ -6,17 +6,17 @@ use std::time::Duration;
 use crate::output::{Results, last_line};
 use crate::plan;
 
-/// How the scripts of tests/lab say that there was no kernel.
+/// The exit status of the scripts of tests/lab if there is no kernel.
 const NO_KERNEL: i32 = 125;
 
-/// At most so many failures are tried again: more are no disturbance.
+/// At most this many failures are tried again: more failures are not caused by a disturbance.
 const FEW: usize = 8;
 
 #[derive(Debug, PartialEq)]
 pub enum Outcome {
     Passed(String),
     Failed(String),
-    /// What the stage takes is not to be had here.
+    /// The requirements of the stage are not available here.
     NotRun(String),
 }
 
@@ -39,7 +39,7 @@ impl fmt::Display for Line {
     }
 }
 
-/// Whether the whole run counts as passed. A run that was to do everything has not passed if something could not be run.
+/// Whether the whole run counts as passed. A run of everything has not passed if a stage could not be run.
 pub fn has_passed(lines: &[Line], everything: bool) -> bool {
     lines.iter().all(|line| match line.outcome {
         Outcome::Passed(_) => true,
@@ -48,21 +48,22 @@ pub fn has_passed(lines: &[Line], everything: bool) -> bool {
     })
 }
 
-/// The tests of a run that failed which may be tried again: all of its failures, if every one is known, measures time or rate, and they
-/// are few. What is right or wrong is so at the first try.
+/// The tests of a failed run that may be tried again: all failed tests, if they are all known, all measure a time or
+/// a rate, and are few. Other tests must pass at the first try.
 pub fn may_be_tried_again(results: &Results) -> Option<&[String]> {
     let known = results.failed == results.names.len();
     let few = (1..=FEW).contains(&results.failed);
     (known && few && results.names.iter().all(|name| plan::measures(name))).then_some(&results.names)
 }
 
-/// What a run of tests comes to that failed at first, by its results then, all of whose failures passed at a later try.
+/// The outcome of a run of tests in which some failed at first and passed at a later try. `first` has the results of
+/// the first try.
 pub fn passed_at(which_try: &str, first: &Results) -> Outcome {
     let passed = first.passed + first.failed;
     Outcome::Passed(format!("{passed} passed, 0 failed (at the {which_try} try: {})", first.names.join(", ")))
 }
 
-/// What a run of tests comes to, by its exit status and what it printed.
+/// The outcome of a run of tests, from its exit status and its output.
 pub fn judge(code: i32, output: &str) -> Outcome {
     let results = Results::of(output);
     let counts = match results.names.as_slice() {
@@ -72,7 +73,7 @@ pub fn judge(code: i32, output: &str) -> Outcome {
     match code {
         0 if results.passed == 0 => Outcome::Failed("not one test ran".into()),
         0 => Outcome::Passed(counts),
-        // A test that failed, as Rust's harness, cargo and tests/node say it.
+        // A failed test, as reported by Rust's harness, cargo and tests/node.
         1 | 101 if results.binaries > 0 => Outcome::Failed(counts),
         NO_KERNEL if !results.started => Outcome::NotRun(last_line(output)),
         _ => Outcome::Failed(format!("it broke off, exit status {code}: {}", last_line(output))),

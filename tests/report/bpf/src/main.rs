@@ -1,10 +1,13 @@
-//! What podshaper is compared with, as far as that is eBPF: Cilium's bandwidth manager, and a policer of the pod's sockets.
+//! The eBPF programs among the limiters with which podshaper is compared: Cilium's bandwidth manager, and a policer
+//! of the pod's sockets.
 //!
-//! Cilium's scheme has two halves. What a pod sends gets a departure time at the first device that has fq, and is dropped where that is
-//! more than two seconds away (`depart`). What a pod is to receive is dropped where a bucket of one second of the limit is empty (`admit`).
-//! The policer drops at both hooks of the pod's cgroup, by a bucket of 100 ms (`police_out`, `police_in`).
+//! Cilium's scheme has two halves. Egress packets get a departure time at the first device that has fq, and are
+//! dropped if that time is more than two seconds away (`depart`). Ingress packets are dropped if a bucket of one
+//! second of the limit is empty (`admit`). The policer drops at both hooks of the pod's cgroup, with a bucket of 100
+//! ms (`police_out`, `police_in`).
 //!
-//! A pod's direction has a copy of its own of the program that holds it, and so of the static variables: the loader sets the rate.
+//! Each direction of a pod has its own copy of the program that limits it, and so its own static variables: the
+//! loader sets the rate.
 #![no_std]
 #![no_main]
 
@@ -18,14 +21,14 @@ use aya_ebpf::{
 };
 
 const NS_PER_S: u64 = 1_000_000_000;
-/// No packet leaves later than so long after it came.
+/// The horizon: the most time between the arrival of a packet and its departure.
 const HORIZON_NS: u64 = 2 * NS_PER_S;
-/// What a pod may receive at once, as time of the limit.
+/// The burst that a pod may receive, as time at the limit.
 const ADMITTED_NS: u64 = NS_PER_S;
-/// What passes the policer at once.
+/// The burst that passes the policer, as time at the limit.
 const POLICED_NS: u64 = 100_000_000;
 
-/// cgroup_skb/egress: dropped, and TCP told as by a full qdisc.
+/// cgroup_skb/egress: drops the packet, and TCP gets the same answer as from a full qdisc.
 const DROP_OUT: i32 = 2;
 const DROP_IN: i32 = 0;
 const PASS: i32 = 1;
@@ -34,7 +37,7 @@ const PASS: i32 = 1;
 #[unsafe(no_mangle)]
 static BYTES_PER_S: u64 = 1;
 
-/// When a link of the limit has sent what has passed so far.
+/// When a link with the limit's rate has sent everything that has passed so far.
 static mut SENT_AT_NS: u64 = 0;
 
 fn sent_at_ns() -> u64 {
@@ -52,15 +55,15 @@ fn now_ns() -> u64 {
     unsafe { bpf_ktime_get_ns() }
 }
 
-/// How long a link of the limit needs for so many bytes.
+/// The time that a link with the limit's rate needs for this number of bytes.
 fn time_of(bytes: u64) -> u64 {
     // SAFETY: a reference to a static; volatile, since the loader writes what the compiler takes for a constant.
     let bytes_per_s = unsafe { ptr::read_volatile(&raw const BYTES_PER_S) };
     bytes * NS_PER_S / bytes_per_s.max(1)
 }
 
-/// Takes what the packet needs from a bucket of so much time, and says whether there was enough in it. Two CPUs at the same moment may take
-/// the same tokens, as in Cilium's own program.
+/// Takes the packet's time from a bucket of this depth, and returns whether the bucket had enough. Two CPUs at the
+/// same moment may take the same tokens, as in Cilium's own program.
 fn is_in_bucket(bytes: u64, depth_ns: u64) -> bool {
     let now_ns = now_ns();
     let next_ns = sent_at_ns().max(now_ns) + time_of(bytes);
@@ -71,13 +74,13 @@ fn is_in_bucket(bytes: u64, depth_ns: u64) -> bool {
     true
 }
 
-/// Bytes of all the packets that this one will be cut into.
+/// The bytes of all packets into which this one will be cut.
 fn wire_bytes(ctx: &TcContext) -> u64 {
     // SAFETY: the context is the kernel's, for as long as the program runs.
     unsafe { (*ctx.skb.skb).wire_len }.into()
 }
 
-/// At the egress of the device with fq.
+/// Runs at the egress of the device with fq.
 #[classifier]
 pub fn depart(ctx: TcContext) -> i32 {
     let now_ns = now_ns();
@@ -97,7 +100,7 @@ pub fn depart(ctx: TcContext) -> i32 {
     TC_ACT_OK
 }
 
-/// At the egress of the host's end of the pod's interface.
+/// Runs at the egress of the host end of the pod's interface.
 #[classifier]
 pub fn admit(ctx: TcContext) -> i32 {
     if is_in_bucket(wire_bytes(&ctx), ADMITTED_NS) { TC_ACT_OK } else { TC_ACT_SHOT }
@@ -113,7 +116,7 @@ pub fn police_in(ctx: SkBuffContext) -> i32 {
     if is_in_bucket(ctx.len().into(), POLICED_NS) { PASS } else { DROP_IN }
 }
 
-/// The kernel lends some helpers only to programs under a licence that the GPL takes.
+/// The kernel permits some helpers only to programs with a GPL-compatible licence.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -11,11 +11,11 @@ use crate::harness::quic::{self, Quic};
 use crate::harness::seen::Seen;
 use crate::record::Found;
 
-/// Of a response.
+/// Size of a response.
 const BYTES: usize = 10_000;
 const CLIENTS: usize = 16;
 
-/// Bulk flows the same way, beside what may not wait for them.
+/// Bulk flows in the same direction, beside traffic that they must not delay.
 fn flows(way: Way) -> Flows {
     match way {
         Way::In => Flows { out: 0, into: 4 },
@@ -23,7 +23,7 @@ fn flows(way: Way) -> Flows {
     }
 }
 
-/// Calls by telephone beside bulk flows.
+/// Telephone calls beside bulk flows.
 pub fn voice(way: Way, limit: u64, seconds: f64) -> Workload {
     let calls = Calls { way, calls: 4, beside: flows(way), seconds };
     let parameters = json!({ "direction": towards(way), "limit": limit });
@@ -40,7 +40,7 @@ pub fn voice(way: Way, limit: u64, seconds: f64) -> Workload {
     })
 }
 
-/// Names that are looked up beside bulk flows.
+/// DNS look-ups beside bulk flows.
 pub fn names(way: Way, limit: u64, seconds: f64) -> Workload {
     let names = Names { way, pause: Duration::from_millis(5), beside: flows(way), seconds };
     let parameters = json!({ "direction": towards(way), "limit": limit });
@@ -54,7 +54,7 @@ pub fn names(way: Way, limit: u64, seconds: f64) -> Workload {
     })
 }
 
-/// Bulk by QUIC, and requests by QUIC beside it.
+/// Bulk transfers by QUIC, and requests by QUIC beside them.
 pub fn by_quic(way: Way, limit: u64, seconds: f64) -> Workload {
     let quic = Quic { way, connections: 4, seconds, ask: Some(Duration::from_millis(2)) };
     let parameters = json!({ "direction": towards(way), "limit": limit });
@@ -70,12 +70,12 @@ pub fn by_quic(way: Way, limit: u64, seconds: f64) -> Workload {
     })
 }
 
-/// Servers in the pod and their usual clients. Out: they get. In: they post and set.
+/// Servers in the pod and their usual clients. Out: the clients get. In: the clients post and set.
 pub fn servers(way: Way, limit: u64, seconds: f64) -> Vec<Workload> {
     let ask = Some(Duration::from_millis(2));
     let http = move |keep| Http { way, clients: CLIENTS, bytes: BYTES, keep, seconds, ask };
     let http2 = Http2 { way, clients: 4, streams: 10, bytes: BYTES, seconds, ask };
-    // It measures for so long twice, SET and GET, and has tried before how many requests that is.
+    // It measures twice for half of the time, SET and GET. Before that it finds out how many requests take that long.
     let redis = Redis { way, clients: 8, bytes: 100, pipeline: 1, bulk_flows: 1, seconds: seconds / 2.0, ask: None };
     let of = |server: &'static str, seconds: f64, measure: Box<Server>| {
         let parameters = json!({ "direction": towards(way), "limit": limit, "server": server });
@@ -95,7 +95,7 @@ type Server = dyn Fn(&crate::harness::pod::Pod) -> crate::harness::Result<App>;
 
 fn served(app: &App, way: Way, limit: u64) -> Found {
     let mut found = Found::default();
-    // Of redis' client, which sets and then gets, what goes the way of the limit.
+    // redis' client sets and then gets: the command whose values go in the direction of the limit.
     if let Some(served) = if way == Way::In { app.served.first() } else { app.served.last() } {
         found.put("responses_per_s", served.per_second);
         found.put("response_p50_ms", served.p50_us / 1e3);
@@ -108,7 +108,7 @@ fn served(app: &App, way: Way, limit: u64) -> Found {
     found
 }
 
-/// What came out of the limiter.
+/// The traffic behind the limiter.
 fn wire(found: &mut Found, seen: &Seen, limit: u64) {
     let percent = |rate: f64| rate / limit as f64 * 100.0;
     if let Some(wire) = seen.wire.first() {

@@ -12,12 +12,12 @@ use crate::harness::pod::Pod;
 use crate::harness::remote::{Path, Remote};
 use crate::record::Found;
 
-/// Of shorter measurements nothing is left between the first second and the last.
+/// Shorter measurements have no time between the first second and the last.
 const LEAST_FOR_CPU: f64 = 3.0;
-/// Of the first seconds, for a line that shows how a limiter begins.
+/// The steps of the first seconds, for a line that shows how a limiter begins.
 const STEP: f64 = 0.2;
 
-/// Replies of a pod that does nothing else: what there is to wait for on the machine itself.
+/// Replies of an idle pod: the delay that the machine itself causes.
 pub fn idle(seconds: f64) -> Workload {
     let measure = move |pod: &mut Pod, _| {
         let mut found = Found::default();
@@ -52,7 +52,7 @@ pub fn by_congestion_control(name: &str, seconds: f64) -> Workload {
     of_bulk("congestion-control", json!({ "limit": LIMIT, "control": name }), LIMIT, bulk)
 }
 
-/// The same with cubic, where both ends negotiate ECN.
+/// Like [`by_congestion_control`] with cubic, where both ends negotiate ECN.
 pub fn with_ecn(seconds: f64) -> Workload {
     const LIMIT: u64 = 100 * super::MBIT;
     let bulk = Bulk { flows: 4, seconds, ask: Some(measure::ask_pause(LIMIT)), ..Bulk::default() };
@@ -63,7 +63,7 @@ pub fn with_ecn(seconds: f64) -> Workload {
     })
 }
 
-/// A pod without a limit, beside one that has a limit for both directions and sends nothing.
+/// A pod without a limit, beside a pod that has limits in both directions and sends nothing.
 pub fn unlimited(seconds: f64) -> Workload {
     const LIMIT: u64 = 100 * super::MBIT;
     let measure = move |limiter: Limiter, programs: &Programs| {
@@ -89,7 +89,7 @@ pub fn mptcp(way: Way, limit: u64, seconds: f64) -> Workload {
     of_bulk("mptcp", json!({ "direction": towards(way), "limit": limit }), limit, bulk)
 }
 
-/// To a machine behind a long path.
+/// Flows to a machine at the end of a long path.
 pub fn far(limit: u64, rtt_ms: u32, loss_percent: f64, seconds: f64) -> Workload {
     let bulk = Bulk { flows: 4, seconds, ask: Some(Duration::from_millis(5)), ..Bulk::default() };
     let parameters = json!({ "limit": limit, "rtt_ms": rtt_ms, "loss_percent": loss_percent });

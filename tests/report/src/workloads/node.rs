@@ -20,7 +20,7 @@ use crate::record::Found;
 /// ADDs and DELs that are timed.
 const CALLS: usize = 20;
 
-/// Making the pods is not measured. Where it takes longer than this, there is no number.
+/// The time to make the pods is not measured. If it is longer than this, there is no result.
 const LONGEST_FILL: Duration = Duration::from_secs(45);
 
 /// Pods that send one flow each, all at once.
@@ -33,7 +33,7 @@ pub fn pods(count: usize, limit: u64, seconds: f64) -> Workload {
             limiter.add(&mut pod, Limits { egress: Some(limit), ingress: None }, programs)?;
             Ok(pod)
         };
-        // The first one makes the node's bridge.
+        // The first pod makes the node's bridge.
         let mut pods = vec![make(0)?];
         pods.extend(few_at_once(1..count, make)?);
         let (cpus, timeline) = while_measuring(seconds, || measure::together(&pods, seconds))?;
@@ -53,7 +53,7 @@ pub fn pods(count: usize, limit: u64, seconds: f64) -> Workload {
         .peers(&[Limiter::Podshaper, Limiter::BandwidthNewer])
 }
 
-/// ADD and DEL beside so many limited pods, and what each of those takes of the kernel's memory.
+/// ADD and DEL beside this number of limited pods, and the kernel's memory for each of those pods.
 pub fn calls(there: usize) -> Workload {
     const SECONDS_TO_MAKE_ONE: f64 = 0.018;
     let measure = move |limiter: Limiter, programs: &Programs| {
@@ -86,7 +86,8 @@ pub fn calls(there: usize) -> Workload {
     Workload::of_node("calls", json!({ "pods": there }), seconds, measure).peers(&[Limiter::Podshaper])
 }
 
-/// The kernel removes namespaces a while after their processes have, and what is measured next is not to wait for that.
+/// The kernel removes namespaces some time after their processes. Waits for that, so that it does not disturb the
+/// next measurement.
 fn settle() -> Result<()> {
     const PAUSE: Duration = Duration::from_secs(1);
     const LONGEST: u32 = 20;
@@ -104,13 +105,13 @@ fn settle() -> Result<()> {
     Ok(())
 }
 
-/// ADDs of so many pods that begin at the same moment, and then their DELs.
+/// ADDs of this number of pods that begin at the same moment, and then their DELs.
 pub fn calls_at_once(count: usize) -> Workload {
     const ROUNDS: usize = 5;
     let measure = move |limiter: Limiter, programs: &Programs| {
         let program = plugin(limiter, programs)?;
         let host = Host::new()?;
-        // A node has others: the first pod's ADD loads the programs.
+        // A real node has other pods: the first pod's ADD loads the programs.
         let other = Idle::new(&host)?;
         other.call(&program, "ADD")?;
         let pods: Vec<Idle> = (0..count).map(|_| Idle::new(&host)).collect::<Result<_>>()?;
@@ -132,7 +133,7 @@ pub fn calls_at_once(count: usize) -> Workload {
         .peers(&[Limiter::Podshaper, Limiter::BandwidthNewer])
 }
 
-/// Does what is not measured itself with all of them, a few at once, which takes a fraction of the time.
+/// Does unmeasured work with all of them, a few at a time, which is faster.
 fn few_at_once<T: Send, U: Send>(
     items: impl Iterator<Item = T> + Send,
     work: impl Fn(T) -> Result<U> + Sync,
@@ -162,7 +163,7 @@ fn all_at_once(pods: &[Idle], program: &Path, verb: &str) -> Result<Vec<Duration
     })
 }
 
-/// What each of podshaper's programs takes for a packet, in both directions.
+/// The time that each of podshaper's programs takes for a packet, in both directions.
 pub fn programs(limit: u64, seconds: f64) -> Workload {
     let limits = Limits { egress: Some(limit), ingress: Some(limit) };
     let measure = move |pod: &mut Pod, _| {
@@ -192,7 +193,7 @@ fn beside(host: &Host, pods: &[Idle], program: &Path) -> Result<Found> {
     Ok(times(elapsed))
 }
 
-/// Of ADDs and of DELs.
+/// The times of ADDs and of DELs.
 fn times(elapsed: [Vec<Duration>; 2]) -> Found {
     let mut found = Found::default();
     for (verb, mut elapsed) in ["add", "del"].into_iter().zip(elapsed) {
@@ -204,7 +205,7 @@ fn times(elapsed: [Vec<Duration>; 2]) -> Found {
     found
 }
 
-/// Where the plugin of a limiter is.
+/// The path of a limiter's plugin.
 fn plugin(limiter: Limiter, programs: &Programs) -> Result<PathBuf> {
     let name = limiter.plugin().ok_or_else(|| Failure::new(format_args!("{} is no plugin", limiter.title())))?;
     let directory = match limiter {

@@ -5,7 +5,7 @@ use crate::harness::measure::Way;
 use crate::harness::paths::{Load, Path};
 use crate::record::Found;
 
-/// Some of the ways, each with what it carries: UDP above the limit, or TCP.
+/// Some of the paths, each with its traffic: UDP above the limit, or TCP.
 const PATHS: [(Path, bool); 5] = [
     (Path::AnotherCgroup, false),
     (Path::Vxlan, false),
@@ -14,7 +14,7 @@ const PATHS: [(Path, bool); 5] = [
     (Path::Multicast, true),
 ];
 
-/// What passes the pod's interface and no socket of its cgroup, on the wire behind the limiter.
+/// Traffic through the pod's interface that belongs to no socket of the pod's cgroup, on the wire behind the limiter.
 pub fn paths(way: Way, limit: u64, seconds: f64) -> Vec<Workload> {
     let workload = |(path, is_udp): (Path, bool)| {
         let load = Load { way, is_udp, limit, seconds };

@@ -8,12 +8,13 @@ use crate::harness::measure::{Times, Way};
 use crate::harness::web::{self, Web};
 use crate::record::Found;
 
-/// Of a response, or of what is posted.
+/// Size of a response, or of a posted body.
 const BYTES: usize = 10_000;
-/// Between a reply and the next request on the one connection beside them.
+/// Pause between a reply and the next request, on the one connection for small requests.
 const PAUSE: Duration = Duration::from_millis(2);
 
-/// Clients of a web server in the pod, each request on a connection of its own. Out: they get. In: they post.
+/// Clients of a web server in the pod, each request on a connection of its own. Out: the clients get. In: the clients
+/// post.
 pub fn connections(way: Way, limit: u64, clients: usize, seconds: f64) -> Workload {
     let parameters = json!({ "direction": towards(way), "limit": limit, "clients": clients });
     let web = Web { way, clients, bytes: BYTES, seconds, ask: Some(PAUSE), ..Web::default() };
