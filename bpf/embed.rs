@@ -1,8 +1,8 @@
 //! Build script of the plugin: puts the eBPF object where `src/shaper.rs` includes it from.
 //!
-//! The committed object is what is embedded, so that stable Rust alone builds podshaper. It is built anew from its sources
-//! where `PODSHAPER_BUILD_BPF=1` asks for that, and where the sources are no longer those the committed object was made of
-//! and the eBPF toolchain is there. `bpf/build` knows how; `bpf/build --check` is what CI runs.
+//! The committed object is what is embedded, so that stable Rust alone builds podshaper. It is built anew from its
+//! sources where `PODSHAPER_BUILD_BPF=1` asks for that, and where the sources are no longer those the committed object
+//! was made of and the eBPF toolchain is there. `bpf/build` knows how; `bpf/build --check` is what CI runs.
 #![allow(clippy::expect_used, clippy::print_stdout, reason = "a build script talks to cargo by panics and stdout")]
 
 use std::{

@@ -2,13 +2,13 @@
 //! nested namespace made in the pod, of an AF_PACKET socket, of a socket in another cgroup, forwarded packets, and the
 //! kernel's own. The programs here are at the host end of the pod's veth, where the pod cannot detach them.
 //!
-//! For each socket the cgroup's hooks count the bytes that they have charged, and the host end counts the bytes that it
-//! has let pass for that charge ([`Covered`](crate::flow::Covered)). A packet that leaves the pod still knows its
-//! socket: `skb->sk` outlives a veth. For a packet that enters the pod, the socket is looked up in the pod's namespace.
-//! A packet that is not covered has taken another path, whatever its addresses, marks or headers: the programs look at
-//! nothing that a pod can forge. Such a packet is charged to the pod clock, and waits in the *waiting room*, a veth of
-//! the node with fq or htb. From there the packet returns to the interface from which it was taken, and to the filters
-//! of other tools there.
+//! For each socket the cgroup's hooks count the bytes that they have charged, and the host end counts the bytes that
+//! it has let pass for that charge ([`Covered`](crate::flow::Covered)). A packet that leaves the pod still knows its
+//! socket: `skb->sk` outlives a veth. For a packet that enters the pod, the socket is looked up in the pod's
+//! namespace. A packet that is not covered has taken another path, whatever its addresses, marks or headers: the
+//! programs look at nothing that a pod can forge. Such a packet is charged to the pod clock, and waits in the *waiting
+//! room*, a veth of the node with fq or htb. From there the packet returns to the interface from which it was taken,
+//! and to the filters of other tools there.
 //!
 //! ```text
 //!   eth0 ─► host end, ingress: out_of_pod ─┬─ covered, or its turn ─► filters of other tools, bridge, routes
@@ -94,9 +94,9 @@ pub fn out_of_pod(ctx: &TcContext) -> i32 {
     }
 }
 
-/// Whether a packet is a SYN-ACK within the share of SYN-ACKs. fq removes the socket from a SYN-ACK (`fq_classify`), so
-/// the SYN-ACK is charged here. On kernels on which the hook sees SYN-ACKs, the hook would charge them as well, so the
-/// hook leaves them alone while SYN-ACKs arrive here. A pod that forges SYN-ACKs gets no more than that share.
+/// Whether a packet is a SYN-ACK within the share of SYN-ACKs. fq removes the socket from a SYN-ACK (`fq_classify`),
+/// so the SYN-ACK is charged here. On kernels on which the hook sees SYN-ACKs, the hook would charge them as well, so
+/// the hook leaves them alone while SYN-ACKs arrive here. A pod that forges SYN-ACKs gets no more than that share.
 #[inline(always)]
 fn is_answer_in_time(packet: &SkBuffContext, end: &HostEnd, wire: &Wire) -> bool {
     let is_tcp = packet::transport(packet, ETHERNET_HEADER_BYTES).is_some_and(|(protocol, ..)| protocol == IPPROTO_TCP);
@@ -154,9 +154,9 @@ pub fn into_pod(ctx: &TcContext) -> i32 {
 }
 
 /// Tells the hook of the receiving socket that the packet has been charged: a socket's first packet, a raw socket's
-/// packet, or the fragments of a datagram, which has the hash of its first fragment once it is whole. No other field of
-/// a packet outlives the way into another namespace and can be read there. A pod that forges the hash gains nothing:
-/// the host end lets pass only bytes that a hook has charged.
+/// packet, or the fragments of a datagram, which has the hash of its first fragment once it is whole. No other field
+/// of a packet outlives the way into another namespace and can be read there. A pod that forges the hash gains
+/// nothing: the host end lets pass only bytes that a hook has charged.
 #[inline(always)]
 fn mark_charged(skb: *mut __sk_buff, end: &HostEnd) {
     // SAFETY: tc programs may call it.
@@ -271,7 +271,8 @@ fn hold_datagram(skb: *mut __sk_buff, end: &HostEnd, wire: &Wire, flow: &mut Flo
 
 /// Charges a SYN, or another packet that comes before a connection is open, as one of a new flow. If new flows have
 /// used up their part of the rate, the packet counts as [`WAITED`], and beyond [`REQUEST_BOUND_NS`] it is dropped: an
-/// endless stream of SYNs is a flood. A dropped packet is not charged. Where acknowledgements are held, the packet is a SYN and waits as long as
+/// endless stream of SYNs is a flood. A dropped packet is not charged. Where acknowledgements are held, the packet is
+/// a SYN and waits as long as
 /// [`requests::edt_ns`] says. Otherwise the packet waits for the backlog, unless new flows have room.
 #[inline(always)]
 fn queue_request(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, client: Client) -> i32 {

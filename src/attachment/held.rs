@@ -155,7 +155,8 @@ impl Present {
         if !is_new && gone.iter().any(|(hook, _)| *hook == Hook::Egress) {
             host_end::refuse_ingress(at.ifindex)?;
         }
-        // clsact was another tool's before. Now it is podshaper's, and goes with the last filter, also if a filter fails here.
+        // clsact was another tool's before. Now it is podshaper's, and goes with the last filter, also if a filter
+        // fails here.
         if is_new && !at.clsact {
             self.note(HeldAt { clsact: true, ..at })?;
         }

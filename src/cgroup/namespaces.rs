@@ -2,11 +2,12 @@
 
 use std::{collections::BTreeMap, fs, os::unix::fs::MetadataExt, path::Path};
 
-/// How far below a cgroup its processes are looked for: a slice has pods, a pod has containers, a container may have cgroups of its own.
+/// How far below a cgroup its processes are looked for: a slice has pods, a pod has containers, a container may have
+/// cgroups of its own.
 const MAX_DEPTH: u32 = 6;
 
-/// The network namespaces of the processes of a cgroup and of the cgroups below it, by inode number, each with the id of one of its processes.
-/// Processes that end meanwhile are left out.
+/// The network namespaces of the processes of a cgroup and of the cgroups below it, by inode number, each with the id
+/// of one of its processes. Processes that end meanwhile are left out.
 pub fn network_namespaces(cgroup: &Path) -> BTreeMap<u64, String> {
     let mut found = BTreeMap::new();
     collect(cgroup, MAX_DEPTH, &mut found);

@@ -197,8 +197,8 @@ impl Target {
     }
 }
 
-/// The index of an interface on this node. Fails if the processes of the cgroup, and of those below it, are all in other
-/// network namespaces, where the index would mean another interface.
+/// The index of an interface on this node. Fails if the processes of the cgroup, and of those below it, are all in
+/// other network namespaces, where the index would mean another interface.
 fn index_on_this_node(cgroup: &Path, name: &str) -> Result<u32> {
     let namespaces = network_namespaces(cgroup);
     let is_here = network_namespace_of("self").is_some_and(|own| namespaces.contains_key(&own));

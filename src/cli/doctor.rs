@@ -30,7 +30,8 @@ use crate::{
 
 #[derive(Args)]
 pub struct Arguments {
-    /// Where the runtime reads its network configuration [default: what containerd, k3s or RKE2 says, else /etc/cni/net.d]
+    /// Where the runtime reads its network configuration [default: what containerd, k3s or RKE2 says, else
+    /// /etc/cni/net.d]
     #[arg(long, value_name = "DIRECTORY")]
     conf_dir: Option<PathBuf>,
     /// Where the runtime finds its plugins [default: what containerd, k3s or RKE2 says, else /opt/cni/bin]

@@ -1,11 +1,11 @@
 //! `podshaper install` and `uninstall`: put this program into the CNI bin directory, its entry into the node's
 //! conflist, and the systemd units that keep it there; and take all of them away again.
 //!
-//! A running node is changed while its runtime is working. So each file is replaced in one step, the program before the
-//! list that names it, and an edited list keeps every other byte. A lone configuration (`.conf`), which other programs
-//! may watch, stays, too: a list of ours that sorts before it has its plugin as the first one. A program that rewrites
-//! a conflist (the network's own pod, at its start) takes podshaper out; the node's systemd, if there is one, then
-//! installs again. The network does not rewrite a delegating list of ours ([`delegating`]).
+//! A running node is changed while its runtime is working. So each file is replaced in one step, the program before
+//! the list that names it, and an edited list keeps every other byte. A lone configuration (`.conf`), which other
+//! programs may watch, stays, too: a list of ours that sorts before it has its plugin as the first one. A program that
+//! rewrites a conflist (the network's own pod, at its start) takes podshaper out; the node's systemd, if there is one,
+//! then installs again. The network does not rewrite a delegating list of ours ([`delegating`]).
 
 mod conflist;
 mod delegating;
@@ -46,12 +46,12 @@ pub use units::not_enabled;
 /// The option with the keys of an installation.
 const CONFIG: &str = "--config";
 
-/// How often `--and-sync` checks again whether a file came or went meanwhile. If files change more often than that, the
-/// timer finds the rest.
+/// How often `--and-sync` checks again whether a file came or went meanwhile. If files change more often than that,
+/// the timer finds the rest.
 const MAX_ROUNDS: usize = 20;
 
-/// Put podshaper on this node: the program, an entry at the end of the conflist the runtime uses (the first by name), and systemd units
-/// that keep it there and have `podshaper sync` follow what is asked of pods.
+/// Put podshaper on this node: the program, an entry at the end of the conflist the runtime uses (the first by name),
+/// and systemd units that keep it there and have `podshaper sync` follow what is asked of pods.
 #[derive(Args, Debug)]
 pub struct Install {
     #[command(flatten)]
@@ -59,8 +59,8 @@ pub struct Install {
     /// Keys of podshaper's entry, as JSON: '{"max": {"egress": "1G"}}'; replaces the keys of an entry that is there
     #[arg(long, value_name = "JSON")]
     config: Option<String>,
-    /// Write a conflist of podshaper's own, which runtimes take first and which has podshaper call the plugins of the network's as it stands
-    /// at each call: for nodes without systemd, whose network writes its conflist anew
+    /// Write a conflist of podshaper's own, which runtimes take first and which has podshaper call the plugins of the
+    /// network's as it stands at each call: for nodes without systemd, whose network writes its conflist anew
     #[arg(long, conflicts_with = "conflist")]
     delegate: bool,
     /// Take the bandwidth plugin out of the conflist: podshaper does what it does. With --delegate it is not called
@@ -69,8 +69,8 @@ pub struct Install {
     /// Write no systemd units
     #[arg(long)]
     no_units: bool,
-    /// Whom the units' sync asks for the annotations of running pods: /etc/kubernetes/kubelet.conf, for example; the one of the
-    /// last installation, unless another is named
+    /// Whom the units' sync asks for the annotations of running pods: /etc/kubernetes/kubelet.conf, for example; the
+    /// one of the last installation, unless another is named
     #[arg(long, value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
     /// This node's name in the cluster, for the units' sync [default: the host's name]
@@ -82,7 +82,8 @@ pub struct Install {
     /// Then do what `podshaper sync` does, and say only what was changed. This is what the units call
     #[arg(long, conflicts_with = "dry_run")]
     and_sync: bool,
-    /// Do it only if something came, went or changed since the last --and-sync looked. This is what the units call after that one
+    /// Do it only if something came, went or changed since the last --and-sync looked. This is what the units call
+    /// after that one
     #[arg(long, requires = "and_sync")]
     if_changed: bool,
 }

@@ -1,4 +1,5 @@
-//! `podshaper metrics`: every attachment in Prometheus' text format, most often for node_exporter's textfile collector.
+//! `podshaper metrics`: every attachment in Prometheus' text format, most often for node_exporter's textfile
+//! collector.
 
 use std::{
     fs::{self, File},
@@ -26,10 +27,12 @@ const SECOND: f64 = 1e9;
 
 #[derive(Args)]
 pub struct Arguments {
-    /// Write to this file, all at once, instead of stdout: a *.prom in the directory of node_exporter's textfile collector
+    /// Write to this file, all at once, instead of stdout: a *.prom in the directory of node_exporter's textfile
+    /// collector
     #[arg(long, value_name = "FILE")]
     textfile: Option<PathBuf>,
-    /// Where the runtime reads its network configuration [default: what containerd, k3s or RKE2 says, else /etc/cni/net.d]
+    /// Where the runtime reads its network configuration [default: what containerd, k3s or RKE2 says, else
+    /// /etc/cni/net.d]
     #[arg(long, value_name = "DIRECTORY")]
     conf_dir: Option<PathBuf>,
     /// Directory in which the runtime's CNI library keeps the results of its calls
@@ -230,8 +233,8 @@ fn escape(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
-/// Writes a file under another name, which the collector does not read, and renames it. So no reader sees a part of the
-/// file.
+/// Writes a file under another name, which the collector does not read, and renames it. So no reader sees a part of
+/// the file.
 fn write(path: &Path, text: &str) -> Result<()> {
     let mut name = path.as_os_str().to_owned();
     name.push(format!(".{}", std::process::id()));

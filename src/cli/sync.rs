@@ -52,13 +52,15 @@ const DEFAULT_INTERFACE: &str = "eth0";
 #[derive(Args)]
 #[command(after_help = AFTER)]
 pub struct Arguments {
-    /// Whom to ask for the annotations of this node's pods [default: the "kubeconfig" of podshaper's configuration, else nobody]
+    /// Whom to ask for the annotations of this node's pods [default: the "kubeconfig" of podshaper's configuration,
+    /// else nobody]
     #[arg(long, value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
     /// This node's name in the cluster [default: the host's name]
     #[arg(long, value_name = "NAME")]
     node: Option<String>,
-    /// Directory of the runtime's network configurations [default: what containerd, k3s or RKE2 says, else /etc/cni/net.d]
+    /// Directory of the runtime's network configurations [default: what containerd, k3s or RKE2 says, else
+    /// /etc/cni/net.d]
     #[arg(long, value_name = "DIR")]
     conf_dir: Option<PathBuf>,
     /// Directory in which the runtime's CNI library keeps the results of its calls
@@ -217,8 +219,8 @@ fn candidates(
     (candidates, by_place.into_values().collect())
 }
 
-/// The interfaces of pods that asked for a limit, according to the runtime's results of their ADDs, and have none. If a
-/// sync has just run, these are the pods that the sync could not limit: the sync may also have asked the API server.
+/// The interfaces of pods that asked for a limit, according to the runtime's results of their ADDs, and have none. If
+/// a sync has just run, these are the pods that the sync could not limit: the sync may also have asked the API server.
 ///
 /// # Errors
 /// A directory or file that cannot be read.

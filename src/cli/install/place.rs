@@ -14,7 +14,8 @@ use crate::error::{Code, Error, Result};
 /// Where the node's runtime looks.
 #[derive(Args, Debug)]
 pub(super) struct Place {
-    /// Directory of the runtime's network configurations [default: what containerd, k3s or RKE2 says, else /etc/cni/net.d]
+    /// Directory of the runtime's network configurations [default: what containerd, k3s or RKE2 says, else
+    /// /etc/cni/net.d]
     #[arg(long, value_name = "DIR")]
     conf_dir: Option<PathBuf>,
     /// Directory of the CNI plugins [default: what containerd, k3s or RKE2 says, else /opt/cni/bin]
@@ -23,10 +24,12 @@ pub(super) struct Place {
     /// Conflist to change, by name in --conf-dir or by path
     #[arg(long, value_name = "FILE")]
     conflist: Option<PathBuf>,
-    /// Directory for the systemd units, which are then yours to enable [default: /etc/systemd/system, enabled, if systemd runs here]
+    /// Directory for the systemd units, which are then yours to enable [default: /etc/systemd/system, enabled, if
+    /// systemd runs here]
     #[arg(long, value_name = "DIR")]
     unit_dir: Option<PathBuf>,
-    /// The node's root directory, where this runs in a container that has it mounted: directories, files and systemd are the node's then
+    /// The node's root directory, where this runs in a container that has it mounted: directories, files and systemd
+    /// are the node's then
     #[arg(long, value_name = "DIR")]
     host_root: Option<PathBuf>,
     /// Show what would be changed, and change nothing

@@ -13,12 +13,14 @@ use crate::delegate::{list, record};
 use crate::error::{Code, Error, Result};
 use crate::probe;
 
-/// Take podshaper out of the conflists of this node, with its units. Running pods keep their limits until they end, or lose them by --detach.
+/// Take podshaper out of the conflists of this node, with its units. Running pods keep their limits until they end, or
+/// lose them by --detach.
 #[derive(Args, Debug)]
 pub struct Uninstall {
     #[command(flatten)]
     place: Place,
-    /// Remove the program, too. CRI-O, and podman, call it for each pod that was made with it: only when those are gone
+    /// Remove the program, too. CRI-O, and podman, call it for each pod that was made with it: only when those are
+    /// gone
     #[arg(long)]
     remove_binary: bool,
     /// Take the limits off running pods and cgroups, too, so that nothing of podshaper is left in the kernel
@@ -182,7 +184,8 @@ impl Uninstall {
     }
 }
 
-/// The backup that install kept of a file, or, in an earlier version, of the lone configuration that became a conflist.
+/// The backup that install kept of a file, or, in an earlier version, of the lone configuration that became a
+/// conflist.
 struct Original {
     backup: PathBuf,
     path: PathBuf,
