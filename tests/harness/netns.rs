@@ -70,7 +70,10 @@ impl Netns {
         if self.inside(|| fs::write("/proc/sys/net/ipv4/tcp_congestion_control", "cubic"))?.is_ok() {
             return Ok(());
         }
-        process::run(Command::new("sh").args(["-c", ALLOW_AND_SET]).arg(&self.path)).map(drop)
+        // The calling thread may be in a sandbox's namespace. The process began in the machine's.
+        let machine = format!("--net=/proc/{}/ns/net", std::process::id());
+        let mut command = Command::new("nsenter");
+        process::run(command.args([&machine, "--", "sh", "-c", ALLOW_AND_SET]).arg(&self.path)).map(drop)
     }
 
     /// Runs a program in this namespace and returns its stdout.
