@@ -57,7 +57,7 @@ impl Netns {
 
     /// Sets cubic, which is Linux's default for pods. A namespace has its default from the machine, where it may be
     /// another one. Where cubic is not the machine's default, the kernel may forbid it in all namespaces but the
-    /// machine's own (`tcp_set_default_congestion_control`). Then the machine, in whose namespace this runs, allows
+    /// machine's own (`tcp_set_default_congestion_control`). Then the machine allows
     /// cubic for a moment.
     fn set_cubic(&self) -> Result<()> {
         const ALLOW_AND_SET: &str = r#"list=/proc/sys/net/ipv4/tcp_allowed_congestion_control

@@ -277,8 +277,8 @@ pub const ALL: &[Figure] = &[
         workload: "calls",
         title: "ADD and DEL, beside so many limited pods",
         says: "The whole process, as a runtime calls it, both directions limited. The memory is what the kernel's grew by (slab, \
-        per-CPU, vmalloc). Beside 1000 pods one version of the bandwidth plugin is measured, and beside 5000 none: its ADDs and DELs \
-        of so many would take minutes. Where making the pods, which is not measured, takes more than 45 s, there is no number.",
+        per-CPU, vmalloc). Beside 1000 pods one version of the bandwidth plugin is measured. `tests/run bench --parts many` has 5000 \
+        pods. Where making the pods, which is not measured, takes more than 45 s, there is no number.",
         plots: &[
             Plot::Over { parameter: "pods", metric: "add_p50_ms", title: "ADD, p50" },
             Plot::Over { parameter: "pods", metric: "del_p50_ms", title: "DEL, p50" },
