@@ -5,8 +5,9 @@
 //!
 //! A path unit does not see changes while its service runs. The service checks again before it ends
 //! (`install --and-sync`). A second service covers changes between this check and the moment when systemd watches
-//! again. systemd starts the second service after the first one has ended; most often it finds that nothing has changed
-//! since (`--if-changed`).
+//! again. The first service has systemd start the second one after it has ended; most often the second one finds that
+//! nothing has changed since (`--if-changed`). A second service that runs already is started anew: it may have looked
+//! before the first service began.
 
 use std::{
     fs, io,
@@ -45,20 +46,23 @@ pub(super) fn all(command: &[String], watched: &[PathBuf]) -> Vec<Unit> {
         let words = command.iter().map(String::as_str).chain(option.iter().copied());
         let command: Vec<String> = words.map(quote).collect();
         format!(
-            "[Unit]\nDescription={description}\n{written_by}{order}\n\
+            "[Unit]\nDescription={description}\n{written_by}{order}\
              # Pods may start in any number at once.\nStartLimitIntervalSec=0\n\n\
              [Service]\nType=oneshot\nTimeoutStartSec=60\nExecStart={}\n\
              # What is done is logged, and not that there was nothing to do.\nSyslogLevel=notice\nLogLevelMax=notice\n",
             command.join(" ")
         )
     };
-    let first = service(
-        "Keep podshaper in the conflist and pods at the limits they ask for",
-        &format!("# For what comes while this one ends, which podshaper.path does not see.\nWants={AGAIN}"),
-        &[],
+    let first = service("Keep podshaper in the conflist and pods at the limits they ask for", "", &[])
+        + &format!(
+            "# For what comes while this one ends, which podshaper.path does not see. One that runs may have looked before.\n\
+         ExecStopPost=-systemctl --no-block restart {AGAIN}\n"
+        );
+    let again = service(
+        "Look for what has come while podshaper.service ended",
+        &format!("After={SERVICE}\n"),
+        &["--if-changed"],
     );
-    let again =
-        service("Look for what has come while podshaper.service ended", &format!("After={SERVICE}"), &["--if-changed"]);
     let watched: String =
         watched.iter().map(|path| format!("PathChanged={}\n", escape(&path.display().to_string()))).collect();
     let path = format!(
