@@ -225,10 +225,14 @@ fn a_queue_that_the_pod_took_off_is_put_back() {
     on_a_node(|| {
         let node = Node::new(json!({}));
         let pod = Pod::new(&node);
-        // Without the numbers that the kernel assigns.
+        // Without the handles that the kernel assigns, from 8000: on (`qdisc_alloc_handle`).
+        let is_assigned = |word: &&str| {
+            let handle = word.strip_suffix(':').and_then(|handle| u16::from_str_radix(handle, 16).ok());
+            handle.is_some_and(|handle| handle >= 0x8000)
+        };
         let queue = || {
             let shown = pod.tc("qdisc show dev eth0") + &pod.tc("class show dev eth0");
-            shown.split_whitespace().filter(|word| !word.starts_with('8')).collect::<Vec<_>>().join(" ")
+            shown.split_whitespace().filter(|word| !is_assigned(word)).collect::<Vec<_>>().join(" ")
         };
         let before = queue();
         assert!(before.contains(" 7064: root"), "{before}");
