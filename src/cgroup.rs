@@ -10,7 +10,7 @@
 
 mod mounts;
 mod names;
-mod namespaces;
+mod processes;
 mod search;
 
 use std::fs::{self, DirBuilder, remove_dir};
@@ -26,7 +26,7 @@ use nix::sys::stat::{Mode, fchmod, fstat};
 use crate::error::{Code, Error, Result};
 pub use mounts::Hierarchies;
 use names::Shape;
-pub use namespaces::{network_namespace_of, network_namespaces};
+pub use processes::{network_namespace_of, network_namespaces, processes};
 use search::{MAX_DEPTH, MAX_VISITED, Outcome};
 
 /// The mode of the directories that podshaper makes. The sticky bit has no effect on a cgroup directory, and no other

@@ -20,6 +20,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use podshaper_abi::SocketState;
 
 use crate::{
+    cgroup,
     direction::Direction,
     owner::Owner,
     shaper::Pinned,
@@ -70,7 +71,7 @@ impl Connections {
     /// Gives the sockets the application's own options back, for these directions. Errors go to the log.
     pub fn let_go(&self, directions: &[Direction]) {
         let (until, mut seen) = (Instant::now() + MAX_TIME, HashSet::new());
-        for process in processes(&self.cgroup) {
+        for process in cgroup::processes(&self.cgroup) {
             match self.let_go_of(process, directions, until, &mut seen) {
                 // The process or the descriptor has gone meanwhile.
                 Err(cause) if matches!(cause.raw_os_error(), Some(libc::ENOENT | libc::ESRCH | libc::EBADF)) => {}
@@ -125,21 +126,6 @@ impl Connections {
     }
 }
 
-/// The processes of a cgroup and of those below it.
-fn processes(cgroup: &Path) -> Vec<i32> {
-    let (mut found, mut directories) = (Vec::new(), vec![cgroup.to_path_buf()]);
-    while let Some(directory) = directories.pop() {
-        // The directory is gone, or it is a threaded cgroup, whose processes are listed in the cgroup above.
-        let text = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
-        // 0 is a process of another PID namespace.
-        found.extend(text.lines().filter_map(|line| line.parse::<i32>().ok()).filter(|id| *id != 0));
-        let below = fs::read_dir(&directory).into_iter().flatten().flatten();
-        let below = below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-        directories.extend(below.map(|entry| entry.path()));
-    }
-    found
-}
-
 /// The sockets that a process has open: the descriptor's number, and the kernel's name of the socket.
 fn sockets(process: i32) -> io::Result<impl Iterator<Item = (RawFd, PathBuf)>> {
     let open = fs::read_dir(format!("/proc/{process}/fd"))?.flatten();
@@ -167,19 +153,5 @@ mod tests {
         assert_eq!(copy.local_addr().unwrap(), listener.local_addr().unwrap());
         let file = tempfile::tempfile().unwrap();
         assert!(sockets(own).unwrap().all(|(number, _)| number != file.as_raw_fd()));
-    }
-
-    #[test]
-    fn processes_of_a_cgroup_are_those_of_its_directory_and_below() {
-        let root = tempfile::tempdir().unwrap();
-        let below = root.path().join("container/inner");
-        fs::create_dir_all(&below).unwrap();
-        fs::write(root.path().join("cgroup.procs"), "").unwrap();
-        fs::write(root.path().join("container/cgroup.procs"), "12\n0\n").unwrap();
-        fs::write(below.join("cgroup.procs"), "7\n").unwrap();
-        let mut found = processes(root.path());
-        found.sort_unstable();
-        assert_eq!(found, [7, 12]);
-        assert_eq!(processes(&root.path().join("gone")), [0; 0]);
     }
 }

@@ -27,7 +27,7 @@ use nix::{
 
 use super::attach::{LimitArguments, Target};
 use crate::{
-    cgroup::Hierarchies,
+    cgroup::{self, Hierarchies},
     error::{Code, Error, Result},
     sys,
 };
@@ -171,9 +171,7 @@ fn kill_all(path: &Path) -> io::Result<()> {
     if fs::write(path.join("cgroup.kill"), "1").is_ok() {
         return Ok(());
     }
-    let processes = fs::read_to_string(path.join("cgroup.procs"))?;
-    // A process of another PID namespace is 0 there, and kill() takes 0 for podshaper's own process group.
-    for id in processes.lines().filter_map(|line| line.parse().ok()).filter(|id| *id > 0) {
+    for id in cgroup::processes(path) {
         match kill(Pid::from_raw(id), Signal::SIGKILL) {
             Ok(()) | Err(Errno::ESRCH) => {}
             Err(errno) => return Err(errno.into()),
