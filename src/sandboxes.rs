@@ -138,17 +138,24 @@ pub fn read(directory: &Path) -> Result<(Vec<Sandbox>, Vec<Error>)> {
 }
 
 fn files(directory: &Path) -> Result<Vec<PathBuf>> {
-    let doing = |cause| Error::because(Code::Io, format!("list {}", directory.display()), cause);
-    let entries = match fs::read_dir(directory) {
-        Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        entries => entries.map_err(doing)?,
-    };
-    let mut files =
-        entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<Vec<_>>>().map_err(doing)?;
+    let mut files = entries(directory)?;
     // Every sandbox also has a file for its loopback interface.
     files.retain(|file| !file.as_os_str().as_encoded_bytes().ends_with(b"-lo"));
     files.sort();
     Ok(files)
+}
+
+/// The entries of a directory; none if there is no such directory.
+///
+/// # Errors
+/// [`Code::Io`]: the directory is there and cannot be listed.
+pub fn entries(directory: &Path) -> Result<Vec<PathBuf>> {
+    let doing = |cause| Error::because(Code::Io, format!("list {}", directory.display()), cause);
+    match fs::read_dir(directory) {
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(cause) => Err(doing(cause)),
+        Ok(entries) => entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<_>>().map_err(doing),
+    }
 }
 
 /// A file also counts as old if it was removed, or if its time is in the future because the clock was set back.

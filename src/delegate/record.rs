@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use super::list::List;
 use crate::error::{self, Code, Error, Result};
 use crate::request::Endpoint;
-use crate::sandboxes::{Results, is_namespace};
+use crate::sandboxes::{Results, entries, is_namespace};
 
 /// The directory beside libcni's own (its `CacheDir`), which exists on every node that has a runtime and survives a
 /// reboot.
@@ -99,15 +99,7 @@ pub(super) fn forget(endpoint: &Endpoint) -> Result<()> {
 pub(super) fn forget_all_but(valid: &[GcAttachment]) -> Result<()> {
     let kept: Vec<String> = valid.iter().map(|valid| name(&valid.container_id, &valid.ifname)).collect();
     let is_kept = |path: &PathBuf| kept.iter().any(|kept| path.file_name().is_some_and(|name| name == kept.as_str()));
-    error::all(files()?.iter().filter(|path| !is_kept(path)).map(|path| remove(path)))
-}
-
-fn files() -> Result<Vec<PathBuf>> {
-    match fs::read_dir(DIRECTORY) {
-        Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(cause) => Err(Error::because(Code::Io, format!("list {DIRECTORY}"), cause)),
-        Ok(entries) => Ok(entries.flatten().map(|entry| entry.path()).collect()),
-    }
+    error::all(entries(Path::new(DIRECTORY))?.iter().filter(|path| !is_kept(path)).map(|path| remove(path)))
 }
 
 /// The records of sandboxes that are gone: the runtime keeps no result of the sandbox in this directory, and its
@@ -119,7 +111,7 @@ fn files() -> Result<Vec<PathBuf>> {
 /// [`Code::Io`]: a directory that cannot be listed.
 pub fn stale(cache_dir: &Path) -> Result<Vec<Stale>> {
     // The records are listed before the results: a DEL that ends in between removes its own record.
-    let records = files()?;
+    let records = entries(Path::new(DIRECTORY))?;
     if records.is_empty() {
         return Ok(Vec::new());
     }

@@ -42,27 +42,26 @@ pub(super) fn are_possible() -> bool {
 /// All units. `command` is the service's command, program first; `watched` are directories.
 pub(super) fn all(command: &[String], watched: &[PathBuf]) -> Vec<Unit> {
     let written_by = "# Written by `podshaper install`; `podshaper uninstall` removes it.\n";
-    let service = |description: &str, order: &str, option: &[&str]| {
-        let words = command.iter().map(String::as_str).chain(option.iter().copied());
+    // The option makes another command of the service's; the lines are added to its two sections.
+    let service = |description: &str, option: Option<&str>, unit_lines: &str, service_lines: &str| {
+        let words = command.iter().map(String::as_str).chain(option);
         let command: Vec<String> = words.map(quote).collect();
         format!(
-            "[Unit]\nDescription={description}\n{written_by}{order}\
+            "[Unit]\nDescription={description}\n{written_by}{unit_lines}\
              # Pods may start in any number at once.\nStartLimitIntervalSec=0\n\n\
              [Service]\nType=oneshot\nTimeoutStartSec=60\nExecStart={}\n\
-             # What is done is logged, and not that there was nothing to do.\nSyslogLevel=notice\nLogLevelMax=notice\n",
+             # What is done is logged, and not that there was nothing to do.\nSyslogLevel=notice\nLogLevelMax=notice\n\
+             {service_lines}",
             command.join(" ")
         )
     };
-    let first = service("Keep podshaper in the conflist and pods at the limits they ask for", "", &[])
-        + &format!(
-            "# For what comes while this one ends, which podshaper.path does not see. One that runs may have looked before.\n\
+    let start_again = format!(
+        "# For what comes while this one ends, which podshaper.path does not see. One that runs may have looked before.\n\
          ExecStopPost=-systemctl --no-block restart {AGAIN}\n"
-        );
-    let again = service(
-        "Look for what has come while podshaper.service ended",
-        &format!("After={SERVICE}\n"),
-        &["--if-changed"],
     );
+    let first = service("Keep podshaper in the conflist and pods at the limits they ask for", None, "", &start_again);
+    let after = format!("After={SERVICE}\n");
+    let again = service("Look for what has come while podshaper.service ended", Some("--if-changed"), &after, "");
     let watched: String =
         watched.iter().map(|path| format!("PathChanged={}\n", escape(&path.display().to_string()))).collect();
     let path = format!(
