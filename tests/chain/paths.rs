@@ -151,16 +151,21 @@ fn assert_path_is_held(path: Path, limit: u64, and_then: impl FnOnce(&Pod)) {
 /// At each limit, for paths whose traffic is counted apart from the traffic of the pod's sockets.
 #[track_caller]
 fn assert_held_and_counted(paths: &[Path]) {
-    for (path, limit) in paths.iter().flat_map(|path| limits(*path).iter().map(move |limit| (*path, *limit))) {
-        assert_path_is_held(path, limit, assert_counted);
-    }
+    assert_each_is_held(paths, assert_counted);
 }
 
 /// At each limit, for paths whose traffic need not be counted apart.
 #[track_caller]
 fn assert_paths_are_held(paths: &[Path]) {
-    for (path, limit) in paths.iter().flat_map(|path| limits(*path).iter().map(move |limit| (*path, *limit))) {
-        assert_path_is_held(path, limit, |_| ());
+    assert_each_is_held(paths, |_| ());
+}
+
+#[track_caller]
+fn assert_each_is_held(paths: &[Path], and_then: impl Fn(&Pod)) {
+    for path in paths {
+        for limit in limits(*path) {
+            assert_path_is_held(*path, *limit, &and_then);
+        }
     }
 }
 
