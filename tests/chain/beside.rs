@@ -34,7 +34,10 @@ fn calls_beside_bulk_flows_are_neither_lost_nor_late() {
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn names_are_answered_at_once_beside_bulk_flows() {
-    const MOST_P99_US: f64 = 5_000.0;
+    const MOST_P50_US: f64 = 5_000.0;
+    // A quarter of the delay that the queue of a token bucket causes at this rate. User Mode Linux, with all of these
+    // flows on one CPU, takes up to 10 ms.
+    const MOST_P99_US: f64 = 20_000.0;
     const EACH: Duration = Duration::from_millis(10);
     for way in [Way::Out, Way::In] {
         let bed = Bed::new();
@@ -43,6 +46,6 @@ fn names_are_answered_at_once_beside_bulk_flows() {
         let (text, answers) = (format!("{way:?}: {result:?}"), result.answers);
         eprintln!("{text}");
         assert!(answers.count > 100 && answers.lost == 0, "{text}");
-        assert!(answers.p99_us < MOST_P99_US, "{text}");
+        assert!(answers.p50_us < MOST_P50_US && answers.p99_us < MOST_P99_US, "{text}");
     }
 }

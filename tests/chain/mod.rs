@@ -45,16 +45,21 @@ use super::harness::podshaper_program;
 pub const MBIT: u64 = 1_000_000;
 const GBIT: u64 = 1_000 * MBIT;
 
-/// A node of its own. No other measurement runs while it exists.
+/// A node of its own. No measurement of another test runs while it exists.
 pub struct Bed {
     pub host: Host,
-    _alone: MutexGuard<'static, ()>,
+    _alone: Option<MutexGuard<'static, ()>>,
 }
 
 impl Bed {
     pub fn new() -> Self {
         let alone = measure::alone();
-        Self { host: Host::new().unwrap(), _alone: alone }
+        Self { host: Host::new().unwrap(), _alone: Some(alone) }
+    }
+
+    /// One of several nodes of a test that measures on all of them at the same time. The test has [`measure::alone`].
+    fn one_of_several(_alone: &MutexGuard<'static, ()>) -> Self {
+        Self { host: Host::new().unwrap(), _alone: None }
     }
 
     pub fn pod(&self, limiter: Limiter, rate: u64) -> Pod<'_> {

@@ -136,9 +136,8 @@ const BOTH_WAYS: [Way; 2] = [Way::Out, Way::In];
 
 /// Asserts the same for a fresh pod whose traffic takes a path.
 #[track_caller]
-fn assert_path_is_held(path: Path, limit: u64, and_then: impl FnOnce(&Pod)) {
+fn assert_path_is_held(bed: &Bed, path: Path, limit: u64, and_then: impl FnOnce(&Pod)) {
     path.must_be_had().unwrap();
-    let bed = Bed::new();
     let mut pod = bed.limited(both(limit));
     let held = path.with(&mut pod, |pod, ends| {
         assert_all_held(path, pod, ends, &BOTH_WAYS, limit);
@@ -149,23 +148,24 @@ fn assert_path_is_held(path: Path, limit: u64, and_then: impl FnOnce(&Pod)) {
 }
 
 /// At each limit, for paths whose traffic is counted apart from the traffic of the pod's sockets.
-#[track_caller]
 fn assert_held_and_counted(paths: &[Path]) {
     assert_each_is_held(paths, assert_counted);
 }
 
 /// At each limit, for paths whose traffic need not be counted apart.
-#[track_caller]
 fn assert_paths_are_held(paths: &[Path]) {
     assert_each_is_held(paths, |_| ());
 }
 
-#[track_caller]
-fn assert_each_is_held(paths: &[Path], and_then: impl Fn(&Pod)) {
+/// Measures all limits at the same time, each on a node of its own.
+fn assert_each_is_held(paths: &[Path], and_then: impl Fn(&Pod) + Sync) {
+    let (and_then, alone) = (&and_then, &measure::alone());
     for path in paths {
-        for limit in limits(*path) {
-            assert_path_is_held(*path, *limit, &and_then);
-        }
+        thread::scope(|scope| {
+            for limit in limits(*path) {
+                scope.spawn(move || assert_path_is_held(&Bed::one_of_several(alone), *path, *limit, and_then));
+            }
+        });
     }
 }
 
@@ -207,7 +207,7 @@ fn a_tunnel_by_wireguard_is_held() {
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn a_tunnel_of_a_program_in_the_pod_is_held() {
-    assert_path_is_held(Path::Tun, 10 * MBIT, |_| ());
+    assert_path_is_held(&Bed::new(), Path::Tun, 10 * MBIT, |_| ());
 }
 
 /// Both share one clock: their sum is the limit, and neither starves.

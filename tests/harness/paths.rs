@@ -168,10 +168,10 @@ impl Path {
             Self::SameNumber => in_nested(pod, nest(pod, number(pod)?)?, NESTED, None, work),
             Self::ForwardedWithNat => {
                 let nested = nest(pod, OTHER_NUMBER)?;
-                run(&pod.netns, "iptables -t nat -A POSTROUTING -o eth0 -j MASQUERADE")?;
+                run(&pod.netns, "iptables -w -t nat -A POSTROUTING -o eth0 -j MASQUERADE")?;
                 run(
                     &pod.netns,
-                    &format!("iptables -t nat -A PREROUTING -i eth0 -j DNAT --to {}", IpAddr::from(NESTED)),
+                    &format!("iptables -w -t nat -A PREROUTING -i eth0 -j DNAT --to {}", IpAddr::from(NESTED)),
                 )?;
                 let by = address(pod)?;
                 in_nested(pod, nested, NESTED, Some(by), work)
@@ -377,9 +377,10 @@ fn key() -> Result<Key> {
 
 fn configure_wireguard(netns: &Netns, keys: &[Key; 2], end: usize, remote: IpAddr) -> Result<()> {
     let (own, other) = (&keys[end], &keys[1 - end]);
+    // `wg` reads a key from a file. Not all machines of tests/lab have /dev/stdin.
     let command = format!(
-        "echo {} >/tmp/wg-key-{end} && wg set t0 listen-port 51820 private-key /tmp/wg-key-{end} peer {} allowed-ips 0.0.0.0/0 \
-         endpoint {remote}:51820; rm /tmp/wg-key-{end}",
+        "echo {} | wg set t0 listen-port 51820 private-key /proc/self/fd/0 peer {} allowed-ips 0.0.0.0/0 \
+         endpoint {remote}:51820",
         own.private, other.public
     );
     netns.run("sh", &["-c", &command])?;

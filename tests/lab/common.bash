@@ -23,7 +23,8 @@ need() {
     command -v apt-get >/dev/null || die "please install: ${missing[*]} (Debian's names; there is no apt-get here)"
     [[ $EUID -eq 0 ]] || die "please install: ${missing[*]} (this is not root)"
     echo "${0##*/}: installing ${missing[*]}" >&2
-    local install=(apt-get install --yes --quiet --no-install-recommends "${missing[@]}")
+    # Another stage of the tests may be installing packages.
+    local install=(apt-get --option DPkg::Lock::Timeout=300 install --yes --quiet --no-install-recommends "${missing[@]}")
     export DEBIAN_FRONTEND=noninteractive
     { "${install[@]}" || { apt-get update --quiet && "${install[@]}"; }; } >&2 || die "could not install ${missing[*]}"
 }

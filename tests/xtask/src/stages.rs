@@ -10,8 +10,8 @@ use serde_json::Value;
 use crate::lane::{Lane, Tests};
 use crate::output::last_line;
 use crate::plan::{
-    ALONE, ALTERS_THE_KERNEL, ASKED_OF_KERNELS, KERNEL_TO_ALTER, KERNELS, MANY_PODS, MANY_PODS_IN_UML, MAY_BE_LACKING,
-    SAME_EVERYWHERE, TRAFFIC_HERE, TRAFFIC_IN_UML,
+    ALONE, ALTERS_THE_KERNEL, ASKED_OF_BOTH_ENDS, ASKED_OF_KERNELS, BOTH_ENDS, KERNEL_TO_ALTER, KERNELS, MANY_PODS,
+    MANY_PODS_IN_UML, MAY_BE_LACKING, SAME_EVERYWHERE, TRAFFIC_HERE, TRAFFIC_IN_UML,
 };
 use crate::processes::{self, command};
 use crate::summary::Outcome;
@@ -254,7 +254,8 @@ pub fn on_debians_kernels(session: &Session, lane: &mut Lane) {
         let release = found.split(' ').nth(1).unwrap_or(kernel);
         // On an emulated CPU, a build without optimisation takes too long.
         let command = ["tests/lab/vm", kernel, "--seconds", "1200", "--", &built.tests];
-        let arguments = [&["--include-ignored", "--test-threads=1"], ASKED_OF_KERNELS].concat();
+        let asked_of_ends = if BOTH_ENDS.contains(kernel) { ASKED_OF_BOTH_ENDS } else { &[] };
+        let arguments = [&["--include-ignored", "--test-threads=1"], ASKED_OF_KERNELS, asked_of_ends].concat();
         let name = format!("Debian's kernel {release}");
         lane.tests(&Tests { name, command: &command, arguments });
         if *kernel == KERNEL_TO_ALTER {
