@@ -44,6 +44,13 @@ fn assert_served(way: Way, rate: u64, clients: usize) {
     }
 }
 
+/// An emulated CPU beside other work can open connections for 2 Mbit/s, and not for 10 Mbit/s.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn short_connections_at_two_mbit_are_served_in_every_second() {
+    assert_served(Way::Out, 2 * MBIT, 8);
+}
+
 #[test]
 #[ignore = "needs root and the CNI plugins"]
 fn short_connections_at_ten_mbit_are_served_in_every_second() {

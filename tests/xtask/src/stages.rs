@@ -11,7 +11,7 @@ use crate::lane::{Lane, Tests};
 use crate::output::last_line;
 use crate::plan::{
     ALONE, ALTERS_THE_KERNEL, ASKED_OF_BOTH_ENDS, ASKED_OF_KERNELS, BOTH_ENDS, KERNEL_TO_ALTER, KERNELS, MANY_PODS,
-    MANY_PODS_IN_UML, MAY_BE_LACKING, SAME_EVERYWHERE, TRAFFIC_HERE, TRAFFIC_IN_UML,
+    MANY_PODS_IN_UML, MAY_BE_LACKING, SAME_EVERYWHERE, TOO_MUCH_FOR_UML, TRAFFIC_HERE, TRAFFIC_IN_UML,
 };
 use crate::processes::{self, command};
 use crate::summary::Outcome;
@@ -226,7 +226,7 @@ pub fn some_traffic_in_uml(session: &Session, lane: &mut Lane) {
 
 pub fn all_in_uml(session: &Session, lane: &mut Lane) {
     let lacking = lacking(lane, &["tests/lab/uml", "--"]);
-    let skipped = [SAME_EVERYWHERE, MANY_PODS, &[ALTERS_THE_KERNEL], &lacking[..]].concat();
+    let skipped = [SAME_EVERYWHERE, TOO_MUCH_FOR_UML, MANY_PODS, &[ALTERS_THE_KERNEL], &lacking[..]].concat();
     let name = format!("User Mode Linux{}", without(&lacking));
     in_uml(session, lane, &name, "2400", &skipping(&skipped));
 }
