@@ -184,6 +184,7 @@ impl Settings {
             IngressBy::Tbf => AbiLimit {
                 datagram_bound_ns: u64::MAX,
                 datagram_mark_ns: u64::MAX,
+                others_bound_ns: u64::MAX,
                 ..abi_limit(limit, u64::MAX, u64::MAX)
             },
             IngressBy::Drops => abi_limit(limit, DATAGRAM_BOUND_NS, DROPS_BOUND_NS),
@@ -216,6 +217,12 @@ fn full_packets_ns(packets: u64, rate: Rate) -> u64 {
 
 fn horizon_ns(rate: Rate) -> u64 {
     full_packets_ns(HORIZON_PACKETS, rate).clamp(HORIZON_NS, MAX_HORIZON_NS)
+}
+
+/// The limits that the maps have.
+pub fn limits_of(both: &AbiLimits) -> Limits {
+    let [egress, ingress] = both.each_ref().map(limit_of);
+    Limits { egress, ingress }
 }
 
 /// The limit that the maps have, as if an operator had asked for it: the maps do not say who asked. `None`: there is no

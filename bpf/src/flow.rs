@@ -108,8 +108,9 @@ pub struct Waiting {
     pub waits_until_ns: u64,
     /// The time of the last packet that was held at the host end.
     pub held_ns: u64,
-    /// The sequence number behind the last byte that waits.
-    pub next_sequence: u64,
+    /// The sequence numbers of the bytes that wait one behind the other: the number behind the last byte, and in the
+    /// upper half the number of the first byte.
+    pub sequences: u64,
     /// Not 0: the connection is MPTCP. MPTCP senders stall at a small window, since another window covers all subflows
     /// together.
     pub is_multipath: u64,
@@ -128,7 +129,8 @@ impl Waiting {
     /// Whether packets are held at the host end, so that the pod's acknowledgements need not be held.
     #[inline(always)]
     pub fn is_held(&self, now_ns: u64) -> bool {
-        self.held_ns != 0 && now_ns - self.held_ns < HELD_FOR_NS
+        // The host end writes the time on another CPU, so it may be later than this CPU's `now_ns`.
+        self.held_ns != 0 && now_ns < self.held_ns + HELD_FOR_NS
     }
 }
 

@@ -99,7 +99,12 @@ pub fn count_egress(ctx: SkBuffContext) -> i32 {
     let class = match answer_of(&ctx, &link, &wire, socket, now_ns) {
         Answer::ChargedLater => return PASS,
         Answer::InTime => WAITED,
-        Answer::Not => class_of(EGRESS, &link, &wire, socket, flow.as_deref_mut()),
+        // A listening socket is no flow: each SYN-ACK belongs to a new flow, and a socket that the listener accepts
+        // inherits the listener's state.
+        Answer::Not => {
+            let is_of_listener = socket.is_some_and(packet::listens);
+            class_of(EGRESS, &link, &wire, socket, flow.as_deref_mut().filter(|_| !is_of_listener))
+        }
     };
     if matches!(class, STREAM | DATAGRAM | ORDERED) {
         match link.limit().queue {
@@ -264,7 +269,7 @@ fn scope_of(ctx: &SkBuffContext, remote: Remote) -> Option<Scope> {
     (!subnets::are_exempt(ctx, scope.list, remote)).then_some(scope)
 }
 
-/// The socket's traffic now belongs to no attachment: the socket is not paced any more.
+/// The socket's traffic now belongs to no attachment.
 #[inline(always)]
 fn leave(socket: Option<NonNull<bpf_sock>>) {
     // SAFETY: as in `count_egress`.

@@ -64,11 +64,23 @@ const REQUEST_BOUND_NS: u64 = 500_000_000;
 const ANSWERS_HERE_NS: u64 = 1_000_000_000;
 
 impl Waiting {
-    /// Whether a packet is a copy of a packet that waits here: the sender repeated it too early.
+    /// Whether a packet is a copy of a packet that waits here: the sender repeated it too early. A packet that fills a
+    /// gap is none: its original was lost on the way.
     #[inline(always)]
     fn has(&self, segment: Segment, now_ns: u64) -> bool {
-        let ahead = segment.sequence.wrapping_add(segment.payload).wrapping_sub(self.next_sequence as u32) as i32;
-        segment.payload != 0 && ahead <= 0 && now_ns + LATE_NS < self.waits_until_ns
+        let [first, next] = [(self.sequences >> 32) as u32, self.sequences as u32];
+        let is_behind = segment.sequence.wrapping_sub(first) as i32 >= 0;
+        let ahead = segment.sequence.wrapping_add(segment.payload).wrapping_sub(next) as i32;
+        segment.payload != 0 && is_behind && ahead <= 0 && now_ns + LATE_NS < self.waits_until_ns
+    }
+
+    /// Notes a packet that waits from now on, until `edt_ns`.
+    #[inline(always)]
+    fn add(&mut self, segment: Segment, now_ns: u64, edt_ns: u64) {
+        let is_next = now_ns < self.waits_until_ns && segment.sequence == self.sequences as u32;
+        let first = if is_next { self.sequences >> 32 } else { segment.sequence.into() };
+        self.sequences = first << 32 | u64::from(segment.sequence.wrapping_add(segment.payload));
+        self.waits_until_ns = edt_ns + LATE_NS;
     }
 }
 
@@ -86,8 +98,9 @@ pub fn out_of_pod(ctx: &TcContext) -> i32 {
     let Some(end) = host_end(skb) else { return TC_ACT_UNSPEC };
     let packet = SkBuffContext::new(skb);
     let wire = Wire::after(&packet, ETHERNET_HEADER_BYTES);
-    let is_exempt = || subnets::are_exempt(&packet, end.list, Remote::DESTINATION.after(ETHERNET_HEADER_BYTES));
-    if is_charged(skb, end, wire.bytes) || is_exempt() || is_answer_in_time(&packet, end, &wire) {
+    // Asked first: no hook charges exempt packets, so they must not pass for bytes that others were charged for.
+    let is_exempt = subnets::are_exempt(&packet, end.list, Remote::DESTINATION.after(ETHERNET_HEADER_BYTES));
+    if is_exempt || is_charged(skb, end, wire.bytes) || is_answer_in_time(&packet, end, &wire) {
         TC_ACT_UNSPEC
     } else {
         charge(skb, end, EGRESS, &wire)
@@ -136,12 +149,13 @@ pub fn into_pod(ctx: &TcContext) -> i32 {
     let Some(end) = host_end(skb) else { return TC_ACT_UNSPEC };
     let packet = SkBuffContext::new(skb);
     let wire = Wire::after(&packet, ETHERNET_HEADER_BYTES);
-    let is_exempt = || subnets::are_exempt(&packet, end.list, Remote::SOURCE.after(ETHERNET_HEADER_BYTES));
+    // Asked first, as in `out_of_pod`.
+    if subnets::are_exempt(&packet, end.list, Remote::SOURCE.after(ETHERNET_HEADER_BYTES)) {
+        return TC_ACT_UNSPEC;
+    }
     let verdict = match coming(&packet, end, wire.bytes) {
         Coming::ToBeCharged if end.holds_streams == 0 => return TC_ACT_UNSPEC,
-        Coming::ToBeCharged if is_exempt() => return TC_ACT_UNSPEC,
         Coming::ToBeCharged => return pass_on(skb, end),
-        _ if is_exempt() => return TC_ACT_UNSPEC,
         Coming::ToBeHeld(flow, stretch) if stretch.is_datagram => hold_datagram(skb, end, &wire, flow),
         Coming::ToBeHeld(flow, stretch) => hold(&packet, end, &wire, flow, stretch),
         Coming::ToListener(client) => queue_request(&packet, end, &wire, client),
@@ -237,8 +251,7 @@ fn hold(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, flow: &mut Flow, str
     }
     // The clock never goes back, so these departure times do not either: packets of a connection stay in order.
     let edt_ns = now_ns + before_ns.max(AHEAD_NS) - AHEAD_NS;
-    waiting.waits_until_ns = edt_ns + LATE_NS;
-    waiting.next_sequence = segment.sequence.wrapping_add(segment.payload).into();
+    waiting.add(segment, now_ns, edt_ns);
     wait_for_turn(skb, end, others, edt_ns)
 }
 

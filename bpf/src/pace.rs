@@ -196,7 +196,7 @@ fn ask_to_be_raised(ctx: &SockOpsContext, link: &Link) {
     }
 }
 
-/// Whether the smallest packet of a bulk flow takes long enough at the limit to be worth a timer: up to 23 Gbit/s.
+/// Whether the smallest packet of a bulk flow takes long enough at the limit to be worth a timer.
 #[inline(always)]
 fn is_waited_for(link: &Link, mss: u64) -> bool {
     link.transmit_ns(link.limit().min_tso_segs * mss, 0) >= MIN_WAIT_NS

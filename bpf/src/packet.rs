@@ -276,12 +276,21 @@ pub struct Segment {
     answers: bool,
     /// Offset of the segment's options in the packet.
     options_offset: u64,
+    /// Bytes of the options.
+    options_bytes: u64,
 }
 
 impl Segment {
     /// The value for a packet that is not TCP.
-    pub const NONE: Self =
-        Self { sequence: 0, payload: 0, opens_or_closes: false, is_request: false, answers: false, options_offset: 0 };
+    pub const NONE: Self = Self {
+        sequence: 0,
+        payload: 0,
+        opens_or_closes: false,
+        is_request: false,
+        answers: false,
+        options_offset: 0,
+        options_bytes: 0,
+    };
 
     /// The segment behind a link header of so many bytes, in a packet that is TCP.
     #[inline(always)]
@@ -292,7 +301,8 @@ impl Segment {
         let start = link_bytes + network_bytes;
         let [_, sequence, _, offset_and_flags]: [u32; 4] = load(ctx, start);
         let [data_offset, flags, ..] = offset_and_flags.to_ne_bytes();
-        let headers_bytes = start + u64::from(data_offset >> 4) * 4;
+        let header_bytes = (u64::from(data_offset >> 4) * 4).max(TCP_HEADER_BYTES);
+        let headers_bytes = start + header_bytes;
         Self {
             sequence: u32::from_be(sequence),
             payload: (u64::from(ctx.len()).max(headers_bytes) - headers_bytes) as u32,
@@ -300,6 +310,7 @@ impl Segment {
             is_request: flags & SYN_AND_ACK == SYN,
             answers: flags & SYN_AND_ACK == SYN_AND_ACK,
             options_offset: start + TCP_HEADER_BYTES,
+            options_bytes: header_bytes - TCP_HEADER_BYTES,
         }
     }
 
@@ -308,7 +319,9 @@ impl Segment {
     #[inline(always)]
     pub fn is_multipath(&self, ctx: &SkBuffContext) -> bool {
         let options: [u8; 16] = load(ctx, self.options_offset);
-        options[0] == TCPOPT_MPTCP || options[TIMESTAMPS_BYTES] == TCPOPT_MPTCP
+        // Behind the options is payload, which may have any bytes.
+        self.options_bytes > 0 && options[0] == TCPOPT_MPTCP
+            || self.options_bytes > TIMESTAMPS_BYTES as u64 && options[TIMESTAMPS_BYTES] == TCPOPT_MPTCP
     }
 
     /// Whether the segment is a SYN-ACK without data.

@@ -91,8 +91,11 @@ const USUAL_REQUEST_SEGMENTS: u64 = 4;
 const USUAL_MSS: u64 = 1448;
 /// How long after an acknowledgement rode on data the next acknowledgements are expected to ride on data as well.
 const RIDES_FOR_NS: u64 = 1_000_000_000;
-/// Above this size the clamp limits nothing: 8 MB in 5 ms are 13 Gbit/s.
-const MAX_WINDOW_BYTES: u64 = 8 << 20;
+/// No socket has a larger receive buffer.
+const MAX_WINDOW_BYTES: u64 = 1 << 28;
+/// The round trip of a connection whose round trip is not known yet is 71 minutes (`tcp_init_sock`). With this bound no
+/// product of a time and a window, or a rate, overflows.
+const MAX_RTT_NS: u64 = 1 << 34;
 
 /// A connection is about to open: reports its first window, in segments, to the kernel if the connection may be
 /// limited. The interface by which the socket will send is not known yet.
@@ -275,6 +278,7 @@ fn least_bytes(ctx: &SockOpsContext, window: &Window) -> u64 {
 
 #[inline(always)]
 fn resize(ctx: &SockOpsContext, link: &Link, window: &mut Window, now_ns: u64, backlog_ns: u64, rtt_ns: u64) {
+    let rtt_ns = rtt_ns.min(MAX_RTT_NS);
     let is_of_few = window.bytes < FEW_SEGMENTS * tcp::mss(ctx);
     let target_ns = target_ns(rtt_ns) + if is_of_few { FEW_MORE_NS } else { 0 };
     // The effect of a change shows when all packets in flight have passed.
@@ -332,7 +336,8 @@ fn most_bytes(limit: &Limit, rtt_ns: u64) -> u64 {
 /// Bytes that a link of the limit carries in a time.
 #[inline(always)]
 fn link_bytes(limit: &Limit, time_ns: u64) -> u64 {
-    // Divided by 1000 twice, and not by a million once: no product may overflow, and a low rate must not become 0.
+    // Divided by 1000 twice, and not by a million once: no product may overflow, and a low rate must not become 0. The
+    // rates below 8 kbit/s do: the callers have a least window.
     limit.rate_bits_per_s / 8_000 * (time_ns / 1_000) / 1_000
 }
 

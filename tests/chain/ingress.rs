@@ -3,6 +3,8 @@ use std::thread;
 use super::{Bed, MBIT, assert_rate};
 use crate::harness::limiter::Limits;
 use crate::harness::measure::{self, Bulk, Way};
+use crate::harness::paths;
+use crate::harness::remote::Remote;
 
 /// The payload's part of a full TCP packet: 1448 bytes of 1500.
 const PAYLOAD_OF_WIRE: f64 = 1448.0 / 1500.0;
@@ -76,4 +78,31 @@ fn requests_beside_downloads_do_not_wait_for_them_with_ecn_either() {
     // The backlog is 12 to 20 ms.
     let p50_us = result.latency.unwrap().p50_us;
     assert!(p50_us < 6_000.0, "replies in {p50_us} us");
+}
+
+/// The remote repeats packets that were lost on the way. By then the packets behind the gap may wait for the limit, and
+/// the repeated ones must not be taken for copies of these.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn losses_on_the_way_cost_no_timeouts() {
+    const RATE: u64 = 10 * MBIT;
+    const LEAST_SHARE: f64 = 0.8;
+    const MOST_TIMEOUTS: f64 = 10.0;
+    let bed = Bed::new();
+    let mut pod = bed.limited(Limits { egress: None, ingress: Some(RATE) });
+    let remote = Remote::new(&pod).unwrap();
+    let losses = format!("-d {} -m statistic --mode nth --every 50 --packet 49 -j DROP", pod.addresses()[0]);
+    paths::run(&pod.host.netns, &format!("iptables -w -A FORWARD {losses}")).unwrap();
+    pod.remote = Some(remote);
+    let bulk = Bulk { way: Way::In, flows: 4, seconds: 6.0, ..Bulk::default() };
+    let result = measure::bulk(&pod, &bulk).unwrap();
+    let netns = &pod.remote.as_ref().unwrap().netns;
+    let counted = paths::run(netns, "nstat -asz TcpExtTCPTimeouts").unwrap();
+    let timeouts: f64 =
+        counted.split_whitespace().skip_while(|word| *word != "TcpExtTCPTimeouts").nth(1).unwrap().parse().unwrap();
+    let rate = result.timeline.wire_rate(1.0, 6.0) / RATE as f64;
+    let text = format!("{rate:.3} of the limit, {} retransmits, {timeouts} timeouts", result.retransmits);
+    eprintln!("{text}");
+    assert!(result.retransmits > 50, "nothing was lost: {text}");
+    assert!(rate >= LEAST_SHARE && timeouts <= MOST_TIMEOUTS, "{text}");
 }
