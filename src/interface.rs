@@ -84,7 +84,7 @@ impl Interface {
     /// Enters the namespace and finds the interface; changes nothing.
     ///
     /// # Errors
-    /// [`Code::Netns`]: no such namespace or interface.
+    /// [`Code::Netns`]: no such namespace or interface. [`Code::Kernel`]: podshaper may not enter the namespace.
     pub fn enter(netns: &Path, ifname: &str) -> Result<Self> {
         Self::find(Namespace::open(netns)?, netns, ifname)?
     }
@@ -93,7 +93,7 @@ impl Interface {
     /// more, because the interface is gone, or the path names another namespace now.
     ///
     /// # Errors
-    /// [`Code::Netns`]: the namespace is there and cannot be entered.
+    /// [`Code::Kernel`]: the namespace is there, and podshaper may not enter it.
     pub fn of(record: &Record) -> Result<Option<Self>> {
         let Some(netns) = record.path() else { return Ok(None) };
         let found = match Namespace::open(netns) {

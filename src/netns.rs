@@ -74,14 +74,17 @@ impl Namespace {
     /// Enters the namespace, runs `work` inside and leaves it.
     ///
     /// # Errors
-    /// [`Code::Netns`]: it is a namespace of another kind, or podshaper may not enter it.
+    /// [`Code::Netns`]: it is a namespace of another kind. [`Code::Kernel`]: podshaper may not enter it.
     pub fn enter<T>(self, work: impl FnOnce() -> T) -> Result<(Entered, T)> {
         let Self { path, home, file: there, inode: _ } = self;
         let mut entered = Entered { home, there, connection: None };
         let done = match entered.go() {
             Ok(_away) => work(),
             Err(errno @ Errno::EINVAL) => return Err(failed(&path, "setns (a namespace of another kind)", errno)),
-            Err(errno) => return Err(failed(&path, "setns (needs CAP_SYS_ADMIN)", errno)),
+            Err(errno) => {
+                let text = entering(&path, "setns (needs CAP_SYS_ADMIN)");
+                return Err(Error::because(Code::Kernel, text, errno));
+            }
         };
         Ok((entered, done))
     }
