@@ -119,10 +119,8 @@ impl Present {
     fn of(place: Place, directory: PathBuf, mut owner: Owner) -> Self {
         owner.interface.complete();
         let pinned = Some(Pinned::at(&directory)).filter(|_| pins::is_current(&directory));
-        let limits = pinned.and_then(|pinned| pinned.limits(&owner, &pinned.set().ok()?).ok()).map(|both| {
-            let [egress, ingress] = both.map(|limit| shaper::limit_of(&limit));
-            Limits { egress, ingress }
-        });
+        let limits = pinned.and_then(|pinned| pinned.limits(&owner, &pinned.set().ok()?).ok());
+        let limits = limits.map(|both| shaper::limits_of(&both));
         Self { place, directory, owner, limits }
     }
 

@@ -50,12 +50,14 @@ list of the conflist in /etc/cni/net.d, and has systemd keep it there (`podshape
 Then annotate a pod before it is created, or a running one, which `podshaper sync` follows:
 
     kubernetes.io/egress-bandwidth: 10M        bits per second on the wire: k, M, G, Ki, Mi ..
-    rate: \"1M\"                                 the same in megabytes per second
+    rate: \"1M\"                                 what the pod sends, in megabytes per second: 1M is 8 Mbit/s
 
 Optional keys beside \"type\":
     egress, ingress            rate of pods that ask for none, such as \"100M\"
     egressBurst, ingressBurst  their bursts, in bits (default: 5 ms of the rate, 10 packets at least)
     max                        {\"egress\": .., \"ingress\": ..}: no pod gets more
+    namespaces                 [{\"name\": .. or \"labels\": {..}, \"egress\": .., \"max\": {..}}, ..]: the same for pods
+                               of some namespaces; the first entry that fits counts
     rateKey                    the annotation in megabytes per second (default: rate; \"\": none)
     cgroupPath                 the pod's cgroup below the cgroup2 mount, where the runtime passes no pod UID;
                                {containerID} in it is replaced
@@ -63,6 +65,8 @@ Optional keys beside \"type\":
     onApiError                 fail|ignore: what becomes of a pod when there is no answer (default: fail)
     exemptSubnets              [\"10.0.0.0/8\", ..]: what goes there and comes from there is not limited
     shapedSubnets              the opposite: nothing else is limited; of both lists the longest prefix counts
+    otherPaths                 false: limit the pod's own sockets only, and not what tunnels, VMs or other
+                               namespaces send through the pod (default: true)
     logFile, logLevel          where to log, and off|error|warn|info|debug|trace (default: stderr, info)
 
 A POD is its name, namespace/name, UID or container id, or the beginning of one; or a cgroup's path.
@@ -96,7 +100,8 @@ enum Command {
     Run(run::Arguments),
     /// Bring this node's pods to what is asked of them now
     Sync(sync::Arguments),
-    /// Remove attachments whose cgroup is gone, and what killed calls left
+    /// Remove attachments whose cgroup is gone, lists of delegated networks of sandboxes that are gone, and what
+    /// killed calls left
     Gc(gc::Arguments),
     /// Check whether this node can limit pods and its conflists make it
     Doctor(doctor::Arguments),

@@ -26,7 +26,7 @@ use crate::{
     pod::PodKey,
     probe,
     request::{Endpoint, Env, Limit, Limits, Request, Subject, declared_version, read_stdin},
-    shaper::{Pinned, Settings},
+    shaper::{self, Pinned, Settings},
 };
 
 /// Reads a runtime's call, carries it out and answers on stdout.
@@ -237,8 +237,12 @@ fn check(request: &Request, endpoint: &Endpoint) -> Result<()> {
         );
         return Err(Error::new(Code::Mismatch, text));
     }
+    let set = pinned.set()?;
+    // The runtime repeats what it asked for at the ADD. Since then an operator or `podshaper sync` may have set other
+    // limits, which need other programs.
+    let limits = if owner.has_other_limits() { shaper::limits_of(&pinned.limits(&owner, &set)?) } else { limits };
     pinned.check(Path::new(&owner.cgroup), &Settings::of(&owner, limits))?;
-    attachment::Node::default().check(&owner, &limits, &pinned.set()?)
+    attachment::Node::default().check(&owner, &limits, &set)
 }
 
 /// Removes the limit first, since it sits on the interface that the network's plugins have made; then calls their DEL.

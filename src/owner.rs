@@ -133,6 +133,11 @@ impl Owner {
         }
     }
 
+    /// Whether the limits are no longer those of the ADD.
+    pub fn has_other_limits(&self) -> bool {
+        self.changed || self.followed
+    }
+
     /// The entry by which the programs find the attachment on its cgroup.
     pub fn scope(&self) -> Scope {
         Scope { ifindex: self.ifindex, slot: self.slot, list: self.list, namespace: self.namespace }

@@ -114,10 +114,12 @@ impl Deref for LockedPins {
 }
 
 impl Pins {
-    /// podshaper's directory. `None`: nothing has been attached since boot.
+    /// podshaper's directory. `None`: nothing has been attached since boot. Another user's directory is none of
+    /// podshaper's: bpffs may be writable for all users, and such a user could hold the lock for ever.
     pub fn existing(bpffs: &Path) -> Option<Self> {
         let root = bpffs.join(DIRECTORY);
-        (is_bpffs(bpffs) && root.is_dir()).then_some(Self { root })
+        let is_roots = fs::symlink_metadata(&root).is_ok_and(|found| found.is_dir() && found.uid() == 0);
+        (is_bpffs(bpffs) && is_roots).then_some(Self { root })
     }
 
     /// podshaper's directory, made if it is missing. bpffs is mounted if it is not.

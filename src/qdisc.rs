@@ -175,7 +175,9 @@ pub fn with_ethernet(rate: Rate) -> u64 {
 
 fn tbf_options(limit: &Limit) -> Vec<TcOption> {
     let bytes_per_s = with_ethernet(limit.rate) / 8;
-    let burst = u32::try_from(limit.burst.as_bytes()).unwrap_or(u32::MAX);
+    // tbf drops each packet that is longer than its burst (`tbf_segment`, `tbf_enqueue`).
+    let burst = limit.burst.as_bytes().max(FULL_PACKET_BYTES + ETHERNET_HEADER_BYTES);
+    let burst = u32::try_from(burst).unwrap_or(u32::MAX);
     let queue = (u128::from(bytes_per_s) * u128::from(TBF_QUEUE_NS) / 1_000_000_000).max(MIN_TBF_QUEUE_BYTES);
     let queue = u32::try_from(queue).unwrap_or(u32::MAX).saturating_add(burst);
     // struct tc_tbf_qopt: rate, peakrate (none), limit, buffer (0: TCA_TBF_BURST counts), mtu.

@@ -77,8 +77,10 @@ pub fn remove_locked(
 pub fn settle_all(pins: &LockedPins) -> Result<()> {
     let settled = pins.settle_all();
     let all: Vec<_> = pins.list().into_iter().map(|(_, directory)| directory).collect();
-    let owners: Vec<_> = all.iter().filter_map(|directory| Pinned::at(directory).owner().ok()).collect();
-    error::all([settled, other_paths::settle(pins, &owners), shaper::forget_others(pins, all.into_iter())])
+    let owners: Result<Vec<_>> = all.iter().map(|directory| Pinned::at(directory).owner_if_readable()).collect();
+    // An owner that cannot be read at this moment may be that of a live pod, so nothing is removed then.
+    let others = owners.and_then(|owners| other_paths::settle(pins, &owners.into_iter().flatten().collect::<Vec<_>>()));
+    error::all([settled, others, shaper::forget_others(pins, all.into_iter())])
 }
 
 /// Takes an attachment off the node's programs: removes the links that no other attachment of the pod needs, and then

@@ -167,7 +167,10 @@ impl Drop for Held<'_> {
         }
         host_end::leave_place(self.at.class);
         let ends = &self.wanted.node.unwrap_or(self.wanted.set).host_ends;
-        interface::warn(LEFT, self.write(self.before.as_ref()).and_then(|()| remove_room_if_empty(ends)));
+        interface::warn(
+            LEFT,
+            self.write(self.before.as_ref()).and_then(|()| remove_room_if_empty(self.wanted.pins, ends)),
+        );
     }
 }
 
@@ -194,7 +197,7 @@ pub fn renew(record: &Record, limits: &Limits, program: impl Fn(&str) -> Result<
 pub fn settle(pins: &LockedPins, owners: &[Owner]) -> Result<()> {
     let directory = pins.node();
     if !directory.exists() {
-        return host_end::remove_room();
+        return remove_room(pins);
     }
     let ends = Set::pinned(&directory)?.host_ends;
     for ifindex in ends.keys().map_err(writing)? {
@@ -204,7 +207,7 @@ pub fn settle(pins: &LockedPins, owners: &[Owner]) -> Result<()> {
         }
     }
     if ends.is_empty().map_err(writing)? {
-        return host_end::remove_room();
+        return remove_room(pins);
     }
     let classes: Vec<u16> = owners.iter().filter_map(|owner| owner.interface.held_at).map(|at| at.class).collect();
     host_end::keep_places(&classes)
@@ -258,19 +261,26 @@ impl Present {
 fn forget(pins: &LockedPins, ifindex: u32, slot: u32) -> Result<()> {
     let directory = pins.node();
     if !directory.exists() {
-        return host_end::remove_room();
+        return remove_room(pins);
     }
     let ends = Set::pinned(&directory)?.host_ends;
     let found = ends.get(&ifindex, Read::Plain).map_err(writing)?;
     if found.is_some_and(|end| end.slot == slot) {
         ends.remove(&ifindex).map_err(writing)?;
     }
-    remove_room_if_empty(&ends)
+    remove_room_if_empty(pins, &ends)
 }
 
 /// Removes the waiting room if no host end is left.
-fn remove_room_if_empty(ends: &Map<u32, HostEnd>) -> Result<()> {
-    if ends.is_empty().map_err(writing)? { host_end::remove_room() } else { Ok(()) }
+fn remove_room_if_empty(pins: &Pins, ends: &Map<u32, HostEnd>) -> Result<()> {
+    if ends.is_empty().map_err(writing)? { remove_room(pins) } else { Ok(()) }
+}
+
+/// Removes the waiting room, unless an attachment of another layout is left. The host ends of such attachments are in
+/// maps of their own, and their packets wait in the same room.
+fn remove_room(pins: &Pins) -> Result<()> {
+    let is_needed = pins.list().iter().any(|(_, directory)| !pins::is_current(directory));
+    if is_needed { Ok(()) } else { host_end::remove_room() }
 }
 
 /// Whether the interface of a record still has this host end. Filters go with their interface, and another interface

@@ -36,7 +36,10 @@ pub struct Arguments {
 
 impl Arguments {
     pub fn run(self) -> Result<()> {
-        let wanted = Selector::new(self.pod.or(self.cgroup).unwrap_or_default(), self.interface);
+        let wanted = match self.cgroup {
+            Some(cgroup) => Selector::of_cgroup(cgroup, self.interface),
+            None => Selector::new(self.pod.unwrap_or_default(), self.interface),
+        };
         let (gone, done) = take_off(&wanted.select(attachments::read()?)?);
         output::print(&gone)?;
         done

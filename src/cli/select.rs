@@ -13,11 +13,19 @@ pub struct Selector {
     /// Only this interface of the pod
     #[arg(short, long, value_name = "NAME")]
     interface: Option<String>,
+    /// Whether the name is the whole path of a cgroup.
+    #[arg(skip)]
+    is_cgroup: bool,
 }
 
 impl Selector {
     pub fn new(pod: String, interface: Option<String>) -> Self {
-        Self { pod, interface }
+        Self { pod, interface, is_cgroup: false }
+    }
+
+    /// The attachments of one cgroup, by its whole path.
+    pub fn of_cgroup(path: String, interface: Option<String>) -> Self {
+        Self { pod: path, interface, is_cgroup: true }
     }
 
     /// The attachments of the one pod that is meant.
@@ -73,7 +81,11 @@ impl Selector {
 
     fn any(&self, attachment: &Attachment, is_meant: impl Fn(&str) -> bool) -> bool {
         let joined = [attachment.name(), attachments::below_mount(&attachment.owner.cgroup)];
-        Self::names(attachment, &joined).into_iter().any(|name| !name.is_empty() && is_meant(name))
+        let is_meant = |name: &str| !name.is_empty() && is_meant(name);
+        if self.is_cgroup {
+            return [&attachment.owner.cgroup, &joined[1]].into_iter().any(|name| is_meant(name));
+        }
+        Self::names(attachment, &joined).into_iter().any(is_meant)
     }
 
     fn is(&self, attachment: &Attachment) -> bool {
@@ -83,6 +95,6 @@ impl Selector {
 
     fn begins(&self, attachment: &Attachment) -> bool {
         let begins = |name: &str| name.starts_with(&self.pod) || name.trim_start_matches('/').starts_with(&self.pod);
-        self.is(attachment) || (!self.pod.is_empty() && self.any(attachment, begins))
+        self.is(attachment) || (!self.is_cgroup && !self.pod.is_empty() && self.any(attachment, begins))
     }
 }

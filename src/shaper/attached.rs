@@ -203,7 +203,9 @@ pub fn forget_others(pins: &LockedPins, attachments: impl Iterator<Item = PathBu
     }
     let set = Set::pinned(&directory)?;
     let sharing = attachments.filter(|directory| pins::shares(directory));
-    let owners: Vec<Owner> = sharing.filter_map(|directory| Pinned::at(&directory).owner().ok()).collect();
+    // An owner that cannot be read at this moment may be that of a live pod, so nothing is removed then.
+    let owners = sharing.map(|directory| Pinned::at(&directory).owner_if_readable()).collect::<Result<Vec<_>>>()?;
+    let owners: Vec<Owner> = owners.into_iter().flatten().collect();
     let slots: HashSet<u32> = owners.iter().map(|owner| owner.slot).collect();
     let found = [set.limits.keys(), set.meters.keys(), set.others.keys()].into_iter().collect::<io::Result<Vec<_>>>();
     let found = found.map_err(|cause| refused("list the node's limits", &cause))?;

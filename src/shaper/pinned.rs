@@ -1,6 +1,7 @@
 //! An attachment that is pinned: read, changed and checked through its pins alone.
 
 use std::{
+    cell::OnceCell,
     fs,
     os::fd::{AsFd, OwnedFd},
     os::unix::fs::MetadataExt,
@@ -21,12 +22,14 @@ use crate::{
 /// One attachment that is pinned.
 pub struct Pinned<'a> {
     directory: &'a Path,
+    /// The directory of its links. `podshaper sync` reads all links of all pods, and looks for the directory once.
+    links: OnceCell<PathBuf>,
 }
 
 impl<'a> Pinned<'a> {
     /// The attachment that is pinned in a directory.
     pub fn at(directory: &'a Path) -> Self {
-        Self { directory }
+        Self { directory, links: OnceCell::new() }
     }
 
     /// The record of whose attachment it is.
@@ -131,7 +134,7 @@ impl<'a> Pinned<'a> {
             let (pins, cgroup) = (self.directory.display(), cgroup.display());
             return Err(mismatch(format!("the programs on {cgroup} do not know of the limit pinned in {pins}")));
         }
-        if owner.changed || owner.followed {
+        if owner.has_other_limits() {
             return Ok(());
         }
         let found = self.limits(&owner, &set)?;
@@ -172,7 +175,7 @@ impl<'a> Pinned<'a> {
 
     /// The pin of a program's link.
     fn link(&self, program: &str) -> PathBuf {
-        pins::links_of(self.directory).join(program)
+        self.links.get_or_init(|| pins::links_of(self.directory)).join(program)
     }
 
     fn map(&self, name: &str) -> std::io::Result<OwnedFd> {
