@@ -24,7 +24,7 @@ use serde::de::DeserializeOwned;
 
 use crate::error::{Code, Error, Result, quoted};
 use client::{Answer, Question};
-use kept::Kept;
+pub use kept::{Kept, LeftOut, MAX_BYTES};
 use kubeconfig::Server;
 
 /// The time limit for an answer, including name lookup, handshake and body. kubelet starts no other container of the
@@ -65,9 +65,18 @@ pub struct Metadata {
     /// `metadata.name`
     pub name: String,
     /// `metadata.labels`
-    pub labels: Labels,
+    pub labels: Kept,
     /// `metadata.annotations`
-    pub annotations: BTreeMap<String, String>,
+    pub annotations: Kept,
+}
+
+/// The pods of a node. A tenant can write the UID of any pod into [`MIRROR`], so a mirror never replaces a pod that has
+/// the UID itself, nor another mirror.
+#[derive(Default)]
+struct Pods {
+    by_own_uid: BTreeMap<String, Metadata>,
+    /// `None` if several pods claim to mirror the UID: nothing tells which of them kubelet has made.
+    by_mirrored_uid: BTreeMap<String, Option<Metadata>>,
 }
 
 #[derive(Deserialize)]
@@ -120,12 +129,10 @@ pub fn pods_of(kubeconfig: &Path, node: &str) -> Result<BTreeMap<String, Metadat
     // is good enough for a question that is repeated every few seconds.
     const NOT_ENDED: &str = "status.phase%21%3DSucceeded%2Cstatus.phase%21%3DFailed";
     let path = format!("/api/v1/pods?fieldSelector=spec.nodeName%3D{node}%2C{NOT_ENDED}&resourceVersion=0");
-    let mut pods = BTreeMap::new();
-    ask_for_all(kubeconfig, &format!("the pods of node {node}"), &path, "pods", |Object { metadata }| {
-        let (uid, pod) = by_uid(metadata);
-        pods.insert(uid, pod);
-    })?;
-    Ok(pods)
+    let mut pods = Pods::default();
+    let subject = format!("the pods of node {node}");
+    ask_for_all(kubeconfig, &subject, &path, "pods", |Object { metadata }| pods.add(metadata))?;
+    Ok(pods.by_uid())
 }
 
 /// Asks the API server for the labels of a namespace.
@@ -201,16 +208,33 @@ fn asked<T>(kubeconfig: &Path, subject: &str, ask: impl FnOnce(&Server) -> Resul
     found
 }
 
-/// A pod and the UID that the runtime knows.
-fn by_uid(metadata: ObjectMeta) -> (String, Metadata) {
-    let uid = metadata.uid.clone();
-    let metadata = Metadata::of(metadata);
-    (metadata.annotations.get(MIRROR).cloned().unwrap_or(uid), metadata)
+impl Pods {
+    fn add(&mut self, metadata: ObjectMeta) {
+        let uid = metadata.uid.clone();
+        let pod = Metadata::of(metadata);
+        match pod.annotations.mirrored().map(str::to_owned) {
+            None => drop(self.by_own_uid.insert(uid, pod)),
+            Some(mirrored) => {
+                self.by_mirrored_uid.entry(mirrored).and_modify(|claimed| *claimed = None).or_insert(Some(pod));
+            }
+        }
+    }
+
+    /// The pods by the UID that the runtime knows.
+    fn by_uid(self) -> BTreeMap<String, Metadata> {
+        let mut by_uid = self.by_own_uid;
+        for (uid, mirror) in self.by_mirrored_uid {
+            if let Some(mirror) = mirror {
+                by_uid.entry(uid).or_insert(mirror);
+            }
+        }
+        by_uid
+    }
 }
 
 impl Metadata {
     fn of(ObjectMeta { name, namespace, uid: _, labels, annotations }: ObjectMeta) -> Self {
-        let [labels, annotations] = [labels, annotations].map(|kept| kept.unwrap_or_default().0);
+        let [labels, annotations] = [labels, annotations].map(Option::unwrap_or_default);
         Self { namespace, name, labels, annotations }
     }
 }
@@ -220,7 +244,7 @@ fn understand(answer: &Answer, uid: &str) -> Result<Metadata, String> {
     let Object { metadata } = decode(answer, "a pod")?;
     let found = metadata.uid.clone();
     let metadata = Metadata::of(metadata);
-    if found != uid && metadata.annotations.get(MIRROR).is_none_or(|mirrored| mirrored != uid) {
+    if found != uid && metadata.annotations.mirrored() != Some(uid) {
         return Err(format!(
             "it has another pod of this name by now: UID {}, and the runtime makes {uid}; kubelet will give it up or try again",
             quoted(&found)
@@ -260,27 +284,49 @@ fn refusal(answer: &Answer) -> String {
 mod tests {
     use super::*;
 
+    fn pods(items: &str) -> BTreeMap<String, Metadata> {
+        let body = format!(
+            r#"{{"kind": "PartialObjectMetadataList", "metadata": {{"resourceVersion": "1"}}, "items": {items}}}"#
+        );
+        let mut pods = Pods::default();
+        let read = list::read(&mut body.as_bytes(), "pods", &mut |Object { metadata }| pods.add(metadata));
+        read.unwrap().unwrap();
+        pods.by_uid()
+    }
+
+    /// The UIDs of pods, each with the pod's name. Each item is a name, a UID and the UID that is mirrored, if any.
+    fn names(items: &[[&str; 3]]) -> Vec<String> {
+        let item = |[name, uid, mirrored]: &[&str; 3]| {
+            let mirror = if mirrored.is_empty() { String::new() } else { format!(r#""{MIRROR}": "{mirrored}""#) };
+            format!(r#"{{"metadata": {{"name": "{name}", "uid": "{uid}", "annotations": {{{mirror}}}}}}}"#)
+        };
+        let items: Vec<String> = items.iter().map(item).collect();
+        pods(&format!("[{}]", items.join(","))).iter().map(|(uid, pod)| format!("{uid} {}", pod.name)).collect()
+    }
+
     #[test]
     fn the_pods_of_a_node_are_told_apart_as_the_runtime_does() {
-        let all = |items: &str| {
-            let body = format!(
-                r#"{{"kind": "PartialObjectMetadataList", "metadata": {{"resourceVersion": "1"}}, "items": {items}}}"#
-            );
-            let mut pods = Vec::new();
-            let read = list::read(&mut body.as_bytes(), "pods", &mut |Object { metadata }| pods.push(by_uid(metadata)));
-            read.unwrap().unwrap();
-            pods
-        };
         for none in ["null", "[]"] {
-            assert_eq!(all(none), [], "{none}");
+            assert_eq!(pods(none), BTreeMap::new(), "{none}");
         }
-        let mirror = format!(r#"{{"{MIRROR}": "static"}}"#);
-        let pods = all(&format!(
-            r#"[{{"metadata": {{"uid": "u-1", "labels": {{"a": "b"}}}}}}, {{"metadata": {{"uid": "u-2", "annotations": {mirror}}}}}]"#
-        ));
-        assert_eq!(pods.iter().map(|(uid, _)| uid.as_str()).collect::<Vec<_>>(), ["u-1", "static"]);
-        assert_eq!(pods[0].1.labels["a"], "b");
+        let labelled = pods(r#"[{"metadata": {"uid": "u-1", "labels": {"a": "b"}}}]"#);
+        assert_eq!(labelled["u-1"].labels.get("a"), Ok(Some("b")));
+        assert_eq!(names(&[["a", "u-1", ""], ["b", "u-2", "static"]]), ["static b", "u-1 a"]);
         let refused = refusal(&Answer { status: 403, body: b"{}".to_vec() });
         assert!(refused.contains("kubectl apply -f install/labels-rbac.yaml"), "{refused}");
+    }
+
+    #[test]
+    fn a_mirror_replaces_no_pod_that_has_the_uid_itself_and_no_other_mirror() {
+        let (victim, foe, kubelets) = (["web", "u-1", ""], ["foe", "u-2", "u-1"], ["etcd", "u-3", "u-1"]);
+        for items in [[victim, foe], [foe, victim]] {
+            assert_eq!(names(&items), ["u-1 web"], "{items:?}");
+        }
+        for items in [[foe, kubelets], [kubelets, foe]] {
+            assert_eq!(names(&items), [""; 0], "{items:?}");
+        }
+        // A third one is not the first again.
+        assert_eq!(names(&[kubelets, foe, foe]), [""; 0]);
+        assert_eq!(names(&[foe, kubelets, victim]), ["u-1 web"]);
     }
 }

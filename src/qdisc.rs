@@ -18,7 +18,7 @@ use crate::{
     error::{Code, Error, Result},
     netlink,
     request::Limit,
-    units::Rate,
+    units::{Burst, Rate},
 };
 
 /// The handle of the qdiscs that podshaper makes.
@@ -175,9 +175,7 @@ pub fn with_ethernet(rate: Rate) -> u64 {
 
 fn tbf_options(limit: &Limit) -> Vec<TcOption> {
     let bytes_per_s = with_ethernet(limit.rate) / 8;
-    // tbf drops each packet that is longer than its burst (`tbf_segment`, `tbf_enqueue`).
-    let burst = limit.burst.as_bytes().max(FULL_PACKET_BYTES + ETHERNET_HEADER_BYTES);
-    let burst = u32::try_from(burst).unwrap_or(u32::MAX);
+    let burst = tbf_burst_bytes(limit.burst);
     let queue = (u128::from(bytes_per_s) * u128::from(TBF_QUEUE_NS) / 1_000_000_000).max(MIN_TBF_QUEUE_BYTES);
     let queue = u32::try_from(queue).unwrap_or(u32::MAX).saturating_add(burst);
     // struct tc_tbf_qopt: rate, peakrate (none), limit, buffer (0: TCA_TBF_BURST counts), mtu.
@@ -190,6 +188,11 @@ fn tbf_options(limit: &Limit) -> Vec<TcOption> {
         option(TCA_TBF_RATE64, &bytes_per_s.to_ne_bytes()),
         option(TCA_TBF_BURST, &burst.to_ne_bytes()),
     ]
+}
+
+/// tbf drops each packet that is longer than its burst (`tbf_enqueue`), so the burst has room for a full packet.
+fn tbf_burst_bytes(burst: Burst) -> u32 {
+    u32::try_from(burst.as_bytes().max(FULL_PACKET_BYTES + ETHERNET_HEADER_BYTES)).unwrap_or(u32::MAX)
 }
 
 /// Kind and handle of an interface's root qdisc.
@@ -268,6 +271,13 @@ mod tests {
             (Rate::MAX, 1_009_333_333_333_333),
         ] {
             assert_eq!(with_ethernet(rate), with_headers, "{rate}bit/s");
+        }
+    }
+
+    #[test]
+    fn the_burst_of_tbf_has_room_for_a_full_packet() {
+        for (burst, bytes) in [("8k", 1_514), ("16k", 2_000), ("8G", 1_000_000_000)] {
+            assert_eq!(tbf_burst_bytes(burst.parse().unwrap()), bytes, "{burst}");
         }
     }
 }

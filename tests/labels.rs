@@ -10,7 +10,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use nix::sched::{CloneFlags, unshare};
 use rcgen::KeyPair;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::chain::{Attachment, Bed, MBIT};
 use super::harness::cni::Cni;
@@ -75,6 +75,24 @@ fn a_label_and_an_annotation_of_the_api_server_are_limits() {
         let (line, host) = ("GET /api/v1/namespaces/default/pods/web-0 HTTP/1.1\r\n", server.address);
         assert!(requests[0].starts_with(line) && requests[0].ends_with("(with a certificate)"), "{requests:?}");
         assert!(requests[0].contains(&format!("\r\nhost: {host}\r\n")), "{requests:?}");
+    }
+}
+
+/// A pod must not get rid of its limit by keys that sort before it.
+#[test]
+fn a_limit_that_may_be_behind_more_keys_than_are_read_is_an_error() {
+    let mut members: Map<String, Value> = (0..300).map(|i| (format!("a{i:03}"), json!("x".repeat(250)))).collect();
+    members.insert("rate".into(), json!("1M"));
+    let (many, none) = (json!(members), json!(null));
+    for (labels, annotations, source) in
+        [(&many, &none, "API server's pod label"), (&none, &many, "API server's pod annotation")]
+    {
+        let server = ApiServer::start(Reply::pod(UID, labels, annotations)).unwrap();
+        let path = kubeconfig(&server);
+        let (code, details) = refused(&add(&path, r#", "onApiError": "ignore""#));
+        let expected = format!("{source} rate: it is not known whether pod default/web-0 has it, since ");
+        assert!(code == CONFIG && details.starts_with(&expected), "{code} {details}");
+        assert_eq!(ok(&add(&path, r#", "rateKey": """#)).stdout, RESULT);
     }
 }
 

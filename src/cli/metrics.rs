@@ -142,8 +142,10 @@ fn of_node(conf_dir: &Path, cache_dir: &Path) -> String {
         head(&mut text, name, "gauge", help);
         text += &format!("podshaper_{name} {value}\n");
     };
-    let is_in_it = conflists::misses_podshaper(conf_dir).is_none();
-    gauge("in_conflist", "Whether podshaper is in the conflist by which pods are made.", is_in_it.into());
+    if let Some(is_in_it) = conflists::has_podshaper(conf_dir) {
+        let help = "Whether podshaper is in the conflist by which pods are made; none where that cannot be read.";
+        gauge("in_conflist", help, is_in_it.into());
+    }
     let are_enabled = install::not_enabled().is_empty();
     gauge("units_enabled", "Whether systemd, where it runs, has podshaper's units enabled.", are_enabled.into());
     match sync::unlimited(conf_dir, cache_dir) {

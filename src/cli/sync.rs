@@ -195,7 +195,7 @@ fn candidates(
     let mut newest: BTreeMap<(String, String), (Sandbox, Result<Request>)> = BTreeMap::new();
     for sandbox in sandboxes {
         // The annotations on the API server replace those that the runtime was told, which may be long.
-        let has_newer = sandbox.ifname == DEFAULT_INTERFACE && answer.pod(sandbox.pod()).is_some();
+        let has_newer = sandbox.ifname == DEFAULT_INTERFACE && answer.pod_of(&sandbox).is_some();
         let Some(request) = networks.request(&sandbox, !has_newer) else { continue };
         let key = (sandbox.pod().to_owned(), sandbox.ifname.clone());
         if newest.get(&key).is_none_or(|(other, _)| sandbox.is_newer_than(other)) {
@@ -256,14 +256,15 @@ impl Candidate {
     /// The limits that are asked for now; `None` if they are not known, and the limits in force are to stay.
     fn asked(&self, answer: &Answer<'_>) -> Result<Option<Limits>> {
         let Interface { sandbox, request, endpoint } = &self.interface;
-        let uid = endpoint.key.uid().map(crate::pod::PodUid::as_str);
-        match uid.and_then(|uid| answer.pod(uid)) {
+        let has_uid = endpoint.key.uid().is_some();
+        match answer.pod_of(sandbox) {
             Some(pod) => {
                 let are_its_annotations = sandbox.ifname == DEFAULT_INTERFACE;
                 request.limits_now(pod, are_its_annotations, &answer.namespaces).map(Some)
             }
-            // The server gave no answer, or the pod is being deleted, or another pod has this name now.
-            None if self.found.is_some() && uid.is_some() && !answer.is_of_nobody() => Ok(None),
+            // The server gave no answer, or the pod is being deleted, or another pod has this name now, or several pods
+            // claim to be the mirror of this static pod.
+            None if self.found.is_some() && has_uid && !answer.is_of_nobody() => Ok(None),
             // This includes a runtime that passes no UID: the pod of this name on the server may be another one.
             None => request.limits_of_call(&answer.namespaces).map(Some),
         }

@@ -22,7 +22,7 @@ use super::policy::Namespaces;
 use super::{Request, bandwidth, env, json};
 use crate::direction::Direction;
 use crate::error::{Code, Error, Result, quoted};
-use crate::kube::{Labels, Metadata};
+use crate::kube::{Kept, Labels, LeftOut, MAX_BYTES, Metadata};
 use crate::units::{Burst, Rate, UnitError};
 
 /// The limits of one attachment; `None` means unlimited.
@@ -137,8 +137,16 @@ impl Asked {
     }
 }
 
-/// The value of a key; the error is the JSON value that stands there instead of a string.
-type Value<'a> = &'a dyn Fn(&str) -> Result<Option<String>, String>;
+/// The value of a key.
+type Value<'a> = &'a dyn Fn(&str) -> Result<Option<String>, NoValue>;
+
+/// Why a key has no value that can be used.
+enum NoValue {
+    /// The JSON that stands there instead of a string.
+    NotText(String),
+    /// The key may be one of those of this pod that were left out.
+    LeftOut { pod: String },
+}
 
 impl Request {
     /// The limits that this call and the configuration ask for.
@@ -234,12 +242,18 @@ impl Request {
     /// Source 5, first part: the annotations.
     fn annotations(&self, pod: &Metadata, asked: &mut Both) -> Result<()> {
         check_own_keys(Source::ApiAnnotation, pod.annotations.keys())?;
-        self.keys(Source::ApiAnnotation, &|key| Ok(pod.annotations.get(key).cloned()), asked)
+        self.keys(Source::ApiAnnotation, &|key| self.kept(&pod.annotations, key), asked)
     }
 
     /// Source 5, second part: the labels.
     fn labels(&self, pod: &Metadata, asked: &mut Both) -> Result<()> {
-        self.keys(Source::ApiLabel, &|key| Ok(pod.labels.get(key).cloned()), asked)
+        self.keys(Source::ApiLabel, &|key| self.kept(&pod.labels, key), asked)
+    }
+
+    fn kept(&self, kept: &Kept, key: &str) -> Result<Option<String>, NoValue> {
+        let names = [&self.pod_namespace, &self.pod_name].map(|name| name.as_deref().unwrap_or_default());
+        let value = kept.get(key).map_err(|LeftOut| NoValue::LeftOut { pod: names.join("/") })?;
+        Ok(value.map(str::to_owned))
     }
 
     /// Sources 1 to 4, which the call itself carries.
@@ -303,8 +317,21 @@ fn read<T>(
     match value(key) {
         Ok(None) => Ok(None),
         Ok(Some(text)) => parse(&text).map(Some).map_err(|cause| wrong(quoted(&text), cause)),
-        Err(shown) => Err(wrong(shown, UnitError::NotText)),
+        Err(NoValue::NotText(shown)) => Err(wrong(shown, UnitError::NotText)),
+        Err(NoValue::LeftOut { pod }) => Err(left_out(source, key, &pod)),
     }
+}
+
+/// The error about a key that was left out, if the pod has it. The pod keeps the limit that it has; a new pod is not
+/// made.
+fn left_out(source: Source, key: &str, pod: &str) -> Error {
+    let text = format!(
+        "{source} {key}: it is not known whether pod {pod} has it, since the keys in front of it have {MAX_BYTES} \
+         bytes or more, and no more are read: take some of them off the pod, write its limit as {}, or set \
+         \"rateKey\" to \"\"",
+        Direction::Egress.annotation()
+    );
+    Error::new(Code::Config, text)
 }
 
 /// Refuses an unknown key with podshaper's own prefix. Such a key is most often misspelt, and its limit would be
@@ -336,14 +363,14 @@ pub(super) fn decode<T: for<'de> Deserialize<'de>>(name: &str, raw: &RawValue) -
 }
 
 /// A member that should be a string. A number counts as its text, null counts as absent.
-fn text(members: &BTreeMap<String, Box<RawValue>>, key: &str) -> Result<Option<String>, String> {
+fn text(members: &BTreeMap<String, Box<RawValue>>, key: &str) -> Result<Option<String>, NoValue> {
     match members.get(key).map(|raw| (raw.get(), json::string(raw))) {
         None | Some(("null", _)) => Ok(None),
         Some((_, Ok(text))) => Ok(Some(text)),
         Some((number, Err(_))) if number.starts_with(|c: char| c == '-' || c.is_ascii_digit()) => {
             Ok(Some(number.to_owned()))
         }
-        Some((_, Err(shown))) => Err(shown),
+        Some((_, Err(shown))) => Err(NoValue::NotText(shown)),
     }
 }
 
@@ -351,6 +378,7 @@ fn text(members: &BTreeMap<String, Box<RawValue>>, key: &str) -> Result<Option<S
 pub(super) mod tests {
     use super::*;
     use crate::request::tests::{add, config};
+    use serde_json::json;
 
     /// Egress and ingress as "rate burst source", or the error.
     pub(in crate::request) fn outcome(request: &Request) -> Result<[String; 2], String> {
@@ -469,6 +497,42 @@ pub(super) mod tests {
         ] {
             let request = add(call, &config(rate_key)).unwrap();
             assert_eq!(outcome(&request), Ok([egress, ""].map(String::from)), "{rate_key} {call}");
+        }
+    }
+
+    /// More keys and values than are kept, and these behind them.
+    fn behind_many_others(members: &[(&str, &str)]) -> Kept {
+        let value = "x".repeat(250);
+        let others = (0..300).map(|i| (format!("a{i:03}"), value.clone()));
+        let members = members.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+        serde_json::from_str(&json!(others.chain(members).collect::<BTreeMap<_, _>>()).to_string()).unwrap()
+    }
+
+    #[test]
+    fn a_rate_that_may_be_left_out_is_an_error_and_not_absent() {
+        let (many, none) = (|members: &[(&str, &str)]| behind_many_others(members), Kept::default);
+        let text = |source| {
+            format!(
+                "{source} rate: it is not known whether pod n/a has it, since the keys in front of it have 65536 bytes \
+                 or more, and no more are read: take some of them off the pod, write its limit as \
+                 kubernetes.io/egress-bandwidth, or set \"rateKey\" to \"\""
+            )
+        };
+        let standard = ("kubernetes.io/egress-bandwidth", "5M");
+        for (annotations, labels, keys, expected) in [
+            (many(&[("rate", "1M")]), none(), "", Err(text("API server's pod annotation"))),
+            (many(&[]), none(), "", Err(text("API server's pod annotation"))),
+            (none(), many(&[("rate", "1M")]), "", Err(text("API server's pod label"))),
+            // These do not depend on the keys that are left out.
+            (many(&[standard, ("rate", "1M")]), none(), "", Ok("5M")),
+            (many(&[("rate", "1M")]), none(), r#", "rateKey": """#, Ok("")),
+        ] {
+            let keys = config(&format!(r#""kubeconfig": "/k"{keys}"#));
+            let request = add("K8S_POD_NAMESPACE=n;K8S_POD_NAME=a", &keys).unwrap();
+            let pod = Metadata { annotations, labels, ..Metadata::default() };
+            let limits = request.limits_now(&pod, true, &Namespaces::new()).map_err(|error| error.to_string());
+            let egress = limits.map(|limits| limits.egress.map(|limit| limit.rate.to_string()).unwrap_or_default());
+            assert_eq!(egress, expected.map(String::from), "{keys}");
         }
     }
 }

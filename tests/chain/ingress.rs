@@ -87,7 +87,8 @@ fn requests_beside_downloads_do_not_wait_for_them_with_ecn_either() {
 fn losses_on_the_way_cost_no_timeouts() {
     const RATE: u64 = 10 * MBIT;
     const LEAST_SHARE: f64 = 0.8;
-    const MOST_TIMEOUTS: f64 = 10.0;
+    // Of the packets that are sent again. When the repeated ones were taken for copies, 0.16 to 0.32 had timed out.
+    const MOST_TIMEOUTS: f64 = 0.125;
     let bed = Bed::new();
     let mut pod = bed.limited(Limits { egress: None, ingress: Some(RATE) });
     let remote = Remote::new(&pod).unwrap();
@@ -104,5 +105,5 @@ fn losses_on_the_way_cost_no_timeouts() {
     let text = format!("{rate:.3} of the limit, {} retransmits, {timeouts} timeouts", result.retransmits);
     eprintln!("{text}");
     assert!(result.retransmits > 50, "nothing was lost: {text}");
-    assert!(rate >= LEAST_SHARE && timeouts <= MOST_TIMEOUTS, "{text}");
+    assert!(rate >= LEAST_SHARE && timeouts <= MOST_TIMEOUTS * result.retransmits as f64, "{text}");
 }

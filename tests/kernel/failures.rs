@@ -1,9 +1,10 @@
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
+use nix::fcntl::{Flock, FlockArg};
 use serde_json::json;
 
 use super::mounts;
@@ -334,6 +335,9 @@ fn a_directory_of_pins_that_is_not_roots_alone_is_not_used() {
         fs::set_permissions(&directory, fs::Permissions::from_mode(0o700)).unwrap();
         std::os::unix::fs::chown(&directory, Some(1000), None).unwrap();
         assert_eq!(refused(&pod.cni("ADD")), refusal(1000, "700"));
+        // A pod without a limit must not wait for the lock of that user.
+        let _lock = Flock::lock(File::open(&directory).unwrap(), FlockArg::LockExclusive).unwrap();
+        pod.call("DEL");
         fs::remove_dir(&directory).unwrap();
         pod.call("ADD");
         pod.call("DEL");

@@ -52,6 +52,9 @@ fn a_cgroup_is_limited_changed_and_let_go() {
     says(&["attach", "--cgroup", path, "--egress", "5M"]);
     let entry = listed(&key(&slice)).unwrap();
     assert!(entry["egress"]["limitBitsPerS"] == 5_000_000 && entry["ingress"].is_null(), "{entry}");
+    // The beginning of a path is another cgroup.
+    let (beginning, _) = path.split_at(path.len() - 1);
+    assert!(refuses(&["detach", "--cgroup", beginning]).contains("no such pod is limited"));
     assert_eq!(says(&["detach", "--cgroup", path]), format!("{short} *: no limit any more\n"));
     assert_eq!(listed(&key(&slice)), None);
 }

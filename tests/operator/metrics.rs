@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::{call, limited_both_ways, listed, refuses, says};
+use crate::api::{ApiServer, Reply};
 use crate::chain::{Bed, MBIT};
 use crate::harness::limiter::{Limiter, Limits};
 use crate::harness::process;
@@ -182,6 +183,32 @@ fn units_are_enabled_or_not() {
             is(expected);
         }
     });
+}
+
+/// No series where it is not known. Nobody is asked for it: a collector reads the metrics every few seconds.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn podshaper_is_in_the_conflist_or_not_or_that_is_not_known() {
+    let directory = tempfile::tempdir().unwrap();
+    let server = ApiServer::start(Reply::status("403 Forbidden", "no")).unwrap();
+    let kubeconfig = server.kubeconfig(&json!({}), &json!({})).unwrap();
+    let rules = json!([{ "labels": { "tier": "free" }, "max": { "egress": "5M" } }]);
+    let podshaper = json!({ "type": "podshaper", "kubeconfig": kubeconfig, "namespaces": rules });
+    let list = |plugins: &[&Value]| json!({ "cniVersion": "1.0.0", "name": "net", "plugins": plugins }).to_string();
+    let series = |conf: &Path| {
+        let text = says(&["metrics", "--conf-dir", conf.to_str().unwrap()]);
+        text.contains("podshaper_in_conflist").then(|| text.contains("\npodshaper_in_conflist 1\n"))
+    };
+    let bridge = json!({ "type": "bridge" });
+    assert_eq!(series(directory.path()), None, "an empty directory");
+    assert_eq!(series(&directory.path().join("nowhere")), None);
+    for (text, expected) in
+        [("{".to_owned(), None), (list(&[&bridge]), Some(false)), (list(&[&bridge, &podshaper]), Some(true))]
+    {
+        fs::write(directory.path().join("10-net.conflist"), &text).unwrap();
+        assert_eq!(series(directory.path()), expected, "{text}");
+    }
+    assert_eq!(server.requests(), [""; 0]);
 }
 
 /// All expressions of the Grafana dashboard, with values for its variables.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use base64::{Engine, engine::general_purpose::STANDARD};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
 use super::scale::{slowness, walk};
@@ -179,6 +179,8 @@ fn an_annotation_that_changes_changes_the_limit_of_a_running_pod() {
         pod.assert_rates([50 * MBIT, 1000 * MBIT]);
         annotate(json!({ INGRESS: "1G" }), "default/web eth0: egress no limit (was 50Mbit/s, burst 250kbit)\n");
         pod.assert_rates([0, 1000 * MBIT]);
+        // The pod's programs are not those of the ADD any more. `sync` takes the network's name from the conflist.
+        ok(&pod.cni("CHECK").stdin(pod.stdin_with(json!({ "name": "cbr0" }))));
         annotate(
             json!({ "rate": "1M" }),
             "default/web eth0: egress 8Mbit/s, burst 120kbit (was no limit)\n\
@@ -375,6 +377,77 @@ fn pods_with_the_largest_annotations_cost_nobody_else() {
         assert_eq!(node.syncs(), "default/web eth0: egress 50Mbit/s, burst 250kbit (was 10Mbit/s, burst 120kbit)\n");
         pod.assert_rates([50 * MBIT, 0]);
         pod.call("DEL");
+    });
+}
+
+/// A tenant can write any UID into the annotation with which kubelet marks the mirror of a static pod.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn a_pod_that_claims_to_mirror_another_one_does_not_change_its_limit() {
+    on_a_node(|| {
+        let (mut node, limited, mut missing) = (Node::new(json!({})), Sandbox::new(), Sandbox::new());
+        limited.call("ADD");
+        node.keep(&limited);
+        let claim = |name: &str, uid: &str| {
+            let annotations = json!({ "kubernetes.io/config.mirror": uid, EGRESS: "1G" });
+            json!({ "metadata": { "namespace": "default", "name": name, "uid": "u-1", "annotations": annotations } })
+        };
+        let answer = |node: &mut Node, items: &[Value]| {
+            let list = json!({ "metadata": {}, "items": items });
+            node.server = Some(ApiServer::start(Reply::json("200 OK", &list)).unwrap());
+        };
+        let own = list(&[(&limited.uid, json!({ EGRESS: "10M" }))])["items"][0].clone();
+        let foe = claim("foe", &limited.uid);
+        for items in [vec![own.clone(), foe.clone()], vec![foe.clone(), own.clone()], vec![foe]] {
+            answer(&mut node, &items);
+            assert_eq!(node.syncs(), "", "{items:?}");
+            limited.assert_rates([RATE, 0]);
+        }
+        // The annotations that the runtime has count for a pod that only the other one speaks for.
+        missing.stdin["runtimeConfig"] = json!({ "io.kubernetes.cri.pod-annotations": { EGRESS: "3M" } });
+        node.keep(&missing);
+        answer(&mut node, &[own, claim("foe", &missing.uid)]);
+        assert_eq!(node.syncs(), "default/web eth0: egress 3Mbit/s, burst 120kbit (was no limit)\n");
+        // The mirror of a static pod has the pod's name.
+        answer(&mut node, &[claim("web", &limited.uid)]);
+        assert_eq!(node.syncs(), "default/web eth0: egress 1Gbit/s, burst 5Mbit (was 10Mbit/s, burst 120kbit)\n");
+        [limited, missing].iter().for_each(|pod| drop(pod.call("DEL")));
+    });
+}
+
+/// Keys that sort before the limit must not hide it.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn a_limit_behind_more_keys_than_are_read_stays_and_is_told_of() {
+    on_a_node(|| {
+        let (mut node, full, other) = (Node::new(json!({})), Sandbox::new(), Sandbox::new());
+        [&full, &other].iter().for_each(|pod| drop(node.keep(pod)));
+        let ask = |node: &mut Node, of_full: Value, of_other: &str| {
+            node.ask(&[(&full.uid, of_full), (&other.uid, json!({ EGRESS: of_other }))]);
+        };
+        ask(&mut node, json!({ "rate": "1M" }), "10M");
+        node.syncs();
+        full.assert_rates([8 * MBIT, 0]);
+        let many = |key: &str, value: &str| {
+            let mut annotations: Map<String, Value> =
+                (0..300).map(|i| (format!("a{i:03}"), json!("x".repeat(250)))).collect();
+            annotations.insert("rate".into(), json!("2M"));
+            annotations.insert(key.into(), json!(value));
+            json!(annotations)
+        };
+        ask(&mut node, many("rate", "2M"), "20M");
+        let (code, stdout, stderr) = node.sync(&[]);
+        let followed = "default/web eth0: egress 20Mbit/s, burst 120kbit (was 10Mbit/s, burst 120kbit)\n";
+        assert_eq!((code, stdout.as_str(), stderr.lines().count()), (1, followed, 1), "{stderr}");
+        let told = "default/web eth0: API server's pod annotation rate: it is not known whether pod default/web has it";
+        assert!(stderr.contains(told), "{stderr}");
+        full.assert_rates([8 * MBIT, 0]);
+        other.assert_rates([20 * MBIT, 0]);
+        // What the error advises.
+        ask(&mut node, many(EGRESS, "5M"), "20M");
+        node.syncs();
+        full.assert_rates([5 * MBIT, 0]);
+        [full, other].iter().for_each(|pod| drop(pod.call("DEL")));
     });
 }
 

@@ -2,7 +2,9 @@
 //! are made beside them. Only OWNER, in JSON, is the same in all layouts.
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use podshaper_abi::Counters;
@@ -16,7 +18,7 @@ use crate::harness::limiter::Limiter;
 use crate::harness::measure::{self, Bulk};
 use crate::harness::pod::{INTERFACE, container_id};
 use crate::harness::{meter, process, unique};
-use crate::sandbox::{LINKS, NODE, PROGRAMS, RATE, Sandbox, bpftool, ok};
+use crate::sandbox::{LINKS, NODE, PROGRAMS, RATE, Sandbox, bpftool, netns_with_host_end, ok};
 
 /// A node whose pods run with the programs of another podshaper of the same layout. One call replaces the programs,
 /// without effect on the traffic.
@@ -173,6 +175,25 @@ fn an_older_layout_is_listed_deleted_and_collected() {
         ok(&pods[2].cni("GC").stdin(gc.to_string()));
         pods[2].assert_unlimited();
         assert!(!is_old(&pods[2]));
+    });
+}
+
+/// The packets of a pod of an older layout wait in the same room as those of other pods.
+#[test]
+#[ignore = "needs root, cgroup2 and bpffs"]
+fn the_waiting_room_stays_for_a_pod_of_an_older_layout() {
+    let is_there = || Path::new("/sys/class/net/podshaper-wait").exists();
+    alone(|| {
+        let [old, new] = [(); 2].map(|()| Sandbox::with_netns(Arc::new(netns_with_host_end().0)));
+        old.call("ADD");
+        age(&old);
+        new.call("ADD");
+        new.call("DEL");
+        assert!(is_there());
+        says(&["gc"]);
+        assert!(is_there());
+        old.call("DEL");
+        assert!(!is_there());
     });
 }
 

@@ -18,6 +18,8 @@ use super::wire::{self, Segments};
 use super::{chatter, context, say_listening, seconds};
 
 const WRITE_BYTES: usize = 1 << 17;
+/// What flows send: the number of MPTCP's option in TCP's header. podshaper must not take data for options.
+const LIKE_AN_OPTION: u8 = 30;
 /// SO_MAX_PACING_RATE of a socket that is not paced.
 const NOT_PACED: u64 = u64::MAX;
 
@@ -222,7 +224,7 @@ impl Fill<'_> {
     }
 
     fn fill(&self, mut stream: &TcpStream) -> io::Result<u64> {
-        let buffer = vec![0; self.message_bytes.unwrap_or(WRITE_BYTES)];
+        let buffer = vec![LIKE_AN_OPTION; self.message_bytes.unwrap_or(WRITE_BYTES)];
         let mut written = 0;
         let mut write = || match self.message_bytes {
             Some(_) => Ok(nix::sys::socket::send(stream.as_raw_fd(), &buffer, MsgFlags::MSG_EOR)?),

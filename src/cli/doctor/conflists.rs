@@ -30,6 +30,12 @@ struct Conflist {
     plugins: Vec<Plugin>,
 }
 
+impl Conflist {
+    fn has_podshaper(&self) -> bool {
+        self.plugins.iter().any(Plugin::is_podshaper)
+    }
+}
+
 #[derive(Deserialize)]
 struct Plugin {
     #[serde(rename = "type", default)]
@@ -38,6 +44,12 @@ struct Plugin {
     capabilities: Option<Map<String, Value>>,
     #[serde(flatten)]
     others: Map<String, Value>,
+}
+
+impl Plugin {
+    fn is_podshaper(&self) -> bool {
+        self.kind == "podshaper"
+    }
 }
 
 /// Checks the directories of configurations and of plugins.
@@ -67,7 +79,7 @@ pub(super) fn check(conf_dir: &Path, bin_dir: &Path) -> Vec<Finding> {
         findings.push(Finding::new(CHECK, State::Missing, text));
         return findings;
     }
-    findings.extend(misses_podshaper(conf_dir).map(|path| {
+    findings.extend(in_force(conf_dir).filter(|(_, list)| !list.has_podshaper()).map(|(path, _)| {
         let text = format!(
             "{}: podshaper is not in it, and it is what runtimes read, so that new pods have no limit: podshaper install",
             path.display()
@@ -104,12 +116,18 @@ fn delegated(delegation: &Delegation) -> Finding {
     }
 }
 
-/// The file that a runtime uses for new pods, if podshaper is not in it. `None` if the file cannot be read, which is
-/// reported elsewhere.
-pub fn misses_podshaper(conf_dir: &Path) -> Option<PathBuf> {
-    let in_force = list::configurations(conf_dir).ok()?.into_iter().find(|path| !is_multus(path))?;
-    let conflist = read(&in_force).ok()?;
-    problems(&conflist.plugins).is_none().then_some(in_force)
+/// Whether podshaper is in the file that a runtime uses for new pods. `None` if there is no such file, or if it cannot
+/// be parsed.
+pub fn has_podshaper(conf_dir: &Path) -> Option<bool> {
+    in_force(conf_dir).map(|(_, list)| list.has_podshaper())
+}
+
+/// The file that a runtime uses for new pods. `None` if there is none, or if it cannot be parsed; another finding says
+/// so.
+fn in_force(conf_dir: &Path) -> Option<(PathBuf, Conflist)> {
+    let path = list::configurations(conf_dir).ok()?.into_iter().find(|path| !is_multus(path))?;
+    let conflist = read(&path).ok()?;
+    Some((path, conflist))
 }
 
 /// Whether the file is Multus'. Multus calls the network that it delegates to, which makes the pod's interface.
@@ -156,7 +174,7 @@ fn read(path: &Path) -> Result<Conflist, String> {
 
 /// The problems of a chain with podshaper in it; `None` if podshaper is not in the chain.
 fn problems(plugins: &[Plugin]) -> Option<Vec<(State, String)>> {
-    let place = plugins.iter().position(|plugin| plugin.kind == "podshaper")?;
+    let place = plugins.iter().position(Plugin::is_podshaper)?;
     let podshaper = plugins.get(place)?;
     let mut problems = Vec::new();
     let mut say = |state, text: &str| problems.push((state, text.to_owned()));
@@ -183,7 +201,7 @@ fn problems(plugins: &[Plugin]) -> Option<Vec<(State, String)>> {
             "podshaper is not the last plugin: what comes after it may change what it has prepared; put it last",
         );
     }
-    if plugins.iter().filter(|plugin| plugin.kind == "podshaper").count() > 1 {
+    if plugins.iter().filter(|plugin| plugin.is_podshaper()).count() > 1 {
         say(State::Warn, "podshaper is in it twice, and the last one counts: take one out");
     }
     if plugins.iter().any(|plugin| plugin.kind == "bandwidth") {
@@ -339,7 +357,7 @@ mod tests {
             assert!(found.len() == 2 && found[0].0 == State::Ok && found[0].1.starts_with(in_it), "{found:?}");
             assert!(found[1].0 == state && found[1].1.starts_with(text), "{found:?}");
         }
-        assert_eq!(misses_podshaper(directory.path()), None);
+        assert_eq!(has_podshaper(directory.path()), Some(true));
     }
 
     #[test]
@@ -365,5 +383,23 @@ mod tests {
             "{absent:?}"
         );
         assert_eq!(found(&[("README", String::new())])[0].0, State::Warn);
+    }
+
+    #[test]
+    fn podshaper_is_in_the_file_in_force_or_not_or_that_is_not_known() {
+        let good = chain(r#"{"type": "bridge"}, {"type": "podshaper"}"#);
+        let other = chain(r#"{"type": "bridge"}"#);
+        let multus = r#"{"type": "multus", "name": "m"}"#.to_owned();
+        for (files, expected) in [
+            (vec![("10-a.conflist", good.clone())], Some(true)),
+            (vec![("10-a.conflist", other.clone()), ("20-b.conflist", good.clone())], Some(false)),
+            (vec![("00-multus.conf", multus.clone()), ("20-b.conflist", good.clone())], Some(true)),
+            (vec![("00-multus.conf", multus)], None),
+            (vec![("10-a.conflist", "{".into()), ("20-b.conflist", good)], None),
+            (vec![("README", other)], None),
+        ] {
+            assert_eq!(has_podshaper(directory(&files).path()), expected, "{files:?}");
+        }
+        assert_eq!(has_podshaper(Path::new("/nowhere")), None);
     }
 }

@@ -11,6 +11,7 @@ use crate::{
     kube::{self, Metadata},
     pod::object_name,
     request::Namespaces,
+    sandboxes::Sandbox,
 };
 
 use super::report::Report;
@@ -58,12 +59,13 @@ impl<'a> Answer<'a> {
         }
     }
 
-    /// The pod with a UID.
-    pub fn pod(&self, uid: &str) -> Option<&Metadata> {
-        match &self.pods {
-            Pods::Of { by_uid, .. } => by_uid.get(uid),
-            Pods::OfNobody | Pods::Unknown => None,
-        }
+    /// The pod of a sandbox. A pod with another name is not the sandbox's: a tenant can make a pod that claims to
+    /// mirror the sandbox's UID.
+    pub fn pod_of(&self, sandbox: &Sandbox) -> Option<&Metadata> {
+        let Pods::Of { by_uid, .. } = &self.pods else { return None };
+        let pod = by_uid.get(sandbox.arg("K8S_POD_UID")?)?;
+        let is_named = |key, name: &str| sandbox.arg(key).is_none_or(|own| own == name);
+        (is_named("K8S_POD_NAMESPACE", &pod.namespace) && is_named("K8S_POD_NAME", &pod.name)).then_some(pod)
     }
 
     /// All pods, with their UIDs.
