@@ -15,8 +15,10 @@ use crate::harness::meter;
 use crate::harness::paths::{self, Ends, Load, Path};
 use crate::harness::pod::{INTERFACE, Pod};
 use crate::harness::{podshaper_program, process};
+use crate::kernel::mounts;
 
 const SECONDS: f64 = 3.0;
+const BPFFS: &str = "/sys/fs/bpf";
 /// The most that any second after the first, and their mean, may have, as a part of the limit at layer 3.
 const MOST: f64 = 1.03;
 /// TCP needs time to find its rate.
@@ -157,13 +159,19 @@ fn assert_paths_are_held(paths: &[Path]) {
     assert_each_is_held(paths, |_| ());
 }
 
-/// Measures all limits at the same time, each on a node of its own.
+/// Measures all limits at the same time, each on a node of its own: with a network namespace and a bpffs.
 fn assert_each_is_held(paths: &[Path], and_then: impl Fn(&Pod) + Sync) {
     let (and_then, alone) = (&and_then, &measure::alone());
+    let on_a_node = |path: Path, limit: u64| {
+        mounts::with_own(|| {
+            mounts::without(std::path::Path::new(BPFFS));
+            assert_path_is_held(&Bed::one_of_several(alone), path, limit, and_then);
+        });
+    };
     for path in paths {
         thread::scope(|scope| {
             for limit in limits(*path) {
-                scope.spawn(move || assert_path_is_held(&Bed::one_of_several(alone), *path, *limit, and_then));
+                scope.spawn(move || on_a_node(*path, *limit));
             }
         });
     }
