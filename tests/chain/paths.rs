@@ -18,7 +18,6 @@ use crate::harness::{podshaper_program, process};
 use crate::kernel::mounts;
 
 const SECONDS: f64 = 3.0;
-const BPFFS: &str = "/sys/fs/bpf";
 /// The most that any second after the first, and their mean, may have, as a part of the limit at layer 3.
 const MOST: f64 = 1.03;
 /// TCP needs time to find its rate.
@@ -167,7 +166,7 @@ fn assert_each_is_held(paths: &[Path], and_then: impl Fn(&Pod) + Sync) {
     let (and_then, alone) = (&and_then, &measure::alone());
     let on_a_node = |path: Path, limit: u64| {
         mounts::with_own(|| {
-            mounts::without(std::path::Path::new(BPFFS));
+            mounts::empty_bpffs();
             assert_path_is_held(&Bed::one_of_several(alone), path, limit, and_then);
         });
     };

@@ -39,6 +39,11 @@ pub fn empty(path: &Path) {
     mount(Some("none"), path, Some("tmpfs"), MsFlags::empty(), Some("mode=700")).unwrap();
 }
 
+/// Mounts a bpffs without pins over the node's.
+pub fn empty_bpffs() {
+    mount(Some("bpf"), "/sys/fs/bpf", Some("bpf"), MsFlags::empty(), Some("mode=700")).unwrap();
+}
+
 /// Makes a file or a directory visible at another path as well.
 pub fn bind(from: &Path, to: &Path) {
     mount(Some(from), to, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>).unwrap();
