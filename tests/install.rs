@@ -518,6 +518,74 @@ fn units_call_the_same_installation_again_and_go_with_it() {
     assert_eq!(fs::read_dir(node.path("systemd")).unwrap().count(), 0);
 }
 
+#[test]
+fn a_later_installation_keeps_the_options_of_the_units() {
+    let bandwidth = FLANNEL.replace("\n    }\n  ]", "\n    },\n    { \"type\": \"bandwidth\" }\n  ]");
+    let node = Node::new(&[("10-flannel.conflist", FLANNEL), ("20-other.conflist", &bandwidth)]);
+    node.ok("install", &["--replace-bandwidth", "--conflist", "20-other.conflist", "--cache-dir", "/c"]);
+    let units = || ["service", "path"].map(|kind| node.read(&format!("../systemd/podshaper.{kind}")));
+    let before = units();
+    // The network writes its list anew.
+    node.write("20-other.conflist", &bandwidth);
+    node.ok("install", &[]);
+    assert_eq!(units(), before);
+    assert!(before[0].contains("\"--cache-dir\" \"/c\" \"--conflist\" \"20-other.conflist\""), "{}", before[0]);
+    assert!(before[0].contains("\"--replace-bandwidth\"") && before[1].contains("PathChanged=/c/results\n"));
+    assert_eq!(types(&node.read("20-other.conflist")), ["flannel", "portmap", "podshaper"]);
+    assert_eq!(node.read("10-flannel.conflist"), FLANNEL);
+    // Other values replace those of the units, and --delegate replaces --conflist.
+    node.ok("install", &["--conflist", "10-flannel.conflist", "--cache-dir", "/d"]);
+    assert_eq!(units(), before.clone().map(|unit| unit.replace("20-other", "10-flannel").replace("/c", "/d")));
+    node.ok("install", &["--delegate"]);
+    assert!(!units()[0].contains("--conflist"), "{}", units()[0]);
+    // uninstall forgets them.
+    node.ok("uninstall", &[]);
+    node.ok("install", &[]);
+    assert!(!units()[0].contains("--replace-bandwidth") && units()[0].contains("\"/var/lib/cni\""), "{}", units()[0]);
+}
+
+#[test]
+fn a_kept_conflist_that_is_gone_is_told_of() {
+    let node = Node::new(&[("10-flannel.conflist", FLANNEL), ("20-other.conflist", FLANNEL)]);
+    node.ok("install", &["--conflist", "20-other.conflist"]);
+    fs::remove_file(node.path("net.d/20-other.conflist")).unwrap();
+    let error = node.refused("install", &[]);
+    let remedy = "the conflist of the last installation (--conflist names another one, uninstall forgets it): find ";
+    assert!(error.contains(remedy), "{error}");
+    node.ok("install", &["--conflist", "10-flannel.conflist"]);
+}
+
+/// A service that runs on would put podshaper back, and the first service starts the second one when it is stopped.
+#[test]
+fn uninstall_stops_the_services_that_systemd_may_be_running() {
+    // In namespaces of its own, /etc and /run are like those of a node with systemd. A systemctl that writes down its
+    // calls is in $PATH.
+    let script = r#"set -e
+        mount -t tmpfs none /etc && mount -t tmpfs none /run && mkdir -p /run/systemd/system /etc/systemd/system
+        printf '#!/bin/sh\necho "$@" >>%s/calls\n' "$1" >"$1/systemctl" && chmod +x "$1/systemctl"
+        export PATH="$1:$PATH"
+        "$0" install --conf-dir "$1/net.d" --bin-dir "$1/bin" >&2
+        rm -f "/etc/systemd/system/$2" "$1/calls"
+        "$0" uninstall --conf-dir "$1/net.d" --bin-dir "$1/bin" >&2
+        cat "$1/calls""#;
+    let [disable, reload] = ["disable --now podshaper.path podshaper.timer", "daemon-reload"];
+    // systemd lists a stopped run as failed until it is told to forget it.
+    let first = ["stop podshaper.service", "reset-failed podshaper.service"];
+    let second = ["stop podshaper-again.service", "reset-failed podshaper-again.service"];
+    for (missing, expected) in [
+        ("none", [&[disable][..], &first, &second, &[reload]].concat()),
+        // Another version may have no second service.
+        ("podshaper-again.service", [&[disable][..], &first, &[reload]].concat()),
+    ] {
+        let node = Node::new(&[("10-flannel.conflist", FLANNEL)]);
+        let mut command = Command::new("unshare");
+        command.args(["--map-root-user", "--mount", "sh", "-c", script, PODSHAPER]).arg(node.root.path()).arg(missing);
+        let ran = Ran::of(command);
+        assert_eq!(ran.status, 0, "{}", ran.stderr);
+        assert_eq!(ran.stdout.lines().collect::<Vec<_>>(), expected);
+    }
+}
+
 /// podshaper asks the API server for the labels of namespaces, which kubelet's user may not get.
 #[test]
 fn a_user_who_may_not_get_namespaces_is_found_before_any_pod_fails() {
@@ -545,7 +613,8 @@ fn a_user_who_may_not_get_namespaces_is_found_before_any_pod_fails() {
         };
         let Some(what) = what else {
             node.ok("install", &["--config", &keys.to_string()]);
-            assert!(!doctor(&node).contains("namespace"), "{}", doctor(&node));
+            // doctor also tells of attachments on this machine, and of their namespaces.
+            assert!(!doctor(&node).contains("its user may not"), "{}", doctor(&node));
             continue;
         };
         let remedy = format!(

@@ -45,6 +45,7 @@ pub use units::not_enabled;
 
 /// The option with the keys of an installation.
 const CONFIG: &str = "--config";
+const REPLACE_BANDWIDTH: &str = "--replace-bandwidth";
 
 /// How often `--and-sync` checks again whether a file came or went meanwhile. If files change more often than that,
 /// the timer finds the rest.
@@ -56,14 +57,16 @@ const MAX_ROUNDS: usize = 20;
 pub struct Install {
     #[command(flatten)]
     place: Place,
-    /// Keys of podshaper's entry, as JSON: '{"max": {"egress": "1G"}}'; replaces the keys of an entry that is there
+    /// Keys of podshaper's entry, as JSON: '{"max": {"egress": "1G"}}'; replaces the keys of an entry that is there,
+    /// except with --and-sync
     #[arg(long, value_name = "JSON")]
     config: Option<String>,
     /// Write a conflist of podshaper's own, which runtimes take first and which has podshaper call the plugins of the
     /// network's as it stands at each call: for nodes without systemd, whose network writes its conflist anew
     #[arg(long, conflicts_with = "conflist")]
     delegate: bool,
-    /// Take the bandwidth plugin out of the conflist: podshaper does what it does. With --delegate it is not called
+    /// Take the bandwidth plugin out of the conflist: podshaper does what it does. With --delegate it is not called.
+    /// Later installations do so as well, until uninstall
     #[arg(long)]
     replace_bandwidth: bool,
     /// Write no systemd units
@@ -76,10 +79,12 @@ pub struct Install {
     /// This node's name in the cluster, for the units' sync [default: the host's name]
     #[arg(long, value_name = "NAME")]
     node: Option<String>,
-    /// Directory in which the runtime's CNI library keeps the results of its calls
-    #[arg(long, value_name = "DIR", default_value = sync::CACHE_DIR)]
-    cache_dir: PathBuf,
-    /// Then do what `podshaper sync` does, and say only what was changed. This is what the units call
+    /// Directory in which the runtime's CNI library keeps the results of its calls [default: the one of the last
+    /// installation, else /var/lib/cni]
+    #[arg(long, value_name = "DIR")]
+    cache_dir: Option<PathBuf>,
+    /// Then do what `podshaper sync` does, and say only what was changed. An entry that is there stays as it is. This
+    /// is what the units call
     #[arg(long, conflicts_with = "dry_run")]
     and_sync: bool,
     /// Do it only if something came, went or changed since the last --and-sync looked. This is what the units call
@@ -93,12 +98,13 @@ impl Install {
     ///
     /// # Errors
     /// Before anything is changed: a file that cannot be a conflist, or keys that podshaper would refuse.
-    pub fn run(self) -> Result<ExitCode> {
+    pub fn run(mut self) -> Result<ExitCode> {
         // The program is opened before the root directory changes: its path may not exist on the node.
         let own = File::open("/proc/self/exe")
             .map_err(|cause| Error::because(Code::Io, "read this program from /proc/self/exe", cause))?;
         self.place.enter()?;
         if !self.and_sync {
+            self.keep_options();
             return self.install(&own).and_then(|report| output::print(&report)).map(|()| ExitCode::SUCCESS);
         }
         self.install_and_sync(&own)
@@ -127,21 +133,35 @@ impl Install {
         Ok(status)
     }
 
+    /// Takes the options that are not given from the units of the last installation. `uninstall` forgets them with the
+    /// units.
+    fn keep_options(&mut self) {
+        let directory = self.place.unit_dir().to_path_buf();
+        let before = |option: &str| units::option_before(&directory, option);
+        let path_before = |option: &str| before(option).map(PathBuf::from);
+        self.replace_bandwidth |= units::has_option(&directory, REPLACE_BANDWIDTH);
+        self.kubeconfig = self.kubeconfig.take().or_else(|| path_before("--kubeconfig"));
+        self.node = self.node.take().or_else(|| before("--node"));
+        self.cache_dir = self.cache_dir.take().or_else(|| path_before("--cache-dir"));
+        // --delegate excludes --conflist.
+        self.place.keep_conflist(path_before("--conflist").filter(|_| !self.delegate));
+    }
+
     fn sync(&self) -> sync::Arguments {
-        sync::Arguments::of_units(
-            self.kubeconfig.clone(),
-            self.node.clone(),
-            self.place.conf_dir(),
-            self.cache_dir.clone(),
-        )
+        let cache_dir = self.cache_dir().to_path_buf();
+        sync::Arguments::of_units(self.kubeconfig.clone(), self.node.clone(), self.place.conf_dir(), cache_dir)
+    }
+
+    fn cache_dir(&self) -> &Path {
+        self.cache_dir.as_deref().unwrap_or(Path::new(sync::CACHE_DIR))
     }
 
     fn seen(&self) -> Seen {
-        Seen::now(&self.place.conf_dir(), &crate::sandboxes::directories(&self.cache_dir))
+        Seen::now(&self.place.conf_dir(), &crate::sandboxes::directories(self.cache_dir()))
     }
 
     fn watched(&self) -> Vec<PathBuf> {
-        std::iter::once(self.place.conf_dir()).chain(crate::sandboxes::directories(&self.cache_dir)).collect()
+        std::iter::once(self.place.conf_dir()).chain(crate::sandboxes::directories(self.cache_dir())).collect()
     }
 
     /// Returns what was done, line by line.
@@ -205,14 +225,21 @@ impl Install {
             }
             Target::Lone(_) => {
                 let list = target.edited();
-                let there = files::read_if_there(&list)?.map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
-                let entry_there = there.as_deref().and_then(|there| Conflist::parse(there).ok()?.entry_keys());
-                let entry_there = entry_there.filter(|_| self.config.is_none()).map(Entry::new).transpose()?;
-                let after = self.edit(&conflist::from_lone(&before)?, entry_there.as_ref().unwrap_or(entry), report)?;
+                let there = files::text_if_there(&list)?;
+                let made = conflist::from_lone(&before)?;
+                // The entry of our present list stays, as an entry in a list of the network's does.
+                let with_there = there.as_deref().and_then(|there| Conflist::parse(&made).ok()?.with_entry_of(there));
+                let after = self.edit(with_there.as_ref().unwrap_or(&made), entry, report)?;
                 self.warn_about(&Conflist::parse(&after)?, report);
                 Ok(Edit { path: list, before: there, after, like: path, what: What::OwnList })
             }
         }
+    }
+
+    /// Whether an entry that is there gets the keys of `--config`. The units have the keys of the last installation,
+    /// and only put in a missing entry: an administrator, or the network itself, may have changed an entry since.
+    fn replaces_entry(&self) -> bool {
+        self.config.is_some() && !self.and_sync
     }
 
     fn edit(&self, list: &str, entry: &Entry, report: &mut Report) -> Result<String> {
@@ -222,7 +249,7 @@ impl Install {
             Some(there) => {
                 let there: Value = serde_json::from_str(there).unwrap_or_default();
                 let lacking = CAPABILITIES.iter().find(|name| there["capabilities"][**name] != Value::Bool(true));
-                if let (Some(name), None) = (lacking, &self.config) {
+                if let Some(name) = lacking.filter(|_| !self.replaces_entry()) {
                     report
                         .warn(format!("its entry is without the capability {name:?}; --config '{{}}' writes it anew"));
                 }
@@ -230,7 +257,7 @@ impl Install {
                     let keys = parsed.entry_keys().unwrap_or_default();
                     request_of(&keys, "its entry of podshaper (--config writes it anew)")?;
                 }
-                self.config.is_none() || there == entry.value()
+                !self.replaces_entry() || there == entry.value()
             }
         };
         let with = if keep { list.to_owned() } else { parsed.with(entry) };
@@ -287,7 +314,7 @@ impl Install {
             return Ok(());
         }
         let directory = self.place.unit_dir();
-        let units = units::all(&self.command(edits, directory), &self.watched());
+        let units = units::all(&self.command(edits), &self.watched());
         let missing = units::missing(directory, &units);
         for (name, text) in &missing {
             let path = directory.join(name);
@@ -314,26 +341,25 @@ impl Install {
     }
 
     /// The command of the service: this same installation, with the present keys of the entry, and a sync.
-    fn command(&self, edits: &[Edit], unit_dir: &Path) -> Vec<String> {
+    fn command(&self, edits: &[Edit]) -> Vec<String> {
         let keys = edits.iter().find_map(|edit| Conflist::parse(&edit.after).ok()?.entry_keys());
-        let own = |option: &str| units::option_before(unit_dir, option);
         let shown = |path: &Path| path.display().to_string();
         let options = [
             ("--conf-dir", Some(shown(&self.place.conf_dir()))),
             ("--bin-dir", Some(shown(&self.place.bin_dir()))),
-            ("--cache-dir", Some(shown(&self.cache_dir))),
-            ("--conflist", self.place.named().map(|named| named.display().to_string())),
+            ("--cache-dir", Some(shown(self.cache_dir()))),
+            ("--conflist", self.place.named().map(shown)),
             (
                 "--config",
                 keys.or_else(|| self.config.as_deref().and_then(|text| serde_json::from_str(text).ok()))
                     .map(|keys| Value::Object(keys).to_string()),
             ),
-            ("--kubeconfig", self.kubeconfig.as_deref().map(shown).or_else(|| own("--kubeconfig"))),
-            ("--node", self.node.clone().or_else(|| own("--node"))),
+            ("--kubeconfig", self.kubeconfig.as_deref().map(shown)),
+            ("--node", self.node.clone()),
         ];
         let mut command = vec![shown(&self.place.bin_dir().join(PODSHAPER)), "install".into(), "--and-sync".into()];
         command.extend(self.delegates().then(|| "--delegate".to_owned()));
-        command.extend(self.replace_bandwidth.then(|| "--replace-bandwidth".to_owned()));
+        command.extend(self.replace_bandwidth.then(|| REPLACE_BANDWIDTH.to_owned()));
         for (option, value) in options {
             command.extend(value.into_iter().flat_map(|value| [option.to_owned(), value]));
         }

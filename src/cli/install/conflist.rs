@@ -101,9 +101,21 @@ impl<'a> Conflist<'a> {
             let new = entry.text(self.space_before(index));
             return self.replaced(self.plugins[index].at.clone(), &new);
         }
+        self.with_last(|space| entry.text(space))
+    }
+
+    /// The text with podshaper's entry of another list as the last plugin, as the entry stands there. `None` if the
+    /// other list has no entry.
+    pub(super) fn with_entry_of(&self, other: &str) -> Option<String> {
+        let other = Conflist::parse(other).ok()?;
+        other.entry().map(|entry| self.with_last(|_| entry.to_owned()))
+    }
+
+    /// The text with one more plugin, whose text depends on the white space in front of it.
+    fn with_last(&self, plugin: impl FnOnce(&str) -> String) -> String {
         let Some(last) = self.plugins.last() else { return self.text.to_owned() };
         let space = self.space_before(self.plugins.len() - 1);
-        self.replaced(last.at.end..last.at.end, &format!(",{space}{}", entry.text(space)))
+        self.replaced(last.at.end..last.at.end, &format!(",{space}{}", plugin(space)))
     }
 
     /// The text without the plugins of this type. Each is removed together with the comma in front of it. If it is the

@@ -3,7 +3,6 @@
 //! The file stays valid when the network rewrites its list: of the network it holds only the directory of that list,
 //! and the capabilities that its plugins have declared. Each later `install` keeps delegating, until `uninstall`.
 
-use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use serde_json::{Map, Value};
@@ -59,19 +58,18 @@ impl Install {
     /// would call the node ready without a network.
     pub(super) fn delegating(&self, entry: &Entry, report: &mut Report) -> Result<Edit> {
         self.check_that_it_is_first()?;
-        let (path, there) = (self.delegating_path(), self.delegating_text());
+        let path = self.delegating_path();
+        let before = files::text_if_there(&path)?;
+        let there = before.clone().filter(|text| list::delegation(text).is_some());
         // The path must be absolute: a runtime calls podshaper in another working directory.
         let directory = std::path::absolute(self.place.conf_dir())
             .map_err(|cause| Error::because(Code::Io, "find the working directory (--conf-dir)", cause))?;
         let network = list::find(&directory)?;
-        let before = there.as_deref().and_then(list::delegation);
-        let replace_bandwidth = self.replace_bandwidth || before.is_some_and(|before| before.replace_bandwidth);
+        let delegation = there.as_deref().and_then(list::delegation);
+        let replace_bandwidth = self.replace_bandwidth || delegation.is_some_and(|there| there.replace_bandwidth);
         let delegation = Delegation { directory, replace_bandwidth };
-        // The keys of the present entry, or of the entry in the network's list until now.
         let in_network = files::read(&network.file).ok();
-        let keys_there =
-            [&there, &in_network].into_iter().flatten().find_map(|text| Conflist::parse(text).ok()?.entry_keys());
-        let entry_there = keys_there.filter(|_| self.config.is_none()).map(Entry::new).transpose()?;
+        let entry_there = self.keys_there(there.as_deref(), in_network.as_deref()).map(Entry::new).transpose()?;
         let entry = entry_there.as_ref().unwrap_or(entry);
         let after = text(entry, &delegation, capabilities(&network, there.as_deref()));
         self.warn_about_network(&network, &delegation, report);
@@ -81,7 +79,15 @@ impl Install {
                 network.file.display()
             ));
         }
-        Ok(Edit { path, before: there, after, like: network.file, what: What::Delegating })
+        Ok(Edit { path, before, after, like: network.file, what: What::Delegating })
+    }
+
+    /// The keys that stay: those of the present entry, or those of the entry in the network's list until now.
+    fn keys_there(&self, there: Option<&str>, in_network: Option<&str>) -> Option<Map<String, Value>> {
+        let keys = |text: Option<&str>| Conflist::parse(text?).ok()?.entry_keys();
+        let of_there = keys(there).filter(|_| !self.replaces_entry());
+        // The network's entry does not count beside a list that delegates. So the keys that are given go before it.
+        of_there.or_else(|| keys(in_network).filter(|_| self.config.is_none()))
     }
 
     fn check_that_it_is_first(&self) -> Result<()> {
@@ -122,17 +128,17 @@ impl Install {
     }
 }
 
-/// The capabilities that the list declares; a runtime offers no others. Capabilities that were declared for another
-/// network stay, so that a list that is being written changes nothing.
+/// The capabilities that the list declares; a runtime offers no others. What the present list says of a capability
+/// stays: an administrator may have taken one off, and a network's list that is being written changes nothing.
 fn capabilities(network: &List, there: Option<&str>) -> Value {
     let of_entry = |text: &str| -> Option<Map<String, Value>> {
         let entry: Value = serde_json::from_str(Conflist::parse(text).ok()?.entry()?).ok()?;
         entry["capabilities"].as_object().cloned()
     };
-    let there: BTreeSet<String> = there.and_then(of_entry).into_iter().flatten().map(|(name, _)| name).collect();
     let of_network = network.plugins.iter().flat_map(|plugin| plugin.capabilities.iter().cloned());
-    let all = WELL_KNOWN.into_iter().map(str::to_owned).chain(there).chain(of_network);
-    all.map(|name| (name, Value::Bool(true))).collect::<Map<_, _>>().into()
+    let all = WELL_KNOWN.into_iter().map(str::to_owned).chain(of_network);
+    let declared = all.map(|name| (name, Value::Bool(true)));
+    declared.chain(there.and_then(of_entry).into_iter().flatten()).collect::<Map<_, _>>().into()
 }
 
 fn text(entry: &Entry, delegation: &Delegation, capabilities: Value) -> String {

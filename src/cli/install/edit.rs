@@ -29,6 +29,9 @@ pub(super) enum What {
 
 impl Edit {
     /// Writes the backup first, then the file.
+    ///
+    /// # Errors
+    /// A file could not be written, or another program has written the file since its text was read.
     pub(super) fn perform(&self, report: &mut Report) -> Result<()> {
         let Self { path, before, after, like, what } = self;
         report.change(path, before.as_deref().unwrap_or_default(), after);
@@ -44,7 +47,7 @@ impl Edit {
         if let Some(before) = backup {
             files::replace(&files::backup(path), before.as_bytes(), path)?;
         }
-        files::replace(path, after.as_bytes(), like)?;
+        files::replace_text(path, before.as_deref(), after, like)?;
         let (path, of, like) = (path.display(), files::backup(path), like.display());
         report.say(match what {
             What::Network => format!("{path}: podshaper is in it; as it was: {}", of.display()),

@@ -24,6 +24,9 @@ pub(super) struct Place {
     /// Conflist to change, by name in --conf-dir or by path
     #[arg(long, value_name = "FILE")]
     conflist: Option<PathBuf>,
+    /// The conflist of the last installation.
+    #[arg(skip)]
+    kept_conflist: Option<PathBuf>,
     /// Directory for the systemd units, which are then yours to enable [default: /etc/systemd/system, enabled, if
     /// systemd runs here]
     #[arg(long, value_name = "DIR")]
@@ -87,9 +90,14 @@ impl Place {
         self.dry_run
     }
 
-    /// The conflist that the operator has named.
+    /// The conflist that the operator has named, now or at the last installation.
     pub(super) fn named(&self) -> Option<&Path> {
-        self.conflist.as_deref()
+        self.conflist.as_deref().or(self.kept_conflist.as_deref())
+    }
+
+    /// Sets the conflist of the last installation. It counts if the operator names none.
+    pub(super) fn keep_conflist(&mut self, of_last_installation: Option<PathBuf>) {
+        self.kept_conflist = of_last_installation;
     }
 
     pub(super) fn unit_dir(&self) -> &Path {
@@ -109,9 +117,8 @@ impl Place {
     /// The file that the operator has named, or else the network that the runtime uses: the first by name. With Multus
     /// these are the network that makes the pod's interface and the copy of that network in Multus' own file.
     pub(super) fn targets(&self) -> Result<Vec<Target>> {
-        if let Some(named) = &self.conflist {
-            let path = if named.components().count() > 1 { named.clone() } else { self.conf_dir().join(named) };
-            return Ok(vec![Target::of(resolve(&path)?)]);
+        if let Some(named) = self.named() {
+            return Ok(vec![self.named_target(named)?]);
         }
         // Lists that install has made of a lone configuration are not targets themselves.
         let mut found = networks(&self.conf_dir())?;
@@ -140,6 +147,16 @@ impl Place {
             return Err(Error::new(Code::Config, text));
         }
         Ok(targets)
+    }
+
+    fn named_target(&self, named: &Path) -> Result<Target> {
+        let path = if named.components().count() > 1 { named.to_path_buf() } else { self.conf_dir().join(named) };
+        let of_last = "use the conflist of the last installation (--conflist names another one, uninstall forgets it)";
+        let found = resolve(&path).map_err(|error| match self.conflist {
+            Some(_) => error,
+            None => Error::because(Code::Config, of_last, error),
+        });
+        found.map(Target::of)
     }
 
     /// Removes lists of ours that were made of a lone configuration; the lone configuration itself is unchanged. A

@@ -1,11 +1,16 @@
-//! Tests of the edits of a conflist's text, on lists as people and programs write them. tests/install.rs tests the
-//! files themselves.
+//! Tests of the edits of a conflist's text, on lists as people and programs write them, and of what the units do to
+//! files. tests/install.rs tests the files of an installation.
 
+use std::fs;
+use std::path::Path;
+
+use clap::Parser;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::conflist::{BANDWIDTH, Conflist, Entry, PODSHAPER, from_lone};
-use super::keys;
+use super::edit::Edit;
+use super::{Install, Report, keys};
 
 fn entry(config: &str) -> Entry {
     Entry::new(keys(config).unwrap()).unwrap()
@@ -132,6 +137,124 @@ fn a_lone_configuration_becomes_a_list_of_itself() {
         let error = from_lone(lone).unwrap_err().to_string();
         assert!(error.starts_with(reason), "{lone}: {error}");
     }
+}
+
+#[derive(Parser)]
+struct Command {
+    #[command(flatten)]
+    install: Install,
+}
+
+/// What `install` with these options would write to the conflists of a directory.
+fn edits(conf_dir: &Path, options: &[&str]) -> Vec<Edit> {
+    let directory = ["install", "--conf-dir", conf_dir.to_str().unwrap()];
+    let Command { install } = Command::parse_from([&directory, options].concat());
+    let entry = entry(install.config.as_deref().unwrap_or("{}"));
+    let mut report = Report::new(false, install.and_sync);
+    match install.delegates() {
+        true => vec![install.delegating(&entry, &mut report).unwrap()],
+        false => install.edits(&entry, &mut report).unwrap(),
+    }
+}
+
+/// Changes the conflists of a directory as `install` with these options does.
+fn install(conf_dir: &Path, options: &[&str]) {
+    let mut report = Report::new(false, true);
+    edits(conf_dir, options).iter().for_each(|edit| edit.perform(&mut report).unwrap());
+}
+
+/// The options of the units of an installation with these keys.
+const UNITS: [&str; 3] = ["--and-sync", "--config", r#"{"max":{"egress":"1G"}}"#];
+const NETWORK: &str = r#"{"cniVersion":"1.0.0","name":"n","plugins":[{"type":"a"}]}"#;
+const LONE: &str = r#"{"cniVersion":"1.0.0","name":"n","type":"a"}"#;
+
+/// The units put in a missing entry, with the keys of the installation. An entry that somebody has changed stays.
+#[test]
+fn the_units_leave_an_entry_as_somebody_has_changed_it() {
+    let multus = format!(r#"{{"cniVersion":"1.0.0","name":"m","type":"multus","delegates":[{NETWORK}]}}"#);
+    for (network, text, list, option) in [
+        ("10.conflist", NETWORK, "10.conflist", None),
+        ("10.conf", LONE, "10-podshaper.conflist", None),
+        ("00-multus.conf", &multus, "00-multus.conf", None),
+        ("10.conflist", NETWORK, "00-podshaper.conflist", Some("--delegate")),
+    ] {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join(network), text).unwrap();
+        let path = directory.path().join(list);
+        let installed = |options: &[&str]| {
+            let options: Vec<&str> = options.iter().copied().chain(option).collect();
+            install(directory.path(), &options);
+            fs::read_to_string(&path).unwrap()
+        };
+        let made = installed(&UNITS);
+        assert!(made.contains(r#""max": {"egress":"1G"}"#), "{made}");
+        let changed = made.replace("1G", "2G").replace(r#""cgroupPath": true"#, r#""cgroupPath": false"#);
+        let changed = changed.replace(r#""cgroupPath":true"#, r#""cgroupPath":false"#);
+        fs::write(&path, &changed).unwrap();
+        assert_eq!(installed(&UNITS), changed);
+        assert_eq!(installed(&[]), changed);
+        // A person's keys replace those of the entry.
+        let replaced = installed(&["--config", r#"{"max":{"egress":"3G"}}"#]);
+        assert!(replaced.contains(r#""max": {"egress":"3G"}"#) && !replaced.contains("2G"), "{replaced}");
+    }
+}
+
+/// The entry of our list stays when the network writes its lone configuration anew.
+#[test]
+fn the_units_follow_a_lone_configuration_around_the_entry() {
+    let directory = tempfile::tempdir().unwrap();
+    let [lone, list] = ["10.conf", "10-podshaper.conflist"].map(|name| directory.path().join(name));
+    fs::write(&lone, LONE).unwrap();
+    install(directory.path(), &UNITS);
+    let changed = fs::read_to_string(&list).unwrap().replace("1G", "2G");
+    fs::write(&list, &changed).unwrap();
+    fs::write(&lone, LONE.replace(r#""a""#, r#""b""#)).unwrap();
+    install(directory.path(), &UNITS);
+    assert_eq!(fs::read_to_string(&list).unwrap(), changed.replace(r#""a""#, r#""b""#));
+}
+
+/// Beside a list that delegates, the network's entry does not count.
+#[test]
+fn a_list_that_delegates_comes_back_with_the_keys_of_the_units() {
+    let directory = tempfile::tempdir().unwrap();
+    let list = directory.path().join("00-podshaper.conflist");
+    let network = with(NETWORK, r#"{"max":{"egress":"2G"}}"#);
+    fs::write(directory.path().join("10.conflist"), network).unwrap();
+    // An interrupted write, for example: the file is podshaper's by its name.
+    for there in [None, Some("{")] {
+        there.iter().for_each(|text| fs::write(&list, text).unwrap());
+        install(directory.path(), &[&UNITS[..], &["--delegate"]].concat());
+        let made = fs::read_to_string(&list).unwrap();
+        assert!(made.contains(r#""max": {"egress":"1G"}"#), "{made}");
+    }
+}
+
+#[test]
+fn the_units_take_the_bandwidth_plugin_out_beside_an_entry_that_stays() {
+    let bandwidth = NETWORK.replace(r#"{"type":"a"}"#, r#"{"type":"a"},{"type":"bandwidth"}"#);
+    let directory = tempfile::tempdir().unwrap();
+    let list = directory.path().join("10.conflist");
+    for (there, keys) in [(bandwidth.clone(), r#"{"max":{"egress":"1G"}}"#), (with(&bandwidth, "{}"), "{}")] {
+        fs::write(&list, &there).unwrap();
+        install(directory.path(), &[&UNITS[..], &["--replace-bandwidth"]].concat());
+        assert_eq!(fs::read_to_string(&list).unwrap(), with(NETWORK, keys), "{there}");
+    }
+}
+
+/// The next round of the units puts podshaper into the new text.
+#[test]
+fn a_list_that_its_network_writes_during_an_edit_is_not_lost() {
+    let directory = tempfile::tempdir().unwrap();
+    let list = directory.path().join("10.conflist");
+    fs::write(&list, NETWORK).unwrap();
+    let edits = edits(directory.path(), &UNITS);
+    let anew = NETWORK.replace(r#""n""#, r#""other""#);
+    fs::write(&list, &anew).unwrap();
+    let error = edits[0].perform(&mut Report::new(false, true)).unwrap_err().to_string();
+    assert!(error.contains("another program has written"), "{error}");
+    assert_eq!(fs::read_to_string(&list).unwrap(), anew);
+    install(directory.path(), &UNITS);
+    assert_eq!(fs::read_to_string(&list).unwrap(), with(&anew, UNITS[2]));
 }
 
 /// White space, as JSON allows it anywhere between tokens.

@@ -69,7 +69,7 @@ impl Uninstall {
         }
         let is_read = self.place.systemd_reads_units();
         if is_read {
-            units::disable()?;
+            units::disable(directory)?;
         }
         there.iter().try_for_each(|path| files::remove(path))?;
         if is_read { units::reload() } else { Ok(()) }
@@ -136,12 +136,12 @@ impl Uninstall {
                 report.say(format!("{} is as it was before install", original.path.display()));
             }
             Some(original) if restores => {
-                files::replace(path, original.text.as_bytes(), path)?;
+                files::replace_text(path, Some(text), &original.text, path)?;
                 files::remove(&original.backup)?;
                 report.say(format!("{} is as it was before install", path.display()));
             }
             original => {
-                files::replace(path, without.as_bytes(), path)?;
+                files::replace_text(path, Some(text), without, path)?;
                 report.say(format!("{}: podshaper's entry is out", path.display()));
                 if let Some(Original { backup, .. }) = original {
                     let changed = "it was changed after install, so no more was undone; as it was before";

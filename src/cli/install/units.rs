@@ -78,9 +78,19 @@ pub(super) fn all(command: &[String], watched: &[PathBuf]) -> Vec<Unit> {
 
 /// The value of an option in the service that is installed now.
 pub(super) fn option_before(directory: &Path, option: &str) -> Option<String> {
-    let text = fs::read_to_string(directory.join(SERVICE)).ok()?;
-    let words = unquote(text.lines().find_map(|line| line.strip_prefix("ExecStart="))?);
+    let words = command_before(directory);
     words.iter().zip(words.iter().skip(1)).find(|(word, _)| *word == option).map(|(_, value)| value.clone())
+}
+
+/// Whether the service that is installed now has an option, which takes no value.
+pub(super) fn has_option(directory: &Path, option: &str) -> bool {
+    command_before(directory).iter().any(|word| word == option)
+}
+
+/// The words of the command of the service that is installed now; none if no service is installed.
+fn command_before(directory: &Path) -> Vec<String> {
+    let text = fs::read_to_string(directory.join(SERVICE)).unwrap_or_default();
+    text.lines().find_map(|line| line.strip_prefix("ExecStart=")).map(unquote).unwrap_or_default()
 }
 
 /// The units that are missing or have another text.
@@ -100,9 +110,19 @@ pub(super) fn enable() -> Result<()> {
     systemctl(&[&["enable", "--now"], &ENABLED[..]].concat())
 }
 
-/// Makes systemd stop and disable the path unit and the timer.
-pub(super) fn disable() -> Result<()> {
-    systemctl(&[&["disable", "--now"], &ENABLED[..]].concat())
+/// Makes systemd stop and disable the path unit and the timer, and stop the services of this directory. A service that
+/// ran on would put podshaper back.
+pub(super) fn disable(directory: &Path) -> Result<()> {
+    systemctl(&[&["disable", "--now"], &ENABLED[..]].concat())?;
+    // The first service starts the second one when it is stopped, so the second one is stopped last.
+    let services = [SERVICE, AGAIN].into_iter().filter(|name| directory.join(name).exists());
+    services.into_iter().try_for_each(|service| {
+        systemctl(&["stop", service])?;
+        // systemd calls a stopped run failed, and lists it even without its file. The call may fail for a service that
+        // did not run.
+        let _ = systemctl(&["reset-failed", service]);
+        Ok(())
+    })
 }
 
 /// Makes systemd read its units again.
@@ -177,12 +197,14 @@ mod tests {
     fn an_option_of_the_service_that_is_there_is_found_again() {
         let directory = tempfile::tempdir().unwrap();
         assert_eq!(option_before(directory.path(), "--node"), None);
+        assert!(!has_option(directory.path(), "install"));
         let command = ["/opt/cni/bin/podshaper", "install", "--config", "{\"rateKey\": \"50%$\"}", "--node", "n 1"];
         let units = all(&command.map(str::to_owned), &["/etc/cni/net.d".into(), "/a%b".into()]);
         write(directory.path(), &units).unwrap();
         assert_eq!(option_before(directory.path(), "--config").as_deref(), Some("{\"rateKey\": \"50%$\"}"));
         assert_eq!(option_before(directory.path(), "--node").as_deref(), Some("n 1"));
         assert_eq!(option_before(directory.path(), "--kubeconfig"), None);
+        assert!(has_option(directory.path(), "install") && !has_option(directory.path(), "--replace-bandwidth"));
         assert!(missing(directory.path(), &units).is_empty());
         assert_eq!(there(directory.path()).len(), units.len());
         assert_eq!(not_enabled_in(directory.path()), ENABLED);
