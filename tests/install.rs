@@ -781,6 +781,21 @@ fn the_manifests_install_and_uninstall_on_the_nodes_root() {
     assert_eq!(fs::read_to_string(&list).unwrap(), FLANNEL);
 }
 
+/// A bpffs that a container mounts is the container's alone.
+#[test]
+fn a_container_does_not_mount_bpffs_for_the_node() {
+    let root = tempfile::tempdir().unwrap();
+    let conf = root.path().join("etc/cni/net.d");
+    fs::create_dir_all(&conf).unwrap();
+    fs::write(conf.join("10-flannel.conflist"), FLANNEL).unwrap();
+    let mut command = Command::new("unshare");
+    command.args(["--map-root-user", PODSHAPER, "install", "--and-sync"]);
+    let output = command.arg(format!("--host-root={}", root.path().display())).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let told = "find the node's bpffs on /sys/fs/bpf: it is not mounted there";
+    assert!(!output.status.success() && stderr.contains(told), "{output:?}");
+}
+
 /// Runs podshaper with exactly the capabilities of the DaemonSet's container.
 fn as_the_daemonset(verb: &str, node: &Node, bin: &Path) -> Ran {
     let container = &manifest("podshaper.yaml").0["spec"]["template"]["spec"]["initContainers"][0];

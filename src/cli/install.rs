@@ -123,7 +123,7 @@ impl Install {
             if let Err(error) = &installed {
                 output::complain(&error.to_string());
             }
-            let synced = self.sync().run()?;
+            let synced = self.place.check_bpffs().and_then(|()| self.sync().run())?;
             status = if installed.is_ok() { synced } else { ExitCode::FAILURE };
             if self.seen() == before {
                 before.keep();

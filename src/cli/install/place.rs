@@ -10,6 +10,7 @@ use super::conflist::{Conflist, PODSHAPER};
 use super::{Report, files, multus, networks, units};
 use crate::delegate::list;
 use crate::error::{Code, Error, Result};
+use crate::pins::{BPFFS, is_bpffs};
 
 /// Where the node's runtime looks.
 #[derive(Args, Debug)]
@@ -76,6 +77,19 @@ impl Place {
             let text = format!("make {} the root directory (--host-root; it takes CAP_SYS_CHROOT)", root.display());
             Error::because(Code::Io, text, cause)
         })
+    }
+
+    /// Fails where `sync` would mount bpffs in a container: the node would not see what is pinned there, and the pins
+    /// would go with the container.
+    pub(super) fn check_bpffs(&self) -> Result<()> {
+        if self.host_root.is_none() || is_bpffs(Path::new(BPFFS)) {
+            return Ok(());
+        }
+        let text = format!(
+            "find the node's bpffs on {BPFFS}: it is not mounted there, and a container cannot mount it for the node \
+             (on the node: mount -t bpf bpf {BPFFS})"
+        );
+        Err(Error::new(Code::Kernel, text))
     }
 
     pub(super) fn conf_dir(&self) -> PathBuf {
