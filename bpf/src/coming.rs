@@ -41,6 +41,8 @@ impl Stretch {
 pub enum Coming<'a> {
     /// A socket of the pod receives the packet, and the socket's hook charges it.
     ToBeCharged,
+    /// The packet belongs to a connection that is being opened. A hook charges the packet if the kernel takes it.
+    OfRequest,
     /// The packet belongs to a connection whose acknowledgements cannot be held, or is a datagram.
     ToBeHeld(&'a mut Flow, Stretch),
     /// The packet is a SYN, or belongs to a connection that is not open yet.
@@ -102,7 +104,7 @@ pub fn coming<'a>(packet: &SkBuffContext, end: &HostEnd, bytes: u64) -> Coming<'
             None if full.is_none() && waits_for_listener(packet, end) => {
                 Coming::ToListener(Client::new(peers.sender()))
             }
-            None if full.is_none() && is_request => Coming::ToBeCharged,
+            None if full.is_none() && is_request => Coming::OfRequest,
             None => Coming::Other,
         }
     }

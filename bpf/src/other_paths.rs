@@ -154,8 +154,9 @@ pub fn into_pod(ctx: &TcContext) -> i32 {
         return TC_ACT_UNSPEC;
     }
     let verdict = match coming(&packet, end, wire.bytes) {
-        Coming::ToBeCharged if end.holds_streams == 0 => return TC_ACT_UNSPEC,
-        Coming::ToBeCharged => return pass_on(skb, end),
+        Coming::OfRequest if !opens_within_limit(end, &wire) => return TC_ACT_SHOT,
+        Coming::OfRequest | Coming::ToBeCharged if end.holds_streams == 0 => return TC_ACT_UNSPEC,
+        Coming::OfRequest | Coming::ToBeCharged => return pass_on(skb, end),
         Coming::ToBeHeld(flow, stretch) if stretch.is_datagram => hold_datagram(skb, end, &wire, flow),
         Coming::ToBeHeld(flow, stretch) => hold(&packet, end, &wire, flow, stretch),
         Coming::ToListener(client) => queue_request(&packet, end, &wire, client),
@@ -321,6 +322,28 @@ fn queue_request(packet: &SkBuffContext, end: &HostEnd, wire: &Wire, client: Cli
         return at_once(skb, end, INGRESS, others, now_ns);
     }
     wait(skb, end, INGRESS, ROOM_INTO_QUEUE, now_ns + before_ns - AHEAD_NS)
+}
+
+/// Whether a packet of a connection that is being opened passes. The kernel drops some of these packets before it asks
+/// a hook (`tcp_v4_rcv`: a wrong checksum), and an AF_PACKET socket sees them. So all of them together have the limit,
+/// on a clock of their own.
+#[inline(always)]
+fn opens_within_limit(end: &HostEnd, wire: &Wire) -> bool {
+    let (Some(link), Some(others)) = (Link::of(end.slot, INGRESS), maps::others(end.slot, INGRESS)) else {
+        return true;
+    };
+    let now_ns = clock::now_ns();
+    let next = &raw mut others.next_answer_ns;
+    // SAFETY: as in `charge`. If two CPUs write at once, one packet is not counted.
+    unsafe {
+        let next_ns = next.read_volatile().max(now_ns);
+        if next_ns > now_ns + REQUEST_BOUND_NS {
+            refuse(others, wire);
+            return false;
+        }
+        next.write_volatile(next_ns + link.transmit_ns(wire.bytes, wire.segments));
+    }
+    true
 }
 
 /// Drops a packet that was not charged, and counts it.

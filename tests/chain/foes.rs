@@ -27,6 +27,25 @@ fn an_applications_own_lower_rate_holds() {
     }
 }
 
+/// A remote of which the pod knows need not complete a connection to send: its segments pass before the pod's sockets
+/// see them, and a process with CAP_NET_RAW reads them.
+#[test]
+#[ignore = "needs root and the CNI plugins"]
+fn what_comes_for_a_connection_that_never_opens_is_held() {
+    const RATE: u64 = 10 * MBIT;
+    const SECONDS: f64 = 3.0;
+    // Such packets and the others have the limit each, with fq.
+    const MOST: f64 = 1.1;
+    let bed = Bed::new();
+    let pod = bed.limited(Limits { egress: None, ingress: Some(RATE) });
+    let came =
+        measure::watched(&pod.netns, INTERFACE, SECONDS, || measure::segments_of_a_request(&pod, SECONDS)).unwrap();
+    let part = came.wire_rate(1.0, SECONDS) / RATE as f64;
+    eprintln!("{part:.3} of the limit");
+    // Too little would mean that the connection was refused.
+    assert!((0.5..=MOST).contains(&part), "{part:.3} of the limit");
+}
+
 /// Applications may limit their receive window. The smaller of the two windows is in force.
 #[test]
 #[ignore = "needs root and the CNI plugins"]

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::host::Host;
+use super::host::{BRIDGE, Host};
 use super::netns::Netns;
-use super::pod::Pod;
+use super::pod::{INTERFACE, Pod};
 use super::process::Running;
 use super::remote::Remote;
 pub use super::timeline::Timeline;
@@ -348,14 +348,9 @@ pub enum FramesBy {
 pub fn frames(pod: &Pod, by: FramesBy, seconds: f64) -> Result<()> {
     let ends = Ends::new(pod, Way::Out, false, None)?;
     let (sink, address) = Running::start_server(ends.receiver("udp-sink")?.args(["--seconds", &seconds.to_string()]))?;
-    let from = pod.addresses().first().map(ToString::to_string).unwrap_or_default();
-    let bridge = pod.host.netns.run("ip", &["-o", "link", "show", "cni0"])?;
-    let next_hop = bridge.split_whitespace().skip_while(|word| *word != "link/ether").nth(1).unwrap_or_default();
-    let link = pod.netns.run("ip", &["-o", "link", "show", "eth0"])?;
-    let ifindex = link.split(':').next().unwrap_or_default();
+    let (from, to) = (Link::of(&pod.netns, INTERFACE)?, Link::of(&pod.host.netns, BRIDGE)?);
     let mut send = ends.sender("frames")?;
-    send.args(["--to", &address.to_string(), "--from", &from, "--ifindex", ifindex, "--next-hop", next_hop]);
-    send.args(["--seconds", &(seconds + 0.2).to_string()]);
+    from.send(&mut send, &pod_address(pod), &address, &to, seconds);
     send.args(match by {
         FramesBy::Packet => None,
         FramesBy::PacketPastTheQueue => Some("--bypass"),
@@ -366,9 +361,48 @@ pub fn frames(pod: &Pod, by: FramesBy, seconds: f64) -> Result<()> {
     send.json(limit(seconds)).map(drop)
 }
 
+/// Segments from the node for a connection with the pod that never opens, as fast as the socket takes them.
+pub fn segments_of_a_request(pod: &Pod, seconds: f64) -> Result<()> {
+    let ends = Ends::new(pod, Way::In, false, None)?;
+    let (_echo, address) = Running::start_server(&mut ends.receiver("echo")?)?;
+    // Otherwise the node would reset a connection that it does not know.
+    pod.host.netns.run("iptables", &["-w", "-A", "INPUT", "-p", "tcp", "-j", "DROP"])?;
+    let (from, to) = (Link::of(&pod.host.netns, BRIDGE)?, Link::of(&pod.netns, INTERFACE)?);
+    let mut send = ends.sender("frames")?;
+    from.send(&mut send, &pod.host.gateway_v4().to_string(), &address, &to, seconds);
+    Running::start(send.arg("--opening"))?.json(limit(seconds)).map(drop)
+}
+
+/// An interface, as senders of frames need it.
+struct Link {
+    ifindex: String,
+    hardware_address: String,
+}
+
+impl Link {
+    fn of(netns: &Netns, name: &str) -> Result<Self> {
+        let shown = netns.run("ip", &["-o", "link", "show", name])?;
+        let hardware_address = shown.split_whitespace().skip_while(|word| *word != "link/ether").nth(1);
+        Ok(Self {
+            ifindex: shown.split(':').next().unwrap_or_default().to_owned(),
+            hardware_address: hardware_address.unwrap_or_default().to_owned(),
+        })
+    }
+
+    /// Adds the arguments of `traffic frames` that name both ends.
+    fn send(&self, command: &mut Command, from: &str, to: &SocketAddr, next_hop: &Self, seconds: f64) {
+        command.args(["--to", &to.to_string(), "--from", from, "--ifindex", &self.ifindex]);
+        command.args(["--next-hop", &next_hop.hardware_address, "--seconds", &(seconds + 0.2).to_string()]);
+    }
+}
+
+fn pod_address(pod: &Pod) -> String {
+    pod.addresses().first().map(ToString::to_string).unwrap_or_default()
+}
+
 /// Large pings from the node, as many at once as fit into a backlog. The pod's kernel itself sends the answers.
 pub fn pings(pod: &Pod, seconds: f64) -> Result<()> {
-    let to = pod.addresses().first().map(ToString::to_string).unwrap_or_default();
+    let to = pod_address(pod);
     let mut ping = pod.host.command("ping");
     ping.args(["-q", "-f", "-s", "1400", "-l", "60", "-w", &(seconds.ceil() as u64 + 1).to_string(), &to]);
     // Its exit status reports that some were lost.

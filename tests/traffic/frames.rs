@@ -1,8 +1,9 @@
-//! UDP packets that bypass the network stack: frames from an AF_PACKET socket, as fast as the socket takes them.
+//! Packets that bypass the network stack: frames from an AF_PACKET socket, as fast as the socket takes them.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::AsRawFd;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{
@@ -13,8 +14,13 @@ use serde::Serialize;
 
 use super::{context, seconds, xdp};
 
-const HEADERS: usize = 20 + 8;
+const PAYLOAD: [u8; 1400] = [0; 1400];
+const IPPROTO_TCP: u8 = 6;
 const IPPROTO_UDP: u8 = 17;
+const SYN: u8 = 2;
+const ACK: u8 = 16;
+/// How long a SYN may take until the receiver answers it.
+const OPENING: Duration = Duration::from_millis(300);
 const ETH_P_IP: u16 = 0x0800;
 
 /// PACKET_QDISC_BYPASS.
@@ -45,6 +51,9 @@ pub struct Frames {
     /// Send by AF_XDP
     #[arg(long)]
     xdp: bool,
+    /// Send a SYN and then segments of that connection, which never opens. Their checksums are wrong
+    #[arg(long, conflicts_with = "xdp")]
+    opening: bool,
 }
 
 #[derive(Serialize)]
@@ -64,7 +73,16 @@ pub fn send(options: &Frames) -> io::Result<Report> {
         setsockopt(&socket, QdiscBypass, &1).map_err(io::Error::from).map_err(context("set PACKET_QDISC_BYPASS"))?;
     }
     let to = address(options)?;
-    let packet = packet(options, 1400);
+    let mut packet = datagram(options);
+    if options.opening {
+        let mut syn = segment(options, SYN, &[]);
+        let pseudo = pseudo_header(options, syn.len());
+        let sum = checksum(&[&pseudo[..], &syn].concat());
+        syn[16..18].copy_from_slice(&sum.to_be_bytes());
+        sendto(socket.as_raw_fd(), &ipv4(options, IPPROTO_TCP, &syn), &to, MsgFlags::empty())?;
+        thread::sleep(OPENING);
+        packet = ipv4(options, IPPROTO_TCP, &segment(options, ACK, &PAYLOAD));
+    }
     let mut report = Report { packets: 0, refused: 0 };
     let start = Instant::now();
     while start.elapsed() < options.seconds {
@@ -79,7 +97,7 @@ pub fn send(options: &Frames) -> io::Result<Report> {
 fn send_by_xdp(options: &Frames) -> io::Result<Report> {
     /// No interface has this address. The receiver checks only the destination address of a frame.
     const FROM: [u8; 6] = [2, 0, 0, 0, 0, 1];
-    let frame = [&next_hop(options)?[..], &FROM, &ETH_P_IP.to_be_bytes(), &packet(options, 1400)].concat();
+    let frame = [&next_hop(options)?[..], &FROM, &ETH_P_IP.to_be_bytes(), &datagram(options)].concat();
     let mut sender = xdp::Sender::new(options.ifindex, &frame)?;
     let mut report = Report { packets: 0, refused: 0 };
     let start = Instant::now();
@@ -115,22 +133,42 @@ pub fn link_address(ifindex: u32, protocol: u16, mac: [u8; 6]) -> io::Result<Lin
     address.ok_or_else(|| io::Error::other("not an address of AF_PACKET"))
 }
 
-fn packet(options: &Frames, payload: usize) -> Vec<u8> {
-    let length = (HEADERS + payload) as u16;
+fn datagram(options: &Frames) -> Vec<u8> {
+    let port = options.to.port().to_be_bytes();
+    let length = (8 + PAYLOAD.len()) as u16;
+    // No checksum: allowed with IPv4.
+    ipv4(options, IPPROTO_UDP, &[&port[..], &port, &length.to_be_bytes(), &[0, 0], &PAYLOAD].concat())
+}
+
+/// A TCP segment without a checksum.
+fn segment(options: &Frames, flags: u8, payload: &[u8]) -> Vec<u8> {
+    let port = options.to.port().to_be_bytes();
+    let sequence = if flags == SYN { 1_u32 } else { 2 };
+    let header = [&port[..], &port, &sequence.to_be_bytes(), &[0; 4], &[5 << 4, flags, 255, 255, 0, 0, 0, 0]].concat();
+    [&header, payload].concat()
+}
+
+fn pseudo_header(options: &Frames, length: usize) -> Vec<u8> {
+    let length = (length as u16).to_be_bytes();
+    [&options.from.octets()[..], &options.to.ip().octets(), &[0, IPPROTO_TCP], &length].concat()
+}
+
+fn ipv4(options: &Frames, protocol: u8, body: &[u8]) -> Vec<u8> {
+    let length = (20 + body.len()) as u16;
     let mut packet = vec![0x45, 0];
     packet.extend(length.to_be_bytes());
-    packet.extend([0, 0, 0x40, 0, 64, IPPROTO_UDP, 0, 0]);
+    packet.extend([0, 0, 0x40, 0, 64, protocol, 0, 0]);
     packet.extend(options.from.octets());
     packet.extend(options.to.ip().octets());
-    let words = packet.chunks(2).map(|word| u32::from(word[0]) << 8 | u32::from(word[1]));
-    let sum: u32 = words.sum();
-    let sum = !(((sum & 0xffff) + (sum >> 16)) as u16);
+    let sum = checksum(&packet);
     packet[10..12].copy_from_slice(&sum.to_be_bytes());
-    packet.extend(options.to.port().to_be_bytes());
-    packet.extend(options.to.port().to_be_bytes());
-    packet.extend((length - 20).to_be_bytes());
-    // No checksum: allowed with IPv4.
-    packet.extend([0, 0]);
-    packet.resize(HEADERS + payload, 0);
+    packet.extend(body);
     packet
+}
+
+/// The checksum of the Internet, of an even number of bytes.
+fn checksum(bytes: &[u8]) -> u16 {
+    let sum: u32 = bytes.chunks(2).map(|word| u32::from(word[0]) << 8 | u32::from(word[1])).sum();
+    let sum = (sum & 0xffff) + (sum >> 16);
+    !((sum + (sum >> 16)) as u16)
 }

@@ -319,7 +319,8 @@ pub struct Others {
     pub next_request_ns: u64,
     /// When the next SYN of the node itself may overtake the others.
     pub next_node_request_ns: u64,
-    /// When the next SYN-ACK may leave within the share of SYN-ACKs.
+    /// Egress: when the next SYN-ACK may leave within the share of SYN-ACKs. Ingress: when a link of the limit would
+    /// have carried all packets so far of connections that were being opened.
     pub next_answer_ns: u64,
     /// Until when SYN-ACKs are assumed to be charged at the host end.
     pub answers_here_until_ns: u64,
