@@ -25,9 +25,9 @@ const LEAST: f64 = 0.92;
 /// The largest packet that a sender gives to its interface. The whole packet counts at one moment, and so in one of
 /// two seconds: at 10 Mbit/s it is a twentieth of each.
 const LARGEST_PACKET_BITS: f64 = 65_536.0 * 8.0;
-/// A busy machine lowers a rate, and moves bytes from a second to the next one: packets that wait leave when the machine
-/// goes on. So a rate that is too low is measured again, and so is a second that has too much. A mean that is too high
-/// fails at once.
+/// A busy machine lowers a rate, and moves bytes from a second to the next one: packets that wait leave when the
+/// machine goes on. So a rate that is too low is measured again, and so is a second that has too much. A mean that is
+/// too high fails at once.
 const TRIES: usize = 3;
 /// UDP costs CPU time for each packet, here of 1428 bytes. Above this rate the CPU of a busy machine is the limit.
 const MOST_OF_UDP: u64 = 10 * MBIT;

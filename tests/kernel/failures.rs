@@ -217,7 +217,7 @@ fn a_process_that_may_not_is_told_what_it_needs() {
     // namespace, which comes first.
     let no_bpf = ["setpriv", "--bounding-set=-bpf,-sys_admin", "--inh-caps=-all"];
     let enter = format!("enter the pod's netns {netns}: setns (needs CAP_SYS_ADMIN): EPERM: Operation not permitted");
-    assert_eq!(refused(&pod.cni("ADD").through(&no_bpf)), (NETNS, enter.clone()));
+    assert_eq!(refused(&pod.cni("ADD").through(&no_bpf)), (KERNEL, enter.clone()));
     let load = format!("load podshaper's eBPF maps ({CAPABILITIES}): Operation not permitted (os error 1)");
     mounts::with_own(|| Status::through(&no_bpf)).assert(&load);
     // Without CAP_PERFMON the verifier refuses the programs, and names the reason. The verifier of Linux 7.3 accepts

@@ -2,7 +2,6 @@
 //! are made beside them. Only OWNER, in JSON, is the same in all layouts.
 
 use std::fs;
-use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -182,7 +181,7 @@ fn an_older_layout_is_listed_deleted_and_collected() {
 #[test]
 #[ignore = "needs root, cgroup2 and bpffs"]
 fn the_waiting_room_stays_for_a_pod_of_an_older_layout() {
-    let is_there = || Path::new("/sys/class/net/podshaper-wait").exists();
+    let is_there = || process::run(Command::new("ip").args(["link", "show", "podshaper-wait"])).is_ok();
     alone(|| {
         let [old, new] = [(); 2].map(|()| Sandbox::with_netns(Arc::new(netns_with_host_end().0)));
         old.call("ADD");

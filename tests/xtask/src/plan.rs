@@ -22,6 +22,7 @@ const MEASURING: &[&str] = &[
     "chain::beside::",
     "chain::flows::",
     "chain::foes::a",
+    "chain::foes::what_comes",
     "chain::ingress::",
     "chain::links::",
     "chain::mptcp::",
