@@ -32,7 +32,7 @@ use stages::Session;
 const USAGE: &str = "\
 tests/run                 in about 10 minutes: lints, all but the longest tests, as root and with real pods, on this machine's kernel;
                           of the tests of traffic a choice, here and in User Mode Linux, which has fq
-tests/run --all           everything, as in CI, in about 70 minutes: all tests here and in User Mode Linux, the main ones on Debian's
+tests/run --all           everything, as in CI, in about 75 minutes: all tests here and in User Mode Linux, the main ones on Debian's
                           kernels from 5.10 on (tests/lab), kubelets, podman, two nodes, a cluster (tests/node)
 tests/run uml             all tests that depend on the kernel, in User Mode Linux
 tests/run node            real kubelets with each containerd, two nodes, podman, in User Mode Linux

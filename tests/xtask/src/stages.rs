@@ -90,7 +90,7 @@ pub fn build_debug(session: &Session, lane: &mut Lane) {
 /// For whole suites: where each eBPF instruction is interpreted and each system call is a switch of processes, a
 /// build without optimisation takes too long.
 pub fn build_optimised(session: &Session, lane: &mut Lane) {
-    let arguments = ["build", "--release", "--bins", "--examples", "--test", "tests"];
+    let arguments = ["build", "--release", "--bins", "--example", "traffic", "--test", "tests"];
     build(lane, "build, optimised", &arguments, &session.optimised);
 }
 
@@ -235,15 +235,24 @@ pub fn many_pods_in_uml(session: &Session, lane: &mut Lane) {
     in_uml(session, lane, &format!("User Mode Linux ({})", MANY_PODS_IN_UML.join(" ")), "1500", MANY_PODS_IN_UML);
 }
 
-/// The main tests on Debian's kernels.
-pub fn on_debians_kernels(session: &Session, lane: &mut Lane) {
+/// The main tests on the oldest of Debian's kernels.
+pub fn on_the_oldest_kernel(session: &Session, lane: &mut Lane) {
+    on_debians_kernels(session, lane, |kernel| kernel == KERNELS[0]);
+}
+
+/// The main tests on Debian's other kernels.
+pub fn on_newer_kernels(session: &Session, lane: &mut Lane) {
+    on_debians_kernels(session, lane, |kernel| kernel != KERNELS[0]);
+}
+
+fn on_debians_kernels(session: &Session, lane: &mut Lane, is_asked: impl Fn(&str) -> bool) {
     const QEMU: [&str; 4] =
         ["qemu-system-x86_64:qemu-system-x86", "busybox:busybox-static", "cpio:cpio", "modprobe:kmod"];
     let Some(built) = session.built(lane, "Debian's kernels") else { return };
     if let Err(why) = need(lane, &QEMU) {
         return lane.note("Debian's kernels", Outcome::NotRun(why), Instant::now());
     }
-    for kernel in KERNELS {
+    for kernel in KERNELS.iter().filter(|kernel| is_asked(kernel)) {
         let start = Instant::now();
         let (code, said) = lane.run(command("tests/lab/kernels").arg(kernel));
         let found = last_line(&said);
