@@ -283,6 +283,10 @@ impl Sandbox {
 
 impl Drop for Sandbox {
     fn drop(&mut self) {
+        // A test that did not call DEL, or failed before, must not leave podshaper's interfaces on this machine.
+        if self.pod_directory().exists() {
+            let _ = self.cni("DEL").call();
+        }
         // Pins first: removing the cgroup would detach their programs, but not free them.
         let _ = fs::remove_dir_all(self.pod_directory());
     }
