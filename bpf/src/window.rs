@@ -91,7 +91,7 @@ const USUAL_REQUEST_SEGMENTS: u64 = 4;
 const USUAL_MSS: u64 = 1448;
 /// How long after an acknowledgement rode on data the next acknowledgements are expected to ride on data as well.
 const RIDES_FOR_NS: u64 = 1_000_000_000;
-/// No socket has a larger receive buffer.
+/// Few receive buffers are larger. TCP itself can announce at most four times as much.
 const MAX_WINDOW_BYTES: u64 = 1 << 28;
 /// The round trip of a connection whose round trip is not known yet is 71 minutes (`tcp_init_sock`). With this bound no
 /// product of a time and a window, or a rate, overflows.
